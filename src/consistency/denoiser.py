@@ -1,0 +1,25 @@
+"""Denoiser = network + preconditioning."""
+
+from torch import nn
+
+from consistency.preconditioning import Preconditioning
+from consistency.tensors import Data, Label, Time, broadcast_time
+
+
+class Denoiser(nn.Module):
+    """(x_t, t, label) -> estimate of x_0 = c_skip x_t + c_out F(c_in x_t, c_noise, label).
+
+    With EDM scalings D(x_t, t), with boundary scalings f(x_t, t) [Karras et al. 2022, Eq. 7; Song et al. 2023, Eq. 5].
+    The scalings keep the precision of x_t and t whatever the network computes in.
+    """
+
+    def __init__(self, network: nn.Module, preconditioning: Preconditioning) -> None:
+        super().__init__()
+        self.network, self.preconditioning = network, preconditioning
+
+    def forward(self, x_t: Data, t: Time, label: Label = None) -> Data:
+        c = self.preconditioning(t)
+        raw = self.network(broadcast_time(c.c_in, x_t) * x_t, c.c_noise, label)
+        return broadcast_time(c.c_skip, x_t) * x_t + broadcast_time(c.c_out, x_t) * raw.to(
+            x_t.dtype
+        )

@@ -1,0 +1,74 @@
+"""The small classifier whose features stand in for Inception's on images far too small for it."""
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from consistency.data.source import Source
+from consistency.randomness import generator
+
+FEATURES = 64
+
+
+class SmallClassifier(nn.Module):
+    """uint8 images -> 64 features of the last hidden layer: three 3x3 convolutions and one hidden linear layer."""
+
+    num_features = FEATURES
+
+    def __init__(self, *, channels: int, num_classes: int, width: int = 32) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.GroupNorm(8, 2 * width),
+            nn.SiLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.GroupNorm(8, 2 * width),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(8 * width, FEATURES),
+        )
+        self.head = nn.Linear(FEATURES, num_classes)
+
+    def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        return self.trunk(images.float() / 127.5 - 1)
+
+    def logits(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+        """Class scores."""
+        return self.head(functional.silu(self(images)))
+
+
+def shifted(images: Tensor, draw: torch.Generator) -> Tensor:
+    """The batch moved by -1, 0 or 1 pixel in each direction, the border repeated."""
+    padded = functional.pad(images.float(), (1, 1, 1, 1), mode="replicate").to(images.dtype)
+    top, left = torch.randint(3, (2,), generator=draw).tolist()
+    return padded[..., top : top + images.shape[-2], left : left + images.shape[-1]]
+
+
+def train_classifier(
+    source: Source, *, num_classes: int, seed: int, epochs: int, batch_size: int, lr: float
+) -> SmallClassifier:
+    """The recipe: AdamW with a one-cycle rate on images shifted by up to a pixel; a function of its arguments."""
+    images = torch.stack([source[i][0] for i in range(len(source))])
+    labels = torch.tensor([source[i][1] for i in range(len(source))])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = SmallClassifier(channels=images.shape[1], num_classes=num_classes)
+    draw = generator(seed, "classifier")
+    batches = -(-len(images) // batch_size)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.05)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(images), generator=draw).split(batch_size):
+            logits = classifier.logits(shifted(images[chosen], draw))
+            loss = functional.cross_entropy(logits, labels[chosen], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rate.step()
+    return classifier.eval().requires_grad_(False)

@@ -1,0 +1,40 @@
+"""Generation of numbered samples: noise and label of sample i depend on (seed, i) alone."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from consistency.data.module import to_uint8
+from consistency.randomness import SampleNoise, generator
+from consistency.samplers import Sampler
+from consistency.tensors import Denoise, Label
+
+
+def drawn_labels(seed: int, indices: Sequence[int], num_classes: int) -> Int[Tensor, "n"]:
+    """The uniformly drawn class of each sample number."""
+    draws = [
+        torch.randint(num_classes, (), generator=generator(seed, "label", i)) for i in indices
+    ]
+    return torch.stack(draws)
+
+
+def generate(
+    denoise: Denoise,
+    sampler: Sampler,
+    *,
+    indices: Sequence[int],
+    labels: Label,
+    shape: Sequence[int],
+    seed: int,
+    batch_size: int,
+    device: torch.device | str,
+) -> Iterator[UInt8[Tensor, "b c h w"]]:
+    """Yields the samples number `indices`, a batch at a time, as uint8 on the CPU; shape: (channels, height, width)."""
+    for first in range(0, len(indices), batch_size):
+        chosen = slice(first, first + batch_size)
+        noise = SampleNoise(seed, indices[chosen], shape, device)
+        label = None if labels is None else labels[chosen].to(device)
+        with torch.inference_mode():
+            yield to_uint8(sampler(denoise, noise, label))

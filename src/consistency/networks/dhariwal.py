@@ -1,0 +1,109 @@
+"""ADM of Dhariwal & Nichol (2021, arXiv:2105.05233), in the form of Karras et al. (2022).
+
+The same function as `adm.ADM` with scale-shift normalisation and resampling residual blocks, under
+the names and shapes of the released NVlabs networks. c_noise is 0.25 ln t.
+"""
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from consistency.networks.layers import Attention, sinusoidal_features, zeroed
+from consistency.networks.unet import BlockStyle, UNet, UNetBlock, group_norm
+from consistency.tensors import Data, Label, Time
+
+
+class DhariwalUNet(UNet):
+    """The network F of (c_in x_t, c_noise, label); a label of -1 stands for "no class".
+
+    There is one attention head per 64 channels, and no attention where there are fewer channels.
+    `augment` tells how a training image was augmented (Karras et al. 2022, App. F.2); left out, it
+    means "not at all".
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        in_channels: int,
+        out_channels: int | None = None,
+        model_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        channel_mult: Sequence[int],
+        num_classes: int | None = None,
+        augment_dim: int = 0,
+        dropout: float = 0.0,
+        channel_mult_emb: int = 4,
+        attention: Attention = "sdpa",
+        checkpoint_activations: bool = False,
+    ) -> None:
+        style = BlockStyle(
+            embedding=channel_mult_emb * model_channels,
+            dropout=dropout,
+            eps=1e-5,
+            skip_scale=1.0,
+            scale_shift=True,
+            project=False,
+            taps=(1.0, 1.0),
+            head_channels=64,
+            attention=attention,
+            recompute=checkpoint_activations,
+        )
+        super().__init__(
+            image_size=image_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            augment_dim=augment_dim,
+            widths=[mult * model_channels for mult in channel_mult],
+            num_res_blocks=num_res_blocks,
+            attention_resolutions=attention_resolutions,
+            style=style,
+        )
+        self.model_channels = model_channels
+        if augment_dim:
+            self.map_augment = nn.Linear(augment_dim, model_channels, bias=False)
+        self.map_layer0 = nn.Linear(model_channels, style.embedding)
+        self.map_layer1 = nn.Linear(style.embedding, style.embedding)
+        if num_classes is not None:
+            self.map_label = nn.Linear(num_classes, style.embedding, bias=False)
+        self.enc, skips = self._encoder(self.widths[0])
+        self.dec = self._decoder(skips, attention_everywhere=True)
+        self.out_norm = group_norm(self.widths[0], style.eps)
+        self.out_conv = nn.Conv2d(self.widths[0], out_channels or in_channels, 3, padding=1)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Label rows ~ N(0, 1); zero where a residual branch or the network ends."""
+        zeroed(self.out_conv)
+        if self.augment_dim:
+            nn.init.zeros_(self.map_augment.weight)
+        if self.num_classes is not None:
+            nn.init.normal_(self.map_label.weight)
+        for block in self.modules():
+            if isinstance(block, UNetBlock):
+                zeroed(block.conv1)
+                if block.heads:
+                    zeroed(block.proj)
+
+    def forward(
+        self,
+        x: Data,
+        c_noise: Time,
+        label: Label = None,
+        *,
+        augment: Float[Tensor, "b a"] | None = None,
+    ) -> Float[Tensor, "b out h w"]:
+        dtype = self.map_layer0.weight.dtype
+        row, augment = self._conditions(x, label, augment, dtype)
+        features = sinusoidal_features(c_noise, self.model_channels).to(dtype)
+        if augment is not None:
+            features = features + self.map_augment(augment)
+        embedding = self.map_layer1(functional.silu(self.map_layer0(features)))
+        if row is not None:
+            embedding = embedding + self.map_label(row)
+        embedding = functional.silu(embedding)
+        *_, (_, h) = self._decode(self._encode(x.to(dtype), embedding), embedding)
+        return self.out_conv(functional.silu(self.out_norm(h))).to(x.dtype)

@@ -1,0 +1,116 @@
+"""Layers that every network shares: normalisation, attention, sinusoidal features, input checks.
+
+They compute what is sensitive to rounding (statistics, softmax logits, sines) in at least float32,
+so that a network runs in half precision without special cases.
+"""
+
+import math
+from typing import Literal, TypeAlias, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from consistency.tensors import Data, Label, Time
+
+Attention: TypeAlias = Literal["sdpa", "plain"]
+"""`sdpa`: PyTorch's fused kernel; `plain`: the formula, which also has forward-mode derivatives."""
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type for parts sensitive to rounding: float32, or float64 for float64 input."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation, never in half precision [Wu & He 2018, arXiv:1803.08494]."""
+
+    def forward(self, x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b c *space"]:
+        dtype = at_least_float32(x.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        y = functional.group_norm(x.to(dtype), self.num_groups, weight, bias, self.eps)
+        return y.to(x.dtype)
+
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+def zeroed(module: Layer) -> Layer:
+    """The layer with weight and bias set to zero: its branch starts as "no change"."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def sinusoidal_features(
+    c_noise: Time, width: int, *, reach_lowest: bool = False
+) -> Float[Tensor, "b width"]:
+    """[cos(w_i c), sin(w_i c)], frequencies w_i falling geometrically from 1 towards 1/10000.
+
+    The positional encoding of Vaswani et al. (2017, arXiv:1706.03762) applied to time. The lowest
+    frequency is 10000^-(1 - 2/width) in the ADM networks and exactly 1/10000 in DDPM++
+    (`reach_lowest`). An odd width is padded with one zero.
+    """
+    half = width // 2
+    c = c_noise.to(at_least_float32(c_noise.dtype))
+    index = torch.arange(half, dtype=c.dtype, device=c.device)
+    steps = half - 1 if reach_lowest else half
+    phase = c[:, None] * torch.exp(-math.log(10000.0) * index / steps)
+    features = torch.cat([phase.cos(), phase.sin()], dim=1)
+    return functional.pad(features, (0, width % 2))
+
+
+def attend(
+    q: Float[Tensor, "b heads n d"],
+    k: Float[Tensor, "b heads n d"],
+    v: Float[Tensor, "b heads n d"],
+    kind: Attention,
+) -> Float[Tensor, "b heads n d"]:
+    """softmax(q k^T / sqrt(d)) v  [Vaswani et al. 2017, arXiv:1706.03762, Eq. 1]."""
+    if kind == "sdpa":
+        return functional.scaled_dot_product_attention(q, k, v)
+    dtype = at_least_float32(q.dtype)
+    logits = q.to(dtype) @ k.to(dtype).transpose(-2, -1) / math.sqrt(q.shape[-1])
+    return logits.softmax(dim=-1).to(v.dtype) @ v
+
+
+def check_attention(kind: str) -> None:
+    """Refuses an unknown kind of attention where the value enters, at construction."""
+    if kind not in ("sdpa", "plain"):
+        raise ValueError(f'expected attention to be "sdpa" or "plain"; got "{kind}"')
+
+
+def check_label(label: Label, num_classes: int | None) -> None:
+    """Refuses a label that an unconditional network cannot use, and a missing one."""
+    if num_classes is None and label is not None:
+        raise ValueError(
+            "expected no label, because the network is unconditional (num_classes=null); got class "
+            "indices. Pass label=None, or build the network with num_classes."
+        )
+    if num_classes is not None and label is None:
+        raise ValueError(
+            f"expected class indices in 0..{num_classes - 1}, because the network is "
+            f"class-conditional (num_classes={num_classes}); got none. Pass one label per image."
+        )
+
+
+def check_images(x: Data, *, channels: int, divisor: int) -> None:
+    """Refuses a wrong number of channels, and sides that cannot be halved often enough."""
+    if x.shape[1] != channels:
+        raise ValueError(
+            f"expected images of {channels} channels; got shape {tuple(x.shape)}. "
+            "Change the data, or in_channels of the network."
+        )
+    if x.shape[2] % divisor or x.shape[3] % divisor:
+        raise ValueError(
+            f"expected height and width divisible by {divisor}, because the network halves them "
+            f"{divisor.bit_length() - 1} times; got {tuple(x.shape[2:])}. "
+            "Resize the images, or shorten channel_mult."
+        )
+
+
+def one_hot(label: Int[Tensor, "b"], num_classes: int, dtype: torch.dtype) -> Float[Tensor, "b k"]:
+    """Class indices as rows of the identity matrix; a negative index ("no class") as zeros."""
+    rows = functional.one_hot(label.clamp(min=0), num_classes)
+    return (rows * (label >= 0)[:, None]).to(dtype)

@@ -1,0 +1,306 @@
+"""The blocks and the trunk of the U-Nets of Karras et al. (2022, arXiv:2206.00364, App. F.3).
+
+DDPM++, NCSN++ and ADM differ in their time embedding, in a few choices that `BlockStyle` names, and
+in how the image itself takes part. Names and shapes are those of the released NVlabs networks; the
+rows of the qkv projection stand in the order (head, dim, three).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from consistency.networks.layers import (
+    Attention,
+    GroupNorm,
+    attend,
+    check_attention,
+    check_images,
+    check_label,
+    one_hot,
+)
+from consistency.tensors import Data, Label
+
+
+def fir_filter(taps: Sequence[int | float]) -> Float[Tensor, "1 1 n n"]:
+    """The separable low-pass filter of the given taps, with sum 1."""
+    line = torch.tensor(list(taps), dtype=torch.float32)
+    square = torch.outer(line, line)
+    return (square / square.sum())[None, None]
+
+
+def resample(
+    x: Float[Tensor, "b c h w"], kernel: Float[Tensor, "1 1 n n"], *, up: bool, padding: int
+) -> Float[Tensor, "b c h2 w2"]:
+    """Doubles (`up`) or halves height and width, filtering every channel with `kernel`."""
+    channels = x.shape[1]
+    kernels = kernel.to(x.dtype).expand(channels, 1, -1, -1)
+    if up:
+        return functional.conv_transpose2d(
+            x, 4 * kernels, groups=channels, stride=2, padding=padding
+        )
+    return functional.conv2d(x, kernels, groups=channels, stride=2, padding=padding)
+
+
+class Resample(nn.Module):
+    """A change of resolution by a factor of two through a FIR filter [Karras et al. 2018]."""
+
+    resample_filter: Tensor
+
+    def __init__(self, taps: Sequence[int | float], *, up: bool) -> None:
+        super().__init__()
+        self.up, self.padding = up, (len(taps) - 1) // 2
+        self.register_buffer("resample_filter", fir_filter(taps))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return resample(x, self.resample_filter, up=self.up, padding=self.padding)
+
+
+class ResampledConv(nn.Conv2d):
+    """A convolution after a change of resolution.
+
+    With `fused` (downsampling only) the image is padded once for both, so that values near the
+    border are those of the strided convolution of NCSN++.
+    """
+
+    resample_filter: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        taps: Sequence[int | float],
+        *,
+        up: bool,
+        fused: bool = False,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
+        self.up, self.fused, self.fir_padding = up, fused, (len(taps) - 1) // 2
+        self.register_buffer("resample_filter", fir_filter(taps))
+
+    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        x, kernel = input, self.resample_filter
+        if self.fused:
+            padding = self.kernel_size[0] // 2 + self.fir_padding
+            x = functional.conv2d(x, self.weight, self.bias, padding=padding)
+            return resample(x, kernel, up=False, padding=0)
+        return super().forward(resample(x, kernel, up=self.up, padding=self.fir_padding))
+
+
+def group_norm(channels: int, eps: float) -> GroupNorm:
+    """32 groups, or fewer so that each has at least four channels."""
+    return GroupNorm(min(32, channels // 4), channels, eps=eps)
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """What all blocks of one network have in common.
+
+    `head_channels` None means one attention head; otherwise there are channels // head_channels,
+    and no attention where that is zero. `project` gives resampled skips a 1x1 convolution always.
+    """
+
+    embedding: int
+    dropout: float
+    eps: float
+    skip_scale: float
+    scale_shift: bool
+    project: bool
+    taps: tuple[int | float, ...]
+    head_channels: int | None
+    attention: Attention
+    recompute: bool
+
+    def heads(self, channels: int) -> int:
+        return 1 if self.head_channels is None else channels // self.head_channels
+
+
+class UNetBlock(nn.Module):
+    """A residual block with time embedding, optional change of resolution and optional attention.
+
+    Both residual sums are multiplied by `skip_scale`. [Karras et al. 2022, App. F.3]
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        style: BlockStyle,
+        *,
+        up: bool = False,
+        down: bool = False,
+        attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.style, taps = style, style.taps
+        self.norm0 = group_norm(in_channels, style.eps)
+        if up or down:
+            self.conv0: nn.Conv2d = ResampledConv(in_channels, out_channels, 3, taps, up=up)
+        else:
+            self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.affine = nn.Linear(style.embedding, out_channels * (2 if style.scale_shift else 1))
+        self.norm1 = group_norm(out_channels, style.eps)
+        self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip: nn.Module = nn.Identity()
+        if up or down:
+            self.skip = Resample(taps, up=up)
+            if style.project or in_channels != out_channels:
+                self.skip = ResampledConv(in_channels, out_channels, 1, taps, up=up)
+        elif in_channels != out_channels:
+            self.skip = nn.Conv2d(in_channels, out_channels, 1)
+        self.heads = style.heads(out_channels) if attention else 0
+        if self.heads:
+            self.norm2 = group_norm(out_channels, style.eps)
+            self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
+            self.proj = nn.Conv2d(out_channels, out_channels, 1)
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
+    ) -> Float[Tensor, "b d h2 w2"]:
+        style = self.style
+        h = self.conv0(functional.silu(self.norm0(x)))
+        e = self.affine(embedding)[:, :, None, None]
+        if style.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = self.norm1(h) * (1 + scale) + shift
+        else:
+            h = self.norm1(h + e)
+        h = functional.dropout(functional.silu(h), style.dropout, self.training)
+        h = (self.skip(x) + self.conv1(h)) * style.skip_scale
+        return (h + self._mix(h)) * style.skip_scale if self.heads else h
+
+    def _mix(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Self-attention over all pixels."""
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm2(x)).reshape(b, self.heads, c // self.heads, 3, h * w)
+        # Fused kernels want the last axis contiguous; the copy costs less than doing without.
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
+        mixed = attend(q, k, v, self.style.attention)
+        return self.proj(mixed.transpose(-2, -1).reshape(b, c, h, w))
+
+
+class UNet(nn.Module):
+    """What both networks share: blocks named by resolution, and skips from encoder to decoder."""
+
+    enc: nn.ModuleDict
+    dec: nn.ModuleDict
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        in_channels: int,
+        num_classes: int | None,
+        augment_dim: int,
+        widths: Sequence[int],
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        style: BlockStyle,
+    ) -> None:
+        super().__init__()
+        check_attention(style.attention)
+        self.in_channels, self.num_classes, self.augment_dim = in_channels, num_classes, augment_dim
+        self.sides = [image_size >> level for level in range(len(widths))]
+        self.widths, self.num_res_blocks, self.style = list(widths), num_res_blocks, style
+        self.attention_sides = set(attention_resolutions)
+
+    def _encoder(self, stem: int) -> tuple[nn.ModuleDict, list[int]]:
+        """The blocks on the way down, and the width of each one's output."""
+        side, width = self.sides[0], stem
+        enc = nn.ModuleDict(
+            {f"{side}x{side}_conv": nn.Conv2d(self.in_channels, stem, 3, padding=1)}
+        )
+        skips = [stem]
+        for side, level_width in zip(self.sides, self.widths, strict=True):
+            if side != self.sides[0]:
+                enc[f"{side}x{side}_down"] = UNetBlock(width, width, self.style, down=True)
+                skips.append(width)
+            for i in range(self.num_res_blocks):
+                enc[f"{side}x{side}_block{i}"] = UNetBlock(
+                    width, level_width, self.style, attention=side in self.attention_sides
+                )
+                width = level_width
+                skips.append(width)
+        return enc, skips
+
+    def _decoder(self, skips: list[int], *, attention_everywhere: bool) -> nn.ModuleDict:
+        """The blocks on the way up; attention in every block of its resolutions or in the last."""
+        dec, width, skips = nn.ModuleDict(), self.widths[-1], list(skips)
+        for side, level_width in zip(self.sides[::-1], self.widths[::-1], strict=True):
+            if side == self.sides[-1]:
+                dec[f"{side}x{side}_in0"] = UNetBlock(width, width, self.style, attention=True)
+                dec[f"{side}x{side}_in1"] = UNetBlock(width, width, self.style)
+            else:
+                dec[f"{side}x{side}_up"] = UNetBlock(width, width, self.style, up=True)
+            for i in range(self.num_res_blocks + 1):
+                chosen = attention_everywhere or i == self.num_res_blocks
+                dec[f"{side}x{side}_block{i}"] = UNetBlock(
+                    width + skips.pop(),
+                    level_width,
+                    self.style,
+                    attention=chosen and side in self.attention_sides,
+                )
+                width = level_width
+        return dec
+
+    def _run(
+        self, block: nn.Module, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
+    ) -> Float[Tensor, "b d h2 w2"]:
+        if self.style.recompute and torch.is_grad_enabled():
+            return checkpoint(block, x, embedding, use_reentrant=False)
+        return block(x, embedding)
+
+    def _encode(
+        self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
+    ) -> list[Float[Tensor, "b _ _ _"]]:
+        """Every output of the encoder. The image itself may enter again after each halving."""
+        side, image = self.sides[0], x
+        skips = [self.enc[f"{side}x{side}_conv"](x)]
+        for side in self.sides:
+            name = f"{side}x{side}"
+            if side != self.sides[0]:
+                skips.append(self._run(self.enc[f"{name}_down"], skips[-1], embedding))
+            if f"{name}_aux_residual" in self.enc:
+                image = (skips[-1] + self.enc[f"{name}_aux_residual"](image)) / math.sqrt(2)
+                skips[-1] = image
+            for i in range(self.num_res_blocks):
+                skips.append(self._run(self.enc[f"{name}_block{i}"], skips[-1], embedding))
+        return skips
+
+    def _decode(
+        self, skips: list[Float[Tensor, "b _ _ _"]], embedding: Float[Tensor, "b e"]
+    ) -> Iterator[tuple[str, Float[Tensor, "b _ _ _"]]]:
+        """The last feature map of each resolution with its name, the lowest one first."""
+        h = skips[-1]
+        for side in self.sides[::-1]:
+            name = f"{side}x{side}"
+            for kind in ("in0", "in1") if side == self.sides[-1] else ("up",):
+                h = self._run(self.dec[f"{name}_{kind}"], h, embedding)
+            for i in range(self.num_res_blocks + 1):
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = self._run(self.dec[f"{name}_block{i}"], h, embedding)
+            yield name, h
+
+    def _conditions(
+        self, x: Data, label: Label, augment: Float[Tensor, "b a"] | None, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "b k"] | None, Float[Tensor, "b a"] | None]:
+        """Checks the inputs; the label as a one-hot row, missing augmentation labels as zeros."""
+        check_label(label, self.num_classes)
+        check_images(x, channels=self.in_channels, divisor=2 ** (len(self.sides) - 1))
+        if augment is not None and not self.augment_dim:
+            raise ValueError(
+                "expected no augmentation labels, because augment_dim=0; got some. "
+                "Leave them out, or build the network with augment_dim."
+            )
+        if self.augment_dim and augment is None:
+            augment = x.new_zeros(len(x), self.augment_dim)
+        row = None
+        if label is not None and self.num_classes is not None:
+            row = one_hot(label, self.num_classes, dtype)
+        return row, None if augment is None else augment.to(dtype)

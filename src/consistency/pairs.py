@@ -1,0 +1,115 @@
+"""Laws of the training times: pairs (t, r) with r < t for consistency losses, single t for denoising.
+
+All draw from the generator given, on its device, and return float32 of shape (batch,).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Generator
+
+from consistency.errors import require
+from consistency.grids import KarrasGrid
+from consistency.tensors import Time
+
+
+class Pairs(Protocol):
+    """A law of pairs: (batch, N(k), generator) -> (t, r)."""
+
+    def __call__(
+        self, batch: int, num_scales: int, generator: Generator
+    ) -> tuple[Time, Time]: ...
+
+
+class Times(Protocol):
+    """A law of single times: (batch, generator) -> t."""
+
+    def __call__(self, batch: int, generator: Generator) -> Time: ...
+
+
+def _require_spread(p_std: float) -> None:
+    require(p_std > 0, "p_std > 0", p_std, "it is the standard deviation of ln t")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformPairs:
+    """(t_i, t_{i+1}) on the Karras grid of N(k) points, i uniform [Song et al. 2023, Algorithms 2 and 3]."""
+
+    grid: KarrasGrid
+
+    def __call__(self, batch: int, num_scales: int, generator: Generator) -> tuple[Time, Time]:
+        device = generator.device
+        i = torch.randint(num_scales - 1, (batch,), generator=generator, device=device)
+        return self.grid.at(i, num_scales).float(), self.grid.at(i + 1, num_scales).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscreteLognormalPairs:
+    """Neighbours on the Karras grid of N(k) points, the cleaner one's interval weighed by a lognormal law.
+
+    p(i) ~ erf((ln t_i - p_mean) / (sqrt2 p_std)) - erf((ln t_{i+1} - p_mean) / (sqrt2 p_std)), with t_i > t_{i+1}
+    [Song and Dhariwal 2023, arXiv:2310.14189, Table 1].
+    """
+
+    grid: KarrasGrid
+    p_mean: float
+    p_std: float
+
+    def __post_init__(self) -> None:
+        _require_spread(self.p_std)
+
+    def probabilities(self, num_scales: int) -> torch.Tensor:
+        """p(i) for i = 0 ... N-2, descending in noise, in float64."""
+        log_t = self.grid.points(num_scales).log()
+        mass = torch.erf((log_t - self.p_mean) / (math.sqrt(2) * self.p_std))
+        gaps = mass[:-1] - mass[1:]
+        return gaps / gaps.sum()
+
+    def __call__(self, batch: int, num_scales: int, generator: Generator) -> tuple[Time, Time]:
+        weights = self.probabilities(num_scales).to(generator.device)
+        i = torch.multinomial(weights, batch, replacement=True, generator=generator)
+        return self.grid.at(i, num_scales).float(), self.grid.at(i + 1, num_scales).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioPairs:
+    """ln t ~ N(p_mean, p_std^2) and r = max(0, t (1 - (1 + k sigmoid(-b t)) / N(k))).
+
+    [Geng et al. 2024, arXiv:2406.14548, with N(k) = q^(stage + 1)]; k = 0 is its constant map. r = 0 makes the clean
+    image the target.
+    """
+
+    p_mean: float
+    p_std: float
+    k: float
+    b: float
+
+    def __post_init__(self) -> None:
+        _require_spread(self.p_std)
+
+    def ratio_map(self, t: Time, num_scales: int) -> Time:
+        """r for the noisier time t."""
+        adjustment = 1 + self.k * torch.sigmoid(-self.b * t)
+        return (t * (1 - adjustment / num_scales)).clamp_min(0)
+
+    def __call__(self, batch: int, num_scales: int, generator: Generator) -> tuple[Time, Time]:
+        n = torch.randn(batch, generator=generator, device=generator.device)
+        t = (self.p_mean + self.p_std * n).exp()
+        return t, self.ratio_map(t, num_scales)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LognormalTimes:
+    """ln t ~ N(p_mean, p_std^2) [Karras et al. 2022, arXiv:2206.00364, Table 1]."""
+
+    p_mean: float
+    p_std: float
+
+    def __post_init__(self) -> None:
+        _require_spread(self.p_std)
+
+    def __call__(self, batch: int, generator: Generator) -> Time:
+        n = torch.randn(batch, generator=generator, device=generator.device)
+        return (self.p_mean + self.p_std * n).exp()

@@ -1,0 +1,92 @@
+"""Pictures for people: grids of images and the curves of a run."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.utils import make_grid
+
+matplotlib.use("Agg")
+
+GAP = 2
+LEGIBLE_SIDE = 48
+CAPTION = 18
+
+
+def grid(images: UInt8[Tensor, "n c h w"], columns: int) -> Image.Image:
+    """The images in rows of `columns`, small ones enlarged by whole factors so that a person can see their pixels."""
+    factor = max(1, LEGIBLE_SIDE // images.shape[-1])
+    large = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    canvas = make_grid(large, nrow=columns, padding=GAP, pad_value=255)
+    return Image.fromarray(canvas.permute(1, 2, 0).numpy().astype(np.uint8))
+
+
+def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures next to each other, each under its caption."""
+    font = ImageFont.load_default(13)
+    height = CAPTION + max(picture.height for _, picture in panels)
+    width = sum(picture.width for _, picture in panels) + 4 * GAP * (len(panels) - 1)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, left = ImageDraw.Draw(sheet), 0
+    for caption, picture in panels:
+        draw.text((left + GAP, 1), caption, fill="black", font=font)
+        sheet.paste(picture, (left, CAPTION))
+        left += picture.width + 4 * GAP
+    return sheet
+
+
+def columns_for(count: int) -> int:
+    """Columns of a grid that is about square."""
+    return max(1, int(torch.tensor(count).sqrt().ceil()))
+
+
+def read_metrics(file: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """metrics.csv -> for every metric its steps and values."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    with file.open(newline="") as rows:
+        for row in csv.DictReader(rows):
+            for name, value in row.items():
+                if name not in ("step", "epoch") and value not in ("", None):
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(float(row["step"]))
+                    values.append(float(value))
+    return curves
+
+
+def draw_curves(file: Path, picture: Path) -> None:
+    """Draws loss, N(k), mu(k), learning rate and sample quality of a run's metrics.csv, those there are."""
+    curves = read_metrics(file)
+    panels = [
+        ("loss", ["train/loss"]),
+        ("loss by noise quartile", [n for n in curves if "quartile" in n]),
+        ("scales N(k)", ["N"]),
+        ("target decay mu(k)", ["mu"]),
+        ("learning rate", ["train/learning_rate"]),
+        ("gradient norm", ["train/gradient_norm"]),
+        ("Fréchet distance, small-classifier features", [n for n in curves if "frechet" in n]),
+    ]
+    drawn = [(title, [n for n in names if n in curves]) for title, names in panels]
+    drawn = [(title, names) for title, names in drawn if names]
+    if not drawn:
+        return
+    rows = -(-len(drawn) // 2)
+    figure = Figure(figsize=(11, 2.8 * rows), layout="constrained")
+    for axes in figure.subplots(rows, 2, squeeze=False).flat[len(drawn) :]:
+        axes.set_visible(False)
+    for axes, (title, names) in zip(figure.axes, drawn, strict=False):
+        for name in names:
+            axes.plot(*curves[name], marker=".", markersize=3, linewidth=1, label=name)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("optimizer step", fontsize=8)
+        if title != "target decay mu(k)" and all(min(curves[n][1]) > 0 for n in names):
+            axes.set_yscale("log")
+        if len(names) > 1:
+            axes.legend(fontsize=7)
+    figure.savefig(picture, dpi=100)

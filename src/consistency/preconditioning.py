@@ -1,0 +1,85 @@
+"""Preconditioning: D(x_t, t) = c_skip x_t + c_out F(c_in x_t, c_noise).
+
+The network F sees inputs of unit variance and, for the denoiser, targets of unit variance [Karras et al. 2022,
+arXiv:2206.00364, Table 1]. A consistency function uses the same form with scalings that make it the identity at t_min
+[Song et al. 2023, arXiv:2303.01469, Eq. 5 and Appendix C].
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from consistency.errors import require
+from consistency.tensors import Time
+
+
+class Scalings(NamedTuple):
+    """The four coefficients at the times t, each of shape (batch,)."""
+
+    c_skip: Time
+    c_out: Time
+    c_in: Time
+    c_noise: Time
+
+
+@runtime_checkable
+class Preconditioning(Protocol):
+    """The time t of each sample -> its four scalings."""
+
+    def __call__(self, t: Time) -> Scalings: ...
+
+
+def _require_positive(**values: float) -> None:
+    for name, value in values.items():
+        require(value > 0 and math.isfinite(value), f"a finite {name} > 0", value, "set it so")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDM:
+    """Scalings of a denoiser [Karras et al. 2022, Table 1, column "Ours"].
+
+    sigma_data: standard deviation of the data; c_noise_scale: c_noise = c_noise_scale ln t, 0.25 for networks of the
+    EDM and JAX kind, 250 for those of the OpenAI kind.
+    """
+
+    sigma_data: float
+    c_noise_scale: float
+
+    def __post_init__(self) -> None:
+        _require_positive(sigma_data=self.sigma_data, c_noise_scale=self.c_noise_scale)
+
+    def __call__(self, t: Time) -> Scalings:
+        variance = t**2 + self.sigma_data**2
+        return Scalings(
+            c_skip=self.sigma_data**2 / variance,
+            c_out=t * self.sigma_data / variance.sqrt(),
+            c_in=variance.rsqrt(),
+            c_noise=self.c_noise_scale * t.log(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundary:
+    """Scalings of a consistency function: c_skip(t_min) = 1 and c_out(t_min) = 0 [Song et al. 2023, Appendix C].
+
+    sigma_data and c_noise_scale as for `EDM`; t_min: the time at which f is the identity.
+    """
+
+    sigma_data: float
+    t_min: float
+    c_noise_scale: float
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            sigma_data=self.sigma_data, t_min=self.t_min, c_noise_scale=self.c_noise_scale
+        )
+
+    def __call__(self, t: Time) -> Scalings:
+        gap = t - self.t_min
+        variance = t**2 + self.sigma_data**2
+        return Scalings(
+            c_skip=self.sigma_data**2 / (gap**2 + self.sigma_data**2),
+            c_out=gap * self.sigma_data / variance.sqrt(),
+            c_in=variance.rsqrt(),
+            c_noise=self.c_noise_scale * t.log(),
+        )

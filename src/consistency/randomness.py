@@ -1,0 +1,83 @@
+"""Randomness as a function of place: what a generator draws depends on its key alone, never on what was drawn before.
+
+A key is (seed, purpose, place ...), for example (0, "noise", rank, step). A resumed run therefore draws what an
+uninterrupted one would have drawn, and a sample does not depend on the batch it stands in.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from consistency.tensors import Data
+
+
+def key(seed: int, purpose: str, *place: int) -> int:
+    """A 63-bit seed from the key, the same on every machine."""
+    text = "/".join(str(part) for part in (seed, purpose, *place))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator(
+    seed: int, purpose: str, *place: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A generator on `device`, seeded by the key."""
+    return torch.Generator(device).manual_seed(key(seed, purpose, *place))
+
+
+class SampleNoise:
+    """Standard normal noise for samples number `indices`: each call draws the next tensor of every sample's own stream.
+
+    Drawn on the CPU and moved, so that a sample's noise is the same on any device, in any batch.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        indices: Sequence[int],
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.generators = [generator(seed, "sample", index) for index in indices]
+        self.shape, self.device = tuple(shape), device
+
+    def __call__(self) -> Data:
+        draws = [torch.randn(self.shape, generator=each) for each in self.generators]
+        return torch.stack(draws).to(self.device)
+
+
+@contextmanager
+def replayed_dropout(state: "DropoutState") -> Iterator[None]:
+    """Runs the body with the random state of `state` and leaves the present state as it was."""
+    now = DropoutState.snapshot(state.device)
+    state.restore()
+    try:
+        yield
+    finally:
+        now.restore()
+
+
+class DropoutState:
+    """The state of the global generator that dropout on `device` draws from.
+
+    Both passes of a consistency loss must drop the same units; saving only the CPU state, as the released code does,
+    leaves the masks on a GPU different.
+    """
+
+    def __init__(self, device: torch.device, state: torch.Tensor) -> None:
+        self.device, self.state = device, state
+
+    @classmethod
+    def snapshot(cls, device: torch.device) -> "DropoutState":
+        """The state now."""
+        if device.type == "cuda":
+            return cls(device, torch.cuda.get_rng_state(device))
+        return cls(device, torch.get_rng_state())
+
+    def restore(self) -> None:
+        """Makes this state the present one."""
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.state, self.device)
+        else:
+            torch.set_rng_state(self.state)

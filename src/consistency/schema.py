@@ -1,0 +1,116 @@
+"""The keys that a configuration may have: a misspelt one is an error, wherever it stands.
+
+Nodes typed `Any` are built by their `_target_`, whose own signature refuses unknown arguments.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class Process:
+    """Constants of the noise process: data deviation, range and shape of the grid, points of two-step sampling."""
+
+    sigma_data: float = MISSING
+    t_min: float = MISSING
+    t_max: float = MISSING
+    rho: float = MISSING
+    times: list[float] = MISSING
+
+
+@dataclass
+class Mode:
+    """A training method, named part by part."""
+
+    role: str = MISSING
+    init: str | None = None
+    total_steps: int = MISSING
+    process: Process = field(default_factory=Process)
+    preconditioning: Any = MISSING
+    sampling_preconditioning: Any = MISSING
+    objective: Any = MISSING
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    samplers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Model:
+    """A network and the scale of its time input, c_noise = c_noise_scale ln t."""
+
+    c_noise_scale: float = MISSING
+    network: Any = MISSING
+
+
+@dataclass
+class Data:
+    """A data set and how it is batched; batch_size counts images per optimizer step over all devices."""
+
+    source: Any = MISSING
+    held_out: Any = None
+    path: str | None = None
+    image_size: int = MISSING
+    channels: int = MISSING
+    num_classes: int | None = None
+    batch_size: int = MISSING
+    device_batch_size: int | None = None
+    num_workers: int = 0
+    flip: bool = False
+
+
+@dataclass
+class Train:
+    """conf/train.yaml."""
+
+    seed: int = 0
+    output: str = MISSING
+    teacher: str | None = None
+    teacher_weights: str = "ema"
+    init: str | None = None
+    init_weights: str = "ema"
+    process: Any = MISSING
+    model: Model = field(default_factory=Model)
+    mode: Mode = field(default_factory=Mode)
+    data: Data = field(default_factory=Data)
+    optimizer: Any = MISSING
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    trainer: Any = MISSING
+    logger: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Sample:
+    """conf/sample.yaml."""
+
+    checkpoint: str = MISSING
+    role: str | None = None
+    weights: str = "ema"
+    seed: int = 0
+    num_samples: int = 64
+    batch_size: int = 64
+    labels: Any = None
+    images: bool = False
+    device: str = "auto"
+    output: str = MISSING
+    process: Any = None
+    sampler: Any = MISSING
+
+
+@dataclass
+class Demo:
+    """conf/demo.yaml."""
+
+    seed: int = 0
+    seconds: float = MISSING
+    calibration_steps: int = MISSING
+    overrides: list[str] = field(default_factory=list)
+    output: str = MISSING
+
+
+def register() -> None:
+    """Makes the schemas known to Hydra as train_schema, sample_schema, demo_schema."""
+    store = ConfigStore.instance()
+    for schema in (Train, Sample, Demo):
+        store.store(name=f"{schema.__name__.lower()}_schema", node=schema)

@@ -1,0 +1,45 @@
+"""The vocabulary of the project: named array types and the one broadcast.
+
+Under the variance-exploding process sigma(t) = t, so the "sigma" of Karras et al. (2022) is our time `t`.
+"""
+
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Data: TypeAlias = Float[Tensor, "b c h w"]
+"""Images or latents in [-1, 1] units: x_0, x_t, noise z, network outputs."""
+
+Time: TypeAlias = Float[Tensor, "b"]
+"""One time (noise level) per sample, positive."""
+
+PerSample: TypeAlias = Float[Tensor, "b"]
+"""One number per sample: a distance, a weight, a loss."""
+
+Label: TypeAlias = Int[Tensor, "b"] | None
+"""Class indices, or None for an unconditional model."""
+
+
+@runtime_checkable
+class Denoise(Protocol):
+    """The signature everything depends on: (x_t, t, label) -> estimate of x_0."""
+
+    def __call__(self, x_t: Data, t: Time, label: Label = None) -> Data: ...
+
+
+@runtime_checkable
+class Network(Protocol):
+    """A raw network F: (c_in x_t, c_noise, label) -> tensor of the shape of x_t."""
+
+    def __call__(self, x: Data, c_noise: Time, label: Label = None) -> Data: ...
+
+
+def broadcast_time(per_sample: PerSample, x: Data) -> Float[Tensor, "b 1 1 1"]:
+    """Reshapes one number per sample so that it multiplies the images `x`."""
+    if per_sample.shape != x.shape[:1]:
+        raise ValueError(
+            f"expected one value per sample, shape {tuple(x.shape[:1])}, for images of shape "
+            f"{tuple(x.shape)}; got shape {tuple(per_sample.shape)}"
+        )
+    return per_sample[:, None, None, None]

@@ -1,0 +1,122 @@
+"""What a person looks at while a run goes on: samples from fixed noise, and the curves."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+
+from consistency import pictures
+from consistency.errors import require
+from consistency.generation import generate
+from consistency.samplers import Sampler
+from consistency.training.module import ConsistencyModule
+
+
+class SampleGrids(Callback):
+    """Every n steps and at the end: a PNG of samples from the same noise and classes, one panel a sampler."""
+
+    def __init__(
+        self,
+        *,
+        folder: str,
+        samplers: Mapping[str, Sampler],
+        weights: str,
+        every_n_train_steps: int,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        require(
+            every_n_train_steps >= 1 and num_samples >= 1 and batch_size >= 1,
+            "callbacks.samples.every_n_train_steps, num_samples and batch_size of at least 1",
+            (every_n_train_steps, num_samples, batch_size),
+            "give positive numbers",
+        )
+        self.folder, self.samplers, self.weights = Path(folder), samplers, weights
+        self.every, self.num_samples, self.seed = every_n_train_steps, num_samples, seed
+        self.batch_size = batch_size
+        self._seen = -1
+
+    @property
+    def newest(self) -> Path:
+        """The picture drawn last."""
+        return self.folder / "latest.png"
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(module, ConsistencyModule)
+        if module.k != self._seen and module.k % self.every == 0 and module.k > 0:
+            self._seen = module.k
+            self._draw(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, ConsistencyModule)
+        if module.k != self._seen:
+            self._draw(trainer, module)
+
+    @torch.no_grad()
+    def _draw(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        data, count = module.data, self.num_samples
+        columns = pictures.columns_for(count)
+        labels = None if data.num_classes is None else torch.arange(count) % data.num_classes
+        denoiser = module.sampling_denoiser(self.weights).eval()
+        panels = []
+        for name, sampler in self.samplers.items():
+            batches = generate(
+                denoiser,
+                sampler,
+                indices=range(count),
+                labels=labels,
+                shape=(data.channels, data.image_size, data.image_size),
+                seed=self.seed,
+                batch_size=self.batch_size,
+                device=module.device,
+            )
+            caption = f"{name.replace('_', ' ')}, step {module.k}"
+            panels.append((caption, pictures.grid(torch.cat(list(batches)), columns)))
+        module.online.train()
+        sheet = pictures.side_by_side(panels)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sheet.save(self.folder / f"step_{module.k:08d}.png")
+        sheet.save(self.newest)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("samples", [sheet], step=module.k)
+
+
+class Curves(Callback):
+    """Draws curves.png from metrics.csv every n steps and at the end."""
+
+    def __init__(self, *, metrics: str, picture: str, every_n_train_steps: int) -> None:
+        self.metrics, self.picture, self.every = Path(metrics), Path(picture), every_n_train_steps
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step % self.every == 0:
+            self._draw(trainer)
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self._draw(trainer)
+
+    def _draw(self, trainer: L.Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.save()
+        if trainer.is_global_zero and self.metrics.is_file():
+            pictures.draw_curves(self.metrics, self.picture)

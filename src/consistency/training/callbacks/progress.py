@@ -1,0 +1,60 @@
+"""Speed, and the bar that shows it."""
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from consistency.training.module import ConsistencyModule
+
+
+class Throughput(Callback):
+    """Logs `images_per_second` over all devices: training steps only, without evaluation and pictures."""
+
+    def __init__(self) -> None:
+        self._seconds, self._images = 0.0, 0
+        self.total_seconds = 0.0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: object,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(module, ConsistencyModule)
+        elapsed = time.perf_counter() - self._start
+        self.total_seconds += elapsed
+        self._seconds += elapsed
+        self._images += len(batch[0]) * trainer.world_size
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            module.log("images_per_second", self._images / self._seconds, prog_bar=True)
+            self._seconds, self._images = 0.0, 0
+
+
+class StepBar(TQDMProgressBar):
+    """Lightning's progress bar, counting from the first batch to the last of the run."""
+
+    def init_train_tqdm(self) -> Tqdm:
+        bar = super().init_train_tqdm()
+        bar.set_description("Training")
+        return bar
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer, *_)
+        self.train_progress_bar.set_description("Training")
+
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics

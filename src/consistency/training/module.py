@@ -1,0 +1,161 @@
+"""The LightningModule around an objective: it moves data, draws keys, logs; the formula stays in the objective."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from consistency.data.module import DataModule
+from consistency.denoiser import Denoiser
+from consistency.errors import UserError
+from consistency.objectives import Losses, Objective
+from consistency.preconditioning import Preconditioning
+from consistency.randomness import generator, key
+from consistency.tensors import Data, Label
+
+OBJECTIVE = "objective."
+
+
+class ConsistencyModule(L.LightningModule):
+    """Trains `online` with `objective`.
+
+    online: the network under its training preconditioning; sampling_preconditioning: the one its samples are drawn
+    with; card: the plain description of the denoiser that every checkpoint carries; config: the resolved plain config
+    of the run; seed: of every draw.
+
+    k counts the optimizer steps that were really taken, which `trainer.global_step` does not under a gradient scaler.
+    Callbacks publish N(k) as `num_scales` and, where the mode has them, set `target` and `averages`.
+    """
+
+    def __init__(
+        self,
+        *,
+        online: Denoiser,
+        objective: nn.Module,
+        sampling_preconditioning: Preconditioning,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        card: dict[str, Any],
+        config: dict[str, Any],
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.online, self.objective = online, objective.requires_grad_(False)
+        self.sampling_preconditioning = sampling_preconditioning
+        self.make_optimizer = optimizer
+        self.card, self.config, self.seed = card, config, seed
+        self.k = 0
+        self.num_scales = 0
+        self.target: Denoiser | None = None
+        self.averages: dict[str, nn.Module] = {}
+
+    # The optimizer and k
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.online.parameters())
+
+    def on_fit_start(self) -> None:
+        """Counts real steps; callbacks have registered their hooks before, so these see k before it grows."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        self._counter = optimizer.register_step_post_hook(lambda *_: self._count())
+
+    def _count(self) -> None:
+        self.k += 1
+
+    def on_fit_end(self) -> None:
+        self._counter.remove()
+
+    # The step
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        """Dropout draws from the global generators: keyed by place, like every other draw."""
+        place = key(self.seed, "dropout", self.global_rank, batch_idx)
+        torch.default_generator.manual_seed(place)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(place)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, classes = batch
+        data = self.data
+        draw = generator(self.seed, "train", self.global_rank, batch_idx, device=self.device)
+        x_0 = data.augmented(images, draw)
+        label: Label = None if data.num_classes is None else classes
+        objective: Objective = self.objective
+        losses = objective(
+            self.online, self.target or self.online, x_0, label, self.num_scales, draw
+        )
+        loss = losses.loss.mean()
+        self._require_finite(losses)
+        self._log_losses(losses, loss.detach())
+        return loss
+
+    def _require_finite(self, losses: Losses) -> None:
+        if bool(torch.isfinite(losses.loss).all()):
+            return
+        bad = (~torch.isfinite(losses.loss)).nonzero().flatten()
+        times = ", ".join(f"t={losses.t[i]:.4g} r={losses.r[i]:.4g}" for i in bad[:4].tolist())
+        raise UserError(
+            f"expected a finite loss\n  got: {len(bad)} of {len(losses.loss)} samples not finite in the term "
+            f"{type(self.objective).__name__} at step k={self.k}, {times}\n"
+            "  do: lower optimizer.lr, use trainer.precision=32-true or bf16-mixed, or look at the data"
+        )
+
+    def _log_losses(self, losses: Losses, loss: Tensor) -> None:
+        self.log("loss", loss, prog_bar=True, logger=False)
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
+            return
+        self.log("train/loss", loss, sync_dist=True)
+        quarters = losses.loss.detach()[losses.t.argsort()].tensor_split(4)
+        for number, quarter in enumerate(quarters, start=1):
+            if len(quarter):
+                self.log(f"train/loss_noise_quartile_{number}", quarter.mean(), sync_dist=True)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
+            return
+        gradients = [p.grad for p in self.online.parameters() if p.grad is not None]
+        self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+
+    @property
+    def data(self) -> DataModule:
+        """The run's data module."""
+        module = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(module, DataModule)
+        return module
+
+    # Samples
+
+    def sampling_denoiser(self, weights: str) -> Denoiser:
+        """The denoiser that samples are drawn with: `weights` is online, target, or the name of an average."""
+        networks: dict[str, nn.Module] = {"online": self.online.network, **self.averages}
+        if self.target is not None:
+            networks["target"] = self.target.network
+        if self.averages:
+            networks["ema"] = next(iter(self.averages.values()))
+        if weights not in networks:
+            raise UserError(
+                f"expected weights among {sorted(networks)}\n  got: {weights}\n  do: choose one of them"
+            )
+        return Denoiser(networks[weights], self.sampling_preconditioning)
+
+    def forward(self, x_t: Data, t: Tensor, label: Label = None) -> Data:
+        """The online denoiser."""
+        return self.online(x_t, t, label)
+
+    # Checkpoints: tensors and plain values only
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds card, config and k; leaves out teacher and perceptual weights, which come from files of their own."""
+        checkpoint["card"], checkpoint["config"], checkpoint["k"] = self.card, self.config, self.k
+        checkpoint["state_dict"] = {
+            name: value
+            for name, value in checkpoint["state_dict"].items()
+            if not name.startswith(OBJECTIVE)
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.k = checkpoint["k"]
+        own = {f"{OBJECTIVE}{name}": v for name, v in self.objective.state_dict().items()}
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}

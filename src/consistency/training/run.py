@@ -1,0 +1,218 @@
+"""From a configuration to a finished run."""
+
+import logging
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from consistency.checkpoint import load
+from consistency.command import ROOT, require_fresh
+from consistency.data.module import DataModule
+from consistency.denoiser import Denoiser
+from consistency.errors import require
+from consistency.training.callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
+from consistency.training.callbacks.evaluation import ClassifierEvaluation
+from consistency.training.callbacks.pictures import SampleGrids
+from consistency.training.launch import is_child, one_job
+from consistency.training.logging import PatientWandbLogger
+from consistency.training.module import ConsistencyModule
+
+
+def quiet() -> None:
+    """Silences what Lightning says on every run and nobody acts on; everything else stays."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for known in (
+        r".*isinstance\(treespec, LeafSpec\).*",
+        r"Found \d+ module\(s\) in eval mode.*",
+        r".*does not have many workers.*",
+        r".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message=known)
+
+
+def build_data(config: DictConfig) -> DataModule:
+    """The data module; fails where the data are not as the configuration says."""
+    node = config.data
+    return DataModule(
+        source=instantiate(node.source, _partial_=True),
+        held_out=instantiate(node.held_out, _partial_=True) if node.held_out else None,
+        image_size=node.image_size,
+        channels=node.channels,
+        num_classes=node.num_classes,
+        batch_size=node.batch_size,
+        device_batch_size=node.device_batch_size,
+        num_workers=node.num_workers,
+        flip=node.flip,
+        seed=config.seed,
+    )
+
+
+def describe(config: DictConfig) -> dict[str, Any]:
+    """The card of the denoiser that this configuration trains, as `consistency.checkpoint` reads it."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return {
+        "role": plain["mode"]["role"],
+        "network": plain["model"]["network"],
+        "preconditioning": plain["mode"]["sampling_preconditioning"],
+        "process": plain["mode"]["process"],
+        "image": {"channels": plain["data"]["channels"], "size": plain["data"]["image_size"]},
+        "num_classes": plain["data"]["num_classes"],
+    }
+
+
+def build_module(config: DictConfig, data: DataModule) -> ConsistencyModule:
+    """Network, objective and optimizer of the configuration; loads teacher and initial weights."""
+    _require_fit(config, data)
+    network: nn.Module = instantiate(config.model.network, _convert_="all")
+    optimizer = instantiate(config.optimizer, _convert_="all")
+    _try_optimizer(optimizer)
+    if config.init is not None:
+        _initialise(network, config)
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return ConsistencyModule(
+        online=Denoiser(network, instantiate(config.mode.preconditioning)),
+        objective=instantiate(config.mode.objective, _convert_="all"),
+        sampling_preconditioning=instantiate(config.mode.sampling_preconditioning),
+        optimizer=optimizer,
+        card=describe(config),
+        config={str(key): value for key, value in plain.items()},
+        seed=config.seed,
+    )
+
+
+def _require_fit(config: DictConfig, data: DataModule) -> None:
+    """Tries the network's shapes on the data's, without computing, so that a mismatch is told before anything is built."""
+    image = (1, data.channels, data.image_size, data.image_size)
+    shape, reason = None, ""
+    with torch.device("meta"):
+        network = instantiate(config.model.network, _convert_="all")
+        label = None if data.num_classes is None else torch.zeros(1, dtype=torch.long)
+        try:
+            shape = network(torch.zeros(image), torch.zeros(1), label).shape
+            reason = f"one that returns shape {tuple(shape)}"
+        except (ValueError, RuntimeError) as error:
+            reason = str(error)
+    require(
+        shape == image,
+        f"a network model= for data of shape {image[1:]} with {data.num_classes or 'no'} classes",
+        reason,
+        "choose another model=, or set data.image_size, data.channels, data.num_classes",
+    )
+
+
+def _try_optimizer(optimizer: Any) -> None:
+    try:
+        optimizer([nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError) as error:
+        require(False, "settings that the optimizer takes", error, "change optimizer.*")
+
+
+def _initialise(network: nn.Module, config: DictConfig) -> None:
+    loaded = load(config.init, weights=config.init_weights)
+    found = loaded.denoiser.network.state_dict()
+    own = network.state_dict()
+    same = {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}
+    require(
+        same,
+        "initial weights of the same network as model=",
+        f"{loaded.path}, of another network",
+        "choose the model= that wrote them, or init=null",
+    )
+    network.load_state_dict(found)
+
+
+def build_callbacks(config: DictConfig) -> list[Callback]:
+    """The mode's callbacks, then the run's; a null or empty node is switched off."""
+    nodes = [*config.mode.callbacks.values(), *config.callbacks.values()]
+    return [instantiate(node, _convert_="all") for node in nodes if node]
+
+
+def train(config: DictConfig, output: Path) -> None:
+    """Trains as the configuration says and leaves everything in the folder `output`."""
+    quiet()
+    if not is_child():
+        require_fresh(output)
+    require(config.seed >= 0, "seed >= 0", config.seed, "give another seed")
+    require(
+        config.trainer.max_steps >= 1,
+        "trainer.max_steps >= 1",
+        config.trainer.max_steps,
+        "give the number of optimizer steps",
+    )
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    with one_job():
+        data = build_data(config)
+        module = build_module(config, data)
+        callbacks = build_callbacks(config)
+        loggers = [instantiate(node) for node in config.logger.values() if node]
+        trainer = build_trainer(config, callbacks, loggers, data)
+        if trainer.is_global_zero:
+            output.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(config, output / "config.yaml", resolve=True)
+            _announce(config, module, output)
+        for logger in loggers:
+            logger.log_hyperparams(module.config)
+        trainer.fit(module, datamodule=data)
+        if trainer.is_global_zero:
+            _conclude(trainer, output)
+
+
+def build_trainer(
+    config: DictConfig, callbacks: list[Callback], loggers: list[Any], data: DataModule
+) -> L.Trainer:
+    """Lightning's Trainer: one endless epoch, our own order of the data, whole checkpoints."""
+    trainer: L.Trainer = instantiate(
+        config.trainer,
+        callbacks=callbacks,
+        logger=loggers or False,
+        plugins=[AtomicCheckpointIO()],
+        max_epochs=1,
+        use_distributed_sampler=False,
+        _convert_="all",
+    )
+    trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
+    return trainer
+
+
+@rank_zero_only
+def _announce(config: DictConfig, module: ConsistencyModule, output: Path) -> None:
+    choices = HydraConfig.get().runtime.choices
+    millions = sum(p.numel() for p in module.online.parameters()) / 1e6
+    print(
+        f"mode={choices.mode} data={choices.data} model={choices.model}: {millions:.2f} M parameters, "
+        f"{config.trainer.max_steps} optimizer steps of {config.data.batch_size} images"
+    )
+    pair = f"{choices.data}_{choices.mode}"
+    if not (ROOT / "conf" / "recipe" / f"{pair}.yaml").is_file():
+        print(f"No recipe conf/recipe/{pair}.yaml: the mode's own defaults are used.")
+    print(f"Run folder: {output}", flush=True)
+
+
+def _conclude(trainer: L.Trainer, output: Path) -> None:
+    saved = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoints))  # type: ignore[attr-defined]
+    print(f"\nCheckpoint: {saved.last}")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SampleGrids):
+            print(f"Samples:    {callback.newest}")
+        if isinstance(callback, ClassifierEvaluation):
+            print(callback.table())
+    sample = ROOT / "src" / "sample.py"
+    line = [sys.executable, str(sample), f"checkpoint={output}", f"output={output / 'samples_64'}"]
+    for logger in trainer.loggers:
+        if isinstance(logger, PatientWandbLogger) and logger.offline_folder is not None:
+            print(f"W&B:        offline; upload with `wandb sync {logger.offline_folder}`")
+    print(f"Continue with:\n  {shlex.join(line)}")

@@ -1,0 +1,7 @@
+"""Trains a consistency model or a teacher: `python src/train.py mode=ect data=digits`; conf/train.yaml has the options."""
+
+from consistency.command import command
+from consistency.training.run import train
+
+if __name__ == "__main__":
+    command("train")(train)()

@@ -1,0 +1,531 @@
+"""Comparisons of the networks, their layers and the preconditioning with golden data.
+
+Each function takes what the published implementation was given from the file, runs ours, and
+compares. Keyword names of the published constructors are translated to ours here.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+import torch
+import yaml
+from golden_harness import (
+    GRADIENT,
+    HALF_PRECISION,
+    OUTPUT,
+    SCALING,
+    SCALING_FLOAT64,
+    TIME_EMBEDDING,
+    Archive,
+    Tolerance,
+    compare_gradients,
+    read_json,
+    read_safetensors,
+)
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from consistency.denoiser import Denoiser
+from consistency.networks.adm import ADM
+from consistency.networks.dhariwal import DhariwalUNet
+from consistency.networks.layers import attend, sinusoidal_features
+from consistency.networks.song import SongUNet
+from consistency.networks.unet import UNetBlock
+from consistency.preconditioning import EDM, Boundary
+from consistency.tensors import Data, Label, Time
+
+MODELS = Path(__file__).parent.parent / "conf" / "model"
+
+# Section 2 of the golden README: these hold unless a file says otherwise.
+SIGMA_DATA, T_MIN = 0.5, 0.002
+OPENAI, NVLABS = 250.0, 0.25
+
+
+# ------------------------------------------------------------------ constructors of the originals
+
+
+def openai_arguments(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Ours from those of `UNetModel`, which counts attention in downsampling factors."""
+    size, head_channels = cfg["image_size"], cfg["num_head_channels"]
+    ours = {key: value for key, value in cfg.items() if key != "num_heads_upsample"}
+    ours["attention_resolutions"] = [size // factor for factor in cfg["attention_resolutions"]]
+    ours["dropout"] = float(cfg["dropout"])
+    ours["num_head_channels"] = None if head_channels == -1 else head_channels
+    return ours
+
+
+# What the published constructors take where the file says nothing.
+SONG_DEFAULTS = {
+    "channel_mult": [1, 2, 2, 2],
+    "num_blocks": 4,
+    "attn_resolutions": [16],
+    "embedding_type": "positional",
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "channel_mult_noise": 1,
+    "resample_filter": [1, 1],
+}
+DHARIWAL_DEFAULTS = {
+    "channel_mult": [1, 2, 3, 4],
+    "num_blocks": 3,
+    "attn_resolutions": [32, 16, 8],
+}
+
+
+def nvlabs_arguments(kwargs: dict[str, Any], *, fourier_scale: float = 16.0) -> dict[str, Any]:
+    """Ours from those of an NVlabs preconditioned network."""
+    song = kwargs["model_type"] == "SongUNet"
+    given: dict[str, Any] = {
+        "augment_dim": 0,
+        "dropout": 0.1,
+        "channel_mult_emb": 4,
+        "model_channels": None,
+    }
+    given |= (SONG_DEFAULTS if song else DHARIWAL_DEFAULTS) | kwargs
+    ours = {
+        "image_size": given["img_resolution"],
+        "in_channels": given["img_channels"],
+        "model_channels": given["model_channels"] or (128 if song else 192),
+        "num_res_blocks": given["num_blocks"],
+        "attention_resolutions": given["attn_resolutions"],
+        "channel_mult": given["channel_mult"],
+        "num_classes": given["label_dim"] or None,
+        "augment_dim": given["augment_dim"],
+        "dropout": float(given["dropout"]),
+        "channel_mult_emb": given["channel_mult_emb"],
+    }
+    if song:
+        ours["fourier_scale"] = fourier_scale if given["embedding_type"] == "fourier" else None
+        ours["residual_input"] = given["encoder_type"] == "residual"
+        ours["skip_output"] = given["decoder_type"] == "skip"
+        ours["channel_mult_noise"] = given["channel_mult_noise"]
+        ours["resample_filter"] = given["resample_filter"]
+    return ours
+
+
+def jcm_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Ours from the `model` section of a JAX configuration."""
+    return {
+        "image_size": config["_size"],
+        "in_channels": 3,
+        "model_channels": config["nf"],
+        "num_res_blocks": config["num_res_blocks"],
+        "attention_resolutions": config["attn_resolutions"],
+        "channel_mult": config["ch_mult"],
+        "dropout": float(config["dropout"]),
+        "fourier_scale": float(config["fourier_scale"]),
+        "residual_input": config["progressive_input"] == "residual",
+        "skip_output": False,
+        "channel_mult_noise": 2,
+        "resample_filter": config["fir_kernel"],
+    }
+
+
+def openai_network(folder: Path, name: str) -> ADM:
+    entry = read_json(folder / "configs.json")[name]
+    return loaded(ADM(**openai_arguments(entry["cfg"])), folder / f"{name}.safetensors", entry)
+
+
+def small_network(folder: Path, name: str) -> ADM:
+    entry = read_json(folder / "config.json")
+    return loaded(ADM(**openai_arguments(entry["unet"])), folder / f"{name}.safetensors", entry)
+
+
+def nvlabs_network(folder: Path, name: str) -> SongUNet | DhariwalUNet:
+    entry = read_json(folder / "configs.json")[name]
+    return loaded(nvlabs_module(entry["kwargs"]), folder / f"{name}.safetensors", entry)
+
+
+def ect_network(folder: Path) -> SongUNet | DhariwalUNet:
+    kwargs = read_json(folder / "config.json")["ECMPrecond_kwargs"]
+    return loaded(nvlabs_module(kwargs), folder / "net.safetensors", {})
+
+
+def jcm_network(folder: Path) -> SongUNet:
+    network = SongUNet(**jcm_arguments(read_json(folder / "ncsnpp_config.json")))
+    weights = song_from_flax(read_safetensors(folder / "ncsnpp.safetensors"), network)
+    network.load_state_dict(network.state_dict() | weights)
+    return network.eval()
+
+
+def nvlabs_module(kwargs: dict[str, Any]) -> SongUNet | DhariwalUNet:
+    kind = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}[kwargs["model_type"]]
+    return kind(**nvlabs_arguments(kwargs))
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def loaded(network: Module, path: Path, entry: dict[str, Any]) -> Module:
+    """The network with exactly the weights of the file, counted where the entry says how many."""
+    weights = read_safetensors(path)
+    network.load_state_dict({name.removeprefix("model."): w for name, w in weights.items()})
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert count == entry.get("n_params", count)
+    return network.eval()
+
+
+def song_from_flax(params: dict[str, Tensor], network: SongUNet) -> dict[str, Tensor]:
+    """Weights of the JAX NCSN++ under the names of `SongUNet`, whose blocks stand in their order.
+
+    Convolutions are stored (h, w, in, out), linear maps (in, out), queries, keys and values apart.
+    """
+    rest, ours = dict(params), {"map_noise.freqs": params["GaussianFourierProjection_0.W"]}
+    del rest["GaussianFourierProjection_0.W"]
+
+    def move(theirs: str, name: str, weight: str = "kernel") -> None:
+        value = rest.pop(f"{theirs}.{weight}")
+        if value.ndim > 1:
+            value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
+        ours[f"{name}.weight"], ours[f"{name}.bias"] = value, rest.pop(f"{theirs}.bias")
+
+    side, sides = network.sides[0], network.sides
+    move("Dense_0", "map_layer0")
+    move("Dense_1", "map_layer1")
+    move("Conv_0", f"enc.{side}x{side}_conv")
+    move("GroupNorm_0", f"dec.{side}x{side}_aux_norm", "scale")
+    move("Conv_1", f"dec.{side}x{side}_aux_conv")
+    for i, lower in enumerate(sides[1:]):
+        move(f"Downsample_{i}.Conv2d_0", f"enc.{lower}x{lower}_aux_residual", "weight")
+    blocks = [(n, m) for n, m in network.named_modules() if isinstance(m, UNetBlock)]
+    for i, (name, block) in enumerate(blocks):
+        theirs = f"ResnetBlockBigGANpp_{i}"
+        move(f"{theirs}.GroupNorm_0", f"{name}.norm0", "scale")
+        move(f"{theirs}.Conv_0", f"{name}.conv0")
+        move(f"{theirs}.Dense_0", f"{name}.affine")
+        move(f"{theirs}.GroupNorm_1", f"{name}.norm1", "scale")
+        move(f"{theirs}.Conv_1", f"{name}.conv1")
+        if not isinstance(block.skip, nn.Identity):
+            move(f"{theirs}.Conv_2", f"{name}.skip")
+    for i, name in enumerate(name for name, block in blocks if block.heads):
+        theirs = f"AttnBlockpp_{i}"
+        move(f"{theirs}.GroupNorm_0", f"{name}.norm2", "scale")
+        weight = [rest.pop(f"{theirs}.NIN_{j}.W").T[:, :, None, None] for j in range(4)]
+        bias = [rest.pop(f"{theirs}.NIN_{j}.b") for j in range(4)]
+        for kind, (*qkv, proj) in (("weight", weight), ("bias", bias)):
+            ours[f"{name}.qkv.{kind}"] = torch.stack(qkv, dim=1).flatten(0, 1)
+            ours[f"{name}.proj.{kind}"] = proj
+    assert not rest, f"weights of the JAX network without a place in ours: {sorted(rest)}"
+    return ours
+
+
+# ------------------------------------------------------------------------------- whole networks
+
+
+class Watched:
+    """Keeps the outputs of the named submodules of a network while it runs."""
+
+    def __init__(self, network: nn.Module, names: set[str]) -> None:
+        self.outputs: dict[str, Tensor] = {}
+        for name in names:
+            network.get_submodule(name).register_forward_hook(self._keep(name))
+
+    def _keep(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.outputs[name] = output.detach()
+
+        return hook
+
+
+def gradients_of(network: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    return {
+        prefix + name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in network.named_parameters()
+    }
+
+
+def compare_openai_unet(archive: Archive) -> None:
+    """Output, gradients, statistics of blocks, and the two denoisers of one `UNetModel`."""
+    network = openai_network(archive.path.parent, archive.path.stem)
+    label = archive.tensor("y") if "y" in archive else None
+    x = archive.tensor("x").requires_grad_()
+    blocks = {n.removeprefix("inter.").rsplit(".", 1)[0] for n in archive.matching("inter.*_hw")}
+    watched = Watched(network, blocks | {"time_embed"})
+
+    output = network(x, archive.tensor("timesteps"), label)
+    archive.compare("output", output, OUTPUT)
+    archive.compare("inter.time_embed_out", watched.outputs["time_embed"], OUTPUT)
+    for name in archive.matching("inter.*_hw"):
+        block, statistic = name.removeprefix("inter.").rsplit(".", 1)
+        h = watched.outputs[block]
+        mean = h.mean((2, 3)) if statistic == "mean_hw" else h.square().mean((2, 3)).sqrt()
+        archive.compare(name, mean, OUTPUT)
+
+    (output * archive.tensor("cotangent")).sum().backward()
+    assert x.grad is not None
+    gradients = gradients_of(network)
+    archive.compare("grad_x", x.grad, GRADIENT)
+    archive.compare_names("param_names", list(gradients))
+    names = [str(name) for name in archive.arrays["param_names"]]
+    compare_gradients(archive, "grad_l2_all", names, gradients)
+    floor = 1e-6 * float(archive.arrays["grad_l2_all"].max())
+    for name in archive.matching("grad.*"):
+        ours = gradients[name.removeprefix("grad.")]
+        archive.compare(name, ours, Tolerance(of_norm=1e-3, absolute=floor))
+    if "denoise.sigma" in archive:
+        compare_openai_denoisers(archive, network, label)
+
+
+def compare_openai_denoisers(archive: Archive, network: ADM, label: Label) -> None:
+    t, x = archive.tensor("denoise.sigma"), archive.tensor("x")
+    edm = EDM(sigma_data=SIGMA_DATA, c_noise_scale=OPENAI)
+    boundary = Boundary(sigma_data=SIGMA_DATA, t_min=T_MIN, c_noise_scale=OPENAI)
+    raw: list[Tensor] = []
+    network.register_forward_hook(lambda module, inputs, output: raw.append(output))
+    with torch.no_grad():
+        archive.compare("denoise_edm.denoised", Denoiser(network, edm)(x, t, label), OUTPUT)
+        archive.compare(
+            "denoise_boundary.denoised", Denoiser(network, boundary)(x, t, label), OUTPUT
+        )
+    for output in raw:
+        archive.compare("denoise.model_output", output, OUTPUT)
+
+
+class Augmented(nn.Module):
+    """A network that is always told the same augmentation."""
+
+    def __init__(self, network: nn.Module, augment: Float[Tensor, "b a"]) -> None:
+        super().__init__()
+        self.network, self.augment = network, augment
+
+    def forward(self, x: Data, c_noise: Time, label: Label = None) -> Data:
+        return self.network(x, c_noise, label, augment=self.augment)
+
+
+def class_indices(one_hot: Tensor) -> Tensor:
+    """Class indices of rows with a single 1; plain indices stay what they are."""
+    if one_hot.ndim == 1:
+        return one_hot.long()
+    assert torch.equal(one_hot.sum(1), torch.ones(len(one_hot), dtype=one_hot.dtype))
+    return one_hot.argmax(1)
+
+
+def no_class(network: SongUNet | DhariwalUNet, batch: int) -> Label:
+    """What the published code makes of a missing label: no class at all, if there are classes."""
+    return None if network.num_classes is None else torch.full((batch,), -1)
+
+
+def compare_nvlabs(archive: Archive) -> None:
+    """Output and gradients of one EDM denoiser, and what its network was given."""
+    if archive.path.stem not in read_json(archive.path.parent / "configs.json"):
+        return  # formulas of the sampler and of training
+    network = nvlabs_network(archive.path.parent, archive.path.stem)
+    x, t = archive.tensor("x").requires_grad_(), archive.tensor("sigma")
+    label = no_class(network, len(x))
+    if "class_labels" in archive:
+        label = class_indices(archive.tensor("class_labels"))
+    told: nn.Module = network
+    if "augment_labels" in archive:
+        told = Augmented(network, archive.tensor("augment_labels"))
+    scalings = EDM(sigma_data=SIGMA_DATA, c_noise_scale=NVLABS)
+    received: list[tuple[Tensor, ...]] = []
+    network.register_forward_pre_hook(lambda module, inputs: received.append(inputs))
+    watched = Watched(network, {"", "map_layer1"})
+
+    denoised = Denoiser(told, scalings)(x, t, label)
+    archive.compare("F_input", received[0][0], OUTPUT)
+    archive.compare("c_noise", received[0][1], SCALING)
+    archive.compare("F_x", watched.outputs[""], OUTPUT)
+    archive.compare("map_layer1_out", watched.outputs["map_layer1"], OUTPUT)
+    archive.compare("D_x", denoised, OUTPUT)
+    (denoised * archive.tensor("cotangent")).sum().backward()
+    assert x.grad is not None
+    gradients = gradients_of(network, "model.")
+    archive.compare("grad_x", x.grad, GRADIENT)
+    archive.compare_names("param_names", list(gradients))
+    names = [str(name) for name in archive.arrays["param_names"]]
+    compare_gradients(archive, "grad_l2_all", names, gradients)
+    if "D_x_nolabels_noaug" in archive:
+        plain = Denoiser(network, scalings)(x.detach(), t, no_class(network, len(x)))
+        archive.compare("D_x_nolabels_noaug", plain, OUTPUT)
+
+
+@torch.no_grad()
+def compare_ect(archive: Archive) -> None:
+    """Denoisers of the ECT code: EDM scalings while training, boundary scalings otherwise.
+
+    For a class-conditional network the file does not say whether the calls under `precond.` were
+    given labels, so either is accepted.
+    """
+    folder = archive.path.parent
+    network = ect_network(folder)
+    archive.compare_names("param_names", list(gradients_of(network, "model.")))
+    label = no_class(network, len(archive.input("images")))
+    if "labels" in archive:
+        label = class_indices(archive.tensor("labels"))
+    train = Denoiser(network, EDM(sigma_data=SIGMA_DATA, c_noise_scale=NVLABS))
+    t_min = read_json(folder / "config.json")["sigma_min"]
+    boundary = Boundary(sigma_data=SIGMA_DATA, t_min=t_min, c_noise_scale=NVLABS)
+    x, t = archive.tensor("precond.x"), archive.tensor("precond.sigma")
+    for name, denoise in (("train", train), ("eval", Denoiser(network, boundary))):
+        candidates = [denoise(x, t, no_class(network, len(x)))]
+        if label is not None and len(label) >= len(x):
+            candidates.append(denoise(x, t, label[: len(x)]))
+        expected = torch.from_numpy(archive.arrays[f"precond.{name}_mode"])
+        nearest = min(candidates, key=lambda ours: float((ours - expected).abs().max()))
+        archive.compare(f"precond.{name}_mode", nearest, OUTPUT)
+    for name in archive.matching("*.D_yt"):
+        case = name.removesuffix(".D_yt")
+        x_0, z = archive.tensor("images"), archive.tensor(f"{case}.eps")
+        for time, output in (("t", "D_yt"), ("r", "D_yr_raw")):
+            t = archive.tensor(f"{case}.{time}")
+            archive.compare(
+                f"{case}.{output}", train(x_0 + t[:, None, None, None] * z, t, label), OUTPUT
+            )
+
+
+@torch.no_grad()
+def compare_jcm_ncsnpp(archive: Archive) -> None:
+    """Output of the JAX NCSN++, whose arrays have channels last."""
+    folder = archive.path.parent
+    archive.compare_names("param_names", list(read_safetensors(folder / "ncsnpp.safetensors")))
+    x = archive.tensor("x").permute(0, 3, 1, 2)
+    output = jcm_network(folder)(x, archive.tensor("time_cond"))
+    archive.compare("output", output.permute(0, 2, 3, 1), OUTPUT)
+
+
+# ------------------------------------------------------------------------ layers and scalings
+
+
+def compare_timestep_embedding(archive: Archive) -> None:
+    for name in archive.matching("emb.dim*"):
+        width = int(name.removeprefix("emb.dim"))
+        ours = sinusoidal_features(archive.tensor("timesteps"), width)
+        archive.compare(name, ours, TIME_EMBEDDING)
+
+
+def compare_attention(archive: Archive) -> None:
+    """Both kinds of attention on inputs (batch, three * heads * width, length)."""
+    for name in archive.matching("*.qkv"):
+        case, qkv = name.removesuffix(".qkv"), archive.tensor(name)
+        heads = int(archive.number(f"{case}.num_heads"))
+        q, k, v = qkv.unflatten(1, (3, heads, -1)).transpose(-2, -1).unbind(1)
+        for kind in ("plain", "sdpa"):
+            ours = attend(q, k, v, kind).transpose(-2, -1).flatten(1, 2)
+            for output in archive.matching(f"{case}.out_*"):
+                half = output.endswith("_fp16")
+                archive.compare(output, ours, HALF_PRECISION if half else OUTPUT)
+
+
+def compare_scalings(archive: Archive) -> None:
+    """c_skip, c_out, c_in, c_noise of both preconditionings, in float32 and float64."""
+    for name in archive.matching("*.const.sigma_data"):
+        case = name.removesuffix(".const.sigma_data")
+        sigma_data = archive.number(name)
+        t_min = archive.number(f"{case}.const.sigma_min")
+        edm = EDM(sigma_data=sigma_data, c_noise_scale=OPENAI)
+        boundary = Boundary(sigma_data=sigma_data, t_min=t_min, c_noise_scale=OPENAI)
+        t = archive.tensor(f"{case}.sigma")
+        for suffix, times, tolerance in (
+            ("", t, SCALING),
+            (".f64", t.double(), SCALING_FLOAT64),
+        ):
+            e, b = edm(times), boundary(times)
+            for c in ("c_skip", "c_out", "c_in"):
+                archive.compare(f"{case}.edm.{c}{suffix}", getattr(e, c), tolerance)
+                archive.compare(f"{case}.boundary.{c}{suffix}", getattr(b, c), tolerance)
+            zero_model = f"{case}.denoise_zero_model.distillation"
+            archive.compare(f"{zero_model}_False{suffix}", e.c_skip, tolerance)
+            archive.compare(f"{zero_model}_True{suffix}", b.c_skip, tolerance)
+            archive.compare(f"{case}.model_input_for_x1{suffix}", b.c_in, tolerance)
+            archive.compare(f"{case}.rescaled_t{suffix}", b.c_noise, tolerance)
+
+
+def compare_smallest_times(archive: Archive) -> None:
+    """c_noise near zero. The published code takes ln(t + 1e-44), so t of that size is left out."""
+    if "edge.sigma" not in archive:
+        return
+    t = archive.tensor("edge.sigma")
+    ours = EDM(sigma_data=SIGMA_DATA, c_noise_scale=OPENAI)(t).c_noise
+    expected = torch.from_numpy(archive.arrays["edge.rescaled_t"])
+    archive.compare("edge.rescaled_t", torch.where(t > 1e-41, ours, expected), SCALING)
+
+
+# ------------------------------------------------------------------------ released architectures
+
+
+def model_configurations() -> dict[str, dict[str, Any]]:
+    """The files in conf/model of published networks; the others take sizes from the data."""
+    texts = {path.stem: path.read_text() for path in sorted(MODELS.glob("*.yaml"))}
+    return {name: yaml.safe_load(text) for name, text in texts.items() if "${" not in text}
+
+
+def shipped(arguments: dict[str, Any]) -> list[str]:
+    """Model files that describe this network; what training alone decides may differ."""
+    free = {"augment_dim", "dropout"}
+    return [
+        name
+        for name, config in model_configurations().items()
+        if all(
+            config["network"].get(key, value) == value
+            for key, value in arguments.items()
+            if key not in free
+        )
+        and set(arguments) <= set(config["network"])
+    ]
+
+
+def compare_released(entry: dict[str, Any], arguments: dict[str, Any], prefix: str) -> str:
+    """The model file that describes a released network, with its names, shapes and count."""
+    names = shipped(arguments)
+    assert names, f"no file in conf/model describes {arguments}"
+    for name in names:
+        config = dict(model_configurations()[name]["network"])
+        config |= {key: arguments[key] for key in ("augment_dim",) if key in arguments}
+        with torch.device("meta"):
+            network = hydra.utils.instantiate(config)
+        shapes = {prefix + key: list(value.shape) for key, value in network.state_dict().items()}
+        assert shapes == entry["shapes"], name
+        assert sum(p.numel() for p in network.parameters()) == entry["n_params"], name
+    return names[0]
+
+
+def compare_released_openai(path: Path) -> int:
+    """Names and shapes of the released OpenAI networks; their flags count attention in sides."""
+    entries = read_json(path)
+    for entry in entries.values():
+        flags, shapes = entry["flags"], entry["shapes"]
+        classes = shapes["label_emb.weight"][0] if flags["class_cond"] else None
+        arguments = {
+            "image_size": flags["image_size"],
+            "model_channels": flags["num_channels"],
+            "num_res_blocks": flags["num_res_blocks"],
+            "attention_resolutions": [int(n) for n in flags["attention_resolutions"].split(",")],
+            "channel_mult": entry["channel_mult"],
+            "num_classes": classes,
+            "num_head_channels": flags["num_head_channels"],
+            "use_scale_shift_norm": flags["use_scale_shift_norm"],
+            "resblock_updown": flags["resblock_updown"],
+        }
+        name = compare_released(entry, arguments, "")
+        assert model_configurations()[name]["c_noise_scale"] == OPENAI
+    return sum(len(entry["shapes"]) for entry in entries.values())
+
+
+def compare_released_nvlabs(path: Path) -> int:
+    entries = read_json(path)
+    for entry in entries.values():
+        name = compare_released(entry, nvlabs_arguments(entry["kwargs"]), "model.")
+        assert model_configurations()[name]["c_noise_scale"] == NVLABS
+    return sum(len(entry["shapes"]) for entry in entries.values())
+
+
+def compare_released_jcm(path: Path) -> int:
+    """Names and shapes of the released JAX network, each moved to its place in ours."""
+    entry = read_json(path)
+    config = model_configurations()["ncsnpp_cifar10_jcm"]
+    with torch.device("meta"):
+        network = hydra.utils.instantiate(config["network"])
+        params = {name: torch.empty(shape) for name, shape in entry["shapes"].items()}
+        ours = {name: value.shape for name, value in song_from_flax(params, network).items()}
+    expected = {
+        name: value.shape
+        for name, value in network.state_dict().items()
+        if not name.endswith("resample_filter")
+    }
+    assert ours == expected
+    assert sum(value.numel() for value in params.values()) == entry["n_params"]
+    assert config["c_noise_scale"] == NVLABS
+    return len(entry["shapes"])

@@ -1,0 +1,161 @@
+"""Our numbers against those of the published code, for every file in the folder $CM_GOLDEN.
+
+The tables say what compares which file, which arrays are left to later work, and which are never
+compared and why. A file or an array that no line mentions is a failure, and so is an array that is
+both compared and excused.
+"""
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import golden_networks as networks
+import pytest
+from golden_harness import FOLDER, Archive
+from torch import nn
+
+ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
+    ("openai_unet/*.npz", networks.compare_openai_unet),
+    ("edm/*.npz", networks.compare_nvlabs),
+    ("ect/loss.npz", networks.compare_ect),
+    ("jcm/ncsnpp.npz", networks.compare_jcm_ncsnpp),
+    ("openai_attention.npz", networks.compare_attention),
+    ("openai_timestep_embedding.npz", networks.compare_timestep_embedding),
+    ("openai_schedules.npz", networks.compare_scalings),
+    ("openai_schedules.npz", networks.compare_smallest_times),
+]
+
+WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
+    ("openai_unet/*", lambda path: networks.openai_network(path.parent, path.stem)),
+    ("openai_small/*", lambda path: networks.small_network(path.parent, path.stem)),
+    ("edm/*", lambda path: networks.nvlabs_network(path.parent, path.stem)),
+    ("ect/net.safetensors", lambda path: networks.ect_network(path.parent)),
+    ("jcm/ncsnpp.safetensors", lambda path: networks.jcm_network(path.parent)),
+]
+
+SHAPES: list[tuple[str, Callable[[Path], int]]] = [
+    ("openai_unet/released_architectures.json", networks.compare_released_openai),
+    ("edm/released_architectures.json", networks.compare_released_nvlabs),
+    ("jcm/cifar10_ncsnpp_param_shapes.json", networks.compare_released_jcm),
+]
+
+SETTINGS = [
+    "*.md",
+    "MANIFEST.json",
+    "TOLERANCES.json",
+    "openai_ema_scales.json",
+    "*/config.json",
+    "*/configs.json",
+    "*/specs.json",
+    "jcm/ncsnpp_config.json",
+]
+"""Files that the comparisons read, or that describe the others."""
+
+LATER = [
+    ("openai_consistency_loss_*.npz", "*", "losses: objectives"),
+    ("openai_progdist_loss.npz", "*", "losses: objectives"),
+    ("openai_denoising_loss.npz", "*", "losses: objectives"),
+    ("openai_samplers.npz", "*", "samplers"),
+    ("openai_editing.npz", "*", "editing"),
+    ("openai_trajectory/*.npz", "*", "trajectories: training"),
+    ("openai_ema_scales.npz", "*", "schedules"),
+    ("openai_sigma_samplers.npz", "*", "pairs"),
+    ("openai_schedules.npz", "*.snr*", "weightings"),
+    ("openai_schedules.npz", "*.weight.*", "weightings"),
+    ("openai_schedules.npz", "*.sigmas_karras.*", "grids"),
+    ("openai_schedules.npz", "*.train_t*", "grids"),
+    ("openai_schedules.npz", "*.progdist_t*", "grids"),
+    ("openai_schedules.npz", "*.const.sigma_max", "grids"),
+    ("openai_schedules.npz", "*.const.rho", "grids"),
+    ("openai_schedules.npz", "*.ancestral.*", "samplers"),
+    ("ict_formulas.npz", "*", "schedules, pairs, weightings, distances of iCT"),
+    ("piq_lpips_recipe.npz", "*", "distances: LPIPS"),
+    ("edm/*.npz", "loss.*", "losses: objectives"),
+    ("edm/*.npz", "sampler.*", "samplers"),
+    ("edm/scalars.npz", "*", "samplers, averaging"),
+    ("ect/schedule.npz", "*", "pairs"),
+    ("ect/loss.npz", "gen.*", "samplers"),
+    ("ect/loss.npz", "*.rnd_normal", "pairs"),
+    ("ect/loss.npz", "*.eps", "losses: objectives"),
+    ("ect/loss.npz", "*.loss", "losses: objectives"),
+    ("ect/loss.npz", "*.grad_l2_all", "losses: objectives"),
+    ("ect/loss.npz", "*.[tr]", "pairs"),
+    ("ect/loss.npz", "*.stage", "pairs"),
+    ("ect/loss.npz", "*.c", "distances: pseudo-Huber"),
+    ("ect/loss.npz", "*.P_mean_P_std_q_k_b", "pairs"),
+    ("ect/loss.npz", "*.adj_const", "pairs"),
+    ("ect/loss.npz", "*.teacher_pass_ran", "losses: objectives"),
+    ("jcm/ncsnpp.npz", "image", "losses: objectives"),
+    ("jcm/ncsnpp.npz", "*ct.*", "losses: objectives"),
+    ("jcm/losses_toy.npz", "*", "losses: objectives"),
+    ("jcm/samplers_toy.npz", "*", "samplers"),
+    ("jcm/schedules.npz", "*", "schedules, grids"),
+    ("jcm/trajectory_toy.npz", "*", "trajectories: training"),
+    ("jcm/toy_*.safetensors", "*", "the toy network of the JAX losses"),
+]
+"""(file, array, the work that will compare it)."""
+
+NEVER: list[tuple[str, str, str]] = []
+"""(file, array, why comparing it would mean nothing)."""
+
+FILES = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*") if path.is_file())
+COUNTS: dict[str, int] = {}
+WORST: dict[str, tuple[float, str]] = {}
+
+
+def excused(file: str, array: str) -> bool:
+    """Whether a table leaves out the array, `*` standing for all of the file."""
+    return any(
+        fnmatchcase(file, pattern) and (arrays == "*" or fnmatchcase(array, arrays))
+        for pattern, arrays, _ in LATER + NEVER
+    )
+
+
+def test_folder_is_there() -> None:
+    assert FILES, f"no golden data in {FOLDER}: set CM_GOLDEN to the folder"
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.endswith(".npz")])
+def test_arrays(file: str) -> None:
+    archive = Archive(FOLDER / file)
+    for pattern, compare in ARRAYS:
+        if fnmatchcase(file, pattern):
+            compare(archive)
+    twice = [name for name in archive.compared if excused(file, name)]
+    assert not twice, f"compared, yet listed as left out: {twice[:9]}"
+    seen = archive.read | set(archive.compared)
+    forgotten = [name for name in archive.arrays if name not in seen and not excused(file, name)]
+    assert not forgotten, f"nothing compares {len(forgotten)} arrays: {forgotten[:9]}"
+    COUNTS[file] = len(archive.compared)
+    WORST[file] = max(((used, name) for name, used in archive.compared.items()), default=(0.0, ""))
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.endswith(".safetensors")])
+def test_weights(file: str) -> None:
+    builders = [build for pattern, build in WEIGHTS if fnmatchcase(file, pattern)]
+    assert bool(builders) != excused(file, "*"), (
+        "expected one of: a network that loads it, a reason"
+    )
+    for build in builders:
+        COUNTS[file] = len(build(FOLDER / file).state_dict())
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if not f.endswith((".npz", ".safetensors"))])
+def test_descriptions(file: str) -> None:
+    comparisons = [compare for pattern, compare in SHAPES if fnmatchcase(file, pattern)]
+    known = any(fnmatchcase(file, pattern) for pattern in SETTINGS)
+    assert comparisons or known, "nothing reads this file"
+    for compare in comparisons:
+        COUNTS[file] = compare(FOLDER / file)
+
+
+def test_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """Says what was compared in this run, and where it came closest to its tolerance."""
+    with capsys.disabled():
+        print(f"\ngolden folder {FOLDER}, {len(FILES)} files:")
+        for kind, what in ((".npz", "arrays"), (".safetensors", "weights"), (".json", "shapes")):
+            counts = [n for file, n in COUNTS.items() if file.endswith(kind) and n]
+            print(f"  {sum(counts)} {what} compared in {len(counts)} files")
+        for file, (used, name) in sorted(WORST.items(), key=lambda entry: -entry[1][0]):
+            if name:
+                print(f"  {used:6.1%} of the tolerance at most in {file}: {name}")
