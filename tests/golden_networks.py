@@ -11,6 +11,17 @@ from typing import Any, TypeVar
 import hydra
 import torch
 import yaml
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from consistency.denoiser import Denoiser
+from consistency.networks.adm import ADM
+from consistency.networks.dhariwal import DhariwalUNet
+from consistency.networks.layers import attend, sinusoidal_features
+from consistency.networks.song import SongUNet
+from consistency.networks.unet import UNetBlock
+from consistency.preconditioning import EDM, Boundary
+from consistency.tensors import Data, Label, Time
 from golden_harness import (
     GRADIENT,
     HALF_PRECISION,
@@ -24,17 +35,6 @@ from golden_harness import (
     read_json,
     read_safetensors,
 )
-from jaxtyping import Float
-from torch import Tensor, nn
-
-from consistency.denoiser import Denoiser
-from consistency.networks.adm import ADM
-from consistency.networks.dhariwal import DhariwalUNet
-from consistency.networks.layers import attend, sinusoidal_features
-from consistency.networks.song import SongUNet
-from consistency.networks.unet import UNetBlock
-from consistency.preconditioning import EDM, Boundary
-from consistency.tensors import Data, Label, Time
 
 MODELS = Path(__file__).parent.parent / "conf" / "model"
 

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import golden_networks as networks
 import pytest
-from golden_harness import FOLDER, Archive
 from torch import nn
+
+import golden_formulas as formulas
+import golden_losses as losses
+import golden_networks as networks
+from golden_harness import FOLDER, Archive
 
 ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("openai_unet/*.npz", networks.compare_openai_unet),
@@ -23,6 +26,18 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("openai_timestep_embedding.npz", networks.compare_timestep_embedding),
     ("openai_schedules.npz", networks.compare_scalings),
     ("openai_schedules.npz", networks.compare_smallest_times),
+    ("openai_schedules.npz", formulas.compare_weights_and_grids),
+    ("openai_ema_scales.npz", formulas.compare_openai_schedules),
+    ("openai_sigma_samplers.npz", formulas.compare_sigma_samplers),
+    ("ict_formulas.npz", formulas.compare_ict),
+    ("ect/schedule.npz", formulas.compare_ect_schedule),
+    ("edm/scalars.npz", formulas.compare_edm_training),
+    ("jcm/schedules.npz", formulas.compare_jcm_schedules),
+    ("openai_consistency_loss_*.npz", losses.compare_consistency_losses),
+    ("openai_progdist_loss.npz", losses.compare_progressive_losses),
+    ("openai_denoising_loss.npz", losses.compare_denoising_losses),
+    ("edm/*.npz", losses.compare_nvlabs_losses),
+    ("ect/loss.npz", losses.compare_ect_losses),
 ]
 
 WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
@@ -52,44 +67,18 @@ SETTINGS = [
 """Files that the comparisons read, or that describe the others."""
 
 LATER = [
-    ("openai_consistency_loss_*.npz", "*", "losses: objectives"),
-    ("openai_progdist_loss.npz", "*", "losses: objectives"),
-    ("openai_denoising_loss.npz", "*", "losses: objectives"),
     ("openai_samplers.npz", "*", "samplers"),
     ("openai_editing.npz", "*", "editing"),
     ("openai_trajectory/*.npz", "*", "trajectories: training"),
-    ("openai_ema_scales.npz", "*", "schedules"),
-    ("openai_sigma_samplers.npz", "*", "pairs"),
-    ("openai_schedules.npz", "*.snr*", "weightings"),
-    ("openai_schedules.npz", "*.weight.*", "weightings"),
-    ("openai_schedules.npz", "*.sigmas_karras.*", "grids"),
-    ("openai_schedules.npz", "*.train_t*", "grids"),
-    ("openai_schedules.npz", "*.progdist_t*", "grids"),
-    ("openai_schedules.npz", "*.const.sigma_max", "grids"),
-    ("openai_schedules.npz", "*.const.rho", "grids"),
     ("openai_schedules.npz", "*.ancestral.*", "samplers"),
-    ("ict_formulas.npz", "*", "schedules, pairs, weightings, distances of iCT"),
     ("piq_lpips_recipe.npz", "*", "distances: LPIPS"),
-    ("edm/*.npz", "loss.*", "losses: objectives"),
     ("edm/*.npz", "sampler.*", "samplers"),
-    ("edm/scalars.npz", "*", "samplers, averaging"),
-    ("ect/schedule.npz", "*", "pairs"),
+    ("edm/scalars.npz", "edm_sampler_*", "samplers"),
     ("ect/loss.npz", "gen.*", "samplers"),
-    ("ect/loss.npz", "*.rnd_normal", "pairs"),
-    ("ect/loss.npz", "*.eps", "losses: objectives"),
-    ("ect/loss.npz", "*.loss", "losses: objectives"),
-    ("ect/loss.npz", "*.grad_l2_all", "losses: objectives"),
-    ("ect/loss.npz", "*.[tr]", "pairs"),
-    ("ect/loss.npz", "*.stage", "pairs"),
-    ("ect/loss.npz", "*.c", "distances: pseudo-Huber"),
-    ("ect/loss.npz", "*.P_mean_P_std_q_k_b", "pairs"),
-    ("ect/loss.npz", "*.adj_const", "pairs"),
-    ("ect/loss.npz", "*.teacher_pass_ran", "losses: objectives"),
     ("jcm/ncsnpp.npz", "image", "losses: objectives"),
     ("jcm/ncsnpp.npz", "*ct.*", "losses: objectives"),
     ("jcm/losses_toy.npz", "*", "losses: objectives"),
     ("jcm/samplers_toy.npz", "*", "samplers"),
-    ("jcm/schedules.npz", "*", "schedules, grids"),
     ("jcm/trajectory_toy.npz", "*", "trajectories: training"),
     ("jcm/toy_*.safetensors", "*", "the toy network of the JAX losses"),
 ]

@@ -14,9 +14,7 @@ from consistency.tensors import Denoise, Label
 
 def drawn_labels(seed: int, indices: Sequence[int], num_classes: int) -> Int[Tensor, "n"]:
     """The uniformly drawn class of each sample number."""
-    draws = [
-        torch.randint(num_classes, (), generator=generator(seed, "label", i)) for i in indices
-    ]
+    draws = [torch.randint(num_classes, (), generator=generator(seed, "label", i)) for i in indices]
     return torch.stack(draws)
 
 

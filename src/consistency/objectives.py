@@ -3,16 +3,21 @@
 An objective draws times and noise from the generator given, so that it is a function of its arguments.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Generator, nn
+from jaxtyping import Int
+from torch import Generator, Tensor, nn
 
 from consistency.distances import Distance
+from consistency.errors import require
+from consistency.grids import KarrasGrid
 from consistency.pairs import Pairs, Times
 from consistency.processes import variance_exploding
 from consistency.randomness import DropoutState, replayed_dropout
-from consistency.steps import Step
+from consistency.solvers import euler_step
+from consistency.steps import Step, Velocity
+from consistency.tangents import TangentLength, TangentMetric, derivative_along
 from consistency.tensors import Data, Denoise, Label, PerSample, Time, broadcast_time
 from consistency.weightings import Weighting
 
@@ -25,6 +30,7 @@ class Losses(NamedTuple):
     r: Time
 
 
+@runtime_checkable
 class Objective(Protocol):
     """(online, target, x_0, label, N(k), generator) -> losses of the batch."""
 
@@ -39,19 +45,31 @@ class Objective(Protocol):
     ) -> Losses: ...
 
 
+def _normal_like(x_0: Data, generator: Generator) -> Data:
+    """Unit normal noise z of the shape of the images."""
+    return torch.randn(x_0.shape, generator=generator, device=generator.device)
+
+
 class ConsistencyObjective(nn.Module):
     """lambda(t, r) d(f_theta(x_t, t), stopgrad f_theta-(x_r, r)) [Song et al. 2023, arXiv:2303.01469, Eq. 7 and 10].
 
     Where r = 0 the target is the clean image, the limit of the boundary condition [Geng et al. 2024,
-    arXiv:2406.14548]. Both passes drop the same units.
+    arXiv:2406.14548]. Both passes drop the same units. stop_gradient: False lets the gradient pass through the target
+    as well, an option of the released CIFAR-10 code that no published model used.
     """
 
     def __init__(
-        self, *, pairs: Pairs, step: Step, distance: Distance, weighting: Weighting
+        self,
+        *,
+        pairs: Pairs,
+        step: Step,
+        distance: Distance,
+        weighting: Weighting,
+        stop_gradient: bool = True,
     ) -> None:
         super().__init__()
         self.pairs, self.step, self.distance = pairs, step, distance
-        self.weighting = weighting
+        self.weighting, self.stop_gradient = weighting, stop_gradient
 
     def forward(
         self,
@@ -63,16 +81,137 @@ class ConsistencyObjective(nn.Module):
         generator: Generator,
     ) -> Losses:
         t, r = self.pairs(len(x_0), num_scales, generator)
-        z = torch.randn(x_0.shape, generator=generator, device=generator.device)
+        return self.losses_at(online, target, x_0, label, t, r, _normal_like(x_0, generator))
+
+    def losses_at(
+        self,
+        online: Denoise,
+        target: Denoise,
+        x_0: Data,
+        label: Label,
+        t: Time,
+        r: Time,
+        z: Data,
+    ) -> Losses:
+        """The losses for given times and noise."""
         x_t = variance_exploding(x_0, z, t)
         x_r = self.step(x_0, z, x_t, t, r, label)
         dropout = DropoutState.snapshot(x_0.device)
         estimate = online(x_t, t, label)
-        with torch.no_grad(), replayed_dropout(dropout):
+        with torch.set_grad_enabled(not self.stop_gradient), replayed_dropout(dropout):
             # The network has no value at time 0: those samples are evaluated at t and replaced.
             clean = r == 0
             reference = target(x_r, torch.where(clean, t, r), label)
             reference = torch.where(broadcast_time(clean, x_0), x_0, reference)
+        return Losses(self.weighting(t, r) * self.distance(estimate, reference), t, r)
+
+
+class ContinuousObjective(nn.Module):
+    """The limit r -> t of the consistency loss [Song et al. 2023, arXiv:2303.01469, Appendix B].
+
+    With g = d/dt f(x_t, t) along the velocity of the PF-ODE, by a forward-mode derivative:
+
+        stop_gradient = False     lambda(t) |g_theta|, measured by `tangent` [Theorem 3, Remark 10]
+        stop_gradient = True      lambda(t) <f_theta, H stopgrad g_theta->, H the metric tensor of `tangent`; only its
+                                  gradient means something, its value may be negative [Theorems 5 and 6]
+
+    Signs and the length of each `tangent` are those of the released CIFAR-10 code, which weighs uniformly.
+    """
+
+    def __init__(
+        self,
+        *,
+        times: Times,
+        velocity: Velocity,
+        tangent: TangentLength,
+        weighting: Weighting,
+        stop_gradient: bool,
+    ) -> None:
+        super().__init__()
+        require(
+            not stop_gradient or isinstance(tangent, TangentMetric),
+            "with stop_gradient=true a tangent with a metric tensor, L2Tangent or HessianTangent",
+            type(tangent).__name__,
+            "set mode.objective.stop_gradient=false, or choose one of those as mode.objective.tangent",
+        )
+        self.times, self.velocity, self.tangent = times, velocity, tangent
+        self.weighting, self.stop_gradient = weighting, stop_gradient
+
+    def forward(
+        self,
+        online: Denoise,
+        target: Denoise,
+        x_0: Data,
+        label: Label,
+        num_scales: int,
+        generator: Generator,
+    ) -> Losses:
+        t = self.times(len(x_0), generator)
+        return self.losses_at(online, target, x_0, label, t, _normal_like(x_0, generator))
+
+    def losses_at(
+        self, online: Denoise, target: Denoise, x_0: Data, label: Label, t: Time, z: Data
+    ) -> Losses:
+        """The losses for given times and noise."""
+        x_t = variance_exploding(x_0, z, t)
+        v = self.velocity(x_0, z, x_t, t, label)
+        weight = self.weighting(t, t)
+        if not self.stop_gradient:
+            f, g = derivative_along(online, x_t, t, v, label)
+            return Losses(weight * self.tangent.length(f, g), t, t)
+        assert isinstance(self.tangent, TangentMetric)
+        dropout = DropoutState.snapshot(x_0.device)
+        estimate = online(x_t, t, label)
+        with torch.no_grad(), replayed_dropout(dropout):
+            f, g = derivative_along(target, x_t, t, v, label)
+        product = estimate * self.tangent.lowered(f.detach(), g.detach())
+        return Losses(weight * product.sum(dim=(1, 2, 3)), t, t)
+
+
+class ProgressiveObjective(nn.Module):
+    """lambda(t) d(D_theta(x_t, t), x^): one Euler step of the student lands where two of the teacher do.
+
+    x^ = x_t - t (x_r - x_t) / (r - t), where the teacher's steps lead from x_t at t = t_i over t_{i+1/2} to x_r at
+    r = t_{i+1} on the grid of N(k) steps, N(k) + 1 points. The teacher is `target`, the student of the stage before
+    [Salimans and Ho 2022, arXiv:2202.00512, Algorithm 2, as in the released code of Song et al. 2023].
+    """
+
+    def __init__(self, *, grid: KarrasGrid, distance: Distance, weighting: Weighting) -> None:
+        super().__init__()
+        self.grid, self.distance, self.weighting = grid, distance, weighting
+
+    def forward(
+        self,
+        online: Denoise,
+        target: Denoise,
+        x_0: Data,
+        label: Label,
+        num_scales: int,
+        generator: Generator,
+    ) -> Losses:
+        i = torch.randint(num_scales, (len(x_0),), generator=generator, device=generator.device)
+        z = _normal_like(x_0, generator)
+        return self.losses_at(online, target, x_0, label, i, num_scales, z)
+
+    def losses_at(
+        self,
+        online: Denoise,
+        target: Denoise,
+        x_0: Data,
+        label: Label,
+        i: Int[Tensor, "b"],
+        num_scales: int,
+        z: Data,
+    ) -> Losses:
+        """The losses for given indices of steps and noise."""
+        t, middle, r = (self.grid.at(i + part, num_scales + 1).float() for part in (0, 0.5, 1))
+        x_t = variance_exploding(x_0, z, t)
+        with torch.no_grad():
+            x_middle = euler_step(target, x_t, t, middle, label)
+            x_r = euler_step(target, x_middle, middle, r, label)
+            slope = (x_r - x_t) / broadcast_time(r - t, x_0)
+            reference = x_t - broadcast_time(t, x_0) * slope
+        estimate = online(x_t, t, label)
         return Losses(self.weighting(t, r) * self.distance(estimate, reference), t, r)
 
 
@@ -93,7 +232,10 @@ class DenoisingObjective(nn.Module):
         generator: Generator,
     ) -> Losses:
         t = self.times(len(x_0), generator)
-        z = torch.randn(x_0.shape, generator=generator, device=generator.device)
+        return self.losses_at(online, x_0, label, t, _normal_like(x_0, generator))
+
+    def losses_at(self, online: Denoise, x_0: Data, label: Label, t: Time, z: Data) -> Losses:
+        """The losses for given times and noise."""
         estimate = online(variance_exploding(x_0, z, t), t, label)
         r = torch.zeros_like(t)
         return Losses(self.weighting(t, r) * self.distance(estimate, x_0), t, r)

@@ -5,24 +5,25 @@ All draw from the generator given, on its device, and return float32 of shape (b
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Generator
+from jaxtyping import Float
+from torch import Generator, Tensor
 
 from consistency.errors import require
 from consistency.grids import KarrasGrid
 from consistency.tensors import Time
 
 
+@runtime_checkable
 class Pairs(Protocol):
     """A law of pairs: (batch, N(k), generator) -> (t, r)."""
 
-    def __call__(
-        self, batch: int, num_scales: int, generator: Generator
-    ) -> tuple[Time, Time]: ...
+    def __call__(self, batch: int, num_scales: int, generator: Generator) -> tuple[Time, Time]: ...
 
 
+@runtime_checkable
 class Times(Protocol):
     """A law of single times: (batch, generator) -> t."""
 
@@ -42,7 +43,7 @@ class UniformPairs:
     def __call__(self, batch: int, num_scales: int, generator: Generator) -> tuple[Time, Time]:
         device = generator.device
         i = torch.randint(num_scales - 1, (batch,), generator=generator, device=device)
-        return self.grid.at(i, num_scales).float(), self.grid.at(i + 1, num_scales).float()
+        return self.grid.neighbours(i, num_scales)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class DiscreteLognormalPairs:
     def __post_init__(self) -> None:
         _require_spread(self.p_std)
 
-    def probabilities(self, num_scales: int) -> torch.Tensor:
+    def probabilities(self, num_scales: int) -> Float[Tensor, "_intervals"]:
         """p(i) for i = 0 ... N-2, descending in noise, in float64."""
         log_t = self.grid.points(num_scales).log()
         mass = torch.erf((log_t - self.p_mean) / (math.sqrt(2) * self.p_std))
@@ -70,7 +71,7 @@ class DiscreteLognormalPairs:
     def __call__(self, batch: int, num_scales: int, generator: Generator) -> tuple[Time, Time]:
         weights = self.probabilities(num_scales).to(generator.device)
         i = torch.multinomial(weights, batch, replacement=True, generator=generator)
-        return self.grid.at(i, num_scales).float(), self.grid.at(i + 1, num_scales).float()
+        return self.grid.neighbours(i, num_scales)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,24 +93,66 @@ class RatioPairs:
     def ratio_map(self, t: Time, num_scales: int) -> Time:
         """r for the noisier time t."""
         adjustment = 1 + self.k * torch.sigmoid(-self.b * t)
-        return (t * (1 - adjustment / num_scales)).clamp_min(0)
+        return (t * (1 - adjustment / float(num_scales))).clamp_min(0)
+
+    def at(self, n: Float[Tensor, "b"], num_scales: int) -> tuple[Time, Time]:
+        """(t, r) of standard normal draws n."""
+        t = (self.p_mean + self.p_std * n).exp()
+        return t, self.ratio_map(t, num_scales)
 
     def __call__(self, batch: int, num_scales: int, generator: Generator) -> tuple[Time, Time]:
         n = torch.randn(batch, generator=generator, device=generator.device)
-        t = (self.p_mean + self.p_std * n).exp()
-        return t, self.ratio_map(t, num_scales)
+        return self.at(n, num_scales)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LognormalTimes:
-    """ln t ~ N(p_mean, p_std^2) [Karras et al. 2022, arXiv:2206.00364, Table 1]."""
+    """ln t ~ N(p_mean, p_std^2) [Karras et al. 2022, arXiv:2206.00364, Table 1].
+
+    even: draws one time from each of the batch's equally likely intervals, so that its times spread evenly [released
+    code of Song et al. 2023, `LogNormalSampler(even=True)`].
+    """
 
     p_mean: float
     p_std: float
+    even: bool = False
 
     def __post_init__(self) -> None:
         _require_spread(self.p_std)
 
-    def __call__(self, batch: int, generator: Generator) -> Time:
-        n = torch.randn(batch, generator=generator, device=generator.device)
+    def at(self, n: Float[Tensor, "b"]) -> Time:
+        """t of standard normal draws n."""
         return (self.p_mean + self.p_std * n).exp()
+
+    def spread(self, u: Float[Tensor, "b"]) -> Time:
+        """t of draws u uniform on [0, 1), sample j taken from the interval [j, j + 1) / batch of probability."""
+        # In float64: the last sample's probability may be too near 1 for float32.
+        j = torch.arange(len(u), dtype=torch.float64, device=u.device)
+        return self.quantile((j + u) / len(u)).to(u.dtype)
+
+    def quantile(self, p: Float[Tensor, "b"]) -> Time:
+        """The t below which the share p of the law lies."""
+        return self.at(torch.special.ndtri(p))
+
+    def __call__(self, batch: int, generator: Generator) -> Time:
+        device = generator.device
+        if self.even:
+            return self.spread(torch.rand(batch, generator=generator, device=device))
+        return self.at(torch.randn(batch, generator=generator, device=device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformTimes:
+    """t^(1/rho) uniform between the ends of the grid: the law of `UniformPairs` as N(k) grows without bound.
+
+    [Song et al. 2023, Appendix B with Appendix C; released CIFAR-10 code, continuous time].
+    """
+
+    grid: KarrasGrid
+
+    def at(self, way: Float[Tensor, "b"]) -> Time:
+        """t at the share `way` of the path from t_max (0) to t_min (1), in float32."""
+        return self.grid.at(way, 2).float()
+
+    def __call__(self, batch: int, generator: Generator) -> Time:
+        return self.at(torch.rand(batch, generator=generator, device=generator.device))

@@ -90,3 +90,16 @@ def draw_curves(file: Path, picture: Path) -> None:
         if len(names) > 1:
             axes.legend(fontsize=7)
     figure.savefig(picture, dpi=100)
+
+
+def below_each_other(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures in one column, each under its caption."""
+    captioned = [side_by_side([panel]) for panel in panels]
+    sheet = Image.new(
+        "RGB", (max(p.width for p in captioned), sum(p.height for p in captioned)), "white"
+    )
+    top = 0
+    for part in captioned:
+        sheet.paste(part, (0, top))
+        top += part.height
+    return sheet

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
+
 from consistency.errors import require
 from consistency.tensors import Time
 
@@ -82,4 +84,26 @@ class Boundary:
             c_out=gap * self.sigma_data / variance.sqrt(),
             c_in=variance.rsqrt(),
             c_noise=self.c_noise_scale * t.log(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrigFlow:
+    """Scalings of f = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t), the identity at t = 0.
+
+    [Lu and Song 2024, arXiv:2410.11081, Eq. 4 and 5], for the process `consistency.processes.trigflow`. The network
+    is told t itself: the derivative of ln tan(t) has no bound at the noisy end.
+    """
+
+    sigma_data: float
+
+    def __post_init__(self) -> None:
+        _require_positive(sigma_data=self.sigma_data)
+
+    def __call__(self, t: Time) -> Scalings:
+        return Scalings(
+            c_skip=t.cos(),
+            c_out=-self.sigma_data * t.sin(),
+            c_in=torch.full_like(t, 1 / self.sigma_data),
+            c_noise=t,
         )

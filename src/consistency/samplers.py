@@ -3,8 +3,9 @@
 `noise()` returns the next standard normal tensor of the batch's shape. NFE counts evaluations of `denoise`.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from consistency.errors import require
 from consistency.grids import KarrasGrid
@@ -15,6 +16,7 @@ from consistency.tensors import Data, Denoise, Label, Time
 Noise = Callable[[], Data]
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """(denoise, noise, label) -> images."""
 
@@ -62,7 +64,7 @@ def multistep(
 
 
 def _check_times(times: Sequence[float], t_min: float, t_max: float) -> None:
-    falling = all(t > r for t, r in zip(times[:-1], times[1:], strict=True))
+    falling = all(t > r for t, r in itertools.pairwise(times))
     require(
         bool(times) and times[0] == t_max and falling and times[-1] >= t_min,
         f"time points that fall from t_max={t_max} and stay at or above t_min={t_min}",
@@ -86,7 +88,7 @@ def heun(
     """
     points = [float(t) for t in grid.points(steps)]
     x = points[0] * noise()
-    for t, r in zip(points[:-1], points[1:], strict=True):
+    for t, r in itertools.pairwise(points):
         x = heun_step(denoise, x, _at(t, x), _at(r, x), label)
     x = euler_step(denoise, x, _at(points[-1], x), _at(0.0, x), label)
     return x.clamp(-1, 1) if clip else x

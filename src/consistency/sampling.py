@@ -34,9 +34,7 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
-def chosen_labels(
-    labels: object, seed: int, indices: range, num_classes: int | None
-) -> Label:
+def chosen_labels(labels: object, seed: int, indices: range, num_classes: int | None) -> Label:
     """Class of each sample: given ones repeated in turn, drawn ones where `labels` is None."""
     if num_classes is None:
         require(labels is None, "labels=null for a model without classes", labels, "leave it out")

@@ -26,16 +26,38 @@ def doubling(k: int, *, s_0: int, s_1: int, total_steps: int) -> int:
 
     [Song and Dhariwal 2023, arXiv:2310.14189, Table 1]; total_steps is K.
     """
-    stage_steps = max(math.floor(total_steps / (math.log2(s_1 // s_0) + 1)), 1)
+    stage_steps = doubling_stage_steps(s_0=s_0, s_1=s_1, total_steps=total_steps)
     return min(s_0 * 2 ** min(k // stage_steps, 64), s_1) + 1
 
 
-def powers(k: int, *, q: int, stage_steps: int) -> int:
-    """N(k) = q^(stage + 1) with stage = floor(k / stage_steps): r/t -> 1 - 1/N for small gaps.
+def doubling_stage_steps(*, s_0: int, s_1: int, total_steps: int) -> int:
+    """K' of `doubling`, at least 1."""
+    return max(math.floor(total_steps / (math.log2(s_1 // s_0) + 1)), 1)
 
-    [Geng et al. 2024, arXiv:2406.14548; the published code counts stages in ticks of images].
+
+def powers(k: int, *, q: int, stages: int, total_steps: int) -> int:
+    """N(k) = q^(stage + 1) with stage = floor(k stages / K), at most stages - 1: r/t -> 1 - 1/N for large t.
+
+    [Geng et al. 2024, arXiv:2406.14548: K = 200,000 steps in 8 stages, q = 2]; total_steps is K.
     """
-    return q ** (k // stage_steps + 1)
+    return q ** (min(k * stages // total_steps, stages - 1) + 1)
+
+
+def halving(k: int, *, s_0: int, total_steps: int) -> int:
+    """N(k) = s_0, s_0/2, s_0/4 ... 4 for K' steps each, 2 for 2 K', then 1: the steps left by progressive distillation.
+
+    K' = floor(K / (log2 s_0 + 4)), the published 50,000 for s_0 = 4096 and K = 800,000; total_steps is K
+    [released code of Song et al. 2023 after Salimans and Ho 2022, arXiv:2202.00512].
+    """
+    stage_steps, first_of_two = _halving_stages(s_0, total_steps)
+    n = max(s_0 >> min(k // stage_steps, 64), 2)
+    return 1 if n == 2 and k >= first_of_two + 2 * stage_steps else n
+
+
+def _halving_stages(s_0: int, total_steps: int) -> tuple[int, float]:
+    """K' and the step from which the doubled stages of N = 2 and N = 1 are counted."""
+    stage_steps = max(math.floor(total_steps / (math.log2(s_0) + 4)), 1)
+    return stage_steps, stage_steps * (math.log2(s_0) - 1)
 
 
 def fixed_decay(num_scales: int, *, mu: float) -> float:
@@ -62,3 +84,24 @@ def falling_rate(k: int, *, start: float, total_steps: int) -> float:
 def constant_rate(k: int) -> float:
     """1: the published consistency models were trained at a constant rate."""
     return 1.0
+
+
+def falling_in_stages(k: int, *, s_0: int, total_steps: int) -> float:
+    """Linearly from 1 to 0 in every stage of `halving` of the same arguments [released CIFAR-10 code, `progdist`]."""
+    stage_steps, first_of_two = _halving_stages(s_0, total_steps)
+    if k < first_of_two:
+        return 1 - k % stage_steps / stage_steps
+    return max(0.0, 1 - (k - first_of_two) % (2 * stage_steps) / (2 * stage_steps))
+
+
+def rising_rate(k: float, *, ramp_steps: float) -> float:
+    """Linearly from 0 up to 1 at `ramp_steps`: a factor of the learning rate [Karras et al. 2022, Table 7]."""
+    return min(k / max(ramp_steps, 1e-8), 1.0)
+
+
+def half_life_decay(k: float, *, half_life: float, ramp_up: float) -> float:
+    """2^(-1 / min(half_life, ramp_up k)): the decay of an average that forgets half in `half_life` steps.
+
+    `ramp_up` keeps the half-life to that share of the run so far [released EDM code: 500,000 images and 0.05].
+    """
+    return float(0.5 ** (1 / max(min(half_life, k * ramp_up), 1e-8)))

@@ -99,10 +99,13 @@ class Sample:
 
 
 @dataclass
-class Demo:
-    """conf/demo.yaml."""
+class Compare:
+    """conf/compare.yaml."""
 
     seed: int = 0
+    data: str = MISSING
+    teacher_mode: str = MISSING
+    modes: list[str] = MISSING
     seconds: float = MISSING
     calibration_steps: int = MISSING
     overrides: list[str] = field(default_factory=list)
@@ -110,7 +113,7 @@ class Demo:
 
 
 def register() -> None:
-    """Makes the schemas known to Hydra as train_schema, sample_schema, demo_schema."""
+    """Makes the schemas known to Hydra as train_schema, sample_schema, compare_schema."""
     store = ConfigStore.instance()
-    for schema in (Train, Sample, Demo):
+    for schema in (Train, Sample, Compare):
         store.store(name=f"{schema.__name__.lower()}_schema", node=schema)

@@ -4,11 +4,12 @@
 (inversion), and differ from sample to sample.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from consistency.tensors import Data, Denoise, Label, Time, broadcast_time
 
 
+@runtime_checkable
 class Solver(Protocol):
     """One step of the PF-ODE from x at time t to time r."""
 

@@ -5,7 +5,7 @@ Under the variance-exploding process sigma(t) = t, so the "sigma" of Karras et a
 
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 Data: TypeAlias = Float[Tensor, "b c h w"]
@@ -35,7 +35,7 @@ class Network(Protocol):
     def __call__(self, x: Data, c_noise: Time, label: Label = None) -> Data: ...
 
 
-def broadcast_time(per_sample: PerSample, x: Data) -> Float[Tensor, "b 1 1 1"]:
+def broadcast_time(per_sample: Shaped[Tensor, "b"], x: Data) -> Shaped[Tensor, "b 1 1 1"]:
     """Reshapes one number per sample so that it multiplies the images `x`."""
     if per_sample.shape != x.shape[:1]:
         raise ValueError(

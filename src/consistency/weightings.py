@@ -1,12 +1,13 @@
 """Weightings lambda(t, r) of the loss, functions of the noisier time t and the cleaner time r."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from consistency.tensors import PerSample, Time
 
 
+@runtime_checkable
 class Weighting(Protocol):
     """lambda(t, r), one weight per sample."""
 
@@ -18,11 +19,26 @@ def uniform(t: Time, r: Time) -> PerSample:
     return torch.ones_like(t)
 
 
-def inverse_gap(t: Time, r: Time) -> PerSample:
-    """lambda = 1 / (t - r) [Song and Dhariwal 2023, arXiv:2310.14189, Table 1]."""
-    return 1 / (t - r)
+def snr(t: Time, r: Time) -> PerSample:
+    """lambda = 1/t^2, the signal-to-noise ratio of unit data [released code of Song et al. 2023, `snr`]."""
+    return t**-2
+
+
+def snr_plus_one(t: Time, r: Time) -> PerSample:
+    """lambda = 1/t^2 + 1 [Salimans and Ho 2022, arXiv:2202.00512, Section 4; released code, `snr+1`]."""
+    return t**-2 + 1
+
+
+def truncated_snr(t: Time, r: Time) -> PerSample:
+    """lambda = max(1/t^2, 1) [Salimans and Ho 2022, Section 4; released code, `truncated-snr`]."""
+    return (t**-2).clamp_min(1)
 
 
 def karras(t: Time, r: Time, *, sigma_data: float) -> PerSample:
     """lambda = 1/t^2 + 1/sigma_data^2 [Karras et al. 2022, arXiv:2206.00364, Table 1]."""
     return t**-2 + sigma_data**-2
+
+
+def inverse_gap(t: Time, r: Time) -> PerSample:
+    """lambda = 1 / (t - r) [Song and Dhariwal 2023, arXiv:2310.14189, Table 1]."""
+    return 1 / (t - r)

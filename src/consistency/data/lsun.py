@@ -1,11 +1,13 @@
 """LSUN in its original form: one LMDB of JPEG files a category and split."""
 
+import io
+import os
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import torch
 from PIL import Image as PILImage
-from torchvision.datasets.lsun import LSUNClass
 
 from consistency.data.source import Image
 from consistency.errors import require
@@ -28,13 +30,25 @@ class LSUN:
             f"get {name}.zip with the download script of github.com/fyu/lsun "
             f"(`python download.py -c {category}`), unzip it, and give data.path=<the folder that holds {name}>",
         )
-        self.images, self.image_size = LSUNClass(str(database)), image_size
+        self.database, self.image_size = database, image_size
+        self._opened: tuple[int, lmdb.Environment] | None = None
+        with self._environment().begin() as read:
+            self.keys = list(read.cursor().iternext(values=False))
+
+    def _environment(self) -> lmdb.Environment:
+        """The open database, one of its own in every process: LMDB handles do not survive a fork."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            opened = lmdb.open(str(self.database), readonly=True, lock=False, readahead=False)
+            self._opened = (os.getpid(), opened)
+        return self._opened[1]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.keys)
 
     def __getitem__(self, index: int) -> tuple[Image, int]:
-        image: PILImage.Image = self.images[index][0]
+        with self._environment().begin(buffers=True) as read:
+            jpeg = io.BytesIO(read.get(self.keys[index]))
+        image = PILImage.open(jpeg).convert("RGB")
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         square = image.crop((left, top, left + side, top + side)).resize(

@@ -1,6 +1,6 @@
 """What a source of images is: a map-style data set of (uint8 image, class index)."""
 
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import UInt8
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 Image: TypeAlias = UInt8[Tensor, "c h w"]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Item i is (image, class index); the class index is 0 where there are no classes."""
 

@@ -142,7 +142,9 @@ class PatientWandbLogger(WandbLogger):
         """Logs the configuration, or nothing once W&B has failed."""
         self._guard(super().log_hyperparams, params)
 
-    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+    def log_image(
+        self, key: str, images: list[Any], step: int | None = None, **kwargs: Any
+    ) -> None:
         """Logs pictures, or nothing once W&B has failed."""
         self._guard(super().log_image, key, images, step, **kwargs)
 

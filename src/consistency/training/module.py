@@ -76,7 +76,7 @@ class ConsistencyModule(L.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.manual_seed(place)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, classes = batch
         data = self.data
         draw = generator(self.seed, "train", self.global_rank, batch_idx, device=self.device)
@@ -104,7 +104,7 @@ class ConsistencyModule(L.LightningModule):
 
     def _log_losses(self, losses: Losses, loss: Tensor) -> None:
         self.log("loss", loss, prog_bar=True, logger=False)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         self.log("train/loss", loss, sync_dist=True)
         quarters = losses.loss.detach()[losses.t.argsort()].tensor_split(4)
@@ -113,7 +113,7 @@ class ConsistencyModule(L.LightningModule):
                 self.log(f"train/loss_noise_quartile_{number}", quarter.mean(), sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         gradients = [p.grad for p in self.online.parameters() if p.grad is not None]
         self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))

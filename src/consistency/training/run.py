@@ -12,7 +12,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -168,7 +168,7 @@ def train(config: DictConfig, output: Path) -> None:
             logger.log_hyperparams(module.config)
         trainer.fit(module, datamodule=data)
         if trainer.is_global_zero:
-            _conclude(trainer, output)
+            _conclude(config, trainer, output)
 
 
 def build_trainer(
@@ -181,6 +181,7 @@ def build_trainer(
         logger=loggers or False,
         plugins=[AtomicCheckpointIO()],
         max_epochs=1,
+        log_every_n_steps=min(config.trainer.log_every_n_steps, config.trainer.max_steps),
         use_distributed_sampler=False,
         _convert_="all",
     )
@@ -190,7 +191,7 @@ def build_trainer(
 
 @rank_zero_only
 def _announce(config: DictConfig, module: ConsistencyModule, output: Path) -> None:
-    choices = HydraConfig.get().runtime.choices
+    choices: Any = HydraConfig.get().runtime.choices
     millions = sum(p.numel() for p in module.online.parameters()) / 1e6
     print(
         f"mode={choices.mode} data={choices.data} model={choices.model}: {millions:.2f} M parameters, "
@@ -202,7 +203,7 @@ def _announce(config: DictConfig, module: ConsistencyModule, output: Path) -> No
     print(f"Run folder: {output}", flush=True)
 
 
-def _conclude(trainer: L.Trainer, output: Path) -> None:
+def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:
     saved = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoints))  # type: ignore[attr-defined]
     print(f"\nCheckpoint: {saved.last}")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -210,8 +211,10 @@ def _conclude(trainer: L.Trainer, output: Path) -> None:
             print(f"Samples:    {callback.newest}")
         if isinstance(callback, ClassifierEvaluation):
             print(callback.table())
-    sample = ROOT / "src" / "sample.py"
-    line = [sys.executable, str(sample), f"checkpoint={output}", f"output={output / 'samples_64'}"]
+    choices = HydraConfig.get().runtime.choices
+    sampler = choices[f"sampler@mode.samplers.{next(iter(config.mode.samplers))}"]
+    line = [sys.executable, str(ROOT / "src" / "sample.py"), f"checkpoint={output}"]
+    line += [f"sampler={sampler}", "num_samples=64", f"output={output / 'samples_64'}"]
     for logger in trainer.loggers:
         if isinstance(logger, PatientWandbLogger) and logger.offline_folder is not None:
             print(f"W&B:        offline; upload with `wandb sync {logger.offline_folder}`")

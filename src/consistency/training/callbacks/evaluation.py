@@ -67,10 +67,10 @@ class ClassifierEvaluation(Callback):
         )
         assert data.held_out is not None and data.num_classes is not None
         if trainer.is_global_zero:
-            print("Training the small classifier whose features measure the samples ...", flush=True)
-        model = train_classifier(
-            data.train_source, num_classes=data.num_classes, **self.classifier
-        )
+            print(
+                "Training the small classifier whose features measure the samples ...", flush=True
+            )
+        model = train_classifier(data.train_source, num_classes=data.num_classes, **self.classifier)
         self.quality = ClassifierQuality(model, data.held_out)
 
     def on_train_batch_end(
@@ -97,7 +97,9 @@ class ClassifierEvaluation(Callback):
             values = {f"{field}_classifier/{name}": v for field, v in quality._asdict().items()}
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=module.k)
-        self.report = self._reference(trainer, module) | {n: q._asdict() for n, q in results.items()}
+        self.report = self._reference(trainer, module) | {
+            n: q._asdict() for n, q in results.items()
+        }
         if trainer.is_global_zero:
             text = {
                 "features": "64 of the small classifier of this repository (not Inception, not FID)",
@@ -157,9 +159,9 @@ class ClassifierEvaluation(Callback):
         """The same numbers for the training images, which bound what can be hoped for, and for noise."""
         train = stacked(module.data.train_source)[trainer.global_rank :: trainer.world_size]
         draw = torch.Generator().manual_seed(self.seeds[0])
-        noise = torch.randint(
-            256, self.quality.reference.shape, generator=draw, dtype=torch.uint8
-        )[trainer.global_rank :: trainer.world_size]
+        noise = torch.randint(256, self.quality.reference.shape, generator=draw, dtype=torch.uint8)[
+            trainer.global_rank :: trainer.world_size
+        ]
         measured = {"train_images": train, "noise": noise}
         return {
             name: self.quality.measure(iter([images]), module.device)._asdict()

@@ -11,7 +11,7 @@ from consistency.training.module import ConsistencyModule
 
 
 class Throughput(Callback):
-    """Logs `images_per_second` over all devices: training steps only, without evaluation and pictures."""
+    """Logs `images_per_second` over all devices and `training_seconds`, both without evaluation and pictures."""
 
     def __init__(self) -> None:
         self._seconds, self._images = 0.0, 0
@@ -35,8 +35,9 @@ class Throughput(Callback):
         self.total_seconds += elapsed
         self._seconds += elapsed
         self._images += len(batch[0]) * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             module.log("images_per_second", self._images / self._seconds, prog_bar=True)
+            module.log("training_seconds", self.total_seconds)
             self._seconds, self._images = 0.0, 0
 
 

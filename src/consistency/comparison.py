@@ -1,0 +1,140 @@
+"""The command that compares modes on one data set at equal training time."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from consistency import pictures
+from consistency.checkpoint import load
+from consistency.command import ROOT, require_fresh
+from consistency.errors import UserError, require
+from consistency.generation import generate
+
+CALIBRATION_ONLY = [
+    "callbacks.evaluation=null",
+    "callbacks.samples=null",
+    "callbacks.checkpoint.monitor=null",
+]
+STRIP = 30
+COLUMNS = 15
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One finished run: its folder, its results by sampler, its training seconds and speed."""
+
+    mode: str
+    folder: Path
+    results: dict[str, dict[str, float]]
+    steps: int
+    seconds: float
+    images_per_second: float
+
+
+def compare(config: DictConfig, output: Path) -> None:
+    """Trains teacher and modes, writes comparison.md, comparison.json and comparison.png into the folder `output`."""
+    require(config.seconds > 0, "seconds > 0", config.seconds, "give the training time of a mode")
+    require_fresh(output)
+    output.mkdir(parents=True, exist_ok=True)
+    teacher = _train_for(config, config.teacher_mode, output, [])
+    given = [f"teacher={teacher.folder}"]
+    trained = [_train_for(config, mode, output, given) for mode in config.modes]
+    table = markdown([*trained, teacher], teacher_mode=config.teacher_mode)
+    (output / "comparison.md").write_text(table)
+    (output / "comparison.json").write_text(
+        json.dumps(
+            [{**vars(run), "folder": str(run.folder)} for run in (*trained, teacher)], indent=2
+        )
+    )
+    picture([*trained, teacher], config.seed).save(output / "comparison.png")
+    print(f"\n{table}\nPicture: {output / 'comparison.png'}\nTable:   {output / 'comparison.md'}")
+
+
+def _train_for(config: DictConfig, mode: str, output: Path, extra: list[str]) -> Trained:
+    """Runs `mode` for config.seconds of training, at the speed that a short trial measures."""
+    base = [f"mode={mode}", f"data={config.data}", f"seed={config.seed}", "logger=csv"]
+    base += [*extra, *config.overrides]
+    trial = output / "speed" / mode
+    length = [f"trainer.max_steps={config.calibration_steps}", "trainer.log_every_n_steps=10"]
+    print(f"{mode}: measuring its speed in {config.calibration_steps} steps ...", flush=True)
+    _train([*base, *length, *CALIBRATION_ONLY, f"output={trial}"], quiet=True)
+    speed = _last(trial, "images_per_second")
+    batch = OmegaConf.load(trial / "config.yaml").data.batch_size
+    steps = max(1, round(config.seconds * speed / batch))
+    print(f"{mode}: {steps} steps for {config.seconds:.0f} s", flush=True)
+    folder = output / mode
+    _train([*base, f"trainer.max_steps={steps}", f"output={folder}"], quiet=False)
+    results = json.loads((folder / "evaluation.json").read_text())["results"]
+    seconds, images = _last(folder, "training_seconds"), steps * batch
+    return Trained(mode, folder, results, steps, seconds, images / seconds)
+
+
+def _train(arguments: list[str], *, quiet: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "src" / "train.py"), *arguments],
+        stdout=subprocess.PIPE if quiet else None,
+        stderr=subprocess.STDOUT if quiet else None,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise UserError(f"a run failed: train.py {' '.join(arguments)}\n{done.stdout or ''}")
+
+
+def _last(run: Path, metric: str) -> float:
+    return pictures.read_metrics(run / "metrics.csv")[metric][1][-1]
+
+
+def markdown(runs: list[Trained], *, teacher_mode: str) -> str:
+    """The table: training images, every mode and sampler, noise."""
+    base = runs[0].results["train_images"]
+    head = "| | Fréchet | x train | precision | recall | training s | images/s |\n|---|--:|--:|--:|--:|--:|--:|\n"
+
+    def row(name: str, quality: dict[str, float], run: Trained | None) -> str:
+        time = f"{run.seconds:.0f} | {run.images_per_second:.0f}" if run else "– | –"
+        return (
+            f"| {name} | {quality['frechet']:.2f} | {quality['frechet'] / base['frechet']:.2f} | "
+            f"{quality['precision']:.3f} | {quality['recall']:.3f} | {time} |\n"
+        )
+
+    lines = [row("train images", base, None)]
+    for run in runs:
+        role = " (teacher)" if run.mode == teacher_mode else ""
+        for sampler, quality in run.results.items():
+            if sampler not in ("train_images", "noise"):
+                name = f"`{run.mode}`{role}, {sampler.replace('_', ' ')}"
+                lines.append(row(name, quality, run))
+    lines.append(row("noise", runs[0].results["noise"], None))
+    return head + "".join(lines)
+
+
+def picture(runs: list[Trained], seed: int) -> Image.Image:
+    """Samples of every run and sampler from the same noise and classes, one strip each."""
+    strips = []
+    for run in runs:
+        loaded = load(run.folder)
+        config: Any = OmegaConf.load(run.folder / "config.yaml")
+        image, classes = loaded.card["image"], loaded.card["num_classes"]
+        labels = None if classes is None else torch.arange(STRIP) % classes
+        for name, node in config.mode.samplers.items():
+            batches = generate(
+                loaded.denoiser,
+                instantiate(node, _convert_="all"),
+                indices=range(STRIP),
+                labels=labels,
+                shape=(image["channels"], image["size"], image["size"]),
+                seed=seed,
+                batch_size=STRIP,
+                device="cpu",
+            )
+            caption = f"{run.mode}, {name.replace('_', ' ')}"
+            strips.append((caption, pictures.grid(torch.cat(list(batches)), COLUMNS)))
+    return pictures.below_each_other(strips)

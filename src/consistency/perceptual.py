@@ -1,0 +1,137 @@
+"""LPIPS with the published weights: the backbone's from torchvision, the linear ones from torchmetrics' shipped files.
+
+The two variants are the perceptual distances that the consistency models were published with; both take images in
+[-1, 1], which `Backbone` carries to the normalised units of ImageNet.
+
+    average_pooled_unit   ImageNet-64 and LSUN code: average instead of maximum pooling (as in piq, whose input is in
+                          [0, 1]), images smaller than 256 pixels bilinearly enlarged to 224
+    max_pooled_signed     CIFAR-10 code, and LPIPS as first published: maximum pooling, input in [-1, 1], always 224
+"""
+
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Literal
+from urllib.error import URLError
+
+import torch
+import torchvision
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from consistency.distances import LPIPS, Resize
+from consistency.errors import require
+from consistency.tensors import Data
+
+BackboneName = Literal["vgg16", "alexnet", "squeezenet1_1"]
+Variant = Literal["average_pooled_unit", "max_pooled_signed"]
+
+TAPS: dict[str, tuple[int, ...]] = {
+    "vgg16": (3, 8, 15, 22, 29),
+    "alexnet": (1, 4, 7, 9, 11),
+    "squeezenet1_1": (1, 4, 7, 9, 10, 11, 12),
+}
+"""Layers of torchvision's `features` whose outputs are compared [Zhang et al. 2018, arXiv:1801.03924, Appendix B]."""
+
+LINEAR_FILES = {"vgg16": "vgg.pth", "alexnet": "alex.pth", "squeezenet1_1": "squeeze.pth"}
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Backbone(nn.Module):
+    """Images in [-1, 1] -> the maps of an ImageNet classifier's layers at `taps`."""
+
+    def __init__(self, features: nn.Sequential, taps: tuple[int, ...]) -> None:
+        super().__init__()
+        self.features, self.taps = features[: taps[-1] + 1], taps
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+
+    def forward(self, x: Data) -> list[Float[Tensor, "b _c _h _w"]]:
+        h = ((x + 1) / 2 - self.get_buffer("mean")) / self.get_buffer("std")
+        maps = []
+        for index, layer in enumerate(self.features):
+            h = layer(h)
+            if index in self.taps:
+                maps.append(h)
+        return maps
+
+
+def average_pooled(features: nn.Sequential) -> nn.Sequential:
+    """The same layers with every maximum pooling replaced by average pooling of the same windows."""
+    return nn.Sequential(
+        *[
+            nn.AvgPool2d(layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode)
+            if isinstance(layer, nn.MaxPool2d)
+            else layer
+            for layer in features
+        ]
+    )
+
+
+def empty_features(backbone: BackboneName) -> nn.Sequential:
+    """The layers of a torchvision classifier before its head, without memory for their weights."""
+    with torch.device("meta"):
+        features = torchvision.models.get_model(backbone, weights=None).features
+    for layer in features.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False
+    assert isinstance(features, nn.Sequential)
+    return features
+
+
+def assemble(features: nn.Sequential, backbone: BackboneName, variant: Variant) -> Backbone:
+    """The feature extractor of a variant."""
+    pooled = average_pooled(features) if variant == "average_pooled_unit" else features
+    return Backbone(pooled, TAPS[backbone])
+
+
+RESIZING: dict[str, Resize] = {
+    "average_pooled_unit": Resize(size=224, only_below=256, antialias=False),
+    "max_pooled_signed": Resize(size=224, only_below=None, antialias=True),
+}
+"""How each variant's code resizes; JAX filters when it makes an image smaller, PyTorch as it was called does not."""
+
+
+def load_lpips(*, backbone: BackboneName, variant: Variant) -> LPIPS:
+    """The perceptual distance of the published runs; they used vgg16.
+
+    Looks for the backbone's weights in torch hub's folder and downloads them into it if they are not there.
+    """
+    require(backbone in TAPS, f"an LPIPS backbone among {', '.join(TAPS)}", backbone, "choose one")
+    require(
+        variant in RESIZING, f"an LPIPS variant among {', '.join(RESIZING)}", variant, "choose one"
+    )
+    features = empty_features(backbone)
+    features.load_state_dict(_imagenet_weights(backbone), assign=True)
+    return LPIPS(
+        features=assemble(features, backbone, variant),
+        weights=_linear_weights(backbone),
+        resize=RESIZING[variant],
+    ).requires_grad_(False)
+
+
+def _imagenet_weights(backbone: BackboneName) -> dict[str, Tensor]:
+    url: str = torchvision.models.get_model_weights(backbone).DEFAULT.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    try:
+        state = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", check_hash=True, weights_only=True
+        )
+    except (URLError, OSError, RuntimeError) as error:
+        require(
+            False,
+            f"the ImageNet weights of {backbone}, which LPIPS measures with, at {path}",
+            f"no readable file there, and the download failed ({error})",
+            f"on a machine with internet fetch {url} and put the file there (TORCH_HOME moves the folder), "
+            "or choose another distance, for example mode.objective.distance._target_=consistency.distances.L2",
+        )
+    prefix = "features."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _linear_weights(backbone: BackboneName) -> list[Float[Tensor, "_c"]]:
+    """w_l of version 0.1 of LPIPS, as torchmetrics ships them."""
+    shipped = files("torchmetrics") / "functional" / "image" / "lpips_models"
+    with as_file(shipped / LINEAR_FILES[backbone]) as path:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    return [state[f"lin{tap}.model.1.weight"].flatten() for tap in range(len(TAPS[backbone]))]

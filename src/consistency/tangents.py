@@ -1,0 +1,86 @@
+"""How long a tangent is: what a distance becomes when the two times of a pair fall together.
+
+A tangent g = d/dt f(x_t, t) is the derivative of the consistency function along the PF-ODE; it vanishes for the exact
+one. For a distance d the length is that of its metric tensor, g^T H g with H the Hessian of d(., f) at f
+[Song et al. 2023, arXiv:2303.01469, Appendix B, Theorem 3].
+"""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from torch.linalg import vector_norm
+
+from consistency.distances import Distance
+from consistency.tensors import Data, Denoise, Label, PerSample, Time
+
+
+def derivative_along(
+    denoise: Denoise, x_t: Data, t: Time, v: Data, label: Label
+) -> tuple[Data, Data]:
+    """f and g = df/dt + (df/dx) v at (x_t, t), by one forward-mode derivative."""
+    # The fused attention kernels have no forward-mode derivative.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        derivative = torch.func.jvp(
+            lambda x, time: denoise(x, time, label), (x_t, t), (v, torch.ones_like(t))
+        )
+    return derivative[0], derivative[1]
+
+
+@runtime_checkable
+class TangentLength(Protocol):
+    """The length of g at f."""
+
+    def length(self, f: Data, g: Data) -> PerSample: ...
+
+
+@runtime_checkable
+class TangentMetric(TangentLength, Protocol):
+    """A length that comes from a metric tensor H, and H g."""
+
+    def lowered(self, f: Data, g: Data) -> Data: ...
+
+
+class L1Tangent(nn.Module):
+    """Mean of |g| [released CIFAR-10 code, `l1`]."""
+
+    def length(self, f: Data, g: Data) -> PerSample:
+        return g.abs().mean(dim=(1, 2, 3))
+
+
+class LInfTangent(nn.Module):
+    """Maximum of |g| [released CIFAR-10 code, `linf`]."""
+
+    def length(self, f: Data, g: Data) -> PerSample:
+        return g.abs().amax(dim=(1, 2, 3))
+
+
+class L2Tangent(nn.Module):
+    """||g||, not squared, and H = 1 [released CIFAR-10 code, `l2`]."""
+
+    def length(self, f: Data, g: Data) -> PerSample:
+        norm: PerSample = vector_norm(g.flatten(1), dim=1)
+        return norm
+
+    def lowered(self, f: Data, g: Data) -> Data:
+        return g
+
+
+class HessianTangent(nn.Module):
+    """g^T H g with H the Hessian of `distance`, for LPIPS and any smooth distance [Song et al. 2023, Theorem 3]."""
+
+    def __init__(self, *, distance: Distance) -> None:
+        super().__init__()
+        self.distance = distance
+
+    def length(self, f: Data, g: Data) -> PerSample:
+        return (g * self.lowered(f, g)).sum(dim=(1, 2, 3))
+
+    @torch.enable_grad()
+    def lowered(self, f: Data, g: Data) -> Data:
+        """H g, by differentiating d(y, f) twice at y = f; carries gradients to f and g where they take some."""
+        keep = f.requires_grad or g.requires_grad
+        y = f.clone() if f.requires_grad else f.clone().requires_grad_()
+        (first,) = torch.autograd.grad(self.distance(y, f).sum(), y, create_graph=True)
+        (second,) = torch.autograd.grad((first * g).sum(), y, create_graph=keep)
+        return second

@@ -1,0 +1,113 @@
+"""Fixtures that run the commands as a person would: in this process where that is enough, in their own where it is not."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "logger=csv",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+    "data.batch_size=8",
+    "model.network.channel_mult=[1,2]",
+    "model.network.num_groups=4",
+    "model.network.model_channels=8",
+    "callbacks.samples.num_samples=4",
+    "callbacks.evaluation=null",
+    "callbacks.checkpoint.monitor=null",
+]
+"""Overrides that make a run on the digits take a second."""
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def verb(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Run:
+    """verb("train", "mode=ct", ...) runs src/train.py in this process, in an empty folder."""
+    from consistency import command, comparison, sampling
+    from consistency.training import run
+
+    mains = {"train": run.train, "sample": sampling.sample, "compare": comparison.compare}
+    home = tmp_path / "cwd"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def call(name: str, *arguments: str) -> Outcome:
+        monkeypatch.delenv(command.INSIDE, raising=False)
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / f"{name}.py"), *arguments])
+        status = 0
+        try:
+            command.command(name)(mains[name])()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        captured = capfd.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Run:
+    """process("train", "mode=ct", ...) runs `python src/train.py` as a process of its own, in an empty folder."""
+    from consistency import command
+
+    home = tmp_path / "process_cwd"
+    home.mkdir(exist_ok=True)
+    inside = {command.INSIDE, "HYDRA_FULL_ERROR"}
+    own = {name: value for name, value in os.environ.items() if name not in inside}
+
+    def call(name: str, *arguments: str, **environment: str) -> Outcome:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "src" / f"{name}.py"), *arguments],
+            cwd=home,
+            env={**own, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run folders of two-step runs by mode, trained once: `trained["ect"]`."""
+    from consistency import command
+    from consistency.training import run
+
+    folder, found = tmp_path_factory.mktemp("trained"), {}
+    for mode in ("edm", "ect", "ct"):
+        output = folder / mode
+        arguments = [f"mode={mode}", "trainer.max_steps=2", f"output={output}", *TINY]
+        before, sys.argv = sys.argv, [str(ROOT / "src" / "train.py"), *arguments]
+        try:
+            command.command("train")(run.train)()
+        finally:
+            sys.argv = before
+        found[mode] = output
+    return found

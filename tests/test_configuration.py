@@ -1,0 +1,170 @@
+"""Every YAML composes, and what it names can be built."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from consistency import command, schema
+from consistency.checkpoint import NETWORKS, PRECONDITIONING, build
+from consistency.errors import UserError
+from consistency.training import run as training
+
+CONF = ROOT / "conf"
+TRAIN_GROUPS = ("callbacks", "data", "evaluation", "logger", "mode", "model", "optimizer", "trainer")
+PLACES = {"evaluation": "evaluation@callbacks.evaluation"}
+NEEDS = {
+    "teacher": "teacher=",
+    "path": "data.path",
+    "backbone": "weights",
+}
+
+
+def options(group: str) -> list[str]:
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def composed(name: str, *overrides: str) -> DictConfig:
+    schema.register()
+    command.register_experiments()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, [*overrides, "output=/nowhere/run"])
+
+
+def build_all(config: DictConfig, folder: Path, teacher: Path) -> None:
+    """Builds every node of a training configuration; big networks without memory, absent files as their own error."""
+    config.output = str(folder / "run")
+    config.teacher = str(teacher)
+    OmegaConf.resolve(config)
+    with torch.device("meta"):
+        network = instantiate(config.model.network, _convert_="all")
+    assert sum(p.numel() for p in network.parameters()) > 0
+    for node in (config.data.source, config.data.held_out):
+        tolerate(node, "data.path")
+    for node in (config.mode.preconditioning, config.mode.sampling_preconditioning):
+        build(OmegaConf.to_container(node), PRECONDITIONING, object)
+    tolerate(config.mode.objective, "weights")
+    for node in config.mode.samplers.values():
+        instantiate(node, _convert_="all")
+    assert training.build_callbacks(config)
+    instantiate(config.optimizer, _convert_="all")([torch.nn.Parameter(torch.zeros(1))])
+    for node in config.logger.values():
+        instantiate(node)
+    assert training.describe(config)["role"] in ("teacher", "consistency")
+
+
+def tolerate(node: Any, hint: str) -> None:
+    """Builds a node; the only failure let through is the project's own message about a file that is not there."""
+    if not node:
+        return
+    try:
+        instantiate(node, _convert_="all")
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if cause is None or hint not in str(cause):
+            raise
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(g, o) for g in TRAIN_GROUPS for o in options(g)]
+)
+def test_every_option_composes_and_builds(
+    group: str, option: str, tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = composed("train", f"{PLACES.get(group, group)}={option}")
+    build_all(config, tmp_path, trained["edm"])
+
+
+@pytest.mark.parametrize("recipe", options("recipe"))
+def test_every_recipe_belongs_to_a_pair_and_builds(
+    recipe: str, tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    data, _, mode = recipe.rpartition("_")
+    assert data in options("data")
+    assert mode in options("mode")
+    config = composed("train", f"data={data}", f"mode={mode}")
+    written = OmegaConf.load(CONF / "recipe" / f"{recipe}.yaml")
+    assert config.trainer.max_steps == written.trainer.max_steps
+    build_all(config, tmp_path, trained["edm"])
+
+
+@pytest.mark.parametrize(
+    "experiment", [str(p.relative_to(ROOT / "experiments").with_suffix("")) for p in (ROOT / "experiments").rglob("*.yaml")]
+)  # fmt: skip
+def test_every_experiment_builds_and_states_its_result(
+    experiment: str, tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    build_all(composed("train", f"experiment={experiment}"), tmp_path, trained["edm"])
+    text = (ROOT / "experiments" / f"{experiment}.yaml").read_text()
+    for word in ("Published:", "Command:", "Ours:"):
+        assert word in text
+
+
+@pytest.mark.parametrize("sampler", options("sampler"))
+def test_every_sampler_builds_for_a_checkpoint(sampler: str, trained: dict[str, Path]) -> None:
+    from consistency.checkpoint import load
+    from consistency.sampling import bound_sampler
+
+    config = composed("sample", f"sampler={sampler}", f"checkpoint={trained['ect']}")
+    assert callable(bound_sampler(config, load(trained["ect"])))
+
+
+def test_the_command_line_wins_over_recipe_and_experiment() -> None:
+    assert composed("train").optimizer.lr == 2e-3
+    assert composed("train", "optimizer.lr=0.5").optimizer.lr == 0.5
+    assert composed("train", "experiment=lsun_bedroom_ct").trainer.precision == "16-mixed"
+    config = composed("train", "experiment=lsun_bedroom_ct", "trainer.precision=32-true", "mode=cd")
+    assert config.trainer.precision == "32-true"
+    assert config.mode.step if "step" in config.mode else config.mode.objective.step.teacher
+
+
+def test_nothing_of_one_recipe_reaches_another_pair() -> None:
+    """What the default recipe sets is as the groups say for a pair without a recipe."""
+    other = composed("train", "data=folder", "mode=ect")
+    plain = OmegaConf.load(CONF / "callbacks" / "default.yaml")
+    assert other.trainer.max_steps == OmegaConf.load(CONF / "trainer" / "default.yaml").max_steps
+    assert other.optimizer.lr == OmegaConf.load(CONF / "optimizer" / "radam.yaml").lr
+    assert list(other.callbacks.evaluation_ema.decays) == list(plain.evaluation_ema.decays)
+    assert other.callbacks.checkpoint.monitor is None
+    assert other.callbacks.learning_rate.factor.start == 1.0
+
+
+def test_consistency_training_on_lsun_is_as_published() -> None:
+    """Song et al. 2023, launch script: network, constant rate, N(k) 2 to 150, mu_0 .95, LPIPS, batch 256."""
+    config = composed("train", "mode=ct", "data=lsun_bedroom")
+    assert config.model.network.model_channels == 256
+    assert list(config.model.network.channel_mult) == [1, 1, 2, 2, 4, 4]
+    assert config.model.c_noise_scale == 250.0
+    assert config.optimizer._target_ == "torch.optim.RAdam"
+    assert config.optimizer.lr == 5e-5
+    assert config.callbacks.learning_rate.factor.start == 1.0
+    assert config.data.batch_size == 256
+    assert config.data.flip is True
+    assert config.mode.objective.distance._target_ == "consistency.perceptual.load_lpips"
+    scales, decay = config.mode.callbacks.scale_schedule.num_scales, config.mode.callbacks.target_ema.decay
+    assert (scales.s_0, scales.s_1, scales.total_steps) == (2, 150, 1_000_000)
+    assert (decay.s_0, decay.mu_0) == (2, 0.95)
+    assert list(config.callbacks.evaluation_ema.decays)[0] == 0.9999
+    assert config.init is None
+
+
+def test_a_card_from_elsewhere_builds_nothing_but_our_networks() -> None:
+    for target in ("os.system", "torch.load", "consistency.checkpoint.load", "consistency.networks.adm.torch"):
+        with pytest.raises(UserError, match="class of consistency"):
+            build({"_target_": target}, NETWORKS, torch.nn.Module)
+    with pytest.raises(UserError, match="plain"):
+        build(
+            {"_target_": "consistency.networks.mlp.MLP", "channels": {"_target_": "os.getcwd"}},
+            NETWORKS,
+            torch.nn.Module,
+        )

@@ -1,0 +1,73 @@
+"""Two real processes over gloo: the same values on both ranks, one folder a job, alone and inside a sweep."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, Run
+
+from consistency.checkpoint import load
+
+TWO = [
+    *TINY,
+    "trainer=ddp",
+    "trainer.accelerator=cpu",
+    "trainer.devices=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.max_steps=3",
+    "mode=ct",
+    "callbacks.learning_rate.factor.start=1.0",
+    "+callbacks.probe._target_=probe.RankProbe",
+    "+callbacks.probe.folder=${output}",
+]
+
+
+def check(run: Path) -> dict[str, object]:
+    first, second = (json.loads((run / f"rank_{r}.json").read_text()) for r in (0, 1))
+    assert first["same"] == second["same"]
+    for mine, other in zip(first["images"], second["images"], strict=True):
+        assert len(mine) == len(other) == 4
+        assert not set(mine) & set(other)
+    assert load(run).card["role"] == "consistency"
+    return first["same"]
+
+
+def test_two_processes_train_alone(process: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    outcome = process("train", *TWO, f"output={run}", PYTHONPATH=str(ROOT / "tests"))
+    assert outcome.status == 0, outcome.err
+    assert check(run)["k"] == 3
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir() and p.name != "process_cwd"] == ["run"]
+
+
+def test_two_processes_train_inside_a_sweep(process: Run, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    outcome = process(
+        "train", "-m", *TWO, "optimizer.lr=1e-3,2e-3", f"output={sweep}", PYTHONPATH=str(ROOT / "tests")
+    )
+    assert outcome.status == 0, outcome.err
+    folders = sorted(p for p in sweep.iterdir() if p.is_dir())
+    assert [p.name for p in folders] == ["0_digits_ct", "1_digits_ct"]
+    assert [check(p)["lr"] for p in folders] == [1e-3, 2e-3]
+    assert not list((tmp_path / "process_cwd").iterdir())
+
+
+def test_two_processes_measure_as_one(process: Run, tmp_path: Path) -> None:
+    """The reference numbers, of images that no network made, do not depend on the number of processes."""
+    tiny = [a for a in TWO if "evaluation=null" not in a and "probe" not in a]
+    short = [
+        "callbacks.evaluation.classifier.epochs=1",
+        "callbacks.evaluation.seeds=[0]",
+        "callbacks.evaluation.batch_size=449",
+        "callbacks.checkpoint.monitor=frechet_classifier/one_step",
+        "trainer.max_steps=1",
+    ]
+    found = []
+    for devices in (1, 2):
+        run = tmp_path / str(devices)
+        outcome = process("train", *tiny, *short, f"trainer.devices={devices}", f"output={run}")
+        assert outcome.status == 0, outcome.err
+        found.append(json.loads((run / "evaluation.json").read_text())["results"])
+    for name in ("train_images", "noise"):
+        for field, value in found[0][name].items():
+            assert found[1][name][field] == pytest.approx(value, rel=1e-6), (name, field)

@@ -1,0 +1,89 @@
+"""The offline W&B run is read back from its file."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, Run
+from wandb.proto import wandb_internal_pb2 as protocol
+
+from consistency.training.logging import PatientWandbLogger
+
+BLOCK, HEADER = 32768, 7
+
+
+def records(file: Path) -> Iterator[Any]:
+    """The records of a .wandb file: a LevelDB log of protocol buffers."""
+    data, position, parts = file.read_bytes(), HEADER, b""
+    while position + HEADER <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < HEADER:
+            position += left
+            continue
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        kind = data[position + 6]
+        parts += data[position + HEADER : position + HEADER + length]
+        position += HEADER + length
+        if kind in (1, 4):
+            record = protocol.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def test_a_run_without_account_is_complete_and_offline(
+    verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    run = tmp_path / "run"
+    tiny = [a for a in TINY if a != "logger=csv"]
+    outcome = verb("train", "mode=ct", *tiny, "trainer.max_steps=2", f"output={run}")
+    assert outcome.status == 0, outcome.err
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    assert f"wandb sync {file.parent}" in outcome.out
+    rows: list[dict[str, Any]] = []
+    config: dict[str, Any] = {}
+    for record in records(file):
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+        for update in (*record.run.config.update, *record.config.update):
+            config["/".join(update.nested_key) or update.key] = json.loads(update.value_json)
+    logged = {name for row in rows for name in row}
+    expected = {"N", "mu", "train/loss", "train/gradient_norm", "train/learning_rate"}
+    expected |= {"images_per_second", *(f"train/loss_noise_quartile_{q}" for q in (1, 2, 3, 4))}
+    assert expected <= logged
+    assert any(name.startswith("samples") for name in logged)
+    assert list(file.parent.glob("files/media/images/samples*.png"))
+    assert config["data"]["batch_size"] == 8
+    assert config["mode"]["role"] == "consistency"
+
+
+def test_a_failing_service_never_stops_training(
+    verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def broken(*_: object, **__: object) -> None:
+        raise ConnectionResetError("the service is gone")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    tiny = [a for a in TINY if a != "logger=csv"]
+    with pytest.warns(UserWarning, match="W&B failed"):
+        outcome = verb("train", *tiny, "trainer.max_steps=2", f"output={tmp_path / 'run'}")
+    assert outcome.status == 0, outcome.err
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_configured_key_means_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from consistency.training import logging
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for key, mode in ((True, "online"), (False, "offline")):
+        monkeypatch.setattr(logging, "key_configured", lambda found=key: found)
+        logger = PatientWandbLogger(project="p", folder=str(tmp_path), name=None)
+        assert logger._wandb_init["settings"].mode == mode
