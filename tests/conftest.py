@@ -41,9 +41,7 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def verb(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Run:
+def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """verb("train", "mode=ct", ...) runs src/train.py in this process, in an empty folder."""
     from consistency import command, comparison, sampling
     from consistency.training import run

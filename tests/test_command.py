@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Run
 
+from conftest import ROOT, TINY, Run
 from consistency import command
 
 TRAIN_MISTAKES = {
@@ -84,7 +84,9 @@ def test_the_trace_comes_when_asked_for(process: Run, tmp_path: Path) -> None:
 
 
 def test_a_teacher_must_be_a_teacher(verb: Run, trained: dict[str, Path], tmp_path: Path) -> None:
-    outcome = verb("train", "mode=cd", f"teacher={trained['ect']}", *TINY, f"output={tmp_path / 'r'}")
+    outcome = verb(
+        "train", "mode=cd", f"teacher={trained['ect']}", *TINY, f"output={tmp_path / 'r'}"
+    )
     assert outcome.status == 2
     assert "teacher checkpoint" in outcome.err
 

@@ -5,18 +5,27 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from conftest import ROOT
 from consistency import command, schema
 from consistency.checkpoint import NETWORKS, PRECONDITIONING, build
 from consistency.errors import UserError
 from consistency.training import run as training
 
 CONF = ROOT / "conf"
-TRAIN_GROUPS = ("callbacks", "data", "evaluation", "logger", "mode", "model", "optimizer", "trainer")
+TRAIN_GROUPS = (
+    "callbacks",
+    "data",
+    "evaluation",
+    "logger",
+    "mode",
+    "model",
+    "optimizer",
+    "trainer",
+)
 PLACES = {"evaluation": "evaluation@callbacks.evaluation"}
 NEEDS = {
     "teacher": "teacher=",
@@ -72,11 +81,13 @@ def tolerate(node: Any, hint: str) -> None:
             raise
 
 
-@pytest.mark.parametrize(
-    ("group", "option"), [(g, o) for g in TRAIN_GROUPS for o in options(g)]
-)
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in TRAIN_GROUPS for o in options(g)])
 def test_every_option_composes_and_builds(
-    group: str, option: str, tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    group: str,
+    option: str,
+    tmp_path: Path,
+    trained: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = composed("train", f"{PLACES.get(group, group)}={option}")
@@ -151,7 +162,10 @@ def test_consistency_training_on_lsun_is_as_published() -> None:
     assert config.data.batch_size == 256
     assert config.data.flip is True
     assert config.mode.objective.distance._target_ == "consistency.perceptual.load_lpips"
-    scales, decay = config.mode.callbacks.scale_schedule.num_scales, config.mode.callbacks.target_ema.decay
+    scales, decay = (
+        config.mode.callbacks.scale_schedule.num_scales,
+        config.mode.callbacks.target_ema.decay,
+    )
     assert (scales.s_0, scales.s_1, scales.total_steps) == (2, 150, 1_000_000)
     assert (decay.s_0, decay.mu_0) == (2, 0.95)
     assert list(config.callbacks.evaluation_ema.decays)[0] == 0.9999
@@ -159,7 +173,12 @@ def test_consistency_training_on_lsun_is_as_published() -> None:
 
 
 def test_a_card_from_elsewhere_builds_nothing_but_our_networks() -> None:
-    for target in ("os.system", "torch.load", "consistency.checkpoint.load", "consistency.networks.adm.torch"):
+    for target in (
+        "os.system",
+        "torch.load",
+        "consistency.checkpoint.load",
+        "consistency.networks.adm.torch",
+    ):
         with pytest.raises(UserError, match="class of consistency"):
             build({"_target_": target}, NETWORKS, torch.nn.Module)
     with pytest.raises(UserError, match="plain"):

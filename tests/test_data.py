@@ -50,7 +50,9 @@ def test_iterating_twice_gives_the_same() -> None:
 def test_shares_make_up_the_same_global_batches(world_size: int, accumulate: int) -> None:
     whole = list(batches())
     shares = [
-        list(batches(rank=rank, world_size=world_size, accumulate=accumulate, total=20 * accumulate))
+        list(
+            batches(rank=rank, world_size=world_size, accumulate=accumulate, total=20 * accumulate)
+        )
         for rank in range(world_size)
     ]
     for step, batch in enumerate(whole):
@@ -91,7 +93,9 @@ def test_a_folder_gives_its_images_by_class_in_sorted_order(tmp_path: Path) -> N
     found = [(image.shape, round(float(image.float().mean())), label) for image, label in
              (source[i] for i in range(3))]  # fmt: skip
     assert [(s, label) for s, _, label in found] == [((3, 4, 4), 0), ((3, 4, 4), 0), ((3, 4, 4), 1)]
-    assert all(abs(mean - grey) <= 1 for (_, mean, _), grey in zip(found, (100, 200, 20), strict=True))
+    assert all(
+        abs(mean - grey) <= 1 for (_, mean, _), grey in zip(found, (100, 200, 20), strict=True)
+    )
 
 
 def test_a_folder_crops_the_centre(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Run
 
+from conftest import ROOT, TINY, Run
 from consistency.checkpoint import load
 
 TWO = [
@@ -43,7 +43,12 @@ def test_two_processes_train_alone(process: Run, tmp_path: Path) -> None:
 def test_two_processes_train_inside_a_sweep(process: Run, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     outcome = process(
-        "train", "-m", *TWO, "optimizer.lr=1e-3,2e-3", f"output={sweep}", PYTHONPATH=str(ROOT / "tests")
+        "train",
+        "-m",
+        *TWO,
+        "optimizer.lr=1e-3,2e-3",
+        f"output={sweep}",
+        PYTHONPATH=str(ROOT / "tests"),
     )
     assert outcome.status == 0, outcome.err
     folders = sorted(p for p in sweep.iterdir() if p.is_dir())

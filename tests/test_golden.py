@@ -13,8 +13,11 @@ import pytest
 from torch import nn
 
 import golden_formulas as formulas
+import golden_jcm as jcm
 import golden_losses as losses
 import golden_networks as networks
+import golden_perceptual as perceptual
+import golden_trajectories as trajectories
 from golden_harness import FOLDER, Archive
 
 ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
@@ -38,6 +41,11 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("openai_denoising_loss.npz", losses.compare_denoising_losses),
     ("edm/*.npz", losses.compare_nvlabs_losses),
     ("ect/loss.npz", losses.compare_ect_losses),
+    ("openai_trajectory/*.npz", trajectories.compare_trajectory),
+    ("jcm/losses_toy.npz", jcm.compare_losses),
+    ("jcm/trajectory_toy.npz", jcm.compare_trajectory),
+    ("jcm/ncsnpp.npz", jcm.compare_network_losses),
+    ("piq_lpips_recipe.npz", perceptual.compare_lpips),
 ]
 
 WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
@@ -46,6 +54,7 @@ WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
     ("edm/*", lambda path: networks.nvlabs_network(path.parent, path.stem)),
     ("ect/net.safetensors", lambda path: networks.ect_network(path.parent)),
     ("jcm/ncsnpp.safetensors", lambda path: networks.jcm_network(path.parent)),
+    ("jcm/toy_*.safetensors", jcm.Toy),
 ]
 
 SHAPES: list[tuple[str, Callable[[Path], int]]] = [
@@ -69,18 +78,11 @@ SETTINGS = [
 LATER = [
     ("openai_samplers.npz", "*", "samplers"),
     ("openai_editing.npz", "*", "editing"),
-    ("openai_trajectory/*.npz", "*", "trajectories: training"),
     ("openai_schedules.npz", "*.ancestral.*", "samplers"),
-    ("piq_lpips_recipe.npz", "*", "distances: LPIPS"),
     ("edm/*.npz", "sampler.*", "samplers"),
     ("edm/scalars.npz", "edm_sampler_*", "samplers"),
     ("ect/loss.npz", "gen.*", "samplers"),
-    ("jcm/ncsnpp.npz", "image", "losses: objectives"),
-    ("jcm/ncsnpp.npz", "*ct.*", "losses: objectives"),
-    ("jcm/losses_toy.npz", "*", "losses: objectives"),
     ("jcm/samplers_toy.npz", "*", "samplers"),
-    ("jcm/trajectory_toy.npz", "*", "trajectories: training"),
-    ("jcm/toy_*.safetensors", "*", "the toy network of the JAX losses"),
 ]
 """(file, array, the work that will compare it)."""
 

@@ -27,7 +27,9 @@ def coverage(samples: np.ndarray, reference: np.ndarray, k: int = 3) -> tuple[fl
     def inside(points: np.ndarray, centres: np.ndarray) -> float:
         own = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
         radius = np.sort(own, axis=1)[:, k]
-        return float((np.linalg.norm(points[:, None] - centres[None], axis=-1) <= radius).any(1).mean())
+        return float(
+            (np.linalg.norm(points[:, None] - centres[None], axis=-1) <= radius).any(1).mean()
+        )
 
     return inside(samples, reference), inside(reference, samples)
 
@@ -60,7 +62,9 @@ def test_measures_equal_an_independent_computation(classifier: SmallClassifier) 
     assert found.recall == pytest.approx(recall, abs=0.004)
 
 
-def test_the_held_out_images_are_at_distance_zero_of_themselves(classifier: SmallClassifier) -> None:
+def test_the_held_out_images_are_at_distance_zero_of_themselves(
+    classifier: SmallClassifier,
+) -> None:
     held_out = Digits(split="held_out")
     found = ClassifierQuality(classifier, held_out).measure(iter([stacked(held_out)]))
     assert found.frechet == pytest.approx(0, abs=1e-3)

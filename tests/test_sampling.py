@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import Run
 from PIL import Image
 
+from conftest import Run
 from consistency.generation import drawn_labels, generate
 from consistency.randomness import SampleNoise
 from consistency.samplers import multistep, onestep
@@ -46,7 +46,11 @@ def test_more_samples_begin_with_the_same_ones(
 
 def test_the_seed_changes_the_samples(verb: Run, trained: dict[str, Path], tmp_path: Path) -> None:
     for seed in (0, 1):
-        arguments = [f"checkpoint={trained['ect']}", f"seed={seed}", f"output={tmp_path / str(seed)}"]
+        arguments = [
+            f"checkpoint={trained['ect']}",
+            f"seed={seed}",
+            f"output={tmp_path / str(seed)}",
+        ]
         assert verb("sample", *arguments).status == 0
     assert not np.array_equal(arrays(tmp_path / "0")[0], arrays(tmp_path / "1")[0])
 
@@ -90,14 +94,23 @@ def test_labels_are_uniform_and_numbered() -> None:
 
 
 def test_generate_rounds_to_the_nearest_grey_value() -> None:
-    def constant(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
+    def constant(
+        x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return torch.full_like(x, 0.5)
 
     def sampler(denoise, noise, label=None):  # noqa: ANN001, ANN202
         return onestep(denoise, noise, label, t_max=80.0, clip=True)
 
     batches = generate(
-        constant, sampler, indices=range(3), labels=None, shape=(1, 2, 2), seed=0, batch_size=2, device="cpu"
+        constant,
+        sampler,
+        indices=range(3),
+        labels=None,
+        shape=(1, 2, 2),
+        seed=0,
+        batch_size=2,
+        device="cpu",
     )
     images = torch.cat(list(batches))
     assert images.shape == (3, 1, 2, 2)
@@ -107,7 +120,9 @@ def test_generate_rounds_to_the_nearest_grey_value() -> None:
 def test_multistep_at_one_point_is_onestep_and_counts_its_evaluations() -> None:
     calls = []
 
-    def denoise(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
+    def denoise(
+        x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None
+    ) -> torch.Tensor:
         calls.append(float(t[0]))
         return x / (1 + t[:, None, None, None])
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 
 import consistency
+from conftest import ROOT
 
 PACKAGE = ROOT / "src" / "consistency"
 FLOORS = [
@@ -97,7 +97,9 @@ def test_no_code_branches_on_a_mode() -> None:
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Compare):
-                compared = {c.value for c in [node.left, *node.comparators] if isinstance(c, ast.Constant)}
+                compared = {
+                    c.value for c in [node.left, *node.comparators] if isinstance(c, ast.Constant)
+                }
                 assert not compared & modes, (path, node.lineno)
 
 

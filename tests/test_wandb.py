@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Run
 from wandb.proto import wandb_internal_pb2 as protocol
 
+from conftest import TINY, Run
 from consistency.training.logging import PatientWandbLogger
 
 BLOCK, HEADER = 32768, 7

@@ -1,12 +1,12 @@
 """Pictures for people: grids of images and the curves of a run."""
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -18,6 +18,7 @@ matplotlib.use("Agg")
 GAP = 2
 LEGIBLE_SIDE = 48
 CAPTION = 18
+MOST_COLUMNS = 16
 
 
 def grid(images: UInt8[Tensor, "n c h w"], columns: int) -> Image.Image:
@@ -42,9 +43,11 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     return sheet
 
 
-def columns_for(count: int) -> int:
-    """Columns of a grid that is about square."""
-    return max(1, int(torch.tensor(count).sqrt().ceil()))
+def columns_for(count: int, num_classes: int | None = None) -> int:
+    """Columns of a grid: one a class where that fits on a page, else as many as make it about square."""
+    if num_classes is not None and num_classes <= MOST_COLUMNS:
+        return num_classes
+    return max(1, math.ceil(math.sqrt(count)))
 
 
 def read_metrics(file: Path) -> dict[str, tuple[list[float], list[float]]]:

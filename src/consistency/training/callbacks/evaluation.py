@@ -86,17 +86,15 @@ class ClassifierEvaluation(Callback):
             return
         self._seen = module.k
         if trainer.global_step < trainer.max_steps:
-            for name, sampler in self.samplers.items():
-                self._log(module, name, self._measure(module, sampler, self.seeds[:1]))
+            self._publish(
+                module,
+                {n: self._measure(module, s, self.seeds[:1]) for n, s in self.samplers.items()},
+            )
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ConsistencyModule)
         results = {n: self._measure(module, s, self.seeds) for n, s in self.samplers.items()}
-        for name, quality in results.items():
-            trainer.callback_metrics[f"{METRIC}/{name}"] = torch.tensor(quality.frechet)
-            values = {f"{field}_classifier/{name}": v for field, v in quality._asdict().items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=module.k)
+        self._publish(module, results)
         self.report = self._reference(trainer, module) | {
             n: q._asdict() for n, q in results.items()
         }
@@ -125,9 +123,14 @@ class ClassifierEvaluation(Callback):
         ]
         return "\n".join([head, *rows])
 
-    def _log(self, module: ConsistencyModule, name: str, quality: Quality) -> None:
-        for field, value in quality._asdict().items():
-            module.log(f"{field}_classifier/{name}", value)
+    def _publish(self, module: ConsistencyModule, results: dict[str, Quality]) -> None:
+        """Logs once, where `module.log` would repeat the value in every later row; tells the checkpoints."""
+        trainer = module.trainer
+        for name, quality in results.items():
+            values = {f"{field}_classifier/{name}": v for field, v in quality._asdict().items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=module.k)
+            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
 
     def _share(self, trainer: L.Trainer) -> range:
         return range(trainer.global_rank, len(self.quality.reference), trainer.world_size)

@@ -68,7 +68,7 @@ class SampleGrids(Callback):
         if not trainer.is_global_zero:
             return
         data, count = module.data, self.num_samples
-        columns = pictures.columns_for(count)
+        columns = pictures.columns_for(count, data.num_classes)
         labels = None if data.num_classes is None else torch.arange(count) % data.num_classes
         denoiser = module.sampling_denoiser(self.weights).eval()
         panels = []
