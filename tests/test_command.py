@@ -31,6 +31,7 @@ TRAIN_MISTAKES = {
     "no averages": (["callbacks.evaluation_ema.decays=[]"], "decays"),
     "negative spread": (["mode.objective.pairs.p_std=-1"], "p_std"),
     "negative t_min": (["mode.process.t_min=-1"], "t_min"),
+    "times of no sampler": (["mode.process.times=[3.0]"], "t_max"),
     "negative seed": (["seed=-1"], "seed"),
     "network for other images": (["model.network.in_channels=3"], "model="),
     "other images": (["data.channels=3"], "data.channels"),

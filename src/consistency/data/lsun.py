@@ -47,7 +47,9 @@ class LSUN:
 
     def __getitem__(self, index: int) -> tuple[Image, int]:
         with self._environment().begin(buffers=True) as read:
-            jpeg = io.BytesIO(read.get(self.keys[index]))
+            stored = read.get(self.keys[index])
+            assert stored is not None
+            jpeg = io.BytesIO(stored)
         image = PILImage.open(jpeg).convert("RGB")
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -1,6 +1,7 @@
 """The LightningModule around an objective: it moves data, draws keys, logs; the formula stays in the objective."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
-from consistency.errors import UserError
+from consistency.errors import UserError, require
 from consistency.objectives import Losses, Objective
 from consistency.preconditioning import Preconditioning
 from consistency.randomness import generator, key
@@ -127,18 +128,25 @@ class ConsistencyModule(L.LightningModule):
 
     # Samples
 
-    def sampling_denoiser(self, weights: str) -> Denoiser:
-        """The denoiser that samples are drawn with: `weights` is online, target, or the name of an average."""
+    @contextmanager
+    def sampling_denoiser(self, weights: str) -> Iterator[Denoiser]:
+        """The denoiser that samples are drawn with, in eval mode meanwhile; `weights` is online, target, ema (the first
+        average) or ema:<decay>.
+        """
         networks: dict[str, nn.Module] = {"online": self.online.network, **self.averages}
         if self.target is not None:
             networks["target"] = self.target.network
         if self.averages:
             networks["ema"] = next(iter(self.averages.values()))
-        if weights not in networks:
-            raise UserError(
-                f"expected weights among {sorted(networks)}\n  got: {weights}\n  do: choose one of them"
-            )
-        return Denoiser(networks[weights], self.sampling_preconditioning)
+        require(
+            weights in networks, f"weights among {sorted(networks)}", weights, "choose one of them"
+        )
+        network = networks[weights]
+        before = network.training
+        try:
+            yield Denoiser(network, self.sampling_preconditioning).eval()
+        finally:
+            network.train(before)
 
     def forward(self, x_t: Data, t: Tensor, label: Label = None) -> Data:
         """The online denoiser."""

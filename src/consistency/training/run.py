@@ -121,6 +121,13 @@ def _try_optimizer(optimizer: Any) -> None:
         require(False, "settings that the optimizer takes", error, "change optimizer.*")
 
 
+def _try_samplers(config: DictConfig) -> None:
+    """Draws one value with every sampler and a denoiser that knows nothing, so that wrong time points are told now."""
+    for node in config.mode.samplers.values():
+        sampler = instantiate(node, _convert_="all")
+        sampler(lambda x, t, label: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
+
+
 def _initialise(network: nn.Module, config: DictConfig) -> None:
     loaded = load(config.init, weights=config.init_weights)
     found = loaded.denoiser.network.state_dict()
@@ -157,6 +164,7 @@ def train(config: DictConfig, output: Path) -> None:
     with one_job():
         data = build_data(config)
         module = build_module(config, data)
+        _try_samplers(config)
         callbacks = build_callbacks(config)
         loggers = [instantiate(node) for node in config.logger.values() if node]
         trainer = build_trainer(config, callbacks, loggers, data)

@@ -138,22 +138,21 @@ class ClassifierEvaluation(Callback):
     def _measure(self, module: ConsistencyModule, sampler: Sampler, seeds: list[int]) -> Quality:
         trainer, data = module.trainer, module.data
         indices = self._share(trainer)
-        denoiser = module.sampling_denoiser(self.weights).eval()
         found = []
-        for seed in seeds:
-            labels = drawn_labels(seed, indices, data.num_classes) if data.num_classes else None
-            shares = generate(
-                denoiser,
-                sampler,
-                indices=indices,
-                labels=labels,
-                shape=(data.channels, data.image_size, data.image_size),
-                seed=seed,
-                batch_size=self.batch_size,
-                device=module.device,
-            )
-            found.append(self.quality.measure(shares, module.device))
-        module.online.train()
+        with module.sampling_denoiser(self.weights) as denoiser:
+            for seed in seeds:
+                labels = drawn_labels(seed, indices, data.num_classes) if data.num_classes else None
+                shares = generate(
+                    denoiser,
+                    sampler,
+                    indices=indices,
+                    labels=labels,
+                    shape=(data.channels, data.image_size, data.image_size),
+                    seed=seed,
+                    batch_size=self.batch_size,
+                    device=module.device,
+                )
+                found.append(self.quality.measure(shares, module.device))
         return Quality(*(sum(values) / len(found) for values in zip(*found, strict=True)))
 
     def _reference(

@@ -70,22 +70,21 @@ class SampleGrids(Callback):
         data, count = module.data, self.num_samples
         columns = pictures.columns_for(count, data.num_classes)
         labels = None if data.num_classes is None else torch.arange(count) % data.num_classes
-        denoiser = module.sampling_denoiser(self.weights).eval()
         panels = []
-        for name, sampler in self.samplers.items():
-            batches = generate(
-                denoiser,
-                sampler,
-                indices=range(count),
-                labels=labels,
-                shape=(data.channels, data.image_size, data.image_size),
-                seed=self.seed,
-                batch_size=self.batch_size,
-                device=module.device,
-            )
-            caption = f"{name.replace('_', ' ')}, step {module.k}"
-            panels.append((caption, pictures.grid(torch.cat(list(batches)), columns)))
-        module.online.train()
+        with module.sampling_denoiser(self.weights) as denoiser:
+            for name, sampler in self.samplers.items():
+                batches = generate(
+                    denoiser,
+                    sampler,
+                    indices=range(count),
+                    labels=labels,
+                    shape=(data.channels, data.image_size, data.image_size),
+                    seed=self.seed,
+                    batch_size=self.batch_size,
+                    device=module.device,
+                )
+                caption = f"{name.replace('_', ' ')}, step {module.k}"
+                panels.append((caption, pictures.grid(torch.cat(list(batches)), columns)))
         sheet = pictures.side_by_side(panels)
         self.folder.mkdir(parents=True, exist_ok=True)
         sheet.save(self.folder / f"step_{module.k:08d}.png")
