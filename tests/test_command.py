@@ -38,6 +38,7 @@ TRAIN_MISTAKES = {
     "misspelt part": (["mode.objective.distance._target_=consistency.distances.L3"], "L3"),
     "argument of no part": (["+mode.objective.pairs.p_meen=1"], "p_meen"),
     "trainer option of no kind": (["trainer.precision=17"], "17"),
+    "half precision on a CPU": (["trainer.precision=16-mixed"], "bf16-mixed"),
     "never a checkpoint": (["callbacks.checkpoint.every_n_train_steps=0"], "every_n_train_steps"),
     "no value": (["mode"], "mode"),
 }

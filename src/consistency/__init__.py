@@ -19,5 +19,5 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
       data              module (the LightningDataModule), batches (order by position), source; digits folder lsun
       evaluation        classifier quality
       training          run (configuration -> finished run), module (the LightningModule), launch (DDP), logging;
-                        callbacks: schedules averages checkpoints evaluation pictures progress
+                        callbacks: schedules averages periodic checkpoints evaluation pictures progress
 """

@@ -193,6 +193,13 @@ def build_trainer(
         use_distributed_sampler=False,
         _convert_="all",
     )
+    half = str(config.trainer.precision) in ("16-mixed", "16-true", "16")
+    require(
+        not half or trainer.strategy.root_device.type != "cpu",
+        "trainer.precision=32-true or bf16-mixed on a CPU",
+        f"trainer.precision={config.trainer.precision}, which a CPU run would silently replace",
+        "change trainer.precision",
+    )
     trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
     return trainer
 
@@ -208,6 +215,8 @@ def _announce(config: DictConfig, module: ConsistencyModule, output: Path) -> No
     pair = f"{choices.data}_{choices.mode}"
     if not (ROOT / "conf" / "recipe" / f"{pair}.yaml").is_file():
         print(f"No recipe conf/recipe/{pair}.yaml: the mode's own defaults are used.")
+    if config.init != config.mode.init:
+        print(f"init={config.init}: the published choice for this mode is {config.mode.init}.")
     print(f"Run folder: {output}", flush=True)
 
 

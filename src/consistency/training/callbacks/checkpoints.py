@@ -9,7 +9,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from consistency import checkpoint
-from consistency.errors import require
+from consistency.training.callbacks.periodic import Periodic
 from consistency.training.module import ConsistencyModule
 
 
@@ -22,21 +22,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         checkpoint.write(checkpoint_content, Path(path))
 
 
-class RunCheckpoints(Checkpoint):
+class RunCheckpoints(Periodic, Checkpoint):
     """Writes `last.ckpt` every n optimizer steps and at the end, keeps the one before as `previous.ckpt`, and the one
     with the lowest `monitor` as `best.ckpt` (none where nothing is monitored).
     """
 
     def __init__(self, *, folder: str, every_n_train_steps: int, monitor: str | None) -> None:
-        require(
-            every_n_train_steps >= 1,
-            "callbacks.checkpoint.every_n_train_steps >= 1",
-            every_n_train_steps,
-            "give the number of optimizer steps between checkpoints",
-        )
-        self.folder, self.every, self.monitor = Path(folder), every_n_train_steps, monitor
+        super().__init__(every_n_train_steps)
+        self.folder, self.monitor = Path(folder), monitor
         self.best_value = float("inf")
-        self._seen = -1
 
     @property
     def last(self) -> Path:
@@ -49,21 +43,13 @@ class RunCheckpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_value = state_dict["best_value"]
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
-        assert isinstance(module, ConsistencyModule)
-        k = module.k
-        if k == self._seen or k == 0:
-            return
-        self._seen = k
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *rest: Any) -> None:
         self._keep_best(trainer)
-        if k % self.every == 0 and trainer.global_step < trainer.max_steps:
+        super().on_train_batch_end(trainer, module, *rest)
+
+    def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+        """Keeps the newest, but for the end of the run, which does so too."""
+        if trainer.global_step < trainer.max_steps:
             self._keep_last(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:

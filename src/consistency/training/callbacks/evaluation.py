@@ -7,19 +7,19 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 
 from consistency.errors import require
 from consistency.evaluation.classifier import train_classifier
 from consistency.evaluation.quality import ClassifierQuality, Quality, stacked
 from consistency.generation import drawn_labels, generate
 from consistency.samplers import Sampler
+from consistency.training.callbacks.periodic import Periodic
 from consistency.training.module import ConsistencyModule
 
 METRIC = "frechet_classifier"
 
 
-class ClassifierEvaluation(Callback):
+class ClassifierEvaluation(Periodic):
     """Measures as many samples as there are held-out images, for each sampler, every n steps; at the end over several
     seeds, beside the same numbers for the training images and for noise, and writes `evaluation.json`.
 
@@ -38,18 +38,12 @@ class ClassifierEvaluation(Callback):
         seeds: list[int],
         classifier: dict[str, Any],
     ) -> None:
-        require(
-            every_n_train_steps >= 1,
-            "callbacks.evaluation.every_n_train_steps >= 1",
-            every_n_train_steps,
-            "give the number of optimizer steps between evaluations",
-        )
+        super().__init__(every_n_train_steps)
         require(bool(seeds), "at least one of callbacks.evaluation.seeds", seeds, "for example [0]")
         self.file = Path(folder) / "evaluation.json"
-        self.samplers, self.weights, self.every = samplers, weights, every_n_train_steps
+        self.samplers, self.weights = samplers, weights
         self.batch_size, self.seeds, self.classifier = batch_size, seeds, classifier
         self.report: dict[str, Any] = {}
-        self._seen = -1
 
     @property
     def monitor(self) -> str:
@@ -73,23 +67,13 @@ class ClassifierEvaluation(Callback):
         model = train_classifier(data.train_source, num_classes=data.num_classes, **self.classifier)
         self.quality = ClassifierQuality(model, data.held_out)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
-        assert isinstance(module, ConsistencyModule)
-        if module.k == self._seen or module.k % self.every or module.k == 0:
-            return
-        self._seen = module.k
+    def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+        """Measures with the first seed; the end of the run has a measurement of its own."""
         if trainer.global_step < trainer.max_steps:
-            self._publish(
-                module,
-                {n: self._measure(module, s, self.seeds[:1]) for n, s in self.samplers.items()},
-            )
+            measured = {
+                n: self._measure(module, s, self.seeds[:1]) for n, s in self.samplers.items()
+            }
+            self._publish(module, measured)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ConsistencyModule)

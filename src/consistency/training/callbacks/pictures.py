@@ -5,17 +5,17 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
 from consistency import pictures
 from consistency.errors import require
 from consistency.generation import generate
 from consistency.samplers import Sampler
+from consistency.training.callbacks.periodic import Periodic
 from consistency.training.module import ConsistencyModule
 
 
-class SampleGrids(Callback):
+class SampleGrids(Periodic):
     """Every n steps and at the end: a PNG of samples from the same noise and classes, one panel a sampler."""
 
     def __init__(
@@ -29,42 +29,34 @@ class SampleGrids(Callback):
         batch_size: int,
         seed: int,
     ) -> None:
+        super().__init__(every_n_train_steps)
         require(
-            every_n_train_steps >= 1 and num_samples >= 1 and batch_size >= 1,
-            "callbacks.samples.every_n_train_steps, num_samples and batch_size of at least 1",
-            (every_n_train_steps, num_samples, batch_size),
+            num_samples >= 1 and batch_size >= 1,
+            "callbacks.samples.num_samples and batch_size of at least 1",
+            (num_samples, batch_size),
             "give positive numbers",
         )
         self.folder, self.samplers, self.weights = Path(folder), samplers, weights
-        self.every, self.num_samples, self.seed = every_n_train_steps, num_samples, seed
-        self.batch_size = batch_size
-        self._seen = -1
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self._drawn = -1
 
     @property
     def newest(self) -> Path:
         """The picture drawn last."""
         return self.folder / "latest.png"
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
-        assert isinstance(module, ConsistencyModule)
-        if module.k != self._seen and module.k % self.every == 0 and module.k > 0:
-            self._seen = module.k
-            self._draw(trainer, module)
+    def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+        """Draws the samples."""
+        self._draw(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ConsistencyModule)
-        if module.k != self._seen:
+        if module.k != self._drawn:
             self._draw(trainer, module)
 
     @torch.no_grad()
     def _draw(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+        self._drawn = module.k
         if not trainer.is_global_zero:
             return
         data, count = module.data, self.num_samples
@@ -94,22 +86,16 @@ class SampleGrids(Callback):
                 logger.log_image("samples", [sheet], step=module.k)
 
 
-class Curves(Callback):
+class Curves(Periodic):
     """Draws curves.png from metrics.csv every n steps and at the end."""
 
     def __init__(self, *, metrics: str, picture: str, every_n_train_steps: int) -> None:
-        self.metrics, self.picture, self.every = Path(metrics), Path(picture), every_n_train_steps
+        super().__init__(every_n_train_steps)
+        self.metrics, self.picture = Path(metrics), Path(picture)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
-        if trainer.global_step % self.every == 0:
-            self._draw(trainer)
+    def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+        """Draws the curves."""
+        self._draw(trainer)
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self._draw(trainer)
