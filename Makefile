@@ -31,6 +31,12 @@ test: $(READY) ## run the tests (under 10 minutes on 2 cores)
 test-slow: $(READY) ## run the long tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+oracle: $(READY) ## train every mode on a law with exact answers, a minute of CPU each, and print the errors
+	$(BIN)/python tests/oracle.py $(ARGS)
+
+mutations: $(READY) ## plant known mistakes and see that the tests notice each
+	$(BIN)/python tests/mutations.py $(ARGS)
+
 lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +52,4 @@ lock: $(READY) ## pin every dependency anew in requirements.lock
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help setup train demo test test-slow lint format lock clean
+.PHONY: help setup train demo test test-slow oracle mutations lint format lock clean

@@ -84,7 +84,7 @@ def process(tmp_path: Path) -> Run:
             env={**own, "OMP_NUM_THREADS": "1", **environment},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,
             check=False,
         )
         return Outcome(done.returncode, done.stdout, done.stderr)

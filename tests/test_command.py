@@ -39,6 +39,8 @@ TRAIN_MISTAKES = {
     "argument of no part": (["+mode.objective.pairs.p_meen=1"], "p_meen"),
     "trainer option of no kind": (["trainer.precision=17"], "17"),
     "half precision on a CPU": (["trainer.precision=16-mixed"], "bf16-mixed"),
+    "settings of no callback": (["+callbacks.sampels.num_samples=3"], "callbacks.sampels"),
+    "no average to sample with": (["callbacks.evaluation_ema=null"], "weights among"),
     "never a checkpoint": (["callbacks.checkpoint.every_n_train_steps=0"], "every_n_train_steps"),
     "no value": (["mode"], "mode"),
 }

@@ -7,7 +7,7 @@ Every method is one formula with its parts swapped,
 so a mode is a YAML in conf/mode that names the parts, and no code branches on a mode's name. The map; a module
 imports only from floors below it, and the core (floors 1 to 4) needs torch and jaxtyping alone:
 
-    src/train.py sample.py compare.py       the verbs, each with conf/<verb>.yaml
+    src/train.py sample.py compare.py convert.py      the verbs, each with conf/<verb>.yaml
     floor 1, words      errors tensors schedules grids preconditioning averaging randomness
                         networks: adm song dhariwal (with their unet and layers) mlp
     floor 2, phrases    processes solvers pairs distances weightings denoiser tangents
@@ -15,9 +15,45 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 4, paragraph  objectives
     the shell           checkpoint (tensors and a plain card), generation (numbered samples), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
-                        sampling and comparison (the commands)
+                        sampling, comparison and conversion (the commands)
+      formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
+                        opened (what a file yields), released (published files by name), reading, pickles, messagepack
+                        and timetable (parts of the above)
       data              module (the LightningDataModule), batches (order by position), source; digits folder lsun
       evaluation        classifier quality
       training          run (configuration -> finished run), module (the LightningModule), launch (DDP), logging;
-                        callbacks: schedules averages periodic checkpoints evaluation pictures progress
+                        callbacks: schedules averages stages periodic checkpoints evaluation pictures
+                        progress
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from os import PathLike
+
+    from consistency.checkpoint import Loaded
+
+
+def load(
+    path: str | PathLike[str],
+    role: Literal["teacher", "consistency"] | None = None,
+    *,
+    weights: str = "ema",
+    image_size: int | None = None,
+    num_head_channels: int | None = None,
+    attention_resolutions: Sequence[int] | None = None,
+) -> Loaded:
+    """Opens a checkpoint of any format; the result answers `denoise(x_t, t, label=None)` with the estimate of x_0.
+
+    path: a run folder, a file or folder of one of the formats in `consistency.formats`, or a published name such as
+    openai:cd_imagenet64_lpips; role: what the model is, where the file does not say; weights: which ones, where the
+    file holds several. The last three say what some files do not record, `consistency.formats.opened.Hints`.
+    """
+    from consistency import checkpoint
+    from consistency.formats.opened import Hints
+
+    hints = Hints(image_size, num_head_channels, attention_resolutions)
+    return checkpoint.load(path, weights=weights, role=role, hints=hints)

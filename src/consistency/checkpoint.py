@@ -8,35 +8,54 @@ The card of a checkpoint is a dictionary of plain values:
     process             sigma_data, t_min, t_max, rho, and `times`, the points of two-step sampling
     image               channels, size
     num_classes         number of classes or null
+
+Files of other programs are opened by `consistency.formats`, which writes such a card for them.
 """
 
 import hashlib
 import os
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
+from consistency.formats import diffusers, reading, released
+from consistency.formats.opened import ContentError, Hints, Opened, Role
+from consistency.networks.unet import UNet
+from consistency.tensors import Data, Label, Time
 
-Role = Literal["teacher", "consistency"]
 NETWORKS = "consistency.networks."
 PRECONDITIONING = "consistency.preconditioning."
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A denoiser read from a file, with its card and the path and weights it came from."""
+    """A denoiser read from a file, with its card, the path and weights it came from, and the format of the file."""
 
     denoiser: Denoiser
     card: dict[str, Any]
     path: Path
     weights: str
+    format: str = reading.OURS
+
+    def denoise(self, x_t: Data, t: Time, label: Label = None) -> Data:
+        """The estimate of x_0: D(x_t, t) of a teacher, f(x_t, t) of a consistency model.
+
+        x_t: float32 images; t: the noise level of each; label: class indices, or None, which stands for "no class" in
+        the networks of NVlabs that have classes.
+        """
+        network = self.denoiser.network
+        if label is None and isinstance(network, UNet) and network.num_classes is not None:
+            label = torch.full(x_t.shape[:1], -1, device=x_t.device)
+        return self.denoiser(x_t, t, label)
+
+    __call__ = denoise
 
 
 def checksum_path(path: Path) -> Path:
@@ -58,14 +77,23 @@ def write(content: dict[str, Any], path: Path) -> None:
 
 
 def find(checkpoint: str | os.PathLike[str]) -> Path:
-    """The checkpoint file that a path names: the file itself, or the `last` of a run folder."""
+    """The checkpoint that is meant: a file, a folder of diffusers or of ours, the `last` of a run folder, or the
+    downloaded file of a published name.
+    """
+    if released.is_name(checkpoint):
+        return released.fetch(str(checkpoint))
     path = Path(checkpoint).expanduser()
+    if path.is_file() and path.name.startswith(diffusers.WEIGHTS):
+        path = path.parent
+        path = path.parent if (path.parent / "model_index.json").is_file() else path
+    if path.is_dir() and ((path / reading.SEALED).is_file() or diffusers.is_diffusers(path)):
+        return path
     if path.is_dir():
         inside = path / "checkpoints" / "last.ckpt"
         require(
             inside.is_file(),
-            f"a run folder with checkpoints/last.ckpt at {path}",
-            "a folder without it",
+            f"a run folder with checkpoints/last.ckpt at {path}, or a diffusers folder",
+            "a folder that is neither",
             "give a run folder that has trained, or a checkpoint file",
         )
         return inside
@@ -78,37 +106,31 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     return path
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint of ours, checked against its checksum where that stands beside it."""
+def verify_checksum(path: Path) -> None:
+    """Refuses a file that is not the one whose checksum stands beside it."""
     beside = checksum_path(path)
-    if beside.is_file():
+    if path.is_file() and beside.is_file():
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         require(
-            beside.read_text().split()[:1] == [digest],
+            beside.read_bytes().split()[:1] == [digest.encode()],
             f"{path} as it was written (its checksum is in {beside.name})",
             "a file that has changed or is damaged",
-            "take previous.ckpt or best.ckpt beside it",
+            "take previous.ckpt or best.ckpt beside it, or fetch the file again",
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail in any way inside the reader
-        raise UserError(
-            f"expected a checkpoint of this project at {path}\n"
-            f"  got: a file that cannot be read ({type(error).__name__})\n"
-            "  do: check that it is complete, or take previous.ckpt or best.ckpt beside it"
-        ) from error
-    require(
-        isinstance(content, dict) and isinstance(content.get("card"), dict),
-        f"a checkpoint of this project at {path}, with its card",
-        "a file without one",
-        "give a checkpoint that src/train.py wrote",
-    )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint of ours, checked against its checksum where that stands beside it."""
+    verify_checksum(path)
+    content = reading.open_path(path, "ema", Hints())
+    if isinstance(content, Opened):
+        raise reading.unreadable(path, ContentError(f"a checkpoint of format {content.format}"))
     return content
 
 
 def build(node: dict[str, Any], package: str, base: type) -> Any:
-    """Instantiates a node of a card; only a class `base` that is defined in `package` is let in."""
+    """Builds a node of a card; only a class `base` that is defined in `package` is let in, with plain arguments."""
     target = node.get("_target_")
     module, _, name = str(target).rpartition(".")
     known = f"{module}.".startswith(package) and all(p.isidentifier() for p in module.split("."))
@@ -117,20 +139,56 @@ def build(node: dict[str, Any], package: str, base: type) -> Any:
     except ImportError:
         found = None
     allowed = isinstance(found, type) and issubclass(found, base) and found.__module__ == module
-    plain = all(isinstance(v, int | float | str | list | None) for v in node.values())
+    arguments = {key: value for key, value in node.items() if key != "_target_"}
     require(
-        allowed and plain and "${" not in str(node),
+        allowed and all(isinstance(k, str) and is_plain(v) for k, v in arguments.items()),
         f"a class of {package[:-1]} with plain arguments in the checkpoint's card",
-        target,
+        str(target)[:120] if isinstance(target, str) else type(target).__name__,
         "do not use this file unless you know who wrote it",
     )
-    return instantiate(node, _convert_="all")
+    assert callable(found)
+    return found(**arguments)
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value of a card is a number of sensible size, a short text, nothing, or a short list of such."""
+    if isinstance(value, list | tuple):
+        flat = len(value) <= 64 and not any(isinstance(v, list | tuple) for v in value)
+        return flat and all(is_plain(v) for v in value)
+    if isinstance(value, str):
+        return len(value) <= 256 and "${" not in value
+    return value is None or (isinstance(value, int | float) and abs(value) <= 1 << 20)
+
+
+def require_card(card: dict[str, Any], path: object) -> None:
+    """Refuses a card without the parts that every command relies on."""
+    image, process = card.get("image"), card.get("process")
+    parts = [
+        card.get("role") in ("teacher", "consistency", None),
+        isinstance(card.get("network"), dict),
+        isinstance(card.get("preconditioning"), dict | None),
+        isinstance(image, dict) and all(_is_count(image.get(k)) for k in ("channels", "size")),
+        card.get("num_classes") is None or _is_count(card["num_classes"]),
+        isinstance(process, dict) and all(is_plain(k) and is_plain(v) for k, v in process.items()),
+    ]
+    require(
+        all(parts),
+        f"a card with role, network, preconditioning, process, image and num_classes in {path}",
+        "one in which a part is missing or makes no sense",
+        "take another checkpoint, or convert the original file again",
+    )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 1 <= value <= 1 << 20
 
 
 def select_weights(content: dict[str, Any], weights: str) -> dict[str, Tensor]:
     """The network's weights by name: online, target, ema (the first average) or ema:<decay>."""
-    state: dict[str, Tensor] = content["state_dict"]
     available: dict[str, dict[str, Tensor]] = {}
+    if isinstance(content.get("weights"), dict):  # a converted model: one set
+        available["ema"] = content["weights"]
+    state: dict[str, Tensor] = content.get("state_dict", {})
     for role in ("online", "target"):
         prefix = f"{role}.network."
         found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -149,26 +207,76 @@ def select_weights(content: dict[str, Any], weights: str) -> dict[str, Tensor]:
     return available[weights]
 
 
-def load(
-    checkpoint: str | os.PathLike[str], *, weights: str = "ema", role: Role | None = None
-) -> Loaded:
-    """The denoiser of a run folder or checkpoint file, on the CPU, in eval mode, without gradient.
+def assemble(network: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    """The network of a card with its weights: all there, of the right shapes, of a floating type, and finite.
 
-    role: what it must be; None accepts either. Raises `UserError` where the file is missing, damaged or of another role.
+    It is built without memory first, so that settings of any size cost nothing until the weights agree with them.
+    """
+    for name, value in weights.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise ContentError(f"weights {name[:80]} that are not of a floating type")
+        if not bool(torch.isfinite(value).all()):
+            raise ContentError(f"weights {name[:80]} that are not all finite")
+    if max(network.get("num_res_blocks", 0), network.get("depth", 0)) > len(weights):
+        raise ContentError("a network with more blocks than it has weights")
+    with torch.device("meta"):
+        found: nn.Module = build(network, NETWORKS, nn.Module)
+    expected = found.state_dict()
+    for name in [*expected, *weights]:
+        there = name in expected and name in weights
+        if not there or expected[name].shape != weights[name].shape:
+            has, needs = (x[name].shape if name in x else () for x in (weights, expected))
+            raise ContentError(
+                f"weights {name[:80]} of shape {tuple(has)}, where its network has {tuple(needs)}"
+            )
+    own = {name: value.detach().float().contiguous() for name, value in weights.items()}
+    found.load_state_dict(own, assign=True)
+    return found.eval().requires_grad_(False)
+
+
+def open_checkpoint(path: Path, weights: str, hints: Hints) -> Opened:
+    """The content of a checkpoint of any format, ours included, in one form."""
+    verify_checksum(path)
+    content = reading.open_path(path, weights, hints)
+    if isinstance(content, Opened):
+        require_card(content.card, path)
+        return content
+    require_card(content["card"], path)
+    return Opened(
+        format=reading.OURS, weights=select_weights(content, weights), card=content["card"]
+    )
+
+
+def load(
+    checkpoint: str | os.PathLike[str],
+    *,
+    weights: str = "ema",
+    role: Role | None = None,
+    hints: Hints | None = None,
+) -> Loaded:
+    """The denoiser of a run folder, a file or folder of any format, or a published name; on the CPU, in eval mode,
+    without gradient.
+
+    role: what it must be, and what it is where the file does not say; None accepts either. Raises `UserError` where the
+    file is missing, damaged, of another role or no checkpoint.
     """
     path = find(checkpoint)
-    content = read(path)
-    card = content["card"]
-    require(
-        role is None or card["role"] == role,
-        f"a {role} checkpoint",
-        f"{path}, a {card['role']} checkpoint",
-        "train a teacher with mode=edm" if role == "teacher" else "give a consistency model",
-    )
-    network: nn.Module = build(card["network"], NETWORKS, nn.Module)
-    network.load_state_dict(select_weights(content, weights))
-    denoiser = Denoiser(network, build(card["preconditioning"], PRECONDITIONING, object))
-    return Loaded(denoiser.eval().requires_grad_(False), card, path, weights)
+    try:
+        opened = open_checkpoint(path, weights, hints or Hints())
+        if released.is_name(checkpoint) and opened.card["role"] is None:
+            known = released.find(str(checkpoint)).role
+            opened = replace(opened, card={**opened.card, "role": known})
+        card = opened.with_role(role, path)
+        require_card(card, path)
+        network = assemble(card["network"], opened.weights)
+        denoiser = Denoiser(network, build(card["preconditioning"], PRECONDITIONING, object))
+    except UserError:
+        raise
+    except Exception as error:  # the settings of a damaged or hostile file can fail in any way
+        raise reading.unreadable(path, error) from error
+    for note in opened.notes:
+        print(f"{path.name}: assumes {note}", file=sys.stderr)
+    return Loaded(denoiser.eval().requires_grad_(False), card, path, weights, opened.format)
 
 
 def load_teacher(path: str | None, *, weights: str) -> Denoiser:
@@ -180,3 +288,37 @@ def load_teacher(path: str | None, *, weights: str) -> Denoiser:
         "train one on the same data with mode=edm and give its run folder",
     )
     return load(str(path), weights=weights, role="teacher").denoiser
+
+
+def load_initial(
+    checkpoint: str, network: nn.Module, *, weights: str, c_noise_scale: float
+) -> None:
+    """Puts the weights of a checkpoint of any format and either role into a network of the same kind (`init=`).
+
+    c_noise_scale: that of `network`; weights trained with another time input load cleanly and mean nothing.
+    """
+    path = find(checkpoint)
+    try:
+        opened = open_checkpoint(path, weights, Hints())
+        card = opened.card if opened.card["role"] else opened.with_role("teacher", path)
+        found = assemble(card["network"], opened.weights).state_dict()
+        scale = opened.c_noise_scale or card["preconditioning"].get("c_noise_scale")
+    except UserError:
+        raise
+    except Exception as error:
+        raise reading.unreadable(path, error) from error
+    own = network.state_dict()
+    same = {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}
+    require(
+        same,
+        "initial weights of the same network as model=",
+        f"{path}, of another network",
+        "choose the model= that wrote them, or init=null",
+    )
+    require(
+        scale is None or scale == c_noise_scale,
+        f"initial weights of a network with time input {c_noise_scale} ln t",
+        f"{path}, with {scale} ln t",
+        f"set model.c_noise_scale={scale}",
+    )
+    network.load_state_dict(found)

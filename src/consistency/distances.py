@@ -96,10 +96,12 @@ class PseudoHuber(nn.Module):
         return self.c * x[0].numel() ** 0.5 if self.per_root_dimension else self.c
 
     def forward(self, x: Data, y: Data) -> PerSample:
-        norm: Tensor = vector_norm((x - y).flatten(1), dim=1)
         c = self.constant(x)
-        # The norm's own gradient is 0 at 0; that of sqrt(0 + 0) would be infinite.
-        return norm if c == 0 else (norm**2 + c**2).sqrt() - c
+        if c == 0:
+            # Its own gradient is 0 at 0; that of sqrt(0 + 0) would be infinite.
+            norm: PerSample = vector_norm((x - y).flatten(1), dim=1)
+            return norm
+        return ((x - y).square().sum(dim=(1, 2, 3)) + c**2).sqrt() - c
 
 
 class LPIPS(nn.Module):
@@ -132,5 +134,9 @@ class LPIPS(nn.Module):
 
 
 def _unit(phi: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """phi over its norm along the channels; 1e-10 as in the published code keeps 0 / 0 away."""
-    return phi / (vector_norm(phi, dim=1, keepdim=True) + 1e-10)
+    """phi over its norm along the channels, 0 where all channels are 0.
+
+    The published code divides by ||phi|| + 1e-10: the same but for a share of 1e-10 / ||phi||, but without a second
+    derivative at 0, which the continuous-time losses need.
+    """
+    return phi * (phi.square().sum(1, keepdim=True) + 1e-20).rsqrt()

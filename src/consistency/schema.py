@@ -112,8 +112,23 @@ class Compare:
     output: str = MISSING
 
 
+@dataclass
+class Convert:
+    """conf/convert.yaml."""
+
+    source: str | None = None
+    to: str = "ours"
+    verify: str | None = None
+    role: str | None = None
+    weights: str = "ema"
+    image_size: int | None = None
+    num_head_channels: int | None = None
+    attention_resolutions: list[int] | None = None
+    output: str = MISSING
+
+
 def register() -> None:
-    """Makes the schemas known to Hydra as train_schema, sample_schema, compare_schema."""
+    """Makes the schemas known to Hydra as train_schema, sample_schema, compare_schema, convert_schema."""
     store = ConfigStore.instance()
-    for schema in (Train, Sample, Compare):
+    for schema in (Train, Sample, Compare, Convert):
         store.store(name=f"{schema.__name__.lower()}_schema", node=schema)

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from consistency.checkpoint import load
+from consistency.checkpoint import load_initial
 from consistency.command import ROOT, require_fresh
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
@@ -37,7 +37,7 @@ def quiet() -> None:
         r".*isinstance\(treespec, LeafSpec\).*",
         r"Found \d+ module\(s\) in eval mode.*",
         r".*does not have many workers.*",
-        r".*Checkpoint directory .* exists and is not empty.*",
+        r".*torch.jit.script. is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=known)
 
@@ -80,7 +80,12 @@ def build_module(config: DictConfig, data: DataModule) -> ConsistencyModule:
     optimizer = instantiate(config.optimizer, _convert_="all")
     _try_optimizer(optimizer)
     if config.init is not None:
-        _initialise(network, config)
+        load_initial(
+            config.init,
+            network,
+            weights=config.init_weights,
+            c_noise_scale=config.model.c_noise_scale,
+        )
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     return ConsistencyModule(
@@ -128,24 +133,17 @@ def _try_samplers(config: DictConfig) -> None:
         sampler(lambda x, t, label: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
 
 
-def _initialise(network: nn.Module, config: DictConfig) -> None:
-    loaded = load(config.init, weights=config.init_weights)
-    found = loaded.denoiser.network.state_dict()
-    own = network.state_dict()
-    same = {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}
-    require(
-        same,
-        "initial weights of the same network as model=",
-        f"{loaded.path}, of another network",
-        "choose the model= that wrote them, or init=null",
-    )
-    network.load_state_dict(found)
-
-
 def build_callbacks(config: DictConfig) -> list[Callback]:
     """The mode's callbacks, then the run's; a null or empty node is switched off."""
-    nodes = [*config.mode.callbacks.values(), *config.callbacks.values()]
-    return [instantiate(node, _convert_="all") for node in nodes if node]
+    named = {**config.mode.callbacks, **config.callbacks}
+    for name, node in named.items():
+        require(
+            not node or "_target_" in node,
+            f"callbacks.{name} with a _target_, or null",
+            f"settings of no callback: {', '.join(map(str, node or []))}",
+            f"to switch a callback off, also where a recipe sets it, say callbacks.{name}=null",
+        )
+    return [instantiate(node, _convert_="all") for node in named.values() if node]
 
 
 def train(config: DictConfig, output: Path) -> None:
@@ -221,15 +219,17 @@ def _announce(config: DictConfig, module: ConsistencyModule, output: Path) -> No
 
 
 def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:
-    saved = next(c for c in trainer.callbacks if isinstance(c, RunCheckpoints))  # type: ignore[attr-defined]
-    print(f"\nCheckpoint: {saved.last}")
+    print()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RunCheckpoints):
+            print(f"Checkpoint: {callback.last}")
         if isinstance(callback, SampleGrids):
             print(f"Samples:    {callback.newest}")
         if isinstance(callback, ClassifierEvaluation):
             print(callback.table())
-    choices = HydraConfig.get().runtime.choices
-    sampler = choices[f"sampler@mode.samplers.{next(iter(config.mode.samplers))}"]
+    choices: Any = HydraConfig.get().runtime.choices
+    first = next(iter(config.mode.samplers), None)
+    sampler = choices.get(f"sampler@mode.samplers.{first}", "onestep")
     line = [sys.executable, str(ROOT / "src" / "sample.py"), f"checkpoint={output}"]
     line += [f"sampler={sampler}", "num_samples=64", f"output={output / 'samples_64'}"]
     for logger in trainer.loggers:

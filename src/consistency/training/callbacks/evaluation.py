@@ -57,7 +57,7 @@ class ClassifierEvaluation(Periodic):
             data.held_out is not None and data.num_classes is not None,
             "a data set with held-out images and classes for callbacks.evaluation",
             "one without",
-            "switch the evaluation off with evaluation@callbacks.evaluation=none",
+            "switch the evaluation off with callbacks.evaluation=null",
         )
         assert data.held_out is not None and data.num_classes is not None
         if trainer.is_global_zero:
@@ -66,6 +66,12 @@ class ClassifierEvaluation(Periodic):
             )
         model = train_classifier(data.train_source, num_classes=data.num_classes, **self.classifier)
         self.quality = ClassifierQuality(model, data.held_out)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Tells now, not at the first picture, where there are no such weights."""
+        assert isinstance(module, ConsistencyModule)
+        with module.sampling_denoiser(self.weights):
+            pass
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Measures with the first seed; the end of the run has a measurement of its own."""

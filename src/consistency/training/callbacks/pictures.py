@@ -45,6 +45,12 @@ class SampleGrids(Periodic):
         """The picture drawn last."""
         return self.folder / "latest.png"
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Tells now, not at the first picture, where there are no such weights."""
+        assert isinstance(module, ConsistencyModule)
+        with module.sampling_denoiser(self.weights):
+            pass
+
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Draws the samples."""
         self._draw(trainer, module)

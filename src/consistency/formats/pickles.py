@@ -1,0 +1,504 @@
+"""Pickles and torch files, read as data: no name inside them is resolved and nothing inside them is called.
+
+A pickle is a program for a small stack machine, and the usual reader runs it: it imports the names it finds and calls
+them. Here the standard library only splits the program into instructions, and `Machine` carries out those that make
+plain values. A name stays a `Name`. The few calls and classes that checkpoints are made of have a function of this
+module in their place; a file that asks for any other is refused with the name it asked for.
+
+Three containers hold such programs: a bare pickle (NVlabs), a zip archive (`torch.save`), and the older torch form,
+which is also how a bare pickle stores its tensors. Sizes are checked before memory is taken, the zip checksums (which
+torch ignores) are verified, and tensors must lie inside their storages.
+"""
+
+import io
+import math
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from consistency.formats.opened import ContentError
+
+MAX_INSTRUCTIONS = 2_000_000
+MAX_ODD_KEYS = 20_000
+"""Dictionary keys that are not strings: their hashes are not random, so many could be made to collide."""
+
+Stream: TypeAlias = IO[bytes] | io.BufferedIOBase
+"""An open file, bytes in memory, or a record of an archive."""
+
+Key = str | int | float | bytes | None
+"""What may be a key: nothing that nests, because the hash of a deeply nested tuple overflows the stack."""
+
+CARD = "consistency.json"
+"""The record of a torch archive in which we keep the card; torch ignores it."""
+
+STORAGES = {
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+MODULES = {
+    f"torch.nn.modules.container.{kind}" for kind in ("ModuleDict", "ModuleList", "Sequential")
+}
+NUMBERS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "u1": "B", "b1": "?"}
+"""numpy scalar types, and their names in `struct`."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """A class or function that a pickle names."""
+
+    path: str
+
+
+@dataclass
+class Object:
+    """An object of a class that a pickle names; its class is not looked up and its state stays as it is stored."""
+
+    kind: str
+    state: Any
+
+
+def told(value: object) -> str:
+    """A value from a file, short enough for a message and never a container, which could be endless."""
+    if isinstance(value, Name):
+        return value.path
+    if isinstance(value, str):
+        return repr(value[:80])
+    return str(value) if isinstance(value, float | bool) else type(value).__name__
+
+
+# ----------------------------------------------------------- what the known names stand for
+
+
+def _ordered_dict(pairs: object = ()) -> dict[Any, Any]:
+    items: list[Any] = list(pairs) if isinstance(pairs, list | tuple) else [None]
+    paired = all(isinstance(i, list | tuple) and len(i) == 2 for i in items)
+    if not paired or len(items) > MAX_ODD_KEYS or not all(isinstance(i[0], Key) for i in items):
+        raise ContentError("an ordered dictionary made of something else than pairs")
+    return {key: value for key, value in items}
+
+
+def _tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> Tensor:
+    """A view of a storage, inside it and without overlap, so that it cannot be larger than the file."""
+    if not isinstance(storage, Tensor) or storage.ndim != 1:
+        raise ContentError("a tensor without a storage")
+    if not isinstance(size, tuple | list) or not isinstance(stride, tuple | list):
+        raise ContentError("a tensor without a shape")
+    numbers = [offset, *size, *stride]
+    whole = all(isinstance(n, int) and 0 <= n < 2**48 for n in numbers)
+    if not whole or len(size) != len(stride) or len(size) > 8:
+        raise ContentError("a tensor with an impossible shape")
+    assert isinstance(offset, int)
+    count = math.prod(size)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if count and not (count <= storage.numel() and last < storage.numel()):
+        raise ContentError("a tensor that reaches out of its storage")
+    return storage.as_strided(tuple(size), tuple(stride), offset) if count else storage[:0]
+
+
+def _parameter(data: object, *_: object) -> Tensor:
+    if not isinstance(data, Tensor):
+        raise ContentError("a parameter without a tensor")
+    return data
+
+
+def _storage_from_bytes(content: object) -> Any:
+    if not isinstance(content, bytes):
+        raise ContentError("a storage without bytes")
+    stream = io.BytesIO(content)
+    found = read_older(stream, len(content))
+    if stream.read(1):
+        raise ContentError("a storage with more bytes than it declares")
+    return found
+
+
+def _persistent(meta: object) -> Object:
+    """What NVlabs' `torch_utils.persistence` stores: the source of a class, which is left unread, and its state."""
+    if not isinstance(meta, dict) or not isinstance(meta.get("state"), dict):
+        raise ContentError("a persistent object without a state")
+    return Object(told(meta.get("class_name")).strip("'"), meta["state"])
+
+
+def _number_type(code: object, *_: object) -> Object:
+    if not isinstance(code, str) or code not in NUMBERS:
+        raise ContentError(f"a number of type {told(code)}")
+    return Object("numpy.dtype", code)
+
+
+def _number(kind: object, content: object) -> Any:
+    if not isinstance(kind, Object) or kind.kind != "numpy.dtype" or not isinstance(content, bytes):
+        raise ContentError("a number without a type")
+    return struct.unpack(f"<{NUMBERS[kind.state]}", content)[0]
+
+
+def _encoded(text: object, encoding: object) -> bytes:
+    if not isinstance(text, str) or encoding != "latin1":
+        raise ContentError("bytes in an unknown encoding")
+    return text.encode("latin1")
+
+
+def _set(items: object = ()) -> set[Any]:
+    if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
+        raise ContentError("a set of something else than names")
+    return set(items)
+
+
+def _method(owner: object, name: object) -> Object:
+    """A method of a persistent object, as the loss of ECT holds one: only that there is one is kept."""
+    if not isinstance(owner, Object) or not isinstance(name, str):
+        raise ContentError(f"a pickle that asks for the attribute {told(name)} of {told(owner)}")
+    return Object("method", None)
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.storage._load_from_bytes": _storage_from_bytes,
+    "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
+    "numpy.core.multiarray.scalar": _number,
+    "numpy._core.multiarray.scalar": _number,
+    "numpy.dtype": _number_type,
+    "_codecs.encode": _encoded,
+    "builtins.getattr": _method,
+    "builtins.set": _set,
+    "__builtin__.set": _set,
+}
+KNOWN = {*CALLS, *STORAGES, *MODULES}
+COPYING = {
+    name
+    for name, call in CALLS.items()
+    if call in (_ordered_dict, _storage_from_bytes, _encoded, _set)
+}
+"""Calls that copy their argument, so that a short pickle could fill the memory by repeating them."""
+
+
+# --------------------------------------------------------------------------- the stack machine
+
+
+LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+FRESH: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+SKIPPED = {"PROTO", "FRAME"}
+
+FindStorage = Callable[[Any], Tensor]
+"""What a torch file says of a storage -> its content, a tensor of one axis."""
+
+
+def no_storage(description: object) -> Tensor:
+    """A bare pickle has no storages outside of itself."""
+    raise ContentError("a pickle that refers to something outside of it")
+
+
+class Machine:
+    """Carries out one pickle from a source of `total` bytes. Its op_ methods are named as in `pickletools`."""
+
+    def __init__(self, total: int, find_storage: FindStorage = no_storage) -> None:
+        self.find_storage = find_storage
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.odd_keys = 0
+        self.to_copy = 2 * total
+
+    def run(self, program: Any) -> Any:
+        """The value that a pickle, bytes or a `Stream` that stands at it, makes."""
+        for count, (instruction, argument, _) in enumerate(pickletools.genops(program)):
+            name = instruction.name
+            if count > MAX_INSTRUCTIONS:
+                raise ContentError("a pickle of more parts than any checkpoint has")
+            if name == "STOP":
+                return self.stack.pop()
+            if name in LITERALS:
+                self.stack.append(argument)
+            elif name in CONSTANTS:
+                self.stack.append(CONSTANTS[name])
+            elif name in FRESH:
+                self.stack.append(FRESH[name]())
+            elif name not in SKIPPED:
+                step = getattr(self, f"op_{name.lower()}", None)
+                if step is None:
+                    raise ContentError(f"a pickle with the instruction {name}")
+                step(argument)
+        raise ContentError("a pickle without an end")
+
+    def since_mark(self) -> list[Any]:
+        """The values since the last mark, taken from the stack."""
+        items, self.stack = self.stack, self.below.pop()
+        return items
+
+    def fill(self, items: list[Any]) -> None:
+        """Puts keys and values, in turn, into the dictionary on top of the stack."""
+        target = self.stack[-1]
+        if not isinstance(target, dict) or len(items) % 2:
+            raise ContentError("a pickle that fills something else than a dictionary")
+        self.odd_keys += sum(not isinstance(key, str) for key in items[::2])
+        if self.odd_keys > MAX_ODD_KEYS or not all(isinstance(key, Key) for key in items[::2]):
+            raise ContentError("a pickle with keys that no checkpoint has")
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    # The stack and the memory
+
+    def op_mark(self, _: None) -> None:
+        self.below.append(self.stack)
+        self.stack = []
+
+    def op_pop(self, _: None) -> None:
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.since_mark()
+
+    def op_pop_mark(self, _: None) -> None:
+        self.since_mark()
+
+    def op_dup(self, _: None) -> None:
+        self.stack.append(self.stack[-1])
+
+    def op_put(self, place: int) -> None:
+        self.memo[place] = self.stack[-1]
+
+    op_binput = op_long_binput = op_put
+
+    def op_memoize(self, _: None) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def op_get(self, place: int) -> None:
+        self.stack.append(self.memo[place])
+
+    op_binget = op_long_binget = op_get
+
+    # Containers
+
+    def op_list(self, _: None) -> None:
+        items = self.since_mark()
+        self.stack.append(items)
+
+    def op_append(self, _: None) -> None:
+        item = self.stack.pop()
+        self.extend([item])
+
+    def op_appends(self, _: None) -> None:
+        self.extend(self.since_mark())
+
+    def extend(self, items: list[Any]) -> None:
+        """Appends to the list on top of the stack."""
+        if not isinstance(self.stack[-1], list):
+            raise ContentError("a pickle that appends to something else than a list")
+        self.stack[-1].extend(items)
+
+    def op_tuple(self, _: None) -> None:
+        items = self.since_mark()
+        self.stack.append(tuple(items))
+
+    def op_tuple1(self, _: None) -> None:
+        self.stack[-1:] = [tuple(self.stack[-1:])]
+
+    def op_tuple2(self, _: None) -> None:
+        self.stack[-2:] = [tuple(self.stack[-2:])]
+
+    def op_tuple3(self, _: None) -> None:
+        self.stack[-3:] = [tuple(self.stack[-3:])]
+
+    def op_dict(self, _: None) -> None:
+        items = self.since_mark()
+        self.stack.append({})
+        self.fill(items)
+
+    def op_setitem(self, _: None) -> None:
+        items = self.stack[-2:]
+        del self.stack[-2:]
+        self.fill(items)
+
+    def op_setitems(self, _: None) -> None:
+        self.fill(self.since_mark())
+
+    def op_additems(self, _: None) -> None:
+        items = self.since_mark()
+        if not isinstance(self.stack[-1], set):
+            raise ContentError("a pickle that adds to something else than a set")
+        self.stack[-1].update(_set(items))
+
+    # Names, calls, objects
+
+    def named(self, path: str) -> None:
+        """Puts a name on the stack, if it is one of those that checkpoints are made of."""
+        if path not in KNOWN:
+            raise ContentError(f"a pickle that asks for {path[:120]}, which no checkpoint needs")
+        self.stack.append(Name(path))
+
+    def op_global(self, module_and_name: str) -> None:
+        self.named(module_and_name.replace(" ", "."))
+
+    def op_stack_global(self, _: None) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self.named(f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "?")
+
+    def op_reduce(self, _: None) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(function, Name) or function.path not in CALLS:
+            raise ContentError(f"a pickle that calls {told(function)}")
+        if not isinstance(arguments, tuple):
+            raise ContentError(f"a pickle that calls {function.path} without arguments")
+        if (
+            function.path in COPYING
+            and arguments
+            and isinstance(arguments[0], str | bytes | list | tuple)
+        ):
+            self.to_copy -= len(arguments[0]) * (
+                1 if isinstance(arguments[0], str | bytes) else 100
+            )
+        if self.to_copy < 0:
+            raise ContentError("a pickle that copies its own content over and over")
+        self.stack.append(CALLS[function.path](*arguments))
+
+    def op_newobj(self, _: None) -> None:
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if not isinstance(kind, Name) or kind.path not in MODULES or arguments != ():
+            raise ContentError(f"a pickle that creates an object of {told(kind)}")
+        self.stack.append(Object(kind.path, {}))
+
+    def op_build(self, _: None) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Object) and target.kind == "numpy.dtype":
+            if not isinstance(state, tuple) or state[1:2] not in (("<",), ("|",)):
+                raise ContentError("a number stored with its bytes in reverse")
+        elif isinstance(target, Object) and isinstance(state, dict):
+            target.state = state
+        elif not isinstance(target, dict):  # an ordered dictionary's attributes hold no weights
+            raise ContentError(f"a pickle that changes an object of {told(target)}")
+
+    def op_binpersid(self, _: None) -> None:
+        self.stack.append(self.find_storage(self.stack.pop()))
+
+
+# ------------------------------------------------------------------------------ the containers
+
+
+def described(description: object) -> tuple[torch.dtype, str, int]:
+    """Type, key and length of a storage from what torch writes of it."""
+    if not isinstance(description, tuple) or len(description) < 5 or description[0] != "storage":
+        raise ContentError("a pickle that refers to something else than a storage")
+    _, kind, key, _, length, *view = description
+    if not isinstance(kind, Name) or kind.path not in STORAGES or any(v is not None for v in view):
+        raise ContentError("a storage of an unknown kind")
+    if not isinstance(key, str) or not isinstance(length, int) or not 0 <= length < 2**48:
+        raise ContentError("a storage without a size")
+    return STORAGES[kind.path], key, length
+
+
+def fill_tensor(tensor: Tensor, stream: Stream) -> None:
+    """Reads exactly the bytes of a tensor of one axis."""
+    bytes_of: Any = tensor.view(torch.uint8).numpy()
+    view = memoryview(bytes_of)
+    done = 0
+    while done < len(view):
+        part = stream.read(min(len(view) - done, 1 << 24))
+        if not part:
+            raise ContentError("a file that ends early")
+        view[done : done + len(part)] = part
+        done += len(part)
+
+
+def read_zip(path: Path) -> tuple[Any, bytes | None]:
+    """The content of a torch archive, and its record `CARD` if there is one. Every record used is checked by its CRC."""
+    total = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: record for record in archive.infolist()}
+        stored = all(r.compress_type == zipfile.ZIP_STORED for r in records.values())
+        if not stored or sum(r.file_size for r in records.values()) > total:
+            raise ContentError("a zip archive that is compressed, which torch never writes")
+        programs = [name for name in records if name.endswith("data.pkl")]
+        if len(programs) != 1:
+            raise ContentError("a zip archive that torch did not write")
+        root = programs[0].removesuffix("data.pkl")
+        if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
+            raise ContentError("a torch archive with its bytes in reverse")
+        found: dict[str, Tensor] = {}
+
+        def storage(description: object) -> Tensor:
+            dtype, key, length = described(description)
+            if key not in found:
+                record = records.get(f"{root}data/{key}")
+                if record is None or record.file_size != length * dtype.itemsize:
+                    raise ContentError("a storage that is not there in its full length")
+                found[key] = torch.empty(length, dtype=dtype)
+                with archive.open(record) as stream:
+                    fill_tensor(found[key], stream)
+            if found[key].dtype != dtype or found[key].numel() != length:
+                raise ContentError("a storage of two kinds")
+            return found[key]
+
+        content = Machine(records[programs[0]].file_size, storage).run(archive.read(programs[0]))
+        card = archive.read(f"{root}{CARD}") if f"{root}{CARD}" in records else None
+    return content, card
+
+
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+"""The first two values of the older torch form."""
+
+
+def read_older(stream: Stream, total: int) -> Any:
+    """The content of a file in the form of torch before 1.6: pickles, then storages; `total` is its size in bytes."""
+    for expected in (MAGIC, PROTOCOL):
+        found_value = Machine(total).run(stream)
+        if not isinstance(found_value, int) or found_value != expected:
+            raise ContentError("a pickle that is no checkpoint")
+    system = Machine(total).run(stream)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise ContentError("a torch file with its bytes in reverse")
+    found: dict[str, Tensor] = {}
+    taken = 0
+
+    def storage(description: object) -> Tensor:
+        nonlocal taken
+        dtype, key, length = described(description)
+        if key not in found:
+            taken += length * dtype.itemsize
+            if taken > total:
+                raise ContentError("storages larger than the file")
+            found[key] = torch.empty(length, dtype=dtype)
+        if found[key].dtype != dtype or found[key].numel() != length:
+            raise ContentError("a storage of two kinds")
+        return found[key]
+
+    content = Machine(total, storage).run(stream)
+    keys = Machine(total).run(stream)
+    named = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not named or sorted(keys) != sorted(found):
+        raise ContentError("a torch file without all of its storages")
+    for key in keys:
+        if stream.read(8) != struct.pack("<q", found[key].numel()):
+            raise ContentError("a storage that is not there in its full length")
+        fill_tensor(found[key], stream)
+    return content
+
+
+def read_pickle(path: Path) -> Any:
+    """The content of a bare pickle, or of a file in the older torch form."""
+    total = path.stat().st_size
+    with path.open("rb") as stream:
+        content = Machine(total).run(stream)
+        if not isinstance(content, int) or content != MAGIC:
+            return content
+        stream.seek(0)
+        return read_older(stream, total)

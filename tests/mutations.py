@@ -1,0 +1,206 @@
+"""Deliberate errors, each of which a test must notice: `python tests/mutations.py [name ...]`.
+
+The errors are those that others have made. Each is applied to a copy of the repository, the fast
+tests of the core run there until one fails, and the table says which. Ends with status 1 if an error goes unnoticed.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("src", "conf", "tests", "experiments", "pyproject.toml")
+SOURCE = "src/consistency"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`before` becomes `after` in `file`."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+
+
+MUTATIONS = [
+    Mutation(
+        "pseudo-Huber pixel by pixel",
+        f"{SOURCE}/distances.py",
+        "((x - y).square().sum(dim=(1, 2, 3)) + c**2).sqrt() - c",
+        "(((x - y).square() + c**2).sqrt() - c).sum(dim=(1, 2, 3))",
+    ),
+    Mutation(
+        "no c_in",
+        f"{SOURCE}/denoiser.py",
+        "self.network(broadcast_time(c.c_in, x_t) * x_t,",
+        "self.network(x_t,",
+    ),
+    Mutation("no c_noise", f"{SOURCE}/denoiser.py", "x_t, c.c_noise, label)", "x_t, t, label)"),
+    Mutation(
+        "estimates clamped in training",
+        f"{SOURCE}/objectives.py",
+        "self.distance(estimate, reference), t, r)",
+        "self.distance(estimate.clamp(-1, 1), reference), t, r)",
+    ),
+    Mutation(
+        "c_out without -t_min",
+        f"{SOURCE}/preconditioning.py",
+        "c_out=gap * self.sigma_data",
+        "c_out=t * self.sigma_data",
+    ),
+    Mutation(
+        "c_skip of a denoiser in a consistency function",
+        f"{SOURCE}/preconditioning.py",
+        "(gap**2 + self.sigma_data**2)",
+        "(t**2 + self.sigma_data**2)",
+    ),
+    Mutation(
+        "time input of another network",
+        "conf/model/adm_lsun256.yaml",
+        "c_noise_scale: 250.0",
+        "c_noise_scale: 0.25",
+    ),
+    Mutation(
+        "dropout drawn anew in the second pass",
+        f"{SOURCE}/randomness.py",
+        "    state.restore()\n    try",
+        "    try",
+    ),
+    Mutation(
+        "mu of N(k) instead of N(k) - 1",
+        f"{SOURCE}/schedules.py",
+        "math.log(mu_0) / (num_scales - 1))",
+        "math.log(mu_0) / num_scales)",
+    ),
+    Mutation(
+        "N(k) one step ahead",
+        f"{SOURCE}/schedules.py",
+        "root = math.sqrt(k / total_steps",
+        "root = math.sqrt((k + 1) / total_steps",
+    ),
+    Mutation(
+        "weight at the cleaner time",
+        f"{SOURCE}/objectives.py",
+        "Losses(self.weighting(t, r) * self.distance(estimate, reference), t, r)",
+        "Losses(self.weighting(r, r) * self.distance(estimate, reference), t, r)",
+    ),
+    Mutation(
+        "target updated before the optimizer",
+        f"{SOURCE}/training/callbacks/averages.py",
+        "self._hook = trainer.optimizers[0].register_step_post_hook(lambda *_: self._update(module))\n\n"
+        "    def _update(self, module: ConsistencyModule) -> None:\n        assert module.target",
+        "self._hook = trainer.optimizers[0].register_step_pre_hook(lambda *_: self._update(module))\n\n"
+        "    def _update(self, module: ConsistencyModule) -> None:\n        assert module.target",
+    ),
+    Mutation(
+        "no stop-gradient",
+        f"{SOURCE}/objectives.py",
+        "with torch.set_grad_enabled(not self.stop_gradient), replayed",
+        "with torch.enable_grad(), replayed",
+    ),
+    Mutation(
+        "teacher in train mode",
+        f"{SOURCE}/steps.py",
+        "return super().train(False)",
+        "return super().train(mode)",
+    ),
+    Mutation(
+        "average pooling in the wrong LPIPS",
+        f"{SOURCE}/perceptual.py",
+        'if variant == "average_pooled_unit"',
+        'if variant == "max_pooled_signed"',
+    ),
+    Mutation(
+        "grid with one point more",
+        f"{SOURCE}/pairs.py",
+        "torch.randint(num_scales - 1, (batch,)",
+        "torch.randint(num_scales, (batch,)",
+    ),
+    Mutation(
+        "Heun's second slope at the first point",
+        f"{SOURCE}/solvers.py",
+        "pf_ode(denoise, x + step * d, r, label)",
+        "pf_ode(denoise, x, r, label)",
+    ),
+    Mutation(
+        "tangent against the flow",
+        f"{SOURCE}/tangents.py",
+        "(v, torch.ones_like(t))",
+        "(v, -torch.ones_like(t))",
+    ),
+]
+
+TESTS = [
+    "averaging",
+    "preconditioning",
+    "schedules",
+    "grids",
+    "pairs",
+    "distances",
+    "weightings",
+    "solvers",
+    "steps",
+    "randomness",
+    "tangents",
+    "perceptual",
+    "objectives",
+    "trajectory",
+    "golden",
+]
+
+
+def first_failure(mutation: Mutation | None) -> str | None:
+    """The first test that fails in a copy with the error, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(source, copy / name, ignore=ignored)
+            else:
+                shutil.copy(source, copy / name)
+        if mutation is not None:
+            file = copy / mutation.file
+            text = file.read_text()
+            if mutation.before not in text:
+                raise SystemExit(f"{mutation.name}: {mutation.file} has no {mutation.before!r}")
+            file.write_text(text.replace(mutation.before, mutation.after))
+        files = [f"tests/test_{name}.py" for name in TESTS]
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *files],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+        if done.returncode not in (0, 1) and not found:
+            raise SystemExit(f"the tests could not run:\n{done.stdout}{done.stderr}")
+        return found[1] if found else None
+
+
+def main(names: list[str]) -> int:
+    failed = first_failure(None)
+    if failed:
+        print(f"the tests fail without any error: {failed}")
+        return 1
+    unnoticed = 0
+    for mutation in MUTATIONS:
+        if names and mutation.name not in names:
+            continue
+        failed = first_failure(mutation)
+        unnoticed += failed is None
+        print(f"{mutation.name:50s} {failed or 'NOT NOTICED'}", flush=True)
+    return min(unnoticed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,124 @@
+"""Laws of the schedules: pure functions of the step."""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from consistency.schedules import (
+    constant,
+    decay_as_printed,
+    decay_as_released,
+    doubling,
+    doubling_stage_steps,
+    falling_in_stages,
+    falling_rate,
+    fixed_decay,
+    half_life_decay,
+    halving,
+    powers,
+    rising_rate,
+    square_root,
+)
+
+K = 800_000
+cifar = partial(square_root, s_0=2, s_1=150, total_steps=K)
+imagenet = partial(square_root, s_0=2, s_1=200, total_steps=K)
+
+
+def test_square_root_passes_the_published_points() -> None:
+    shares = (0, 0.01, 0.1, 0.25, 0.5, 0.75, 1)
+    assert [cifar(int(K * share)) for share in shares] == [2, 16, 48, 76, 107, 131, 151]
+    assert [imagenet(int(K * share)) for share in shares] == [2, 21, 64, 101, 143, 175, 201]
+
+
+def test_square_root_takes_every_size_in_turn() -> None:
+    """N = 2 holds for the first step alone, because of the ceiling."""
+    sizes = [n for n, _ in itertools.groupby(cifar(k) for k in range(0, K + 1, 100))]
+    assert cifar(0) == 2
+    assert cifar(1) == 3
+    assert sizes == list(range(2, 152))
+
+
+def test_doubling_is_the_table_of_the_paper() -> None:
+    """Song and Dhariwal 2023, Table 1, CIFAR-10: K' = 50,000."""
+    arguments = {"s_0": 10, "s_1": 1280, "total_steps": 400_000}
+    assert doubling_stage_steps(**arguments) == 50_000
+    sizes = [doubling(50_000 * i, **arguments) for i in range(8)]
+    assert sizes == [11, 21, 41, 81, 161, 321, 641, 1281]
+    assert doubling(49_999, **arguments) == 11
+    assert doubling(10**9, **arguments) == 1281
+
+
+def test_powers_is_the_released_schedule() -> None:
+    """Geng et al. 2024: q = 2, a stage of 25,000 steps, 8 stages in 200,000."""
+    released = partial(powers, q=2, stages=8, total_steps=200_000)
+    assert [released(25_000 * i) for i in range(8)] == [2, 4, 8, 16, 32, 64, 128, 256]
+    assert released(24_999) == 2
+    assert released(10**9) == 256
+
+
+def test_halving_ends_with_two_long_stages() -> None:
+    published = partial(halving, s_0=4096, total_steps=K)
+    assert [published(50_000 * i) for i in range(16)] == [
+        4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 2, 1, 1, 1,
+    ]  # fmt: skip
+    assert published(49_999) == 4096
+    assert published(649_999) == 2
+    assert published(10**9) == 1
+
+
+def test_halving_fits_a_short_run() -> None:
+    sizes = [halving(k, s_0=16, total_steps=16) for k in range(16)]
+    assert sizes == [16, 16, 8, 8, 4, 4, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1]
+    assert halving(0, s_0=4096, total_steps=2) == 4096
+
+
+GROWING: list[Callable[[int], int]] = [
+    cifar,
+    partial(doubling, s_0=10, s_1=1280, total_steps=K),
+    partial(powers, q=2, stages=8, total_steps=K),
+    partial(constant, num_scales=18),
+]
+
+
+@pytest.mark.parametrize("schedule", GROWING)
+def test_scales_never_fall(schedule: Callable[[int], int]) -> None:
+    sizes = [schedule(k) for k in range(0, 2 * K, 997)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] >= 2
+
+
+def test_decay_as_released_uses_one_scale_less_than_printed() -> None:
+    """CIFAR-10, mu_0 = 0.9, at the start, the middle and the end of the run."""
+    released = [decay_as_released(cifar(k), s_0=2, mu_0=0.9) for k in (0, K // 2, K)]
+    printed = [decay_as_printed(cifar(k), s_0=2, mu_0=0.9) for k in (0, K // 2, K)]
+    assert released == pytest.approx([0.81, 0.99801, 0.99860], abs=6e-6)
+    assert printed == pytest.approx([0.9, 0.99803, 0.99861], abs=6e-6)
+    assert fixed_decay(40, mu=0.95) == 0.95
+
+
+def test_rates_are_factors_between_0_and_1() -> None:
+    assert falling_rate(0, start=0.5, total_steps=100) == 1.0
+    assert falling_rate(75, start=0.5, total_steps=100) == pytest.approx(0.5)
+    assert falling_rate(100, start=0.5, total_steps=100) == 0.0
+    assert falling_rate(100, start=1.0, total_steps=100) == 1.0
+    assert rising_rate(5, ramp_steps=10) == 0.5
+    assert rising_rate(50, ramp_steps=10) == 1.0
+    assert rising_rate(0, ramp_steps=0) == 0.0
+
+
+def test_rate_of_distillation_falls_once_in_every_stage() -> None:
+    sizes = [halving(k, s_0=16, total_steps=80) for k in range(80)]
+    rates = [falling_in_stages(k, s_0=16, total_steps=80) for k in range(80)]
+    starts = [k for k in range(80) if k == 0 or sizes[k] != sizes[k - 1]]
+    assert [rates[k] for k in starts] == [1.0] * len(starts)
+    assert all(rates[k] < rates[k - 1] for k in range(1, 70) if k not in starts)
+
+
+def test_half_life_is_what_it_says() -> None:
+    decay = half_life_decay(10**6, half_life=1000, ramp_up=0.05)
+    assert decay**1000 == pytest.approx(0.5)
+    assert half_life_decay(0, half_life=1000, ramp_up=0.05) == 0.0
+    assert half_life_decay(100, half_life=1000, ramp_up=0.05) == pytest.approx(0.5 ** (1 / 5))
