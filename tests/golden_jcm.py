@@ -13,6 +13,7 @@ from consistency import schedules
 from consistency.averaging import frozen_copy, update_average
 from consistency.denoiser import Denoiser
 from consistency.distances import L1, L2, Distance, LInf, SquaredNorm
+from consistency.formats.jcm import song_weights
 from consistency.networks.song import SongUNet
 from consistency.objectives import (
     ConsistencyObjective,
@@ -50,7 +51,7 @@ from golden_formulas import (
 )
 from golden_harness import Archive, Tolerance, read_safetensors
 from golden_losses import Stub
-from golden_networks import jcm_network, song_from_flax
+from golden_networks import jcm_network
 
 LOSS = Tolerance(of_each=2e-3)
 VALUE = Tolerance(of_norm=1e-4)
@@ -364,7 +365,7 @@ class WithFlax(nn.Module):
 
     def __init__(self, network: SongUNet, params: dict[str, Tensor]) -> None:
         super().__init__()
-        self.network, self.weights = network, song_from_flax(params, network)
+        self.network, self.weights = network, song_weights(params, network)
         frequencies = "map_noise.freqs"  # constants of the embedding: no gradient
         self.weights[frequencies] = self.weights[frequencies].detach()
 

@@ -15,11 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from consistency.denoiser import Denoiser
+from consistency.formats.jcm import song_weights
 from consistency.networks.adm import ADM
 from consistency.networks.dhariwal import DhariwalUNet
 from consistency.networks.layers import attend, sinusoidal_features
 from consistency.networks.song import SongUNet
-from consistency.networks.unet import UNetBlock
 from consistency.preconditioning import EDM, Boundary
 from consistency.tensors import Data, Label, Time
 from golden_harness import (
@@ -145,8 +145,7 @@ def ect_network(folder: Path) -> SongUNet | DhariwalUNet:
 
 def jcm_network(folder: Path) -> SongUNet:
     network = SongUNet(**jcm_arguments(read_json(folder / "ncsnpp_config.json")))
-    weights = song_from_flax(read_safetensors(folder / "ncsnpp.safetensors"), network)
-    network.load_state_dict(network.state_dict() | weights)
+    network.load_state_dict(song_weights(read_safetensors(folder / "ncsnpp.safetensors"), network))
     return network.eval()
 
 
@@ -165,50 +164,6 @@ def loaded(network: Module, path: Path, entry: dict[str, Any]) -> Module:
     count = sum(parameter.numel() for parameter in network.parameters())
     assert count == entry.get("n_params", count)
     return network.eval()
-
-
-def song_from_flax(params: dict[str, Tensor], network: SongUNet) -> dict[str, Tensor]:
-    """Weights of the JAX NCSN++ under the names of `SongUNet`, whose blocks stand in their order.
-
-    Convolutions are stored (h, w, in, out), linear maps (in, out), queries, keys and values apart.
-    """
-    rest, ours = dict(params), {"map_noise.freqs": params["GaussianFourierProjection_0.W"]}
-    del rest["GaussianFourierProjection_0.W"]
-
-    def move(theirs: str, name: str, weight: str = "kernel") -> None:
-        value = rest.pop(f"{theirs}.{weight}")
-        if value.ndim > 1:
-            value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
-        ours[f"{name}.weight"], ours[f"{name}.bias"] = value, rest.pop(f"{theirs}.bias")
-
-    side, sides = network.sides[0], network.sides
-    move("Dense_0", "map_layer0")
-    move("Dense_1", "map_layer1")
-    move("Conv_0", f"enc.{side}x{side}_conv")
-    move("GroupNorm_0", f"dec.{side}x{side}_aux_norm", "scale")
-    move("Conv_1", f"dec.{side}x{side}_aux_conv")
-    for i, lower in enumerate(sides[1:]):
-        move(f"Downsample_{i}.Conv2d_0", f"enc.{lower}x{lower}_aux_residual", "weight")
-    blocks = [(n, m) for n, m in network.named_modules() if isinstance(m, UNetBlock)]
-    for i, (name, block) in enumerate(blocks):
-        theirs = f"ResnetBlockBigGANpp_{i}"
-        move(f"{theirs}.GroupNorm_0", f"{name}.norm0", "scale")
-        move(f"{theirs}.Conv_0", f"{name}.conv0")
-        move(f"{theirs}.Dense_0", f"{name}.affine")
-        move(f"{theirs}.GroupNorm_1", f"{name}.norm1", "scale")
-        move(f"{theirs}.Conv_1", f"{name}.conv1")
-        if not isinstance(block.skip, nn.Identity):
-            move(f"{theirs}.Conv_2", f"{name}.skip")
-    for i, name in enumerate(name for name, block in blocks if block.heads):
-        theirs = f"AttnBlockpp_{i}"
-        move(f"{theirs}.GroupNorm_0", f"{name}.norm2", "scale")
-        weight = [rest.pop(f"{theirs}.NIN_{j}.W").T[:, :, None, None] for j in range(4)]
-        bias = [rest.pop(f"{theirs}.NIN_{j}.b") for j in range(4)]
-        for kind, (*qkv, proj) in (("weight", weight), ("bias", bias)):
-            ours[f"{name}.qkv.{kind}"] = torch.stack(qkv, dim=1).flatten(0, 1)
-            ours[f"{name}.proj.{kind}"] = proj
-    assert not rest, f"weights of the JAX network without a place in ours: {sorted(rest)}"
-    return ours
 
 
 # ------------------------------------------------------------------------------- whole networks
@@ -519,13 +474,8 @@ def compare_released_jcm(path: Path) -> int:
     with torch.device("meta"):
         network = hydra.utils.instantiate(config["network"])
         params = {name: torch.empty(shape) for name, shape in entry["shapes"].items()}
-        ours = {name: value.shape for name, value in song_from_flax(params, network).items()}
-    expected = {
-        name: value.shape
-        for name, value in network.state_dict().items()
-        if not name.endswith("resample_filter")
-    }
-    assert ours == expected
+        ours = {name: value.shape for name, value in song_weights(params, network).items()}
+    assert ours == {name: value.shape for name, value in network.state_dict().items()}
     assert sum(value.numel() for value in params.values()) == entry["n_params"]
     assert config["c_noise_scale"] == NVLABS
     return len(entry["shapes"])
