@@ -11,19 +11,25 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = [
+SHORT = [
     "logger=csv",
     "trainer.accelerator=cpu",
     "trainer.log_every_n_steps=1",
     "data.batch_size=8",
-    "model.network.channel_mult=[1,2]",
-    "model.network.num_groups=4",
-    "model.network.model_channels=8",
     "callbacks.samples.num_samples=4",
     "callbacks.evaluation=null",
     "callbacks.checkpoint.monitor=null",
 ]
-"""Overrides that make a run on the digits take a second."""
+"""Overrides that make a run on the digits take seconds."""
+
+TINY = [
+    *SHORT,
+    "model.network.channel_mult=[1,2]",
+    "model.network.num_groups=4",
+    "model.network.model_channels=8",
+    "model.network.num_head_channels=8",
+]
+"""Overrides that make it take one."""
 
 torch.set_num_threads(1)
 

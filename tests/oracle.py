@@ -146,6 +146,8 @@ def train(name: str, oracle: Oracle, steps: int) -> ConsistencyModule:
         card={},
         config={},
         seed=0,
+        on_nonfinite="stop",
+        sources={},
     )
     fall = partial(falling_rate, start=0.0, total_steps=steps)
     mode_callbacks = [instantiate(node, _convert_="all") for node in config.mode.callbacks.values()]

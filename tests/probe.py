@@ -1,13 +1,17 @@
-"""A callback for the tests: what each rank saw, written to a file of its own."""
+"""Parts for the tests: what each rank saw, written to a file of its own, and a loss that is not finite at will."""
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 
+from consistency.tensors import PerSample, Time
 from consistency.training.module import ConsistencyModule
 
 
@@ -36,3 +40,18 @@ class RankProbe(Callback):
         }
         text = json.dumps({"same": seen, "images": self.images})
         (self.folder / f"rank_{trainer.global_rank}.json").write_text(text)
+
+
+class Poisoned:
+    """A weighting of 1, but NaN for the first sample of the calls number `calls` (from 0), on one rank or on all."""
+
+    def __init__(self, *, calls: Sequence[int], rank: int | None = None) -> None:
+        self.calls, self.made = set(calls), 0
+        self.here = rank is None or int(os.environ.get("LOCAL_RANK", "0")) == rank
+
+    def __call__(self, t: Time, r: Time) -> PerSample:
+        weight = torch.ones_like(t)
+        if self.here and self.made in self.calls:
+            weight[0] = torch.nan
+        self.made += 1
+        return weight

@@ -14,7 +14,7 @@ import torch
 
 import consistency
 import foreign
-from conftest import ROOT, TINY, Outcome, Run
+from conftest import ROOT, SHORT, TINY, Outcome, Run
 from consistency import checkpoint, command, conversion
 from consistency.errors import UserError
 from consistency.formats import nvlabs, released
@@ -266,9 +266,13 @@ def test_initial_weights_from_any_format(files: dict[str, Path]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("scale", [0.25, pytest.param(250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("network", "scale"),
+    [(SHORT, 0.25), (TINY, 0.25), pytest.param(TINY, 250, marks=pytest.mark.slow)],
+    ids=["the default network", "a tiny one", "another time input"],
+)
 def test_a_model_trained_here_opens_in_diffusers(
-    scale: float, verb: Run, convert: Run, tmp_path: Path
+    network: list[str], scale: float, verb: Run, convert: Run, tmp_path: Path
 ) -> None:
     """The real pipeline draws the images that our sampler draws from the same noise, whatever the time input."""
     diffusers = pytest.importorskip("diffusers")
@@ -276,10 +280,9 @@ def test_a_model_trained_here_opens_in_diffusers(
     outcome = verb(
         "train",
         "mode=ect",
-        *TINY,
+        *network,
         "trainer.max_steps=2",
         f"model.c_noise_scale={scale}",
-        "model.network.num_head_channels=8",
         f"output={output}",
     )
     assert outcome.status == 0, outcome.err

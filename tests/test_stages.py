@@ -86,6 +86,8 @@ def train(teacher: Denoiser, student: Denoiser) -> Seen:
         card={},
         config={},
         seed=0,
+        on_nonfinite="stop",
+        sources={},
     )
     seen = Seen()
     trainer = L.Trainer(

@@ -132,6 +132,8 @@ def train(name: str, archive: Archive, watched: Weights) -> tuple[RecordedDraws,
         card={},
         config={},
         seed=0,
+        on_nonfinite="stop",
+        sources={},
     )
     rates = [float(rate) for rate in spec["ema_rate"].split(",")]
     trainer = L.Trainer(

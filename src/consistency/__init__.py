@@ -21,8 +21,8 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
                         and timetable (parts of the above)
       data              module (the LightningDataModule), batches (order by position), source; digits folder lsun
       evaluation        classifier quality
-      training          run (configuration -> finished run), module (the LightningModule), launch (DDP), logging;
-                        callbacks: schedules averages stages periodic checkpoints evaluation pictures
+      training          run (configuration -> finished run), module (the LightningModule), nonfinite, launch (DDP),
+                        logging; callbacks: schedules averages stages periodic checkpoints evaluation pictures
                         progress
 """
 

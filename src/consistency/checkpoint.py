@@ -106,14 +106,22 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     return path
 
 
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a checkpoint file; of a checkpoint folder, over the names and digests of all its files."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    lines = [f"{fingerprint(p)}  {p.relative_to(path).as_posix()}\n" for p in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def verify_checksum(path: Path) -> None:
     """Refuses a file that is not the one whose checksum stands beside it."""
     beside = checksum_path(path)
     if path.is_file() and beside.is_file():
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         require(
-            beside.read_bytes().split()[:1] == [digest.encode()],
+            beside.read_bytes().split()[:1] == [fingerprint(path).encode()],
             f"{path} as it was written (its checksum is in {beside.name})",
             "a file that has changed or is damaged",
             "take previous.ckpt or best.ckpt beside it, or fetch the file again",

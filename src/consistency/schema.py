@@ -70,6 +70,7 @@ class Train:
     teacher_weights: str = "ema"
     init: str | None = None
     init_weights: str = "ema"
+    on_nonfinite: str = "stop"
     process: Any = MISSING
     model: Model = field(default_factory=Model)
     mode: Mode = field(default_factory=Mode)

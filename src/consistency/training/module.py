@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
-from consistency.errors import UserError, require
+from consistency.errors import require
 from consistency.objectives import Losses, Objective
 from consistency.preconditioning import Preconditioning
 from consistency.randomness import generator, key
 from consistency.tensors import Data, Label
+from consistency.training.nonfinite import NonfiniteGuard
 
 OBJECTIVE = "objective."
 
@@ -24,7 +25,8 @@ class ConsistencyModule(L.LightningModule):
 
     online: the network under its training preconditioning; sampling_preconditioning: the one its samples are drawn
     with; card: the plain description of the denoiser that every checkpoint carries; config: the resolved plain config
-    of the run; seed: of every draw.
+    of the run; seed: of every draw; on_nonfinite: policy of `NonfiniteGuard`; sources: which files the run read its
+    teacher and initial weights from.
 
     k counts the optimizer steps that were really taken, which `trainer.global_step` does not under a gradient scaler.
     Callbacks publish N(k) as `num_scales` and, where the mode has them, set `target` and `averages`.
@@ -40,12 +42,15 @@ class ConsistencyModule(L.LightningModule):
         card: dict[str, Any],
         config: dict[str, Any],
         seed: int,
+        on_nonfinite: str,
+        sources: dict[str, dict[str, str]],
     ) -> None:
         super().__init__()
         self.online, self.objective = online, objective.requires_grad_(False)
         self.sampling_preconditioning = sampling_preconditioning
         self.make_optimizer = optimizer
         self.card, self.config, self.seed = card, config, seed
+        self.guard, self.sources = NonfiniteGuard(on_nonfinite), sources
         self.k = 0
         self.num_scales = 0
         self.target: Denoiser | None = None
@@ -88,20 +93,22 @@ class ConsistencyModule(L.LightningModule):
             self.online, self.target or self.online, x_0, label, self.num_scales, draw
         )
         loss = losses.loss.mean()
-        self._require_finite(losses)
+        self.guard.note(losses, type(objective).__name__, self.k)
         self._log_losses(losses, loss.detach())
         return loss
 
-    def _require_finite(self, losses: Losses) -> None:
-        if bool(torch.isfinite(losses.loss).all()):
-            return
-        bad = (~torch.isfinite(losses.loss)).nonzero().flatten()
-        times = ", ".join(f"t={losses.t[i]:.4g} r={losses.r[i]:.4g}" for i in bad[:4].tolist())
-        raise UserError(
-            f"expected a finite loss\n  got: {len(bad)} of {len(losses.loss)} samples not finite in the term "
-            f"{type(self.objective).__name__} at step k={self.k}, {times}\n"
-            "  do: lower optimizer.lr, use trainer.precision=32-true or bf16-mixed, or look at the data"
-        )
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Computes the gradients first, so that the step can be left out where the loss is not finite."""
+        assert optimizer_closure is not None
+        loss = optimizer_closure()
+        if self.guard.allows(self.trainer.strategy):
+            optimizer.step(closure=lambda: loss)
 
     def _log_losses(self, losses: Losses, loss: Tensor) -> None:
         self.log("loss", loss, prog_bar=True, logger=False)
@@ -155,8 +162,9 @@ class ConsistencyModule(L.LightningModule):
     # Checkpoints: tensors and plain values only
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds card, config and k; leaves out teacher and perceptual weights, which come from files of their own."""
+        """Adds card, config, k and sources; leaves out teacher and perceptual weights, which come from files of their own."""
         checkpoint["card"], checkpoint["config"], checkpoint["k"] = self.card, self.config, self.k
+        checkpoint["sources"] = self.sources
         checkpoint["state_dict"] = {
             name: value
             for name, value in checkpoint["state_dict"].items()

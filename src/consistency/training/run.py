@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from consistency.checkpoint import load_initial
+from consistency.checkpoint import find, fingerprint, load_initial
 from consistency.command import ROOT, require_fresh
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
@@ -96,7 +96,25 @@ def build_module(config: DictConfig, data: DataModule) -> ConsistencyModule:
         card=describe(config),
         config={str(key): value for key, value in plain.items()},
         seed=config.seed,
+        on_nonfinite=config.on_nonfinite,
+        sources=_sources(config),
     )
+
+
+def _sources(config: DictConfig) -> dict[str, dict[str, str]]:
+    """Path, choice of weights and SHA-256 of the checkpoints that the run begins with."""
+    named = {"init": config.init}
+    if "${teacher}" in OmegaConf.to_yaml(config.mode, resolve=False):
+        named["teacher"] = config.teacher
+    return {
+        name: {
+            "path": str(find(path).absolute()),
+            "weights": config[f"{name}_weights"],
+            "sha256": fingerprint(find(path)),
+        }
+        for name, path in named.items()
+        if path is not None
+    }
 
 
 def _require_fit(config: DictConfig, data: DataModule) -> None:
@@ -215,6 +233,8 @@ def _announce(config: DictConfig, module: ConsistencyModule, output: Path) -> No
         print(f"No recipe conf/recipe/{pair}.yaml: the mode's own defaults are used.")
     if config.init != config.mode.init:
         print(f"init={config.init}: the published choice for this mode is {config.mode.init}.")
+    for name, source in module.sources.items():
+        print(f"{name}: {source['path']} ({source['weights']}, sha256 {source['sha256'][:12]})")
     print(f"Run folder: {output}", flush=True)
 
 

@@ -1,0 +1,259 @@
+"""Half precision and losses that are not finite: what is left out moves nothing, and what must stop stops."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from conftest import ROOT, TINY, Run
+from consistency.checkpoint import load
+from consistency.data.module import DataModule
+from consistency.denoiser import Denoiser
+from consistency.distances import L2
+from consistency.errors import UserError
+from consistency.networks.mlp import MLP
+from consistency.objectives import DenoisingObjective
+from consistency.pairs import LognormalTimes
+from consistency.preconditioning import EDM, Scalings
+from consistency.schedules import square_root
+from consistency.tensors import Time
+from consistency.training.callbacks.averages import EvaluationEMA, TargetEMA
+from consistency.training.callbacks.schedules import ScaleSchedule
+from consistency.training.module import ConsistencyModule
+from probe import Poisoned
+
+BATCHES = 8
+
+
+class Images(DataModule):
+    def __init__(self, batches: int) -> None:
+        L.LightningDataModule.__init__(self)
+        self.num_classes, self.flip, self.batches = None, False, batches
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        image = torch.randint(256, (8, 1, 2, 2), dtype=torch.uint8)
+        return DataLoader([(image, torch.zeros(8))] * self.batches, batch_size=None)  # type: ignore[arg-type]
+
+
+class Journal(Callback):
+    """k, N(k) and all weights and averages before every batch."""
+
+    def __init__(self) -> None:
+        self.k: list[int] = []
+        self.scales: list[int] = []
+        self.state: list[Tensor] = []
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        assert isinstance(module, ConsistencyModule) and module.target is not None
+        parts: list[nn.Module] = [module.online, module.target, *module.averages.values()]
+        self.k.append(module.k)
+        self.scales.append(module.num_scales)
+        self.state.append(
+            torch.cat([p.detach().flatten().clone() for part in parts for p in part.parameters()])
+        )
+
+
+def run(
+    weighting: Callable[..., Tensor],
+    *,
+    on_nonfinite: str = "stop",
+    batches: int = BATCHES,
+    accumulate: int = 1,
+    plugins: Sequence[Any] = (),
+    callbacks: Sequence[Callback] = (),
+    preconditioning: Any = EDM(sigma_data=0.5, c_noise_scale=0.25),  # noqa: B008
+    precision: Any = None,
+) -> tuple[ConsistencyModule, Journal]:
+    torch.manual_seed(0)
+    network = MLP(channels=4, width=8, depth=1)
+    nn.init.normal_(network.last.weight)
+    module = ConsistencyModule(
+        online=Denoiser(network, preconditioning),
+        objective=DenoisingObjective(
+            times=LognormalTimes(p_mean=-1.2, p_std=1.2), distance=L2(), weighting=weighting
+        ),
+        sampling_preconditioning=preconditioning,
+        optimizer=partial(torch.optim.Adam, lr=1e-2),
+        card={},
+        config={},
+        seed=0,
+        on_nonfinite=on_nonfinite,
+        sources={},
+    )
+    journal = Journal()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=list(plugins),
+        callbacks=[
+            ScaleSchedule(num_scales=partial(square_root, s_0=2, s_1=50, total_steps=BATCHES)),
+            TargetEMA(decay=lambda n: 0.5),
+            EvaluationEMA(decays=[0.9]),
+            journal,
+            *callbacks,
+        ],
+    )
+    trainer.fit(module, datamodule=Images(batches))
+    return module, journal
+
+
+def moved(journal: Journal) -> list[bool]:
+    """Whether anything changed between one batch and the next."""
+    pairs = zip(journal.state, journal.state[1:], strict=False)
+    return [not torch.equal(before, after) for before, after in pairs]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_that_is_left_out_moves_nothing() -> None:
+    module, journal = run(Poisoned(calls=[2, 5]), on_nonfinite="skip:2")
+    assert moved(journal) == [True, True, False, True, True, False, True]
+    assert journal.k == [0, 1, 2, 2, 3, 4, 4, 5]
+    assert module.k == 6
+    assert journal.scales[3] == journal.scales[2] < journal.scales[4]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_n_in_a_row_stop_the_run() -> None:
+    with pytest.raises(UserError, match=r"DenoisingObjective at step k=2, t=.*last of 3 such"):
+        run(Poisoned(calls=[2, 3, 4]), on_nonfinite="skip:3")
+
+
+def test_stop_is_the_first_one() -> None:
+    with pytest.raises(UserError, match=r"1 of 8 samples .* at step k=0, t=[\d.e-]+ r=0\n"):
+        run(Poisoned(calls=[0]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("poisoned", [0, 1])
+def test_one_bad_batch_of_several_spoils_its_step(poisoned: int) -> None:
+    """Batches 2 and 3 belong to the second optimizer step."""
+    module, journal = run(Poisoned(calls=[2 + poisoned]), on_nonfinite="skip:2", accumulate=2)
+    assert journal.k == [0, 0, 1, 1, 1, 1, 2, 2]
+    assert module.k == 3
+    assert moved(journal) == [False, True, False, False, False, True, False]
+
+
+class Overflow(Callback):
+    """Puts an infinity into the gradients of one batch, as half precision does, while its loss is finite."""
+
+    def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1 == 3:
+            next(iter(module.parameters())).grad.fill_(torch.inf)  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_that_the_scaler_skips_advances_no_schedule_and_no_average() -> None:
+    """And never counts as a loss that is not finite."""
+    scaler = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    module, journal = run(Poisoned(calls=[]), plugins=[scaler], callbacks=[Overflow()])
+    assert journal.k == [0, 1, 2, 3, 3, 4, 5, 6]
+    assert module.k == 7
+    assert moved(journal)[3] is False
+    assert journal.scales[4] == journal.scales[3]
+
+
+class Watched(EDM):
+    """Scalings that record in which precision they are asked for."""
+
+    seen: set[torch.dtype] = set()  # noqa: RUF012
+
+    def __call__(self, t: Time) -> Scalings:
+        found = super().__call__(t)
+        self.seen.update([t.dtype, *(c.dtype for c in found)])
+        return found
+
+
+class Precisions(Callback):
+    """The precision of the network's output and of the loss."""
+
+    def __init__(self) -> None:
+        self.network: set[torch.dtype] = set()
+        self.loss: set[torch.dtype] = set()
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, ConsistencyModule)
+        last = module.online.network.last
+        assert isinstance(last, nn.Module)
+        last.register_forward_hook(lambda *args: self.network.add(args[-1].dtype))
+
+    def on_before_backward(
+        self, trainer: L.Trainer, module: L.LightningModule, loss: Tensor
+    ) -> None:
+        self.loss.add(loss.dtype)
+
+
+def test_only_the_network_computes_in_half_precision() -> None:
+    found = Precisions()
+    scalings = Watched(sigma_data=0.5, c_noise_scale=0.25)
+    module, _ = run(
+        Poisoned(calls=[]), precision="bf16-mixed", callbacks=[found], preconditioning=scalings
+    )
+    assert module.k == BATCHES
+    assert found.network == {torch.bfloat16}
+    assert found.loss == scalings.seen == {torch.float32}
+
+
+@pytest.mark.parametrize("policy", ["go on", "skip", "skip:0", "skip:-1", "stop:3"])
+def test_an_unknown_policy_is_told(policy: str, verb: Run, tmp_path: Path) -> None:
+    outcome = verb("train", *TINY, f"on_nonfinite='{policy}'", f"output={tmp_path / 'run'}")
+    assert outcome.status == 2
+    assert "skip:<n>" in outcome.err
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_sample_that_is_not_finite_on_the_other_rank_stops_both(
+    process: Run, tmp_path: Path
+) -> None:
+    """And the first rank says so, once."""
+    outcome = process(
+        "train",
+        *TINY,
+        "mode=edm",
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        "trainer.log_every_n_steps=1",
+        "trainer.max_steps=4",
+        "~mode.objective.weighting",
+        "+mode.objective.weighting={_target_: probe.Poisoned, calls: [2], rank: 1}",
+        f"output={tmp_path / 'run'}",
+        PYTHONPATH=str(ROOT / "tests"),
+    )
+    assert outcome.status == 2, outcome.err
+    assert outcome.err.count("DenoisingObjective at step k=2") == 1
+    assert "Traceback" not in outcome.err
+
+
+def test_the_checkpoint_names_the_files_a_run_began_with(
+    verb: Run, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    """By path and hash; the teacher's weights are not in it, nor in the optimizer."""
+    output = tmp_path / "run"
+    given = ["mode=cd", f"teacher={trained['edm']}", "trainer.max_steps=1", f"output={output}"]
+    outcome = verb("train", *TINY, *given)
+    assert outcome.status == 0, outcome.err
+    content = torch.load(output / "checkpoints" / "last.ckpt", weights_only=True)
+    file = trained["edm"] / "checkpoints" / "last.ckpt"
+    digest = file.with_name("last.ckpt.sha256").read_text().split()[0]
+    expected = {"path": str(file), "weights": "ema", "sha256": digest}
+    assert content["sources"] == {"teacher": expected, "init": expected}
+    assert f"teacher: {file} (ema, sha256 {digest[:12]})" in outcome.out
+    assert not any("teacher" in name for name in content["state_dict"])
+    online = sum(1 for _ in load(output).denoiser.network.parameters())
+    assert len(content["optimizer_states"][0]["state"]) == online
