@@ -1,5 +1,7 @@
 """Every mode on a law that is known: `python tests/oracle.py [seconds per mode] [mode ...]`.
 
+Prints a table and leaves it in runs/oracle/table.md, with a picture of the one-step samples in runs/oracle/samples.png.
+
 Data: points of the plane whose coordinates follow the mixture of three modes in `analytic`, for which the map from
 noise to data is known. Each mode is trained for about the given processor time with its own YAML, the LightningModule
 and the callbacks that a run has; only the data, a small network and the lengths of schedules are this file's. Printed
@@ -21,6 +23,7 @@ import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from matplotlib.figure import Figure
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
@@ -40,7 +43,8 @@ from consistency.training.module import ConsistencyModule
 from consistency.training.run import quiet
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH, AVERAGE = 512, 0.999
+FOLDER = ROOT / "runs" / "oracle"
+BATCH, AVERAGE, SHOWN = 512, 0.999, 2000
 SCALINGS = EDM(sigma_data=0.5, c_noise_scale=0.25)
 MIXTURE = tuple(
     values.float() for values in (THREE_MODES.weights, THREE_MODES.means, THREE_MODES.stds)
@@ -170,8 +174,10 @@ def train(name: str, oracle: Oracle, steps: int) -> ConsistencyModule:
 
 
 @torch.no_grad()
-def measured(denoise: Denoise, count: int = 20_000) -> tuple[float, float, float, float]:
-    """Error of the one-step map, W1 at one and two steps, ratio of standard deviations."""
+def measured(
+    denoise: Denoise, count: int = 20_000
+) -> tuple[tuple[float, float, float, float], Tensor]:
+    """Error of the one-step map, W1 at one and two steps, ratio of standard deviations; and some one-step samples."""
 
     def noise_of(seed: int) -> Callable[[], Data]:
         draw = generator(seed, "oracle")
@@ -191,7 +197,53 @@ def measured(denoise: Denoise, count: int = 20_000) -> tuple[float, float, float
         return float((x.double().sort(dim=0).values - quantiles).abs().mean()) / std
 
     error = float((one - exact).square().mean().sqrt()) / std
-    return error, wasserstein(one), wasserstein(two), float(one.std()) / std
+    numbers = error, wasserstein(one), wasserstein(two), float(one.std()) / std
+    return numbers, one[:SHOWN].flatten(1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one mode reached: name, steps, processor seconds, the four numbers and the one-step samples (n, 2)."""
+
+    name: str
+    steps: int
+    seconds: float
+    numbers: tuple[float, float, float, float]
+    samples: Tensor
+
+
+HEAD = "| mode | steps | CPU s | map error | W1, 1 step | W1, 2 steps | std ratio | one loop before: the same four |\n"
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table."""
+    lines = [HEAD, "|---|--:|--:|--:|--:|--:|--:|---|\n"]
+    for row in rows:
+        numbers = " | ".join(f"{number:.3f}" for number in row.numbers)
+        before = " ".join(ORACLES[row.name].reached.split()) or "not known"
+        lines.append(f"| `{row.name}` | {row.steps} | {row.seconds:.0f} | {numbers} | {before} |\n")
+    return "".join(lines)
+
+
+def picture(rows: list[Row], path: Path) -> None:
+    """One panel a mode: its one-step samples on top of samples of the law itself."""
+    columns = 4
+    height = -(-len(rows) // columns)
+    figure = Figure(figsize=(3 * columns, 3 * height), layout="constrained")
+    weights, means, stds = MIXTURE
+    draw = generator(1, "oracle")
+    mode = torch.multinomial(weights, 2 * SHOWN, replacement=True, generator=draw)
+    law = (means[mode] + stds[mode] * torch.randn(2 * SHOWN, generator=draw)).reshape(-1, 2)
+    for place, row in enumerate(rows, start=1):
+        axes = figure.add_subplot(height, columns, place)
+        axes.scatter(*law.T, s=2, color="0.75", linewidths=0, label="the law")
+        axes.scatter(*row.samples.T, s=2, color="tab:blue", linewidths=0, label="one step")
+        axes.set(title=row.name, xlim=(-1.3, 1.4), ylim=(-1.3, 1.4), aspect="equal")
+        axes.set(xticks=[], yticks=[])
+        if place == 1:
+            axes.legend(loc="upper left", markerscale=4, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
 
 
 def main(arguments: list[str]) -> None:
@@ -201,10 +253,12 @@ def main(arguments: list[str]) -> None:
     # The parts above are found by their name in this module, which is __main__ now.
     sys.modules["oracle"] = sys.modules[__name__]
     seconds = float(arguments[0]) if arguments else 60.0
-    print("                    steps  CPU s    map RMSE  W1, 1  W1, 2  std    before")
+    chosen = arguments[1:] or list(ORACLES)
+    rows = []
     for name, oracle in ORACLES.items():
-        if arguments[1:] and name not in ("edm", *arguments[1:]):
+        if name not in ("edm", *chosen):
             continue
+        print(f"{name} ...", flush=True)
         train_again = partial(train, name, oracle)
         TRAINED.setdefault("edm", Denoiser(MLP(channels=2, width=128, depth=3), SCALINGS))
         begin = time.process_time()
@@ -218,11 +272,12 @@ def main(arguments: list[str]) -> None:
         if name == "edm":
             TRAINED["edm"] = Denoiser(average, SCALINGS)
         sampling = Denoiser(average, module.sampling_preconditioning)
-        error, first, second, ratio = measured(sampling)
-        print(
-            f"{name:16s} {steps:8d} {spent:6.0f}    {error:8.3f} {first:6.3f} {second:6.3f} {ratio:5.3f}    {oracle.reached}",
-            flush=True,
-        )
+        numbers, samples = measured(sampling)
+        rows.append(Row(name, steps, spent, numbers, samples))
+        print(markdown(rows).splitlines()[-1], flush=True)
+    picture(rows, FOLDER / "samples.png")
+    (FOLDER / "table.md").write_text(markdown(rows))
+    print(f"\n{markdown(rows)}\nPicture: {FOLDER / 'samples.png'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command that compares modes on one data set at equal training time."""
 
 import json
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -66,14 +67,15 @@ def _train_for(config: DictConfig, mode: str, output: Path, extra: list[str]) ->
     length = [f"trainer.max_steps={config.calibration_steps}", "trainer.log_every_n_steps=10"]
     print(f"{mode}: measuring its speed in {config.calibration_steps} steps ...", flush=True)
     _train([*base, *length, *CALIBRATION_ONLY, f"output={trial}"], quiet=True)
-    speed = _last(trial, "images_per_second")
+    # The median of its stretches: another program's load for a moment must not shorten the run.
+    speed = statistics.median(_series(trial, "images_per_second"))
     batch = OmegaConf.load(trial / "config.yaml").data.batch_size
     steps = max(1, round(config.seconds * speed / batch))
     print(f"{mode}: {steps} steps for {config.seconds:.0f} s", flush=True)
     folder = output / mode
     _train([*base, f"trainer.max_steps={steps}", f"output={folder}"], quiet=False)
     results = json.loads((folder / "evaluation.json").read_text())["results"]
-    seconds, images = _last(folder, "training_seconds"), steps * batch
+    seconds, images = _series(folder, "training_seconds")[-1], steps * batch
     return Trained(mode, folder, results, steps, seconds, images / seconds)
 
 
@@ -89,8 +91,8 @@ def _train(arguments: list[str], *, quiet: bool) -> None:
         raise UserError(f"a run failed: train.py {' '.join(arguments)}\n{done.stdout or ''}")
 
 
-def _last(run: Path, metric: str) -> float:
-    return pictures.read_metrics(run / "metrics.csv")[metric][1][-1]
+def _series(run: Path, metric: str) -> list[float]:
+    return pictures.read_metrics(run / "metrics.csv")[metric][1]
 
 
 def markdown(runs: list[Trained], *, teacher_mode: str) -> str:
