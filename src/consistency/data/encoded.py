@@ -38,6 +38,7 @@ class PerProcess(Generic[T]):
 
     def __call__(self) -> T:
         if self.held is None or self.held[0] != os.getpid():
+            self.held = None  # first let go of a parent's: LMDB refuses to open what it thinks is open already
             self.held = (os.getpid(), self.opening())
         return self.held[1]
 
