@@ -1,7 +1,7 @@
 """From the bytes of one image file to its pixels, by rules that are written down, or one error that names the file."""
 
 import io
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from PIL import Image as PILImage
 from PIL import ImageOps
@@ -82,17 +82,20 @@ def _obstacle(image: PILImage.Image) -> str | None:
     if frames > 1 and image.format != "MPO":
         return f"an animation or several pages ({frames} frames)"
     # Pillow reads 16-bit colour as 8-bit without a word; only the description of the raw data tells.
-    raw = [str(part) for tile in getattr(image, "tile", ()) for part in _parts(tile[3])]
-    deep = any(";16" in part or (part.isdigit() and int(part) == 65535) for part in raw)
-    if deep or image.mode.startswith(("I", "F")):
+    if any(_deep(*tile) for tile in getattr(image, "tile", ())) or image.mode.startswith(
+        ("I", "F")
+    ):
         return "more than 8 bits a channel"
     if image.mode not in GREY + COLOUR:
         return f"an image of mode {image.mode}"
     return None
 
 
-def _parts(arguments: object) -> tuple[object, ...]:
-    return arguments if isinstance(arguments, tuple) else (arguments,)
+def _deep(codec: str, _: object, __: object, arguments: Any) -> bool:
+    """Whether the raw data of a part of an image, as Pillow describes them, have more than 8 bits a channel."""
+    if codec.startswith("ppm"):  # (mode, highest value)
+        return arguments[1] > 255
+    return ";16" in str(arguments)
 
 
 def _plain(image: PILImage.Image, mode: Mode | None) -> PILImage.Image:
