@@ -50,9 +50,15 @@ Run = Callable[..., Outcome]
 def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """verb("train", "mode=ct", ...) runs src/train.py in this process, in an empty folder."""
     from consistency import command, comparison, sampling
+    from consistency.data import preparation
     from consistency.training import run
 
-    mains = {"train": run.train, "sample": sampling.sample, "compare": comparison.compare}
+    mains = {
+        "train": run.train,
+        "sample": sampling.sample,
+        "compare": comparison.compare,
+        "prepare": preparation.prepare,
+    }
     home = tmp_path / "cwd"
     home.mkdir()
     monkeypatch.chdir(home)

@@ -90,7 +90,7 @@ def test_every_option_composes_and_builds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    config = composed("train", f"{PLACES.get(group, group)}={option}")
+    config = composed("train", f"{PLACES.get(group, group)}={option}", "data.download=false")
     build_all(config, tmp_path, trained["edm"])
 
 
@@ -187,3 +187,13 @@ def test_a_card_from_elsewhere_builds_nothing_but_our_networks() -> None:
             NETWORKS,
             torch.nn.Module,
         )
+
+
+@pytest.mark.parametrize("crop", options("crop"))
+def test_every_crop_prepares_and_trains(crop: str) -> None:
+    from PIL import Image
+
+    prepared = composed("prepare", f"crop={crop}", "source=/nowhere")
+    trained = composed("train", "data=folder", f"crop@data.source.crop={crop}")
+    for node in (prepared.crop, trained.data.source.crop):
+        assert instantiate(node)(Image.new("RGB", (30, 20)), 8).size == (8, 8)

@@ -71,7 +71,7 @@ def test_the_digits_are_split_once_and_for_all() -> None:
     seen = {train[i][0].numpy().tobytes() for i in range(899)}
     again = sum(held_out[i][0].numpy().tobytes() in seen for i in range(898))
     assert again == 0
-    assert sorted(set(train.labels)) == list(range(10))
+    assert sorted(set(train.labels.tolist())) == list(range(10))
     assert int(train.images.max()) == 255
 
 

@@ -1,6 +1,7 @@
 """The shape that all commands share: Hydra in front, one clear error message behind."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -78,7 +80,9 @@ def command(name: str) -> Callable[[Callable[[DictConfig, Path], None]], Callabl
 def message(error: BaseException) -> str:
     """What went wrong in a few lines: the innermost cause that speaks to a person."""
     if isinstance(error, UserError):
-        return str(error)
+        # One from a process that loads data comes with that process's trace in front.
+        traced = re.search(r"Original Traceback.*\n[\w.]+: (expected .*)|$", str(error), re.S)
+        return (traced and traced[1]) or str(error)
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         cause = error.__cause__
         if isinstance(cause, UserError | InstantiationException):
@@ -93,6 +97,14 @@ def message(error: BaseException) -> str:
     if len(lines) == 1:
         lines.append("do: see all options and their values by adding `--cfg job` to the command")
     return "\n  ".join(dict.fromkeys(lines[:8]))
+
+
+def output_path(folder: Path) -> Path:
+    """The path `output=`. Hydra makes the folder of a job, and `output` may be a file: so it is taken from the sweep."""
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        return folder
+    return Path(hydra.runtime.cwd) / Path(hydra.sweep.dir).expanduser()
 
 
 def require_fresh(folder: Path) -> None:

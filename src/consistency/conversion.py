@@ -4,14 +4,12 @@ import hashlib
 from pathlib import Path
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from torch import Tensor
 
 from consistency import checkpoint
 from consistency.checkpoint import Loaded
-from consistency.command import require_fresh
+from consistency.command import output_path, require_fresh
 from consistency.errors import UserError, require
 from consistency.formats.diffusers import write_diffusers
 from consistency.formats.openai import require_openai, write_openai
@@ -54,14 +52,6 @@ def convert(config: DictConfig, folder: Path) -> None:
     written = write(loaded, config.to, target)
     print(f"written     {written} ({config.to})")
     print(f"check it    python src/convert.py verify={target}")
-
-
-def output_path(folder: Path) -> Path:
-    """The path `output=`. Hydra makes the folder of a job, and `output` may be a file: so it is taken from the sweep."""
-    hydra = HydraConfig.get()
-    if hydra.mode == RunMode.MULTIRUN:
-        return folder
-    return Path(hydra.runtime.cwd) / Path(hydra.sweep.dir).expanduser()
 
 
 def require_target(target: Path, to: str) -> None:

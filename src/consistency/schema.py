@@ -46,7 +46,11 @@ class Model:
 
 @dataclass
 class Data:
-    """A data set and how it is batched; batch_size counts images per optimizer step over all devices."""
+    """A data set and how it is batched; batch_size counts images per optimizer step over all devices.
+
+    on_bad: stop or skip, what happens at an image that cannot be used; in_memory: the images are decoded once and held;
+    download: a public set is fetched if it is not at `path`.
+    """
 
     source: Any = MISSING
     held_out: Any = None
@@ -58,6 +62,9 @@ class Data:
     device_batch_size: int | None = None
     num_workers: int = 0
     flip: bool = False
+    on_bad: str = "stop"
+    in_memory: bool = False
+    download: bool = False
 
 
 @dataclass
@@ -128,8 +135,24 @@ class Convert:
     output: str = MISSING
 
 
+@dataclass
+class Prepare:
+    """conf/prepare.yaml."""
+
+    source: str = MISSING
+    to: str = "zip"
+    resolution: int | None = None
+    channels: int | None = None
+    crop: Any = MISSING
+    split: str = "train"
+    classes: bool = False
+    on_bad: str = "stop"
+    num_workers: int | None = None
+    output: str = MISSING
+
+
 def register() -> None:
-    """Makes the schemas known to Hydra as train_schema, sample_schema, compare_schema, convert_schema."""
+    """Makes the schemas known to Hydra under their command's name: train_schema, prepare_schema and so on."""
     store = ConfigStore.instance()
-    for schema in (Train, Sample, Compare, Convert):
+    for schema in (Train, Sample, Compare, Convert, Prepare):
         store.store(name=f"{schema.__name__.lower()}_schema", node=schema)

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from consistency.data.source import Image
+from consistency.data.held import Held
 
 SPLIT_SEED = 0
 TRAIN_SIZE = 899
 
 
-class Digits:
+class Digits(Held):
     """1,797 handwritten digits of 8x8 pixels, 10 classes [Alpaydin and Kaynak 1998, UCI; shipped with scikit-learn].
 
     split: "train" is 899 images chosen once at random, "held_out" the other 898. Grey values 0 to 16 become 0 to 255.
@@ -25,11 +25,8 @@ class Digits:
         order = np.random.RandomState(SPLIT_SEED).permutation(len(bundle.images))
         chosen = np.sort(order[:TRAIN_SIZE] if split == "train" else order[TRAIN_SIZE:])
         grey = np.rint(bundle.images[chosen] * (255 / 16)).astype(np.uint8)
-        self.images = torch.from_numpy(grey)[:, None]
-        self.labels: list[int] = bundle.target[chosen].tolist()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image, int]:
-        return self.images[index], self.labels[index]
+        super().__init__(
+            torch.from_numpy(grey)[:, None],
+            torch.from_numpy(bundle.target[chosen]).long(),
+            [str(digit) for digit in bundle.target_names],
+        )

@@ -1,73 +1,107 @@
 """One's own images: a folder of image files."""
 
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image as PILImage
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from consistency.data.source import Image
+from consistency.data.cropping import Crop, halving
+from consistency.data.decoding import EXTENSIONS, bad_image
+from consistency.data.encoded import Encoded, OnBad
 from consistency.errors import require
 
 
-class Folder:
+class Folder(Encoded):
     """Image files under `path`, in sorted order; with `classes`, each folder directly below it is a class.
 
-    Each image is cropped to its central square and resized to image_size x image_size (box filter for shrinking by
-    2 and more, then bicubic, as in the published code for ImageNet-64). channels: 1 for grey, 3 for colour.
+    Images are found by their suffix, case aside; `ignored` counts the other files by theirs. See `Encoded` for the rest
+    and `decode` for what is done with images of unusual kinds.
     """
 
-    def __init__(self, *, path: str | None, image_size: int, channels: int, classes: bool) -> None:
+    def __init__(
+        self,
+        *,
+        path: str | None,
+        image_size: int | None,
+        channels: int | None,
+        classes: bool,
+        crop: Crop = halving,
+        num_classes: int | None = None,
+        on_bad: OnBad = "stop",
+    ) -> None:
         require(
             path is not None,
             "a folder of images in data.path",
             "data.path=null",
-            "add data.path=<folder>; any mix of " + ", ".join(IMG_EXTENSIONS),
+            "add data.path=<folder>; any mix of " + ", ".join(EXTENSIONS),
         )
-        folder = Path(str(path)).expanduser()
+        self.folder = Path(str(path)).expanduser()
         require(
-            folder.is_dir(),
-            f"a folder of images at data.path={folder}",
-            "a file" if folder.exists() else "nothing there",
+            self.folder.is_dir(),
+            f"a folder of images at data.path={self.folder}",
+            "a file" if self.folder.exists() else "nothing there",
             "check the path; it is taken relative to the folder the command runs in",
         )
-        require(channels in (1, 3), "data.channels of 1 (grey) or 3 (colour)", channels, "set it")
-        self.image_size, self.mode = image_size, {1: "L", 3: "RGB"}[channels]
-        self.class_names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if classes else []
-        self.files = sorted(
-            p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()
-        )
+        names, self.ignored = image_files(self.folder)
         if classes:
-            self.files = [p for p in self.files if p.parent != folder]
+            self._require_no_image_beside(names)
         require(
-            bool(self.files),
-            f"image files under {folder}" + (", in one folder a class" if classes else ""),
+            bool(names),
+            f"image files under data.path={self.folder}",
             "none",
-            "any of these types will do: " + ", ".join(IMG_EXTENSIONS),
+            "any of these types will do: " + ", ".join(EXTENSIONS),
         )
-        self.labels = [
-            self.class_names.index(p.relative_to(folder).parts[0]) if classes else 0
-            for p in self.files
-        ]
+        tops = [name.split("/", 1)[0] for name in names] if classes else []
+        class_names = sorted(set(tops))
+        number = {name: index for index, name in enumerate(class_names)}
+        super().__init__(
+            names,
+            [number[top] for top in tops] or None,
+            where=str(self.folder),
+            class_names=class_names,
+            image_size=image_size,
+            channels=channels,
+            crop=crop,
+            num_classes=num_classes,
+            on_bad=on_bad,
+        )
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def _require_no_image_beside(self, names: list[str]) -> None:
+        beside = [name for name in names if "/" not in name]
+        require(
+            not beside,
+            f"one folder a class, and no image beside them, in data.path={self.folder}",
+            f"{len(beside):,} images without a class, the first of them {(beside or [''])[0]}",
+            "move them into folders, or leave data.source.classes=false",
+        )
 
-    def __getitem__(self, index: int) -> tuple[Image, int]:
-        with PILImage.open(self.files[index]) as opened:
-            square = central_square(opened.convert(self.mode), self.image_size)
-        pixels = np.atleast_3d(np.asarray(square))
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1), self.labels[index]
+    def read(self, name: str) -> bytes:
+        """The bytes of an image file."""
+        return read_file(self.folder, name)
+
+    def stamp(self, index: int) -> bytes:
+        """Size and time of the file."""
+        return file_stamp(self.folder / self.names[index])
 
 
-def central_square(image: PILImage.Image, size: int) -> PILImage.Image:
-    """The central square of an image at size x size: halved with a box filter while it is twice too large, then bicubic."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), PILImage.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), PILImage.Resampling.BICUBIC
-    )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+def image_files(folder: Path) -> tuple[list[str], Counter[str]]:
+    """Names of the image files below a folder, relative to it, sorted; and how many other files, by suffix."""
+    names, ignored = [], Counter[str]()
+    for file in folder.rglob("*"):
+        if file.suffix.lower() in EXTENSIONS and file.is_file():
+            names.append(file.relative_to(folder).as_posix())
+        elif file.is_file():
+            ignored[file.suffix.lower() or file.name] += 1
+    return sorted(names), ignored
+
+
+def read_file(folder: Path, name: str) -> bytes:
+    """The bytes of a file; one that cannot be read is a bad image."""
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise bad_image(f"{folder}/{name}", f"a file that cannot be read ({error})") from error
+
+
+def file_stamp(file: Path) -> bytes:
+    """Size and time of a file."""
+    found = file.stat()
+    return f"{found.st_size} {found.st_mtime_ns}".encode()

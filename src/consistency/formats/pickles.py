@@ -15,10 +15,10 @@ import math
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -210,7 +210,13 @@ def no_storage(description: object) -> Tensor:
 
 
 class Machine:
-    """Carries out one pickle from a source of `total` bytes. Its op_ methods are named as in `pickletools`."""
+    """Carries out one pickle from a source of `total` bytes. Its op_ methods are named as in `pickletools`.
+
+    A subclass for other files than checkpoints gives its own `calls` and `known`.
+    """
+
+    calls: ClassVar[Mapping[str, Callable[..., Any]]] = CALLS
+    known: ClassVar[Set[str]] = KNOWN
 
     def __init__(self, total: int, find_storage: FindStorage = no_storage) -> None:
         self.find_storage = find_storage
@@ -342,7 +348,7 @@ class Machine:
 
     def named(self, path: str) -> None:
         """Puts a name on the stack, if it is one of those that checkpoints are made of."""
-        if path not in KNOWN:
+        if path not in self.known:
             raise ContentError(f"a pickle that asks for {path[:120]}, which no checkpoint needs")
         self.stack.append(Name(path))
 
@@ -355,7 +361,7 @@ class Machine:
 
     def op_reduce(self, _: None) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(function, Name) or function.path not in CALLS:
+        if not isinstance(function, Name) or function.path not in self.calls:
             raise ContentError(f"a pickle that calls {told(function)}")
         if not isinstance(arguments, tuple):
             raise ContentError(f"a pickle that calls {function.path} without arguments")
@@ -369,7 +375,7 @@ class Machine:
             )
         if self.to_copy < 0:
             raise ContentError("a pickle that copies its own content over and over")
-        self.stack.append(CALLS[function.path](*arguments))
+        self.stack.append(self.calls[function.path](*arguments))
 
     def op_newobj(self, _: None) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()

@@ -18,6 +18,7 @@ from torch import nn
 
 from consistency.checkpoint import find, fingerprint, load_initial
 from consistency.command import ROOT, require_fresh
+from consistency.data.held import kept
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import require
@@ -46,7 +47,7 @@ def build_data(config: DictConfig) -> DataModule:
     """The data module; fails where the data are not as the configuration says."""
     node = config.data
     return DataModule(
-        source=instantiate(node.source, _partial_=True),
+        source=kept(instantiate(node.source, _partial_=True), node.in_memory),
         held_out=instantiate(node.held_out, _partial_=True) if node.held_out else None,
         image_size=node.image_size,
         channels=node.channels,

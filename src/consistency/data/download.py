@@ -1,0 +1,46 @@
+"""Fetching a public set with its library, or one error that says which file is expected where."""
+
+import fcntl
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from consistency.errors import UserError
+
+PATIENCE = 30.0
+"""Seconds without an answer after which a server is given up."""
+
+
+def fetched(
+    root: Path,
+    fetch: Callable[[Path], object],
+    *,
+    allowed: bool,
+    needed: str,
+    sources: Sequence[str],
+) -> None:
+    """Lets `fetch` put its files below `root`, one process of a machine at a time; it does nothing where they are.
+
+    needed: the files that are missing; sources: the addresses they come from.
+    """
+    reason = "no such file, and data.download=false"
+    if allowed:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with (root / ".download.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                before = socket.getdefaulttimeout()
+                socket.setdefaulttimeout(PATIENCE)
+                try:
+                    fetch(root)
+                finally:
+                    socket.setdefaulttimeout(before)
+            return
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = (
+                f"no such file, and the download failed ({str(error).strip().splitlines()[-1]})"
+            )
+    raise UserError(
+        f"expected {needed} (data.path={root})\n  got: {reason}\n"
+        f"  do: add data.download=true on a machine with a network, or put there what is at {', '.join(sources)}"
+    )

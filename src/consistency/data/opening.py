@@ -1,0 +1,53 @@
+"""What lies at a path, whichever of the known forms it has."""
+
+import zipfile
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from consistency.data.archive import LABELS, Archive, labels_of
+from consistency.data.cifar import CIFAR10, cifar_folder
+from consistency.data.encoded import PLAIN, Encoded
+from consistency.data.folder import Folder
+from consistency.data.held import Held
+from consistency.data.huggingface import HuggingFace
+from consistency.data.idx import MNIST, idx_folder
+from consistency.data.lsun import FILE, Database
+from consistency.errors import require
+
+Split: TypeAlias = Literal["train", "test", "all"]
+HUB = "hf:"
+
+
+def opened(source: str, *, split: Split, classes: bool) -> Encoded | Held:
+    """The images at `source`, undisturbed: own size, own number of channels.
+
+    source: a zip or folder of dataset_tool's form; an LMDB's folder, such as bedroom_train_lmdb; a folder with the IDX
+    files of (Fashion-)MNIST or with the batches of CIFAR-10; hf:<name> for a set of the Hugging Face hub; any other
+    folder is one of images, with a class a folder if `classes`. split: of the sets that have one.
+    """
+    if source.startswith(HUB):
+        return HuggingFace(name=source.removeprefix(HUB), split=split, **PLAIN, classes=classes)
+    path = Path(source).expanduser()
+    require(
+        path.exists(),
+        f"images at source={source}",
+        "nothing there",
+        "check the path; it is taken relative to the folder the command runs in",
+    )
+    if path.is_file():
+        require(
+            path.suffix.lower() == ".zip" or zipfile.is_zipfile(path),
+            f"a zip of images or a folder at source={source}",
+            f"a file {path.name}",
+            "unpack it, or give the folder it is in",
+        )
+    plain: dict[str, Any] = {"path": str(path), **PLAIN}
+    if path.is_file() or (path / LABELS).is_file():
+        return Archive(**plain, classes=labels_of(path) is not None)
+    if (path / FILE).is_file():
+        return Database(**plain)
+    if (idx := idx_folder(path)) is not None:
+        return MNIST(path=str(idx), split=split)
+    if cifar_folder(path) is not None:
+        return CIFAR10(path=str(path), split=split)
+    return Folder(**plain, classes=classes)
