@@ -46,7 +46,10 @@ class Model:
 
 @dataclass
 class Data:
-    """A data set and how it is batched; batch_size counts images per optimizer step over all devices."""
+    """A data set and how it is batched; batch_size counts images per optimizer step over all devices, device_batch_size
+    bounds how many of them a device holds at once. in_memory: decode all images first; allow_reorder: resume although
+    the data come in another order than before.
+    """
 
     source: Any = MISSING
     held_out: Any = None
@@ -58,6 +61,8 @@ class Data:
     device_batch_size: int | None = None
     num_workers: int = 0
     flip: bool = False
+    in_memory: bool = False
+    allow_reorder: bool = False
 
 
 @dataclass

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from consistency.data.source import Image
+from consistency.data.source import Classes, Image, Images
 
 SPLIT_SEED = 0
 TRAIN_SIZE = 899
@@ -27,9 +27,14 @@ class Digits:
         grey = np.rint(bundle.images[chosen] * (255 / 16)).astype(np.uint8)
         self.images = torch.from_numpy(grey)[:, None]
         self.labels: list[int] = bundle.target[chosen].tolist()
+        self.classes = torch.tensor(self.labels)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image, int]:
         return self.images[index], self.labels[index]
+
+    def batch(self, indices: list[int]) -> tuple[Images, Classes]:
+        """Items `indices`, stacked."""
+        return self.images[indices], self.classes[indices]
