@@ -86,6 +86,17 @@ class Train:
 
 
 @dataclass
+class Benchmark(Train):
+    """conf/benchmark.yaml: the options of training and what is measured."""
+
+    part: str = MISSING
+    images: int | None = None
+    seconds: float = MISSING
+    train_steps: int = MISSING
+    train_batch: int | None = None
+
+
+@dataclass
 class Sample:
     """conf/sample.yaml."""
 
@@ -133,7 +144,7 @@ class Convert:
 
 
 def register() -> None:
-    """Makes the schemas known to Hydra as train_schema, sample_schema, compare_schema, convert_schema."""
+    """Makes the schemas known to Hydra as train_schema, benchmark_schema and so on."""
     store = ConfigStore.instance()
-    for schema in (Train, Sample, Compare, Convert):
+    for schema in (Train, Benchmark, Sample, Compare, Convert):
         store.store(name=f"{schema.__name__.lower()}_schema", node=schema)
