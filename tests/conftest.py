@@ -49,7 +49,7 @@ Run = Callable[..., Outcome]
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """verb("train", "mode=ct", ...) runs src/train.py in this process, in an empty folder."""
-    from consistency import command, comparison, sampling
+    from consistency import command, comparison, sampling, speed
     from consistency.data import preparation
     from consistency.training import run
 
@@ -58,6 +58,7 @@ def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
         "sample": sampling.sample,
         "compare": comparison.compare,
         "prepare": preparation.prepare,
+        "benchmark": speed.benchmark,
     }
     home = tmp_path / "cwd"
     home.mkdir()

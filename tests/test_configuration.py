@@ -139,6 +139,14 @@ def test_the_command_line_wins_over_recipe_and_experiment() -> None:
     assert config.mode.step if "step" in config.mode else config.mode.objective.step.teacher
 
 
+def test_the_benchmark_chooses_as_training_does() -> None:
+    """The same groups and keys, so that a line for train.py is one for benchmark.py."""
+    for overrides in ([], ["data=lsun_bedroom", "mode=ct"], ["data=stream"]):
+        train, benchmark = composed("train", *overrides), composed("benchmark", *overrides)
+        for key in ("model", "mode", "optimizer", "data", "trainer"):
+            assert train[key] == benchmark[key], key
+
+
 def test_nothing_of_one_recipe_reaches_another_pair() -> None:
     """What the default recipe sets is as the groups say for a pair without a recipe."""
     other = composed("train", "data=folder", "mode=ect")

@@ -12,6 +12,7 @@ from PIL import Image
 from consistency.data.batches import PositionedBatches
 from consistency.data.digits import Digits
 from consistency.data.folder import Folder
+from consistency.data.held import Held, hold, kept
 from consistency.data.lsun import LSUN
 from consistency.data.module import DataModule, to_uint8, to_unit
 from consistency.errors import UserError
@@ -136,14 +137,82 @@ def test_flipping_is_half_of_the_time_and_a_function_of_the_generator() -> None:
     assert 200 < int(mirrored.sum()) < 300
 
 
-def test_accumulation_must_be_whole() -> None:
-    def module(batch: int, device: int | None) -> DataModule:
-        return DataModule(
-            source=lambda: Digits(split="train"), held_out=None, image_size=8, channels=1, num_classes=10,
-            batch_size=batch, device_batch_size=device, num_workers=0, flip=False, seed=0,
-        )  # fmt: skip
+def digits(**changes: object) -> DataModule:
+    settings = dict(
+        source=lambda: Digits(split="train"), held_out=None, image_size=8, channels=1, num_classes=10,
+        batch_size=64, device_batch_size=None, num_workers=0, flip=False, seed=0,
+    )  # fmt: skip
+    return DataModule(**{**settings, **changes})
 
-    assert module(64, 16).accumulation(2) == 2
-    assert module(64, None).accumulation(4) == 1
+
+@pytest.mark.parametrize(
+    ("batch", "devices", "at_most", "expected"),
+    [
+        (256, 2, 64, (2, 64, 2)),
+        (256, 2, None, (2, 128, 1)),
+        (64, 1, 100, (1, 64, 1)),
+        (60, 2, 16, (2, 15, 2)),
+        (14, 2, 5, (2, 1, 7)),
+    ],
+)
+def test_a_batch_is_cut_by_the_largest_divisor_that_fits(
+    batch: int, devices: int, at_most: int | None, expected: tuple[int, int, int]
+) -> None:
+    module = digits(batch_size=batch, device_batch_size=at_most)
+    assert module.split(devices) == expected
+    assert module.accumulation(devices) == expected[2]
+    line = module.summary(devices).splitlines()[0]
+    assert line.startswith(f"Batch: {batch} = {devices} device")
+
+
+def test_the_summary_says_how_a_batch_is_cut_and_what_is_left_out() -> None:
+    assert digits(batch_size=256, device_batch_size=64).summary(2).splitlines() == [
+        "Batch: 256 = 2 devices x 64 images x 2 accumulated",
+        "Epoch: 899 images = 3 batches, the 131 that remain are left out, other ones in each",
+    ]
+    assert "none left out" in digits(batch_size=29).summary(1)
+
+
+def test_devices_have_equal_shares() -> None:
     with pytest.raises(UserError, match="multiple"):
-        module(64, 16).accumulation(3)
+        digits(batch_size=64).split(3)
+    with pytest.raises(UserError, match="device_batch_size"):
+        digits(device_batch_size=0).split(1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_gives_the_images_of_its_index_lists(workers: int) -> None:
+    module, source = digits(num_workers=workers), Digits(split="train")
+    sampler = module.batches(split=module.split(1), start=3, total=17)
+    loaded = list(module.loader(sampler))
+    assert len(loaded) == 14
+    for (images, classes), indices in zip(loaded, sampler, strict=True):
+        assert images.dtype == torch.uint8
+        assert classes.dtype == torch.int64
+        assert torch.equal(images, source.images[indices])
+        assert torch.equal(classes, source.labels[indices])
+
+
+def test_a_source_held_in_memory_is_the_source(tmp_path: Path) -> None:
+    for number in range(5):
+        Image.new("L", (8, 8), 50 * number).save(tmp_path / f"{number}.png")
+    folder = Folder(path=str(tmp_path), image_size=8, channels=1, classes=False)
+    held = hold(folder)
+    assert isinstance(held, Held)
+    images, classes = held.batch([4, 0, 2])
+    assert torch.equal(images, torch.stack([folder[i][0] for i in (4, 0, 2)]))
+    assert classes.tolist() == [0, 0, 0]
+    module = digits(source=kept(lambda: folder, True), num_classes=None, batch_size=4)
+    assert isinstance(module.train_source, Held)
+    source = Digits(split="train")
+    assert hold(source) is source
+
+
+def test_another_order_is_refused_unless_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    saved = {"order": digits().order, "images": 899, "batch_size": 64, "accumulation": 1}
+    digits(num_workers=3, device_batch_size=16).load_state_dict(saved)
+    for change in ({"batch_size": 32}, {"seed": 1}, {"source": lambda: Digits(split="held_out")}):
+        with pytest.raises(UserError, match="allow_reorder"):
+            digits(**change).load_state_dict(saved)
+        digits(allow_reorder=True, **change).load_state_dict(saved)
+        assert "another order than before" in capsys.readouterr().out

@@ -236,7 +236,7 @@ def test_folder_zip_and_lmdb_agree_here_in_workers_and_in_memory(tmp_path: Path)
 def test_what_is_held_already_is_not_copied() -> None:
     digits = Digits(split="train")
     assert hold(digits) is digits
-    images, labels = digits.batch(torch.tensor([5, 0]))
+    images, labels = digits.batch([5, 0])
     assert torch.equal(images, digits.images[[5, 0]])
     assert labels.tolist() == [digits[5][1], digits[0][1]]
 

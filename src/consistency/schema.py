@@ -46,10 +46,12 @@ class Model:
 
 @dataclass
 class Data:
-    """A data set and how it is batched; batch_size counts images per optimizer step over all devices.
+    """A data set and how it is batched; batch_size counts images per optimizer step over all devices, device_batch_size
+    bounds how many of them a device holds at once.
 
     on_bad: stop or skip, what happens at an image that cannot be used; in_memory: the images are decoded once and held;
-    download: a public set is fetched if it is not at `path`.
+    download: a public set is fetched if it is not at `path`; allow_reorder: resume although the data come in another
+    order than before.
     """
 
     source: Any = MISSING
@@ -65,6 +67,7 @@ class Data:
     on_bad: str = "stop"
     in_memory: bool = False
     download: bool = False
+    allow_reorder: bool = False
 
 
 @dataclass
@@ -86,6 +89,17 @@ class Train:
     callbacks: dict[str, Any] = field(default_factory=dict)
     trainer: Any = MISSING
     logger: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Benchmark(Train):
+    """conf/benchmark.yaml: the options of training and what is measured."""
+
+    part: str = MISSING
+    images: int | None = None
+    seconds: float = MISSING
+    train_steps: int = MISSING
+    train_batch: int | None = None
 
 
 @dataclass
@@ -154,5 +168,5 @@ class Prepare:
 def register() -> None:
     """Makes the schemas known to Hydra under their command's name: train_schema, prepare_schema and so on."""
     store = ConfigStore.instance()
-    for schema in (Train, Sample, Compare, Convert, Prepare):
+    for schema in (Train, Benchmark, Sample, Compare, Convert, Prepare):
         store.store(name=f"{schema.__name__.lower()}_schema", node=schema)

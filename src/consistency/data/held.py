@@ -8,7 +8,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from consistency.data.encoded import in_threads
-from consistency.data.source import Image, Source
+from consistency.data.source import Classes, Image, Images, Source
+from consistency.errors import require
+from consistency.randomness import generator
 
 
 class Held:
@@ -28,12 +30,9 @@ class Held:
     def __getitem__(self, index: int) -> tuple[Image, int]:
         return self.images[index], int(self.labels[index])
 
-    def batch(
-        self, indices: Sequence[int] | Int64[Tensor, "b"]
-    ) -> tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, "b"]]:
+    def batch(self, indices: list[int]) -> tuple[Images, Classes]:
         """Images and class indices of many samples at once."""
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
-        return self.images[chosen], self.labels[chosen]
+        return self.images[indices], self.labels[indices]
 
     def stamp(self, index: int) -> bytes:
         """What changes when the image does: its pixels."""
@@ -47,17 +46,35 @@ def kept(source: Callable[[], Source], in_memory: bool) -> Callable[[], Source]:
 
 def hold(source: Source) -> Source:
     """Every image of a source, decoded by as many threads as there are cores; a source already held is returned."""
-    if hasattr(source, "batch"):
+    if isinstance(source, Held):
         return source
-    images = torch.empty((len(source), *source[0][0].shape), dtype=torch.uint8)
+    shape = source[0][0].shape
+    images = torch.empty((len(source), *shape), dtype=torch.uint8)
     labels = torch.empty(len(source), dtype=torch.int64)
 
     def place(index: int) -> None:
-        images[index], labels[index] = source[index]
+        image, labels[index] = source[index]
+        require(
+            image.shape == shape,
+            f"images of one shape, {tuple(shape)} as the first",
+            f"shape {tuple(image.shape)} of image number {index}",
+            "prepare the images at one resolution and mode",
+        )
+        images[index] = image
 
     in_threads(place, len(source), "decoding")
     _tell(f"held in memory: {len(source):,} images, {images.nbytes / 2**20:,.0f} MiB")
     return Held(images, labels, getattr(source, "class_names", ()))
+
+
+def noise(*, count: int, channels: int, image_size: int, num_classes: int | None) -> Held:
+    """`count` images of independent random grey values with random classes: to measure speed where no files are."""
+    draw = generator(0, "images")
+    shape = (count, channels, image_size, image_size)
+    return Held(
+        torch.randint(256, shape, generator=draw, dtype=torch.uint8),
+        torch.randint(num_classes or 1, (count,), generator=draw),
+    )
 
 
 @rank_zero_only

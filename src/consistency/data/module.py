@@ -1,15 +1,19 @@
 """The one LightningDataModule: any source of images, in an order that depends on position alone."""
 
+import hashlib
 from collections.abc import Callable
+from functools import cached_property
+from typing import Any
 
 import lightning as L
 import torch
 from jaxtyping import UInt8
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from consistency.data.batches import PositionedBatches
-from consistency.data.source import Source
+from consistency.data.batches import PositionedBatches, Split, split
+from consistency.data.source import Classes, Images, OrderedSource, Source, batch_of
 from consistency.errors import require
 from consistency.tensors import Data
 
@@ -24,13 +28,26 @@ def to_uint8(x: Data) -> UInt8[Tensor, "b c h w"]:
     return (x.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).cpu()
 
 
+class WholeBatches(Dataset[tuple[Images, Classes]]):
+    """A source seen as a map from a list of indices to a batch: nothing is stacked one by one that comes stacked."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, indices: list[int]) -> tuple[Images, Classes]:
+        return batch_of(self.source, indices)
+
+
 class DataModule(L.LightningDataModule):
     """Training batches (uint8 images, class indices) from a source.
 
     source: builds the training images (called once, when training starts); held_out: builds images kept from training,
-    or None. batch_size: images per optimizer step over all devices; device_batch_size: images a device holds at once,
-    None for as many as the batch needs. flip: mirror every image left to right with probability 1/2.
-    num_classes: number of classes a conditional model is told, None for an unconditional one.
+    or None. batch_size: images per optimizer step over all devices; device_batch_size: images a device holds at once
+    at most (the largest divisor of its share is taken), None for its whole share. flip: mirror every image left to
+    right with probability 1/2, on the device. num_classes: number of classes a conditional model is told, None for an
+    unconditional one.  allow_reorder: go on
+    with a run although the data now come in another order than it began with. Pixels are only scaled, never
+    dequantised by noise.
     """
 
     def __init__(
@@ -46,11 +63,14 @@ class DataModule(L.LightningDataModule):
         num_workers: int,
         flip: bool,
         seed: int,
+        allow_reorder: bool = False,
     ) -> None:
         super().__init__()
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
         self.batch_size, self.device_batch_size = batch_size, device_batch_size
         self.num_workers, self.flip, self.seed = num_workers, flip, seed
+        self.allow_reorder = allow_reorder
+        self._saved_accumulation: int | None = None
         require(
             batch_size >= 1, "data.batch_size >= 1", batch_size, "give a positive number of images"
         )
@@ -78,39 +98,127 @@ class DataModule(L.LightningDataModule):
                 "set data.num_classes to the number of classes, or to null for a model without classes",
             )
 
+    # How batches are cut and ordered
+
+    def split(self, world_size: int) -> Split:
+        """How a batch is cut over `world_size` devices; UserError where that leaves a remainder."""
+        return split(self.batch_size, devices=world_size, at_most=self.device_batch_size)
+
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per optimizer step on `world_size` devices."""
-        device_batch = self.device_batch_size or self.batch_size // world_size
-        whole = device_batch >= 1 and self.batch_size % (device_batch * world_size) == 0
-        require(
-            whole,
-            f"data.batch_size={self.batch_size} to be a multiple of devices x data.device_batch_size",
-            f"{world_size} devices x {device_batch} images",
-            "change one of data.batch_size, data.device_batch_size, trainer.devices",
-        )
-        return self.batch_size // (device_batch * world_size)
+        return self.split(world_size).accumulated
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Batches from the trainer's present position up to its last step."""
-        assert self.trainer is not None
-        accumulate = self.trainer.accumulate_grad_batches
-        batches = PositionedBatches(
-            size=len(self.train_source),
-            batch_size=self.batch_size,
-            accumulate=accumulate,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            seed=self.seed,
-            start=self.trainer.fit_loop.epoch_loop.batch_progress.current.ready,
-            total=self.trainer.max_steps * accumulate,
+    def summary(self, world_size: int) -> str:
+        """Two lines for the start of a run: how a batch is cut, and what an epoch leaves out."""
+        count = len(self.train_source)
+        batches, dropped = divmod(count, self.batch_size)
+        rest = (
+            f"the {dropped} that remain are left out, other ones in each"
+            if dropped
+            else "none left out"
         )
+        return (
+            f"Batch: {self.batch_size} = {self.split(world_size)}\n"
+            f"Epoch: {count} images = {batches} batches, {rest}"
+        )
+
+    def batches(
+        self, *, split: Split, rank: int = 0, start: int = 0, total: int = 0
+    ) -> PositionedBatches:
+        """The index lists of the micro-batches start ... total-1 of one rank."""
+        source = self.train_source
+        return PositionedBatches(
+            size=len(source),
+            batch_size=self.batch_size,
+            accumulate=split.accumulated,
+            rank=rank,
+            world_size=split.devices,
+            seed=self.seed,
+            start=start,
+            total=total,
+            order=source.order if isinstance(source, OrderedSource) else None,
+        )
+
+    def loader(
+        self, batches: PositionedBatches, *, pin_memory: bool = False
+    ) -> DataLoader[tuple[Images, Classes]]:
+        """Batches (uint8 images, int64 class indices) at the index lists of `batches`."""
         return DataLoader(
-            self.train_source,  # type: ignore[arg-type]  # any sequence serves
-            batch_sampler=batches,
+            WholeBatches(self.train_source),
+            sampler=batches,
+            batch_size=None,  # the sampler's items are whole batches
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=pin_memory,
         )
+
+    def train_dataloader(self) -> DataLoader[tuple[Images, Classes]]:
+        """Batches from the trainer's present position up to its last step."""
+        assert self.trainer is not None
+        cut = self.split(self.trainer.world_size)
+        self._translate_position(cut.accumulated)
+        batches = self.batches(
+            split=cut,
+            rank=self.trainer.global_rank,
+            start=self.trainer.fit_loop.epoch_loop.batch_progress.current.ready,
+            total=self.trainer.max_steps * cut.accumulated,
+        )
+        return self.loader(batches, pin_memory=self.trainer.strategy.root_device.type == "cuda")
+
+    # The position of a run that is resumed
+
+    @cached_property
+    def order(self) -> str:
+        """A digest of the order that the images come in, the same for any number of devices and workers."""
+        first = self.batches(split=self.split(1)).epoch(0).numpy()
+        digest = hashlib.blake2b(first.tobytes(), digest_size=16)
+        digest.update(str((self.seed, self.batch_size)).encode())
+        return digest.hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to know of the data; the position itself is the trainer's."""
+        assert self.trainer is not None
+        return {
+            "order": self.order,
+            "images": len(self.train_source),
+            "batch_size": self.batch_size,
+            "accumulation": self.trainer.accumulate_grad_batches,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses to go on in another order, unless that is allowed."""
+        same = state_dict["order"] == self.order
+        before = f"{state_dict['images']} images in batches of {state_dict['batch_size']}"
+        now = f"{len(self.train_source)} images in batches of {self.batch_size}"
+        require(
+            same or self.allow_reorder,
+            f"the images in the order that the run began with ({before})",
+            f"another order ({now})",
+            "give the same data, shards, seed and data.batch_size, or data.allow_reorder=true",
+        )
+        if not same:
+            rank_zero_only(print)(
+                f"The data come in another order than before: {before}; now {now}."
+            )
+        self._saved_accumulation = state_dict["accumulation"]
+
+    def _translate_position(self, accumulation: int) -> None:
+        """After a resume with another number of devices: Lightning counts micro-batches, whose number per optimizer
+        step may have changed. Checkpoints are written between steps only, so the count is a multiple of it.
+        """
+        assert self.trainer is not None
+        before, self._saved_accumulation = self._saved_accumulation, None
+        if before is None or before == accumulation:
+            return
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        counts: tuple[Any, ...] = (progress.current, progress.total)
+        for count in counts:
+            unfinished = count.processed - count.completed
+            position = count.ready // before * accumulation
+            count.ready = count.started = count.processed = position
+            count.completed = position - unfinished
+
+    # What happens on the device
 
     def augmented(self, images: UInt8[Tensor, "b c h w"], draw: Generator) -> Data:
         """The batch in [-1, 1], mirrored where the generator says so."""

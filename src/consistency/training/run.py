@@ -39,6 +39,7 @@ def quiet() -> None:
         r"Found \d+ module\(s\) in eval mode.*",
         r".*does not have many workers.*",
         r".*torch.jit.script. is deprecated.*",
+        r"You're resuming from a checkpoint that ended before the epoch ended.*",  # our order knows its place
     ):
         warnings.filterwarnings("ignore", message=known)
 
@@ -57,6 +58,7 @@ def build_data(config: DictConfig) -> DataModule:
         num_workers=node.num_workers,
         flip=node.flip,
         seed=config.seed,
+        allow_reorder=node.allow_reorder,
     )
 
 
@@ -189,6 +191,7 @@ def train(config: DictConfig, output: Path) -> None:
             output.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(config, output / "config.yaml", resolve=True)
             _announce(config, module, output)
+            print(data.summary(trainer.world_size), flush=True)
         for logger in loggers:
             logger.log_hyperparams(module.config)
         trainer.fit(module, datamodule=data)

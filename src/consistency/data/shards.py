@@ -1,0 +1,79 @@
+"""Writes any source of images as the shards that `consistency.data.stream` reads."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from consistency.data.source import Source
+from consistency.data.stream import INDEX, engine
+from consistency.errors import require
+from consistency.randomness import generator
+
+
+def write_shards(
+    source: Source,
+    folder: Path,
+    *,
+    num_workers: int = 1,
+    shard_bytes: int = 64_000_000,
+    seed: int = 0,
+    show: bool = True,
+) -> int:
+    """Writes all images of `source` into `folder` and returns their number.
+
+    In an order drawn from `seed`, the same for any number of workers: a stream mixes only neighbouring shards, so a set
+    sorted by class must not stay sorted. Pixels are stored as they are, height x width x channels bytes an image.
+    shard_bytes: size of a shard at most; num_workers: processes that read and write; show: a progress bar. Complete shards of as many images are left as they
+    are; shards of another number of images are a UserError. The source must be picklable. Must be called under
+    `if __name__ == "__main__"`, as anything that starts processes.
+    """
+    litdata = engine()
+    require(len(source) >= 1, "a source with images", "none", "check its path")
+    present = written(folder)
+    if present == len(source):
+        return present
+    require(
+        present is None and (not folder.exists() or not any(folder.iterdir())),
+        f"a new or empty folder for the shards of {len(source)} images at {folder}",
+        f"shards of {present} images" if present is not None else "a folder with content",
+        "choose another output=, or move the old one away",
+    )
+    order = torch.randperm(len(source), generator=generator(seed, "shards")).tolist()
+    with redirect_stdout(io.StringIO()):  # an advertisement and the diary of its workers
+        litdata.optimize(
+            partial(_item, source),
+            order,
+            str(folder),
+            chunk_bytes=shard_bytes,
+            num_workers=num_workers,
+            keep_data_ordered=True,
+            reorder_files=False,
+            verbose=show,
+        )
+    count = written(folder)
+    require(
+        count == len(source),
+        f"{len(source)} images in the shards at {folder}",
+        count,
+        "see the messages above; delete the folder and write again",
+    )
+    return len(source)
+
+
+def _item(source: Source, index: int) -> dict[str, Any]:
+    image, label = source[index]
+    return {"image": image.contiguous(), "label": int(label)}
+
+
+def written(folder: Path) -> int | None:
+    """The number of images in a folder of complete shards, None where there are none."""
+    file = folder / INDEX
+    if not file.is_file():
+        return None
+    shards: list[dict[str, Any]] = json.loads(file.read_text())["chunks"]
+    return sum(int(shard["chunk_size"]) for shard in shards)

@@ -1,0 +1,142 @@
+"""A script for the tests: which images each rank sees, in an unbroken run and after resuming it.
+
+`python positions.py <settings as JSON>` trains a weight that means nothing on images that tell their own number, saves at
+the steps `save_at`, resumes from each with every number of workers in `workers`, and writes what was seen into
+`output`/<run>_rank_<r>.json, a list of numbers a micro-batch. It may be several processes: Lightning starts the others.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from consistency.data.module import DataModule
+from consistency.data.source import Source
+from consistency.data.stream import Stream
+from consistency.training.run import quiet
+
+
+class Numbered:
+    """Images of 1x2x2 pixels whose first two grey values are their number, in base 256."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return torch.tensor([[[index // 256, index % 256], [0, 0]]], dtype=torch.uint8), 0
+
+
+def numbers(images: Tensor) -> list[int]:
+    """What `Numbered` images tell."""
+    flat = images.flatten(1).long()
+    return (flat[:, 0] * 256 + flat[:, 1]).tolist()
+
+
+class Watcher(L.LightningModule):
+    """Notes the numbers of every micro-batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.seen: list[list[int]] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.seen.append(numbers(batch[0]))
+        return self.weight.sum() * batch[0].float().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class SaveAt(Callback):
+    """Saves after the optimizer steps given, as the runs do."""
+
+    def __init__(self, steps: list[int], folder: Path) -> None:
+        self.steps, self.folder, self.done = steps, folder, 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        if trainer.global_step != self.done:
+            self.done = trainer.global_step
+            if self.done in self.steps:
+                trainer.save_checkpoint(self.folder / f"{self.done}.ckpt")
+
+
+def data(settings: dict[str, Any], workers: int) -> DataModule:
+    """The data module of the settings."""
+
+    def source() -> Source:
+        if settings.get("stream"):
+            return Stream(
+                path=settings["stream"], mixing=2, cache=settings.get("cache"), cache_gigabytes=1
+            )
+        return Numbered(settings["size"])
+
+    return DataModule(
+        source=source,
+        held_out=None,
+        image_size=2,
+        channels=1,
+        num_classes=None,
+        batch_size=settings["batch_size"],
+        device_batch_size=settings["device_batch_size"],
+        num_workers=workers,
+        flip=False,
+        seed=0,
+    )
+
+
+def run(
+    settings: dict[str, Any], name: str, *, workers: int, save_at: list[int], resume: str | None
+) -> None:
+    """One fit, from its start or from a checkpoint."""
+    output, module = Path(settings["output"]), Watcher()
+    module_data = data(settings, workers)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=settings["devices"],
+        strategy="ddp" if settings["devices"] > 1 else "auto",
+        max_steps=settings["steps"],
+        max_epochs=1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[SaveAt(save_at, output)],
+    )
+    trainer.accumulate_grad_batches = module_data.accumulation(trainer.world_size)
+    trainer.fit(module, datamodule=module_data, ckpt_path=resume)
+    (output / f"{name}_rank_{trainer.global_rank}.json").write_text(json.dumps(module.seen))
+
+
+def main(settings: dict[str, Any]) -> None:
+    """All runs of the settings; those that have a checkpoint given only resume from it."""
+    quiet()
+    output = Path(settings["output"])
+    if settings.get("from"):
+        run(settings, "other", workers=0, save_at=[], resume=settings["from"])
+        return
+    run(settings, "whole", workers=0, save_at=settings["save_at"], resume=None)
+    for step in settings["save_at"]:
+        for workers in settings["workers"]:
+            run(
+                settings,
+                f"from_{step}_{workers}",
+                workers=workers,
+                save_at=[],
+                resume=str(output / f"{step}.ckpt"),
+            )
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
