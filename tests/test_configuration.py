@@ -8,7 +8,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
+import originals
 from conftest import ROOT
 from consistency import command, schema
 from consistency.checkpoint import NETWORKS, PRECONDITIONING, build
@@ -16,6 +18,7 @@ from consistency.errors import UserError
 from consistency.training import run as training
 
 CONF = ROOT / "conf"
+PNG = originals.encoded(Image.fromarray(originals.noise(70, 80, 3)))
 TRAIN_GROUPS = (
     "callbacks",
     "data",
@@ -199,9 +202,22 @@ def test_a_card_from_elsewhere_builds_nothing_but_our_networks() -> None:
 
 @pytest.mark.parametrize("crop", options("crop"))
 def test_every_crop_prepares_and_trains(crop: str) -> None:
-    from PIL import Image
-
     prepared = composed("prepare", f"crop={crop}", "source=/nowhere")
     trained = composed("train", "data=folder", f"crop@data.source.crop={crop}")
     for node in (prepared.crop, trained.data.source.crop):
         assert instantiate(node)(Image.new("RGB", (30, 20)), 8).size == (8, 8)
+
+
+def test_a_published_set_may_come_from_its_prepared_zip(tmp_path: Path) -> None:
+    """As conf/data/imagenet64.yaml says: only the class that reads is another."""
+    originals.write_archive(
+        tmp_path / "a.zip", [("a.png", PNG), ("b.png", PNG)], [["a.png", 0], ["b.png", 999]]
+    )
+    for name, classes in (("imagenet64", True), ("folder", False)):
+        config = composed(
+            "train", f"data={name}", f"data.path={tmp_path / 'a.zip'}",
+            "data.source._target_=consistency.data.archive.Archive",
+        )  # fmt: skip
+        source = instantiate(config.data.source)
+        assert source[1][0].shape == (3, config.data.image_size, config.data.image_size)
+        assert source[1][1] == (999 if classes else 0)

@@ -36,8 +36,8 @@ class HuggingFace(Encoded):
         num_classes: int | None = None,
         on_bad: OnBad = "stop",
     ) -> None:
-        library = _library()
         require(name is not None, "the name of a set in data.path", "null", "add data.path=<name>")
+        library = _library()
         try:
             table = library.load_dataset(name, subset, split=split, cache_dir=cache)
         except (

@@ -2,7 +2,7 @@
 
 import zipfile
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from consistency.data.archive import LABELS, Archive, labels_of
 from consistency.data.cifar import CIFAR10, cifar_folder
@@ -10,23 +10,24 @@ from consistency.data.encoded import PLAIN, Encoded
 from consistency.data.folder import Folder
 from consistency.data.held import Held
 from consistency.data.huggingface import HuggingFace
-from consistency.data.idx import MNIST, idx_folder
+from consistency.data.idx import MNIST, PREFIXES, idx_folder
 from consistency.data.lsun import FILE, Database
 from consistency.errors import require
 
-Split: TypeAlias = Literal["train", "test", "all"]
 HUB = "hf:"
 
 
-def opened(source: str, *, split: Split, classes: bool) -> Encoded | Held:
+def opened(source: str, *, split: str, classes: bool) -> Encoded | Held:
     """The images at `source`, undisturbed: own size, own number of channels.
 
     source: a zip or folder of dataset_tool's form; an LMDB's folder, such as bedroom_train_lmdb; a folder with the IDX
     files of (Fashion-)MNIST or with the batches of CIFAR-10; hf:<name> for a set of the Hugging Face hub; any other
-    folder is one of images, with a class a folder if `classes`. split: of the sets that have one.
+    folder is one of images, with a class a folder if `classes`. split: of the sets that have one;
+    train, test or all, and on the hub any that a set has.
     """
     if source.startswith(HUB):
         return HuggingFace(name=source.removeprefix(HUB), split=split, **PLAIN, classes=classes)
+    require(split in PREFIXES, "split=train, test or all", split, "choose one")
     path = Path(source).expanduser()
     require(
         path.exists(),
@@ -47,7 +48,7 @@ def opened(source: str, *, split: Split, classes: bool) -> Encoded | Held:
     if (path / FILE).is_file():
         return Database(**plain)
     if (idx := idx_folder(path)) is not None:
-        return MNIST(path=str(idx), split=split)
+        return MNIST(path=str(idx), split=split)  # type: ignore[arg-type]  # checked above
     if cifar_folder(path) is not None:
-        return CIFAR10(path=str(path), split=split)
+        return CIFAR10(path=str(path), split=split)  # type: ignore[arg-type]
     return Folder(**plain, classes=classes)

@@ -31,7 +31,7 @@ from consistency.command import output_path
 from consistency.data.archive import LABELS
 from consistency.data.cropping import Crop
 from consistency.data.decoding import MODES, ImageError
-from consistency.data.encoded import Encoded, to_picture, told
+from consistency.data.encoded import Encoded, to_picture
 from consistency.data.folder import Folder
 from consistency.data.held import Held
 from consistency.data.opening import opened
@@ -40,6 +40,9 @@ from consistency.errors import UserError, require
 TARGETS = ("zip",)
 CHUNK = 500
 """Images a chunk: what a stopped run may lose of each process."""
+
+WORTH_A_PROCESS = 2000
+"""Images for which starting a further process pays."""
 
 FACTS = "facts.json"
 """The entry of a chunk that says what is in it."""
@@ -221,7 +224,7 @@ def _finished(
         print(f"continued   {done:,} images are there already")
     first: Written | None = None
     with (
-        closing(_make(source, settings, missing, workers or os.cpu_count() or 1)) as made,
+        closing(_make(source, settings, missing, workers)) as made,
         tqdm(total=len(source), initial=done, unit="img", desc="preparing") as bar,
     ):
         for file in files:
@@ -235,20 +238,23 @@ def _finished(
 
 
 def _make(
-    source: Encoded | Held, settings: Settings, missing: Mapping[Path, range], workers: int
+    source: Encoded | Held, settings: Settings, missing: Mapping[Path, range], workers: int | None
 ) -> Generator[int, None, None]:
     """Makes the chunks; the number of images of each as it is there, in order.
 
-    Processes are started fresh, because threads do not survive a fork; a single chunk is made in this one.
+    Processes are started fresh, because threads do not survive a fork. That takes seconds, so that small sets are made
+    in this one unless `workers` says otherwise.
     """
-    if min(workers, len(missing)) <= 1:
+    images = sum(len(span) for span in missing.values())
+    workers = min(workers or min(os.cpu_count() or 1, images // WORTH_A_PROCESS), len(missing))
+    if workers <= 1:
         worker = Worker(source, settings)
         for file, span in missing.items():
             worker.make(span, file)
             yield len(span)
         return
     with ProcessPoolExecutor(
-        min(workers, len(missing)),
+        workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=Worker.start,
         initargs=(source, settings),
@@ -307,10 +313,9 @@ def _summary(source: Encoded | Held, chunks: Sequence[Chunk], on_bad: str) -> di
         for line in bad:
             print(f"  {line}")
     if bad and (on_bad == "stop" or not images):
-        shown = "\n       ".join(told(bad))
         raise UserError(
-            f"expected images that can be read, all {len(source):,} of them\n  got: {len(bad):,} that cannot:\n"
-            f"       {shown}\n"
+            f"expected images that can be used, all {len(source):,} of them\n"
+            f"  got: {len(bad):,} that cannot, listed above\n"
             "  do: mend or remove them and run the command again, which goes on from here, or leave them out with on_bad=skip"
         )
     counts = Counter(image.label for image in images).values()
