@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -150,7 +151,17 @@ class Stream:
         for shard in sorted(set(shards)):
             if self.remote:
                 self._hold(shard, downloader)
-        read = {index: self._item(reader[index]) for index in sorted(set(indices))}
+            else:
+                require(
+                    (self.folder / self.files[shard]).is_file(),
+                    f"the shard {self.files[shard]} at data.path={self.path}",
+                    "no such file",
+                    "write the shards again",
+                )
+        with warnings.catch_warnings():
+            # litdata's tensors lie on the file itself; stacking copies them
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            read = {index: self._item(reader[index]) for index in sorted(set(indices))}
         images, classes = zip(*(read[index] for index in indices), strict=True)
         return torch.stack(images), torch.tensor(classes, dtype=torch.long)
 
