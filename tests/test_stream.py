@@ -69,6 +69,35 @@ def test_a_folder_with_content_is_not_written_into(tmp_path: Path) -> None:
         write_shards(Digits(split="train"), tmp_path, show=False)
 
 
+class Breaking(Digits):
+    """The digits, of which one cannot be read as long as a file is not there."""
+
+    def __init__(self, mended: Path) -> None:
+        super().__init__(split="train")
+        self.mended = mended
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index == self.labels.index(7) and not self.mended.exists():
+            raise OSError("broken")
+        return super().__getitem__(index)
+
+
+def test_an_interrupted_writing_goes_on(shards: Path, tmp_path: Path) -> None:
+    """What was written stays; the shards end as those written in one go."""
+    source, folder = Breaking(tmp_path / "mended"), tmp_path / "shards"
+    with pytest.raises(RuntimeError):
+        write_shards(source, folder, shard_bytes=8000, show=False)
+    assert written(folder) is None
+    with pytest.raises(UserError, match="interrupted"):
+        write_shards(source, folder, shard_bytes=9000, show=False)
+    kept = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.bin")}
+    source.mended.touch()
+    assert write_shards(source, folder, shard_bytes=8000, show=False) == COUNT
+    assert all((folder / name).stat().st_mtime_ns == time for name, time in kept.items())
+    everything = list(range(COUNT))
+    assert torch.equal(stream(folder).batch(everything)[0], stream(shards).batch(everything)[0])
+
+
 def test_the_order_is_a_permutation_that_walks_through_the_shards(shards: Path) -> None:
     read = stream(shards)
     drawn = [read.order(torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
