@@ -90,7 +90,9 @@ def test_one_process_resumes_where_it_was(tmp_path: Path) -> None:
     check_resumes(tmp_path, devices=1, accumulated=2, **given)
 
 
-@pytest.mark.parametrize("source", ["files", "shards", "store"])
+@pytest.mark.parametrize(
+    "source", ["files", pytest.param("shards", marks=pytest.mark.slow), "store"]
+)
 def test_two_processes_share_every_epoch_and_resume(
     source: str, shards: Path, tmp_path: Path
 ) -> None:

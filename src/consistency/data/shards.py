@@ -14,6 +14,8 @@ from consistency.data.stream import INDEX, engine
 from consistency.errors import require
 from consistency.randomness import generator
 
+UNFINISHED = "unfinished.json"
+
 
 def write_shards(
     source: Source,
@@ -28,8 +30,9 @@ def write_shards(
 
     In an order drawn from `seed`, the same for any number of workers: a stream mixes only neighbouring shards, so a set
     sorted by class must not stay sorted. Pixels are stored as they are, height x width x channels bytes an image.
-    shard_bytes: size of a shard at most; num_workers: processes that read and write; show: a progress bar. Complete shards of as many images are left as they
-    are; shards of another number of images are a UserError. The source must be picklable. Must be called under
+    shard_bytes: size of a shard at most; num_workers: processes that read and write; show: a progress bar. Complete
+    shards of as many images are left as they are, and what an interrupted call with the same settings has written is
+    kept; a folder with anything else is a UserError. The source must be picklable. Must be called under
     `if __name__ == "__main__"`, as anything that starts processes.
     """
     litdata = engine()
@@ -37,31 +40,43 @@ def write_shards(
     present = written(folder)
     if present == len(source):
         return present
+    begun = folder / UNFINISHED
+    settings = json.dumps([len(source), num_workers, shard_bytes, seed])
+    ours = begun.is_file() and begun.read_text() == settings
     require(
-        present is None and (not folder.exists() or not any(folder.iterdir())),
+        present is None and (ours or not folder.exists() or not any(folder.iterdir())),
         f"a new or empty folder for the shards of {len(source)} images at {folder}",
-        f"shards of {present} images" if present is not None else "a folder with content",
+        f"shards of {present} images"
+        if present is not None
+        else "an interrupted writing with other settings"
+        if begun.is_file()
+        else "a folder with content",
         "choose another output=, or move the old one away",
     )
+    folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(settings)
     order = torch.randperm(len(source), generator=generator(seed, "shards")).tolist()
-    with redirect_stdout(io.StringIO()):  # an advertisement and the diary of its workers
-        litdata.optimize(
-            partial(_item, source),
-            order,
-            str(folder),
-            chunk_bytes=shard_bytes,
-            num_workers=num_workers,
-            keep_data_ordered=True,
-            reorder_files=False,
-            verbose=show,
-        )
-    count = written(folder)
+    if _counted(folder) is None:
+        with redirect_stdout(io.StringIO()):  # an advertisement and the diary of its workers
+            litdata.optimize(
+                partial(_item, source),
+                order,
+                str(folder),
+                chunk_bytes=shard_bytes,
+                num_workers=num_workers,
+                keep_data_ordered=True,
+                reorder_files=False,
+                use_checkpoint=True,
+                verbose=show,
+            )
+    count = _counted(folder)
     require(
         count == len(source),
         f"{len(source)} images in the shards at {folder}",
         count,
         "see the messages above; delete the folder and write again",
     )
+    begun.unlink()
     return len(source)
 
 
@@ -72,6 +87,10 @@ def _item(source: Source, index: int) -> dict[str, Any]:
 
 def written(folder: Path) -> int | None:
     """The number of images in a folder of complete shards, None where there are none."""
+    return None if (folder / UNFINISHED).exists() else _counted(folder)
+
+
+def _counted(folder: Path) -> int | None:
     file = folder / INDEX
     if not file.is_file():
         return None

@@ -1,14 +1,16 @@
 """Shards in a folder or an object store, for sets beyond one disk; format, download and reading are litdata's.
 
 Not litdata's own iterator: its order depends on the number of processes and workers. Reading by index, in an order
-that walks through the shards, is as fast (88,000 against 107,000 images of 32x32 a second on one core) and makes the
-order, and so the position after a resume, the same for any number of them.
+that walks through the shards, makes the order, and so the position after a resume, the same for any number of them,
+and a whole batch read shard by shard came no slower (64x64, one busy core: 28,000 images a second against 2,400).
 """
 
 import hashlib
 import json
+import logging
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +38,7 @@ def engine() -> ModuleType:
             "expected the package litdata, which data=stream and prepare to=shards need\n"
             f"  got: {error}\n  do: install the extra `streaming`: pip install -e '.[streaming]'"
         ) from error
+    logging.getLogger("litdata").setLevel(logging.WARNING)  # it tells of every opening
     return litdata
 
 
@@ -150,7 +153,17 @@ class Stream:
         for shard in sorted(set(shards)):
             if self.remote:
                 self._hold(shard, downloader)
-        read = {index: self._item(reader[index]) for index in sorted(set(indices))}
+            else:
+                require(
+                    (self.folder / self.files[shard]).is_file(),
+                    f"the shard {self.files[shard]} at data.path={self.path}",
+                    "no such file",
+                    "write the shards again",
+                )
+        with warnings.catch_warnings():
+            # litdata's tensors lie on the file itself; stacking copies them
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            read = {index: self._item(reader[index]) for index in sorted(set(indices))}
         images, classes = zip(*(read[index] for index in indices), strict=True)
         return torch.stack(images), torch.tensor(classes, dtype=torch.long)
 
