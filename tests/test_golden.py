@@ -17,6 +17,7 @@ import golden_jcm as jcm
 import golden_losses as losses
 import golden_networks as networks
 import golden_perceptual as perceptual
+import golden_samplers as samplers
 import golden_trajectories as trajectories
 from golden_harness import FOLDER, Archive
 
@@ -45,6 +46,11 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("jcm/losses_toy.npz", jcm.compare_losses),
     ("jcm/trajectory_toy.npz", jcm.compare_trajectory),
     ("jcm/ncsnpp.npz", jcm.compare_network_losses),
+    ("openai_samplers.npz", samplers.compare_openai_samplers),
+    ("openai_schedules.npz", samplers.compare_openai_levels),
+    ("edm/*.npz", samplers.compare_nvlabs_sampler),
+    ("ect/loss.npz", samplers.compare_ect_sampler),
+    ("jcm/samplers_toy.npz", samplers.compare_jcm_samplers),
     ("piq_lpips_recipe.npz", perceptual.compare_lpips),
 ]
 
@@ -76,13 +82,7 @@ SETTINGS = [
 """Files that the comparisons read, or that describe the others."""
 
 LATER = [
-    ("openai_samplers.npz", "*", "samplers"),
     ("openai_editing.npz", "*", "editing"),
-    ("openai_schedules.npz", "*.ancestral.*", "samplers"),
-    ("edm/*.npz", "sampler.*", "samplers"),
-    ("edm/scalars.npz", "edm_sampler_*", "samplers"),
-    ("ect/loss.npz", "gen.*", "samplers"),
-    ("jcm/samplers_toy.npz", "*", "samplers"),
 ]
 """(file, array, the work that will compare it)."""
 

@@ -1,5 +1,6 @@
 """The command that draws samples from a checkpoint."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from consistency.checkpoint import Loaded, load
 from consistency.command import require_fresh
 from consistency.errors import require
 from consistency.generation import drawn_labels, generate
-from consistency.samplers import Sampler
+from consistency.preconditioning import TrigFlow
+from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
 from consistency.tensors import Label
 
 
@@ -55,6 +57,24 @@ def bound_sampler(config: DictConfig, loaded: Loaded) -> Sampler:
     return instantiate(config.sampler, _convert_="all")
 
 
+def require_suited(sampler: Sampler, loaded: Loaded, *, force: bool) -> None:
+    """Refuses a sampler that asks the model for what it has not learnt, unless that is what is wanted."""
+    function = sampler.func if isinstance(sampler, partial) else sampler
+    require(
+        force or loaded.card["role"] != "consistency" or function not in NEED_DENOISER,
+        "a sampler for consistency functions: onestep or multistep",
+        "one that follows the PF-ODE of a denoiser, with a consistency checkpoint",
+        "choose sampler=onestep, or add force=true to draw all the same",
+    )
+    trigflow = isinstance(loaded.denoiser.preconditioning, TrigFlow)
+    require(
+        force or trigflow == (function in UNDER_TRIGFLOW),
+        f"a sampler {'for' if trigflow else 'for other networks than those of'} TrigFlow",
+        "one for another noise process than the checkpoint's",
+        f"choose sampler={'trigflow_onestep' if trigflow else 'onestep'}, or add force=true",
+    )
+
+
 def sample(config: DictConfig, output: Path) -> None:
     """Writes grid.png, samples.npz and sample.yaml, and with `images` one PNG a sample, into the folder `output`."""
     for name in ("num_samples", "batch_size"):
@@ -62,6 +82,7 @@ def sample(config: DictConfig, output: Path) -> None:
     require_fresh(output)
     loaded = load(config.checkpoint, weights=config.weights, role=config.role)
     sampler, card = bound_sampler(config, loaded), loaded.card
+    require_suited(sampler, loaded, force=config.force)
     indices = range(config.num_samples)
     labels = chosen_labels(config.labels, config.seed, indices, card["num_classes"])
     device = chosen_device(config.device)

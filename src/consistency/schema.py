@@ -91,6 +91,7 @@ class Sample:
     num_samples: int = 64
     batch_size: int = 64
     labels: Any = None
+    force: bool = False
     images: bool = False
     device: str = "auto"
     output: str = MISSING
