@@ -11,7 +11,7 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 1, words      errors tensors schedules grids preconditioning averaging randomness
                         networks: adm song dhariwal (with their unet and layers) mlp
     floor 2, phrases    processes solvers pairs distances weightings denoiser tangents
-    floor 3, sentences  steps samplers
+    floor 3, sentences  steps samplers editing
     floor 4, paragraph  objectives
     the shell           checkpoint (tensors and a plain card), generation (numbered samples), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
