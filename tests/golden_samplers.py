@@ -165,8 +165,8 @@ def compare_openai_case(archive: Archive, case: str) -> None:
     x_0 = sampler(recorded, replayed(draws), label).clamp(-1, 1)
     archive.compare(f"{case}.out", x_0, STUDENT_IMAGE if student else IMAGE)
     if f"{case}.uint8_nhwc" in archive:
-        # Theirs cuts off where ours takes the nearest grey value: the same, half a value lower.
-        grey = to_uint8(x_0 - 1 / 255).permute(0, 2, 3, 1)
+        # Theirs cuts off where ours takes the nearest grey value: the same, (almost) half a value lower.
+        grey = to_uint8(x_0 - 0.9999 / 255).permute(0, 2, 3, 1)
         archive.compare(f"{case}.uint8_nhwc", grey, ONE_GREY_VALUE)
     if f"{case}.cb.x" in archive:
         compare_callback(archive, case, recorded, bool(archive.number(f"{case}.clip_denoised")))
