@@ -43,10 +43,15 @@ Run = Callable[..., Outcome]
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """verb("train", "mode=ct", ...) runs src/train.py in this process, in an empty folder."""
-    from consistency import command, comparison, sampling
+    from consistency import command, comparison, retouching, sampling
     from consistency.training import run
 
-    mains = {"train": run.train, "sample": sampling.sample, "compare": comparison.compare}
+    mains = {
+        "train": run.train,
+        "sample": sampling.sample,
+        "edit": retouching.edit,
+        "compare": comparison.compare,
+    }
     home = tmp_path / "cwd"
     home.mkdir()
     monkeypatch.chdir(home)

@@ -308,18 +308,23 @@ def interpolate(
     denoise: Denoise,
     z_0: Data,
     z_1: Data,
-    label: Label = None,
+    label_0: Label = None,
+    label_1: Label = None,
     *,
     frames: int,
     t_max: float,
     clip: bool,
 ) -> Float[Tensor, "f b c h w"]:
-    """f(t_max z, t_max) at `frames` noises z on the arc from z_0 to z_1, both ends among them; NFE frames."""
+    """f(t_max z, t_max) at `frames` noises z on the arc from z_0 to z_1, both ends among them; NFE frames.
+
+    The class is that of the nearer end.
+    """
     require(frames >= 2, "at least 2 frames, the two ends", frames, "set task.frames")
     estimate, shown = bounded(denoise, clip), []
     for n in range(frames):
-        x = t_max * spherical(z_0, z_1, n / (frames - 1))
-        shown.append(estimate(x, at(t_max, x), label))
+        share = n / (frames - 1)
+        x = t_max * spherical(z_0, z_1, share)
+        shown.append(estimate(x, at(t_max, x), label_0 if share < 0.5 else label_1))
     return torch.stack(shown)
 
 

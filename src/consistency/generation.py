@@ -1,4 +1,4 @@
-"""Generation of numbered samples: noise and label of sample i depend on (seed, i) alone."""
+"""Generation of numbered samples and edits: noise and label of number i depend on (seed, i) alone."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,9 +7,10 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from consistency.data.module import to_uint8
+from consistency.editing import Start, Task, edit
 from consistency.randomness import SampleNoise, generator
 from consistency.samplers import Sampler
-from consistency.tensors import Denoise, Label
+from consistency.tensors import Data, Denoise, Label
 
 
 def drawn_labels(seed: int, indices: Sequence[int], num_classes: int) -> Int[Tensor, "n"]:
@@ -36,3 +37,39 @@ def generate(
         label = None if labels is None else labels[chosen].to(device)
         with torch.inference_mode():
             yield to_uint8(sampler(denoise, noise, label))
+
+
+def edits(
+    denoise: Denoise,
+    task: Task,
+    y: Data,
+    *,
+    outputs: int,
+    labels: Label,
+    times: Sequence[float],
+    t_min: float,
+    start: Start,
+    clip: bool,
+    seed: int,
+    batch_size: int,
+    device: torch.device | str,
+) -> Iterator[Data]:
+    """Yields `outputs` edited images for every image of y in turn, a batch at a time, in [-1, 1] on the CPU."""
+    total = len(y) * outputs
+    for first in range(0, total, batch_size):
+        numbers = torch.arange(first, min(first + batch_size, total))
+        noise = SampleNoise(seed, numbers.tolist(), y.shape[1:], device)
+        label = None if labels is None else labels[numbers].to(device)
+        with torch.inference_mode():
+            x_0 = edit(
+                denoise,
+                noise,
+                y[numbers // outputs].to(device),
+                task,
+                label,
+                times=times,
+                t_min=t_min,
+                start=start,
+                clip=clip,
+            )
+        yield x_0.cpu()

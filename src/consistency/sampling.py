@@ -49,11 +49,16 @@ def chosen_labels(labels: object, seed: int, indices: range, num_classes: int | 
     return torch.tensor([given[i % len(given)] for i in indices])
 
 
-def bound_sampler(config: DictConfig, loaded: Loaded) -> Sampler:
-    """The sampler of the configuration, with the time range and points of the checkpoint's own process."""
+def fill_process(config: DictConfig, loaded: Loaded) -> None:
+    """Puts the time range and points of the checkpoint's own process where the configuration has null."""
     for name, value in loaded.card["process"].items():
         if config.process[name] is None:
             config.process[name] = value
+
+
+def bound_sampler(config: DictConfig, loaded: Loaded) -> Sampler:
+    """The sampler of the configuration, with the time range and points of the checkpoint's own process."""
+    fill_process(config, loaded)
     return instantiate(config.sampler, _convert_="all")
 
 

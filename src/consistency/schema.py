@@ -100,6 +100,28 @@ class Sample:
 
 
 @dataclass
+class Edit:
+    """conf/edit.yaml."""
+
+    checkpoint: str = MISSING
+    input: str | None = None
+    teacher: str | None = None
+    role: str | None = None
+    weights: str = "ema"
+    seed: int = 0
+    outputs: int = 4
+    batch_size: int = 64
+    labels: Any = None
+    start: str | None = None
+    images: bool = False
+    device: str = "auto"
+    output: str = MISSING
+    process: Any = None
+    task: Any = MISSING
+    mask: Any = None
+
+
+@dataclass
 class Compare:
     """conf/compare.yaml."""
 
@@ -129,7 +151,7 @@ class Convert:
 
 
 def register() -> None:
-    """Makes the schemas known to Hydra as train_schema, sample_schema, compare_schema, convert_schema."""
+    """Makes the schemas known to Hydra as train_schema, sample_schema, edit_schema, compare_schema, convert_schema."""
     store = ConfigStore.instance()
-    for schema in (Train, Sample, Compare, Convert):
+    for schema in (Train, Sample, Edit, Compare, Convert):
         store.store(name=f"{schema.__name__.lower()}_schema", node=schema)
