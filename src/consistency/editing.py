@@ -333,7 +333,7 @@ def difference(x: Data, y: Data) -> PerSample:
     return (x - y).square().mean(dim=(1, 2, 3)).sqrt()
 
 
-def grid_times(grid: KarrasGrid, num_scales: int) -> list[float]:
+def grid_times(grid: KarrasGrid, num_scales: int = 40) -> list[float]:
     """All points of the grid but t_min, where a consistency function changes nothing."""
     require(num_scales >= 2, "task.num_scales >= 2", num_scales, "the published number is 40")
     return grid.points(num_scales)[:-1].tolist()

@@ -30,12 +30,12 @@ from consistency.editing import (
     invert,
 )
 from consistency.errors import require
-from consistency.generation import edits
+from consistency.generation import edits, labels_of_edits
 from consistency.grids import KarrasGrid
 from consistency.preconditioning import TrigFlow
 from consistency.randomness import SampleNoise, generator
 from consistency.samplers import heun, indexed_times
-from consistency.sampling import chosen_device, chosen_labels, fill_process
+from consistency.sampling import chosen_device, fill_process, plain
 from consistency.tensors import Data, Label
 
 Panel: TypeAlias = tuple[str, UInt8[Tensor, "rows c h w"]]
@@ -78,20 +78,9 @@ class Request:
     images: UInt8[Tensor, "n c h w"] | None
     teacher: Loaded | None
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the model's images."""
-        image = self.model.card["image"]
-        return image["channels"], image["size"], image["size"]
-
-    def labels_of(self, count: int, each: int = 1) -> Label:
-        """The class of each of count x each images: given ones for `each` in turn, else drawn for every one."""
-        classes = self.model.card["num_classes"]
-        drawn = self.labels is None
-        labels = chosen_labels(
-            self.labels, self.seed, range(count * each if drawn else count), classes
-        )
-        return labels if labels is None or drawn else labels.repeat_interleave(each)
+    def labels_for(self, count: int, each: int = 1) -> Label:
+        """The class of each of count x each images."""
+        return labels_of_edits(self.labels, self.seed, count, each, self.model.card)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +124,7 @@ class ZeroShot:
         )
         assert request.images is not None
         y, count = to_unit(request.images), request.outputs
-        task = self.pairing(request.shape, generator(request.seed, "edit"))
+        task = self.pairing(request.model.shape, generator(request.seed, "edit"))
         x_0 = torch.cat(
             list(
                 edits(
@@ -143,7 +132,7 @@ class ZeroShot:
                     task,
                     y,
                     outputs=count,
-                    labels=request.labels_of(len(y), count),
+                    labels=request.labels_for(len(y), count),
                     times=self.points(request.grid),
                     t_min=request.grid.t_min,
                     start=request.start or self.start,
@@ -195,17 +184,17 @@ class Interpolation:
             "leave it out",
         )
         if request.images is None:
-            pairs, shape = request.outputs, request.shape
+            pairs, shape = request.outputs, request.model.shape
             findings: dict[str, float] = {}
             panels: list[Panel] = []
             z_0, z_1 = (
                 SampleNoise(request.seed, range(first, 2 * pairs, 2), shape)() for first in (0, 1)
             )
-            label_0 = label_1 = request.labels_of(pairs)
+            label_0 = label_1 = request.labels_for(pairs)
         else:
             z, findings, panels = self.inverted(request, request.images)
             z_0, z_1, pairs = z[:-1], z[1:], len(z) - 1
-            label = request.labels_of(len(z))
+            label = request.labels_for(len(z))
             label_0, label_1 = (None, None) if label is None else (label[:-1], label[1:])
         t_max = request.grid.t_max
         ways = []
@@ -254,7 +243,7 @@ class Interpolation:
             "give input= a folder with two or more",
         )
         teacher, grid, device = request.teacher, request.grid, request.device
-        y, label = to_unit(images), request.labels_of(len(images))
+        y, label = to_unit(images), request.labels_for(len(images))
         walk = partial(heun, grid=grid, steps=self.steps, clip=False)
         found: list[list[Tensor]] = [[], [], []]
         for first in range(0, len(y), request.batch_size):
@@ -313,7 +302,7 @@ def edit(config: DictConfig, output: Path) -> None:
             seed=config.seed,
             batch_size=config.batch_size,
             outputs=config.outputs,
-            labels=config.labels,
+            labels=plain(config.labels),
             start=config.start,
             images=images,
             teacher=teacher,

@@ -93,7 +93,11 @@ class Sample:
     labels: Any = None
     force: bool = False
     images: bool = False
+    trajectory: bool = False
     device: str = "auto"
+    devices: int = 1
+    precision: str = "32-true"
+    compile: bool = False
     output: str = MISSING
     process: Any = None
     sampler: Any = MISSING
