@@ -83,6 +83,14 @@ def replayed(draws: Float[Tensor, "n b c h w"]) -> Noise:
 # ------------------------------------------------------------------------ OpenAI
 
 STUDENT = ("onestep", "multistep")
+ODE: dict[str, Callable[..., Data]] = {
+    "ancestral": euler_ancestral,
+    "heun": heun,
+    "dpm": dpm_solver_2,
+    "progdist": progressive,
+    "euler": euler,
+}
+"""Ours by the word in the name of a case; an `ancestral` one may be Euler's too."""
 CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
 
 
@@ -102,7 +110,7 @@ def compare_openai_levels(archive: Archive) -> None:
 
 @torch.no_grad()
 def compare_openai_samplers(archive: Archive) -> None:
-    """Every case of the file; the kind of sampler is the first word of its name."""
+    """Every case of the file; the kind of sampler is a word of its name."""
     for name in archive.matching("*.steps"):
         compare_openai_case(archive, name.removesuffix(".steps"))
     compare_midpoint(archive)
@@ -126,8 +134,6 @@ def openai_sampler(archive: Archive, case: str, kind: str) -> Sampler:
     churn: dict[str, Any] = {
         name: archive.number(f"{case}.{name}") for name in CHURN if f"{case}.{name}" in archive
     }
-    ode = {"heun": heun, "dpm": dpm_solver_2, "euler": euler, "progdist": progressive}
-    ode["ancestral"] = euler_ancestral
 
     def sampler(denoise: Denoise, noise: Noise, label: Label = None) -> Data:
         if kind == "onestep":
@@ -146,13 +152,13 @@ def openai_sampler(archive: Archive, case: str, kind: str) -> Sampler:
                 rho=RHO,
                 clip=clip,
             )
-        return ode[kind](denoise, noise, label, grid=grid, steps=steps, clip=clip, **churn)
+        return ODE[kind](denoise, noise, label, grid=grid, steps=steps, clip=clip, **churn)
 
     return sampler
 
 
 def compare_openai_case(archive: Archive, case: str) -> None:
-    kind = case.split("_")[0]
+    kind = next(word for word in (*STUDENT, *ODE) if word in case)
     student = kind in STUDENT
     sampler, draws = openai_sampler(archive, case, kind), archive.tensor(f"{case}.draws")
     label = archive.tensor("y") if "y" in archive else None

@@ -132,6 +132,29 @@ def test_renewed_noise_keeps_an_exact_consistency_function_exact() -> None:
         assert float(x_0.std()) == pytest.approx(math.hypot(0.5, T_MIN), rel=0.015)
 
 
+def test_renewed_noise_leaves_room_for_that_of_t_min() -> None:
+    """x at t has the deviation t around data that is noisy to t_min already."""
+    counted, seen = Counted(lambda x, t, label: 0 * x), []
+
+    def denoise(x_t: Data, t: Time, label: Label = None) -> Data:
+        seen.append(float(x_t.std()))
+        return counted(x_t, t, label)
+
+    multistep(denoise, source(40_000), times=[9.0, 5.0], t_min=4.0, t_max=9.0, clip=False)
+    assert seen == pytest.approx([9.0, 3.0], rel=0.02)
+
+
+def test_churn_raises_the_level_within_its_bounds() -> None:
+    points = GRID.points(7).tolist()
+    for s_churn, factor in ((1.4, 1.2), (1e9, math.sqrt(2))):
+        for sampler in (heun, dpm_solver_2):
+            counted = Counted(LAW.denoise)
+            churn = {"s_churn": s_churn, "s_tmin": 0.01, "s_tmax": 50.0}
+            sampler(counted, source(2), grid=GRID, steps=7, clip=False, **churn)
+            raised = [t * factor if 0.01 <= t <= 50 else t for t in points]
+            assert counted.times[::2] == pytest.approx(raised)
+
+
 def test_indices_are_points_of_the_grid_without_the_last() -> None:
     counted, indices = Counted(consistency), [0, 22, 39]
     by_index = multistep(

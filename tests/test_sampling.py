@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import Run
+from conftest import TINY, Run
 from consistency import load, sampling
 from consistency.editing import Box, colorize, inpaint
 from consistency.errors import UserError
@@ -150,14 +150,14 @@ def test_multistep_at_one_point_is_onestep_and_counts_its_evaluations() -> None:
 
 
 def test_images_do_not_depend_on_the_number_of_devices(
-    process: Run, trained: dict[str, Path], tmp_path: Path
+    verb: Run, process: Run, trained: dict[str, Path], tmp_path: Path
 ) -> None:
     found = []
-    for devices in (1, 2):
+    for devices, run in ((1, verb), (2, process)):
         output = tmp_path / str(devices)
         arguments = [f"checkpoint={trained['ect']}", "num_samples=20", "batch_size=6"]
         arguments += ["sampler=multistep", "device=cpu", f"devices={devices}", f"output={output}"]
-        outcome = process("sample", *arguments)
+        outcome = run("sample", *arguments)
         assert outcome.status == 0, outcome.err
         found.append(arrays(output))
         assert not (output / "parts").exists()
@@ -288,6 +288,29 @@ def test_a_class_goes_by_index_or_by_name() -> None:
     for wrong in ("cow", 3, -1, [], 1.0, True, ["cat", None]):
         with pytest.raises(UserError, match="labels"):
             labels_of(wrong, 0, range(2), card)
+
+
+def test_the_names_of_classes_come_from_the_folders(verb: Run, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        folder = tmp_path / "data" / ("cats", "dogs")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number}.png")
+    data = ["data=folder", f"data.path={tmp_path / 'data'}", "data.source.classes=true"]
+    data += ["data.num_classes=2", "data.image_size=8", "data.channels=1", "trainer.max_steps=1"]
+    run = tmp_path / "run"
+    outcome = verb(
+        "train", *TINY, *data, "model.network.attention_resolutions=[4]", f"output={run}"
+    )
+    assert outcome.status == 0, outcome.err
+    assert load(run).card["class_names"] == ["cats", "dogs"]
+    output = tmp_path / "out"
+    arguments = [f"checkpoint={run}", "labels=[dogs,cats,dogs]", "num_samples=4"]
+    outcome = verb("sample", *arguments, f"output={output}")
+    assert outcome.status == 0, outcome.err
+    assert arrays(output)[1].tolist() == [1, 0, 1, 1]
+    wrong = verb("sample", f"checkpoint={run}", "labels=cows", f"output={tmp_path / 'no'}")
+    assert (wrong.status, "cats" in wrong.err) == (2, True)
 
 
 def test_three_lines_of_python_do_what_the_commands_do(
