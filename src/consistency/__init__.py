@@ -49,6 +49,10 @@ def load(
 ) -> Loaded:
     """Opens a checkpoint of any format; the result answers `denoise(x_t, t, label=None)` with the estimate of x_0.
 
+        model = load("runs/my_run")
+        images = model.sample(16, steps=2, seed=0)
+        edited = model.edit(images, consistency.editing.colorize)
+
     path: a run folder, a file or folder of one of the formats in `consistency.formats`, or a published name such as
     openai:cd_imagenet64_lpips; role: what the model is, where the file does not say; weights: which ones, where the
     file holds several. The last three say what some files do not record, `consistency.formats.opened.Hints`.

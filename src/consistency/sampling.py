@@ -329,7 +329,7 @@ def write_trajectory(
     noise = SampleNoise(config.seed, indices, loaded.shape, device)
     with torch.inference_mode():
         sampler(watched, noise, None if labels is None else labels[: len(indices)].to(device))
-    panels = [(f"t={t:.3g}", pictures.grid(images, 1)) for t, images in seen]
+    panels = [(f"t={t:.2g}", pictures.grid(images, 1)) for t, images in seen]
     step = -(-len(panels) // pictures.MOST_COLUMNS)
     pictures.side_by_side(panels[::-step][::-1]).save(output / "trajectory.png")
     frames = torch.stack([images for _, images in seen], 1)
