@@ -49,13 +49,14 @@ Run = Callable[..., Outcome]
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """verb("train", "mode=ct", ...) runs src/train.py in this process, in an empty folder."""
-    from consistency import command, comparison, sampling, speed
+    from consistency import command, comparison, retouching, sampling, speed
     from consistency.data import preparation
     from consistency.training import run
 
     mains = {
         "train": run.train,
         "sample": sampling.sample,
+        "edit": retouching.edit,
         "compare": comparison.compare,
         "prepare": preparation.prepare,
         "benchmark": speed.benchmark,

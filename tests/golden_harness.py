@@ -1,7 +1,7 @@
 """Reading golden data: numbers of the published implementations, see `golden/ARRAYS.md`.
 
 An `Archive` is one file of arrays and keeps account: an array is read as an input, compared with
-ours, left to later work, or never compared for a reason. `unaccounted` names the others, so no
+ours, or never compared for a reason. `unaccounted` names the others, so no
 array can be forgotten. Nothing here knows a case name, a size or a count.
 """
 

@@ -134,6 +134,72 @@ MUTATIONS = [
         "(v, torch.ones_like(t))",
         "(v, -torch.ones_like(t))",
     ),
+    Mutation(
+        "renewed noise of deviation t",
+        f"{SOURCE}/samplers.py",
+        "at((t**2 - t_min**2) ** 0.5, x_0)",
+        "at(t, x_0)",
+    ),
+    Mutation(
+        "indices evaluated to the last",
+        f"{SOURCE}/samplers.py",
+        "torch.tensor(indices[:-1])",
+        "torch.tensor(indices)",
+    ),
+    Mutation(
+        "churn without its noise",
+        f"{SOURCE}/samplers.py",
+        "variance_exploding(x, s_noise * z, at((t_hat**2 - t**2) ** 0.5, x)), t_hat",
+        "x, t_hat",
+    ),
+    Mutation(
+        "churn without a bound",
+        f"{SOURCE}/samplers.py",
+        "gamma = min(share, math.sqrt(2) - 1)",
+        "gamma = min(share, 1.0)",
+    ),
+    Mutation(
+        "ancestral noise up to the level left",
+        f"{SOURCE}/samplers.py",
+        "r * (1 - (r / t) ** 2).sqrt()",
+        "(t**2 - r**2).sqrt()",
+    ),
+    Mutation(
+        "estimates clipped at the end alone",
+        f"{SOURCE}/samplers.py",
+        "return clipped if clip else denoise",
+        "return denoise",
+    ),
+    Mutation(
+        "known and free exchanged",
+        f"{SOURCE}/editing.py",
+        "a(y) * (1 - omega) + a(x) * omega",
+        "a(y) * omega + a(x) * (1 - omega)",
+    ),
+    Mutation(
+        "the known part not given back at first",
+        f"{SOURCE}/editing.py",
+        "x_0 = task.imposed(y, estimate(x, at(times[0], x), label))",
+        "x_0 = estimate(x, at(times[0], x), label)",
+    ),
+    Mutation(
+        "strokes forgotten where all is free",
+        f"{SOURCE}/editing.py",
+        "return y if self.guided else",
+        "return",
+    ),
+    Mutation(
+        "patches without an orthonormal basis",
+        f"{SOURCE}/editing.py",
+        "return q * r[0, 0].sign()",
+        "return columns",
+    ),
+    Mutation(
+        "noises mixed along a line",
+        f"{SOURCE}/editing.py",
+        "((1 - share) * psi).sin() / safe",
+        "1 - share + 0 * psi",
+    ),
 ]
 
 TESTS = [
@@ -146,6 +212,8 @@ TESTS = [
     "weightings",
     "solvers",
     "steps",
+    "samplers",
+    "editing",
     "randomness",
     "tangents",
     "perceptual",

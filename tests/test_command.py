@@ -108,7 +108,18 @@ SAMPLE_MISTAKES = {
     "unknown sampler": (["sampler=magic"], "sampler/magic"),
     "another role": (["role=teacher"], "teacher"),
     "no such device": (["device=quantum"], "device"),
-    "steps of a grid": (["sampler=heun", "sampler.steps=1"], "grid"),
+    "no devices": (["devices=0"], "devices"),
+    "precision of no kind": (["precision=8"], "precision"),
+    "half precision on a CPU": (["precision=16-mixed", "device=cpu"], "bf16-mixed"),
+    "class of no name": (["labels=cat"], "labels"),
+    "steps of a grid": (["sampler=heun", "sampler.steps=1", "force=true"], "grid"),
+    "sampler of a denoiser": (["sampler=heun"], "force=true"),
+    "sampler of another process": (["sampler=trigflow_onestep"], "TrigFlow"),
+    "indices that do not end": (
+        ["sampler=multistep", "sampler.indices=[0,22]", "sampler.num_scales=40"],
+        "39",
+    ),
+    "indices of no grid": (["sampler=multistep", "sampler.indices=[0,39]"], "num_scales"),
 }
 
 

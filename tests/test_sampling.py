@@ -1,15 +1,28 @@
 """Samples depend on (seed, index) alone; outputs are in the forms that others read."""
 
+import itertools
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from conftest import Run
-from consistency.generation import drawn_labels, generate
+from conftest import TINY, Run
+from consistency import load, sampling
+from consistency.editing import Box, colorize, inpaint
+from consistency.errors import UserError
+from consistency.generation import (
+    drawn_labels,
+    generate,
+    labels_of,
+    labels_of_edits,
+    sampler_of,
+)
 from consistency.randomness import SampleNoise
-from consistency.samplers import multistep, onestep
+from consistency.samplers import multistep, onestep, trigflow_multistep
 
 
 def arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -134,3 +147,209 @@ def test_multistep_at_one_point_is_onestep_and_counts_its_evaluations() -> None:
     assert torch.equal(single, several)
     multistep(denoise, noise, times=[80.0, 4.0, 1.0], t_min=0.002, t_max=80.0, clip=False)
     assert calls[2:] == [80.0, 4.0, 1.0]
+
+
+def test_images_do_not_depend_on_the_number_of_devices(
+    verb: Run, process: Run, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    found = []
+    for devices, run in ((1, verb), (2, process)):
+        output = tmp_path / str(devices)
+        arguments = [f"checkpoint={trained['ect']}", "num_samples=20", "batch_size=6"]
+        arguments += ["sampler=multistep", "device=cpu", f"devices={devices}", f"output={output}"]
+        outcome = run("sample", *arguments)
+        assert outcome.status == 0, outcome.err
+        found.append(arrays(output))
+        assert not (output / "parts").exists()
+    (one, labels), (two, same) = found
+    assert np.array_equal(labels, same)
+    assert np.abs(one.astype(int) - two.astype(int)).max() <= 1
+    assert len(one) == 20
+
+
+def test_a_stopped_run_goes_on_and_a_finished_one_grows(
+    verb: Run, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    arguments = [f"checkpoint={trained['ect']}", "batch_size=8"]
+    assert verb("sample", *arguments, "num_samples=40", f"output={whole}").status == 0
+
+    real, calls = sampling.generate, itertools.count()
+
+    def until_the_plug_is_pulled(*given: Any, **settings: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*given, **settings)
+
+    monkeypatch.setattr(sampling, "generate", until_the_plug_is_pulled)
+    with pytest.raises(KeyboardInterrupt):
+        verb("sample", *arguments, "num_samples=24", f"output={stopped}")
+    assert len(list((stopped / "parts").glob("*.npz"))) == 2
+
+    drawn: list[int] = []
+
+    def counted(*given: Any, **settings: Any) -> Any:
+        drawn.extend(settings["indices"])
+        return real(*given, **settings)
+
+    monkeypatch.setattr(sampling, "generate", counted)
+    for count, new in ((24, range(16, 24)), (40, range(24, 40))):
+        drawn.clear()
+        outcome = verb("sample", *arguments, f"num_samples={count}", f"output={stopped}")
+        assert outcome.status == 0, outcome.err
+        assert drawn == list(new)
+        assert np.array_equal(arrays(stopped)[0], arrays(whole)[0][:count])
+        assert np.array_equal(arrays(stopped)[1], arrays(whole)[1][:count])
+    assert not (stopped / "parts").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        (["seed=1"], "seed"),
+        (["weights=online"], "weights"),
+        (["sampler=multistep"], "sampler"),
+        (["labels=3"], "labels"),
+        (["num_samples=4"], "num_samples"),
+    ],
+)
+def test_samples_of_other_settings_are_left_alone(
+    change: list[str], hint: str, verb: Run, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = [f"checkpoint={trained['ect']}", "num_samples=8", f"output={tmp_path / 'out'}"]
+    assert verb("sample", *arguments).status == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    outcome = verb("sample", *arguments, *change)
+    assert outcome.status == 2
+    assert hint in outcome.err
+    assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_samples_of_another_checkpoint_are_left_alone(
+    verb: Run, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    for mode, status in (("ect", 0), ("ct", 2)):
+        outcome = verb("sample", f"checkpoint={trained[mode]}", f"output={tmp_path / 'out'}")
+        assert outcome.status == status
+
+
+def test_half_precision_changes_little(verb: Run, trained: dict[str, Path], tmp_path: Path) -> None:
+    arguments = [f"checkpoint={trained['ect']}", "precision=bf16-mixed", "num_samples=4"]
+    assert verb("sample", *arguments, f"output={tmp_path / 'out'}").status == 0
+    model, x, t = load(trained["ect"]), torch.randn(8, 1, 8, 8), torch.ones(8)
+    for weight in model.denoiser.network.parameters():
+        weight += 0.1 * torch.randn_like(weight)
+    label, device = torch.zeros(8, dtype=torch.int64), torch.device("cpu")
+    whole = sampling.in_precision(model, "32-true", device)(x, t, label)
+    half = sampling.in_precision(model, "bf16-mixed", device)(x, t, label)
+    assert half.dtype == torch.float32
+    apart = float((whole - half).norm() / whole.norm())
+    assert 1e-5 < apart < 0.05
+
+
+@pytest.mark.slow
+def test_a_compiled_network_draws_the_same(
+    process: Run, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    found = []
+    for choice in ("false", "true"):
+        output = tmp_path / choice
+        arguments = [f"checkpoint={trained['ect']}", f"compile={choice}", "device=cpu"]
+        outcome = process("sample", *arguments, f"output={output}")
+        assert outcome.status == 0, outcome.err
+        found.append(arrays(output)[0].astype(int))
+    assert np.abs(found[0] - found[1]).max() <= 1
+
+
+def test_the_way_of_the_samples_is_shown(
+    verb: Run, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    arguments = [f"checkpoint={trained['edm']}", "sampler=heun", "sampler.steps=3"]
+    outcome = verb("sample", *arguments, "num_samples=4", "trajectory=true", f"output={output}")
+    assert outcome.status == 0, outcome.err
+    with Image.open(output / "trajectory.gif") as gif:
+        assert gif.n_frames == 5
+    with Image.open(output / "trajectory.png") as strip, Image.open(output / "grid.png") as grid:
+        last = np.asarray(strip)[18:66, -48 - 2 - 8 : -2 - 8]
+        assert last.shape == (48, 48, 3)
+        first_sample = np.asarray(grid)[2:50, 2:50]
+        columns = [np.asarray(strip)[20:68, left : left + 48] for left in range(strip.width - 48)]
+        assert any(np.array_equal(c, first_sample) for c in columns)
+
+
+def test_a_class_goes_by_index_or_by_name() -> None:
+    card = {"num_classes": 3, "class_names": ["cat", "dog", "eel"]}
+    assert labels_of(["eel", 0], 0, range(3), card).tolist() == [2, 0, 2]
+    assert labels_of("dog", 0, range(2), card).tolist() == [1, 1]
+    assert labels_of_edits(["eel", 0], 0, 2, 2, card).tolist() == [2, 2, 0, 0]
+    assert torch.equal(labels_of_edits(None, 0, 2, 3, card), drawn_labels(0, range(6), 3))
+    assert labels_of(None, 0, range(2), {"num_classes": None}) is None
+    for wrong in ("cow", 3, -1, [], 1.0, True, ["cat", None]):
+        with pytest.raises(UserError, match="labels"):
+            labels_of(wrong, 0, range(2), card)
+
+
+def test_the_names_of_classes_come_from_the_folders(verb: Run, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        folder = tmp_path / "data" / ("cats", "dogs")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number}.png")
+    data = ["data=folder", f"data.path={tmp_path / 'data'}", "data.source.classes=true"]
+    data += ["data.num_classes=2", "data.image_size=8", "data.channels=1", "trainer.max_steps=1"]
+    run = tmp_path / "run"
+    outcome = verb(
+        "train", *TINY, *data, "model.network.attention_resolutions=[4]", f"output={run}"
+    )
+    assert outcome.status == 0, outcome.err
+    assert load(run).card["class_names"] == ["cats", "dogs"]
+    output = tmp_path / "out"
+    arguments = [f"checkpoint={run}", "labels=[dogs,cats,dogs]", "num_samples=4"]
+    outcome = verb("sample", *arguments, f"output={output}")
+    assert outcome.status == 0, outcome.err
+    assert arrays(output)[1].tolist() == [1, 0, 1, 1]
+    wrong = verb("sample", f"checkpoint={run}", "labels=cows", f"output={tmp_path / 'no'}")
+    assert (wrong.status, "cats" in wrong.err) == (2, True)
+
+
+def test_three_lines_of_python_do_what_the_commands_do(
+    verb: Run, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    model = load(trained["ect"])
+    images = model.sample(6, steps=2, seed=3)
+    arguments = [f"checkpoint={trained['ect']}", "sampler=multistep", "seed=3", "num_samples=6"]
+    assert verb("sample", *arguments, f"output={tmp_path / 'out'}").status == 0
+    drawn = torch.from_numpy(arrays(tmp_path / "out")[0]).permute(0, 3, 1, 2)
+    assert torch.equal(images, drawn)
+    edited = model.edit(
+        images, partial(inpaint, mask=Box(box=[0, 0, 8, 4])), outputs=2, times=[9.0]
+    )
+    assert edited.shape == (6, 2, 1, 8, 8)
+    assert torch.equal(edited[:, 1, :, 4:], images[:, :, 4:])
+    assert not torch.equal(edited[:, 0, :, :4], edited[:, 1, :, :4])
+    assert torch.equal(model.sample(2, labels=3), model.sample(2, labels=[3, 3]))
+    with pytest.raises(UserError, match="shape"):
+        model.edit(images[:, :, :4], colorize)
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("ect", 1), ("ect", 2), ("ect", 5), ("edm", 4)])
+def test_steps_choose_a_sampler_that_suits_the_model(
+    mode: str, steps: int, trained: dict[str, Path]
+) -> None:
+    model, calls = load(trained[mode]), []
+    sampler = sampler_of(model.card, steps)
+
+    def watched(
+        x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        calls.append(float(t[0]))
+        return model(x, t, label)
+
+    sampler(watched, SampleNoise(0, [0], model.shape), torch.tensor([0]))
+    assert len(calls) == (steps if mode == "ect" else 2 * steps - 1)
+    assert calls[0] == 80.0
+    if (mode, steps) == ("ect", 2):
+        assert calls[1] == pytest.approx(0.821)
+    trig = model.card | {"preconditioning": {"_target_": "consistency.preconditioning.TrigFlow"}}
+    assert sampler_of(trig | {"role": "consistency"}, 1).func is trigflow_multistep

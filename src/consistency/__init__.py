@@ -7,23 +7,23 @@ Every method is one formula with its parts swapped,
 so a mode is a YAML in conf/mode that names the parts, and no code branches on a mode's name. The map; a module
 imports only from floors below it, and the core (floors 1 to 4) needs torch and jaxtyping alone:
 
-    src/train.py sample.py compare.py convert.py prepare.py benchmark.py
+    src/train.py sample.py edit.py compare.py convert.py prepare.py benchmark.py
                         the verbs, each with conf/<verb>.yaml
     floor 1, words      errors tensors schedules grids preconditioning averaging randomness
                         networks: adm song dhariwal (with their unet and layers) mlp
     floor 2, phrases    processes solvers pairs distances weightings denoiser tangents
-    floor 3, sentences  steps samplers
+    floor 3, sentences  steps samplers editing
     floor 4, paragraph  objectives
-    the shell           checkpoint (tensors and a plain card), generation (numbered samples), pictures, perceptual
+    the shell           checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
-                        sampling, comparison, conversion and speed (the commands)
+                        sampling, retouching, comparison, conversion and speed (the commands)
       formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
                         opened (what a file yields), released (published files by name), reading, pickles, messagepack
                         and timetable (parts of the above)
       data              module (the LightningDataModule), batches (order by position), source (what one is); held in memory:
                         held digits mixture cifar idx (MNIST); encoded (as image files): folder archive (NVlabs' zips) lsun
                         huggingface; stream (shards far away), shards (writes them); decoding and cropping of one image,
-                        download, opening (what lies at a path), preparation (the command)
+                        download, opening (what lies at a path), given (the images of a person), preparation (the command)
       evaluation        classifier quality
       training          run (configuration -> finished run), module (the LightningModule), nonfinite, launch (DDP),
                         logging; callbacks: schedules averages stages periodic checkpoints evaluation pictures
@@ -51,6 +51,10 @@ def load(
     attention_resolutions: Sequence[int] | None = None,
 ) -> Loaded:
     """Opens a checkpoint of any format; the result answers `denoise(x_t, t, label=None)` with the estimate of x_0.
+
+        model = load("runs/my_run")
+        images = model.sample(16, steps=2, seed=0)
+        edited = model.edit(images, consistency.editing.colorize)
 
     path: a run folder, a file or folder of one of the formats in `consistency.formats`, or a published name such as
     openai:cd_imagenet64_lpips; role: what the model is, where the file does not say; weights: which ones, where the

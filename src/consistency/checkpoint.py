@@ -8,6 +8,7 @@ The card of a checkpoint is a dictionary of plain values:
     process             sigma_data, t_min, t_max, rho, and `times`, the points of two-step sampling
     image               channels, size
     num_classes         number of classes or null
+    class_names         their names, where the data has any
 
 Files of other programs are opened by `consistency.formats`, which writes such a card for them.
 """
@@ -15,19 +16,25 @@ Files of other programs are opened by `consistency.formats`, which writes such a
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from consistency.denoiser import Denoiser
+from consistency.editing import Pairing, Start, grid_times
 from consistency.errors import UserError, require
 from consistency.formats import diffusers, reading, released
 from consistency.formats.opened import ContentError, Hints, Opened, Role
+from consistency.grids import KarrasGrid
 from consistency.networks.unet import UNet
+from consistency.randomness import generator
+from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
 
 NETWORKS = "consistency.networks."
@@ -56,6 +63,91 @@ class Loaded:
         return self.denoiser(x_t, t, label)
 
     __call__ = denoise
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; `model.denoiser.to(device)` moves them."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images."""
+        image = self.card["image"]
+        return image["channels"], image["size"], image["size"]
+
+    def sample(
+        self,
+        count: int,
+        *,
+        steps: int = 1,
+        seed: int = 0,
+        labels: int | str | Sequence[int | str] | None = None,
+        sampler: Sampler | None = None,
+        batch_size: int = 64,
+    ) -> UInt8[Tensor, "n c h w"]:
+        """Draws images as uint8; image i depends on (seed, i) alone.
+
+        steps: evaluations of a consistency model, points of the grid for a teacher; labels: a class or several that
+        are repeated in turn, None for drawn ones; sampler: one of `consistency.samplers` with its settings.
+        """
+        from consistency import generation
+
+        require(count >= 1, "at least one image", count, "ask for more")
+        batches = generation.generate(
+            self,
+            sampler or generation.sampler_of(self.card, steps),
+            indices=range(count),
+            labels=generation.labels_of(labels, seed, range(count), self.card),
+            shape=self.shape,
+            seed=seed,
+            batch_size=batch_size,
+            device=self.device,
+        )
+        return torch.cat(list(batches))
+
+    def edit(
+        self,
+        images: UInt8[Tensor, "n c h w"],
+        pairing: Pairing,
+        *,
+        outputs: int = 1,
+        seed: int = 0,
+        labels: int | str | Sequence[int | str] | None = None,
+        times: Sequence[float] | None = None,
+        start: Start = "reference",
+        batch_size: int = 64,
+    ) -> UInt8[Tensor, "n m c h w"]:
+        """Edits uint8 images: so many outputs of each, by Algorithm 4 of Song et al. 2023.
+
+        pairing: what is known of an image, `consistency.editing.colorize` or another; times: points of evaluation,
+        None for the published grid; labels: a class for each image in turn, None for drawn ones.
+        """
+        from consistency import generation
+        from consistency.data.module import to_uint8, to_unit
+
+        require(
+            tuple(images.shape[1:]) == self.shape,
+            f"images of shape {self.shape}",
+            tuple(images.shape),
+            "resize them first",
+        )
+        process = self.card["process"]
+        grid = KarrasGrid(t_min=process["t_min"], t_max=process["t_max"], rho=process["rho"])
+        x_0 = generation.edits(
+            self,
+            pairing(self.shape, generator(seed, "edit")),
+            to_unit(images),
+            outputs=outputs,
+            labels=generation.labels_of_edits(labels, seed, len(images), outputs, self.card),
+            times=grid_times(grid) if times is None else times,
+            t_min=grid.t_min,
+            start=start,
+            clip=True,
+            seed=seed,
+            batch_size=batch_size,
+            device=self.device,
+        )
+        return to_uint8(torch.cat(list(x_0))).unflatten(0, (len(images), outputs))
 
 
 def checksum_path(path: Path) -> Path:
@@ -177,6 +269,7 @@ def require_card(card: dict[str, Any], path: object) -> None:
         isinstance(card.get("preconditioning"), dict | None),
         isinstance(image, dict) and all(_is_count(image.get(k)) for k in ("channels", "size")),
         card.get("num_classes") is None or _is_count(card["num_classes"]),
+        _is_names(card.get("class_names"), card.get("num_classes")),
         isinstance(process, dict) and all(is_plain(k) and is_plain(v) for k, v in process.items()),
     ]
     require(
@@ -184,6 +277,14 @@ def require_card(card: dict[str, Any], path: object) -> None:
         f"a card with role, network, preconditioning, process, image and num_classes in {path}",
         "one in which a part is missing or makes no sense",
         "take another checkpoint, or convert the original file again",
+    )
+
+
+def _is_names(names: object, count: object) -> bool:
+    return names is None or (
+        isinstance(names, list)
+        and len(names) == count
+        and all(isinstance(name, str) and len(name) <= 256 for name in names)
     )
 
 

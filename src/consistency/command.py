@@ -64,6 +64,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig, Path], None]], Callabl
             os.environ.update({"HYDRA_FULL_ERROR": "1", INSIDE: "1"})
             try:
                 register_experiments()
+                sys.argv[1:] = [part for given in sys.argv[1:] for part in spelled_out(given)]
                 entry(job)()
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 if asked:
@@ -75,6 +76,17 @@ def command(name: str) -> Callable[[Callable[[DictConfig, Path], None]], Callabl
         return guarded
 
     return decorate
+
+
+def spelled_out(argument: str) -> list[str]:
+    """Where a choice has an option `file`, a path is that option: mask=a.png is mask=file mask.path=a.png."""
+    group, _, value = argument.partition("=")
+    folder = ROOT / "conf" / group
+    takes_path = group.isidentifier() and (folder / "file.yaml").is_file()
+    if not takes_path or not Path(value).suffix or (folder / f"{value}.yaml").is_file():
+        return [argument]
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return [f"{group}=file", f"{group}.path='{escaped}'"]
 
 
 def message(error: BaseException) -> str:

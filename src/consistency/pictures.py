@@ -43,6 +43,13 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     return sheet
 
 
+def animation(frames: UInt8[Tensor, "n f c h w"], file: Path, milliseconds: int = 120) -> None:
+    """A GIF that goes on for ever; each of the n sequences of f frames has its place in the grid."""
+    columns = columns_for(len(frames))
+    sheets = [grid(images, columns) for images in frames.transpose(0, 1)]
+    sheets[0].save(file, save_all=True, append_images=sheets[1:], duration=milliseconds, loop=0)
+
+
 def columns_for(count: int, num_classes: int | None = None) -> int:
     """Columns of a grid: one a class where that fits on a page, else as many as make it about square."""
     if num_classes is not None and num_classes <= MOST_COLUMNS:

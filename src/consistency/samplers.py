@@ -1,16 +1,26 @@
 """Samplers: from noise to images, each a function of `denoise`, of a source of noise and of the labels.
 
-`noise()` returns the next standard normal tensor of the batch's shape. NFE counts evaluations of `denoise`.
+`noise()` returns the next standard normal tensor of the batch's shape. NFE counts evaluations of `denoise`. `clip`
+bounds every estimate of x_0 to [-1, 1]. `steps` counts the points of the Karras grid from t_max down to t_min.
+
+The first samplers ask a consistency function for x_0; those of `NEED_DENOISER` follow the PF-ODE, whose slope
+(x - D(x, t)) / t only a denoiser D, a teacher, knows.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from consistency.errors import require
 from consistency.grids import KarrasGrid
-from consistency.processes import variance_exploding
-from consistency.solvers import euler_step, heun_step
+from consistency.processes import trigflow, variance_exploding
+from consistency.solvers import euler_step, heun_step, midpoint_step, pf_ode
 from consistency.tensors import Data, Denoise, Label, Time
 
 Noise = Callable[[], Data]
@@ -23,17 +33,29 @@ class Sampler(Protocol):
     def __call__(self, denoise: Denoise, noise: Noise, label: Label = None) -> Data: ...
 
 
-def _at(time: float, x: Data) -> Time:
+def at(time: float, x: Data) -> Time:
+    """The same time for every image of x."""
     return x.new_full((len(x),), time)
+
+
+def bounded(denoise: Denoise, clip: bool) -> Denoise:
+    """The denoiser with its estimates clipped to [-1, 1], if `clip` says so."""
+
+    def clipped(x_t: Data, t: Time, label: Label = None) -> Data:
+        return denoise(x_t, t, label).clamp(-1, 1)
+
+    return clipped if clip else denoise
+
+
+# ------------------------------------------------------------------------ consistency functions
 
 
 def onestep(
     denoise: Denoise, noise: Noise, label: Label = None, *, t_max: float, clip: bool
 ) -> Data:
-    """f(t_max z, t_max), NFE 1 [Song et al. 2023, arXiv:2303.01469, Section 3]; `clip` bounds it to [-1, 1]."""
+    """f(t_max z, t_max), NFE 1 [Song et al. 2023, arXiv:2303.01469, Section 3]."""
     x = t_max * noise()
-    x_0 = denoise(x, _at(t_max, x), label)
-    return x_0.clamp(-1, 1) if clip else x_0
+    return bounded(denoise, clip)(x, at(t_max, x), label)
 
 
 def multistep(
@@ -45,32 +67,115 @@ def multistep(
     t_min: float,
     t_max: float,
     clip: bool,
+    indices: Sequence[int] | None = None,
+    num_scales: int | None = None,
+    rho: float = 7.0,
 ) -> Data:
-    """Alternates estimate and renewed noise at the points `times`, NFE len(times) [Song et al. 2023, Algorithm 1].
+    """Alternates estimate and renewed noise, x = x_0 + sqrt(t^2 - t_min^2) z, at falling points of evaluation t.
 
-    `times` are the points of evaluation, falling from t_max; noise of variance t^2 - t_min^2 is added before each but
-    the first. `clip` bounds every estimate to [-1, 1].
+    NFE len(times) [Song et al. 2023, Algorithm 1]. The points begin with t_max; they are the list `times`, or, where
+    `indices` is given, those of the grid with `num_scales` points at all indices but the last, NFE len(indices) - 1.
     """
-    _check_times(times, t_min, t_max)
-    x = times[0] * noise()
-    x_0 = x
-    for n, t in enumerate(times):
-        if n > 0:
-            x = variance_exploding(x_0, noise(), _at((t**2 - t_min**2) ** 0.5, x_0))
-        x_0 = denoise(x, _at(t, x), label)
-        if clip:
-            x_0 = x_0.clamp(-1, 1)
-    return x_0
-
-
-def _check_times(times: Sequence[float], t_min: float, t_max: float) -> None:
-    falling = all(t > r for t, r in itertools.pairwise(times))
+    if indices is not None:
+        times = indexed_times(indices, num_scales, KarrasGrid(t_min=t_min, t_max=t_max, rho=rho))
+    require_falling(times, t_min)
     require(
-        bool(times) and times[0] == t_max and falling and times[-1] >= t_min,
-        f"time points that fall from t_max={t_max} and stay at or above t_min={t_min}",
+        times[0] == t_max,
+        f"time points that begin with t_max={t_max}",
         list(times),
         f"for example sampler.times=[{t_max},0.821]",
     )
+    estimate = bounded(denoise, clip)
+    x = times[0] * noise()
+    x_0 = estimate(x, at(times[0], x), label)
+    for t in times[1:]:
+        x = variance_exploding(x_0, noise(), at((t**2 - t_min**2) ** 0.5, x_0))
+        x_0 = estimate(x, at(t, x), label)
+    return x_0
+
+
+def indexed_times(
+    indices: Sequence[int], num_scales: int | None, grid: KarrasGrid
+) -> Sequence[float]:
+    """The points of evaluation that a list of indices of the grid means, as in the released code of Song et al. 2023.
+
+    0 is t_max and N - 1 is t_min: there the list ends, for the last entry only says that no noise is added any more.
+    """
+    require(
+        num_scales is not None and num_scales >= 2,
+        "the number of points of the grid that the indices count, N >= 2",
+        num_scales,
+        "add num_scales=40 or the N of the model's training beside the indices",
+    )
+    assert num_scales is not None
+    rising = all(i < j for i, j in itertools.pairwise(indices))
+    require(
+        len(indices) >= 2 and indices[0] == 0 and indices[-1] == num_scales - 1 and rising,
+        f"rising indices that start at 0 (t_max) and end at num_scales - 1 = {num_scales - 1} (t_min)",
+        list(indices),
+        f"for example [0,{num_scales // 2},{num_scales - 1}]: an output whose list ends before keeps noise",
+    )
+    return grid.at(torch.tensor(indices[:-1]), num_scales).tolist()
+
+
+def require_falling(times: Sequence[float], t_min: float) -> None:
+    """Refuses points of evaluation that do not fall, or that go below t_min."""
+    falling = all(t > r for t, r in itertools.pairwise(times))
+    require(
+        bool(times) and falling and times[-1] >= t_min,
+        f"time points that fall and stay at or above t_min={t_min}",
+        list(times),
+        "list them from the noisiest on, for example [80.0,0.821]",
+    )
+
+
+def trigflow_onestep(
+    denoise: Denoise,
+    noise: Noise,
+    label: Label = None,
+    *,
+    sigma_data: float,
+    t_max: float,
+    clip: bool,
+) -> Data:
+    """f(sin(t) sigma_data z, t) at t = arctan(t_max / sigma_data), for networks of the TrigFlow process; NFE 1.
+
+    [Lu and Song 2024, arXiv:2410.11081, Section 3.1]; t_max is the noise level of the variance-exploding process.
+    """
+    t = math.atan(t_max / sigma_data)
+    return trigflow_multistep(denoise, noise, label, times=[t], sigma_data=sigma_data, clip=clip)
+
+
+def trigflow_multistep(
+    denoise: Denoise,
+    noise: Noise,
+    label: Label = None,
+    *,
+    times: Sequence[float],
+    sigma_data: float,
+    clip: bool,
+) -> Data:
+    """Algorithm 1 of Song et al. 2023 under TrigFlow: x = cos(t) x_0 + sin(t) sigma_data z at falling angles t.
+
+    NFE len(times) [Lu and Song 2024, arXiv:2410.11081]. The first point is that of pure noise, where x_0 counts as 0.
+    """
+    require_falling(times, 0.0)
+    require(
+        times[0] <= math.pi / 2,
+        "time points of TrigFlow, angles of at most pi/2",
+        list(times),
+        "arctan(t / sigma_data) is the angle of the noise level t; for example [1.5646,1.1]",
+    )
+    estimate = bounded(denoise, clip)
+    z = noise()
+    x_0 = torch.zeros_like(z)
+    for n, t in enumerate(times):
+        x = trigflow(x_0, sigma_data * (z if n == 0 else noise()), at(t, x_0))
+        x_0 = estimate(x, at(t, x), label)
+    return x_0
+
+
+# ------------------------------------------------------------------------ denoisers: the PF-ODE
 
 
 def heun(
@@ -81,14 +186,153 @@ def heun(
     grid: KarrasGrid,
     steps: int,
     clip: bool,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+    to_zero: bool = True,
 ) -> Data:
-    """Deterministic sampling of the PF-ODE on `steps` points of the grid, then to 0; NFE 2 steps - 1.
+    """Heun's method with churn; NFE 2 steps - 1 [Karras et al. 2022, arXiv:2206.00364, Algorithm 2].
 
-    [Karras et al. 2022, arXiv:2206.00364, Algorithm 1]; the last step is Euler's. `clip` bounds the result to [-1, 1].
+    s_churn = 0 is the deterministic Algorithm 1. The last step, to 0, is Euler's; to_zero = False leaves it out and
+    stops at t_min, NFE 2 steps - 2.
     """
-    points = [float(t) for t in grid.points(steps)]
+    estimate, points = bounded(denoise, clip), _points(grid, steps, to_zero=to_zero)
     x = points[0] * noise()
     for t, r in itertools.pairwise(points):
-        x = heun_step(denoise, x, _at(t, x), _at(r, x), label)
-    x = euler_step(denoise, x, _at(points[-1], x), _at(0.0, x), label)
-    return x.clamp(-1, 1) if clip else x
+        if s_churn > 0:
+            x, t = _churned(x, noise(), t, s_churn / steps, (s_tmin, s_tmax), s_noise)
+        step = heun_step if r > 0 else euler_step
+        x = step(estimate, x, at(t, x), at(r, x), label)
+    return x
+
+
+def dpm_solver_2(
+    denoise: Denoise,
+    noise: Noise,
+    label: Label = None,
+    *,
+    grid: KarrasGrid,
+    steps: int,
+    clip: bool,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> Data:
+    """Midpoint steps through m = ((t^(1/3) + r^(1/3)) / 2)^3, with churn, the last to 0; NFE 2 steps.
+
+    DPM-Solver-2 [Lu et al. 2022, arXiv:2206.00927] takes the slope between t and r as well, at their geometric mean,
+    which does not exist for r = 0; the mean of cube roots is that of the released code of Song et al. 2023.
+    """
+    estimate, points = bounded(denoise, clip), _points(grid, steps)
+    x = points[0] * noise()
+    for t, r in itertools.pairwise(points):
+        if s_churn > 0:
+            x, t = _churned(x, noise(), t, s_churn / steps, (s_tmin, s_tmax), s_noise)
+        middle = ((t ** (1 / 3) + r ** (1 / 3)) / 2) ** 3
+        slope = partial(pf_ode, estimate)
+        x = midpoint_step(slope, x, at(t, x), at(middle, x), at(r, x), label)
+    return x
+
+
+def euler(
+    denoise: Denoise, noise: Noise, label: Label = None, *, grid: KarrasGrid, steps: int, clip: bool
+) -> Data:
+    """Euler's method down to 0; NFE steps [Karras et al. 2022, Algorithm 1 without lines 6 to 8]."""
+    return _euler(denoise, noise, label, _points(grid, steps), clip)
+
+
+def progressive(
+    denoise: Denoise, noise: Noise, label: Label = None, *, grid: KarrasGrid, steps: int, clip: bool
+) -> Data:
+    """As many Euler steps, of t_max to t_min, as progressive distillation has left its student; NFE steps.
+
+    [Salimans and Ho 2022, arXiv:2202.00512, Algorithm 2, on the grid of the released code of Song et al. 2023]: here
+    `steps` is the N of the last stage, on a grid of steps + 1 points.
+    """
+    require(steps >= 1, "at least 1 step of the student", steps, "give the N of its last stage")
+    return _euler(denoise, noise, label, _points(grid, steps + 1, to_zero=False), clip)
+
+
+def euler_ancestral(
+    denoise: Denoise, noise: Noise, label: Label = None, *, grid: KarrasGrid, steps: int, clip: bool
+) -> Data:
+    """From t to r: Euler's step below r, to `down`, and new noise of deviation `up` on top; NFE steps.
+
+    The ancestral sampling of [Song et al. 2021, arXiv:2011.13456, Appendix F] in terms of noise levels; the last
+    step, to 0, adds no noise.
+    """
+    estimate, points = bounded(denoise, clip), _points(grid, steps)
+    x = points[0] * noise()
+    for t, r in itertools.pairwise(points):
+        down, up = _ancestral_floats(t, r)
+        x = euler_step(estimate, x, at(t, x), at(down, x), label)
+        x = variance_exploding(x, noise(), at(up, x))
+    return x
+
+
+def midpoint_ancestral(
+    denoise: Denoise, noise: Noise, label: Label = None, *, grid: KarrasGrid, steps: int, clip: bool
+) -> Data:
+    """As `euler_ancestral`, with the midpoint method of order 2 for the way down; NFE 2 steps."""
+    estimate, points = bounded(denoise, clip), _points(grid, steps)
+    x = points[0] * noise()
+    for t, r in itertools.pairwise(points):
+        down, up = _ancestral_floats(t, r)
+        slope = partial(pf_ode, estimate)
+        x = midpoint_step(slope, x, at(t, x), at((t + down) / 2, x), at(down, x), label)
+        x = variance_exploding(x, noise(), at(up, x))
+    return x
+
+
+def ancestral_levels(
+    t: Float[Tensor, "*n"], r: Float[Tensor, "*n"]
+) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n"]]:
+    """The level to go down to and the deviation of the noise added there: up^2 = r^2 (t^2 - r^2) / t^2, down = r^2 / t.
+
+    `up` is the deviation of x_r given x_t and x_0, and down^2 + up^2 = r^2.
+    """
+    return r**2 / t, r * (1 - (r / t) ** 2).sqrt()
+
+
+def _ancestral_floats(t: float, r: float) -> tuple[float, float]:
+    down, up = ancestral_levels(*torch.tensor([t, r], dtype=torch.float64))
+    return float(down), float(up)
+
+
+def _euler(
+    denoise: Denoise, noise: Noise, label: Label, points: Sequence[float], clip: bool
+) -> Data:
+    estimate = bounded(denoise, clip)
+    x = points[0] * noise()
+    for t, r in itertools.pairwise(points):
+        x = euler_step(estimate, x, at(t, x), at(r, x), label)
+    return x
+
+
+def _points(grid: KarrasGrid, steps: int, *, to_zero: bool = True) -> list[float]:
+    return [*grid.points(steps).tolist(), *([0.0] if to_zero else [])]
+
+
+def _churned(
+    x: Data, z: Data, t: float, share: float, span: tuple[float, float], s_noise: float
+) -> tuple[Data, float]:
+    """x at the raised level t_hat = (1 + gamma) t, and t_hat [Karras et al. 2022, Algorithm 2, lines 4 to 6]."""
+    gamma = min(share, math.sqrt(2) - 1) if span[0] <= t <= span[1] else 0.0
+    t_hat = t + gamma * t
+    return variance_exploding(x, s_noise * z, at((t_hat**2 - t**2) ** 0.5, x)), t_hat
+
+
+UNDER_TRIGFLOW: tuple[Callable[..., Data], ...] = (trigflow_onestep, trigflow_multistep)
+"""The samplers of the TrigFlow process; the others are of the variance-exploding one."""
+
+NEED_DENOISER: tuple[Callable[..., Data], ...] = (
+    heun,
+    dpm_solver_2,
+    euler,
+    progressive,
+    euler_ancestral,
+    midpoint_ancestral,
+)
+"""The samplers that follow the PF-ODE: the slope of a consistency function's estimate is not that ODE's."""

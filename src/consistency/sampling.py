@@ -1,9 +1,17 @@
-"""The command that draws samples from a checkpoint."""
+"""The command that draws samples from a checkpoint: on one device or several, and on where it was stopped."""
 
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.multiprocessing
 from hydra.utils import instantiate
 from jaxtyping import UInt8
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -14,10 +22,22 @@ from tqdm import tqdm
 from consistency import pictures
 from consistency.checkpoint import Loaded, load
 from consistency.command import require_fresh
+from consistency.data.module import to_uint8
 from consistency.errors import require
-from consistency.generation import drawn_labels, generate
-from consistency.samplers import Sampler
-from consistency.tensors import Label
+from consistency.generation import generate, labels_of
+from consistency.preconditioning import TrigFlow
+from consistency.randomness import SampleNoise
+from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
+from consistency.tensors import Data, Denoise, Label, Time
+
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""What the network computes in, by the names that `trainer.precision` has too."""
+
+ON_THE_WAY = ("num_samples", "batch_size", "images", "device", "devices", "trajectory", "output", "compile", "force")  # fmt: skip
+"""Options that may differ when a folder of samples is continued: they change no sample but for rounding."""
+
+SHOWN = 8
+"""Samples whose way is shown."""
 
 
 def chosen_device(name: str) -> torch.device:
@@ -34,64 +54,283 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
-def chosen_labels(labels: object, seed: int, indices: range, num_classes: int | None) -> Label:
-    """Class of each sample: given ones repeated in turn, drawn ones where `labels` is None."""
-    if num_classes is None:
-        require(labels is None, "labels=null for a model without classes", labels, "leave it out")
-        return None
-    if labels is None:
-        return drawn_labels(seed, indices, num_classes)
-    given = list(labels) if isinstance(labels, ListConfig) else [labels]
-    valid = bool(given) and all(isinstance(c, int) and 0 <= c < num_classes for c in given)
-    require(valid, f"labels from 0 to {num_classes - 1}", given, "for example labels=[0,1,2]")
-    return torch.tensor([given[i % len(given)] for i in indices])
+def plain(value: object) -> object:
+    """A list of the configuration as a list."""
+    return list(value) if isinstance(value, ListConfig) else value
+
+
+def fill_process(config: DictConfig, loaded: Loaded) -> None:
+    """Puts the time range and points of the checkpoint's own process where the configuration has null."""
+    for name, value in loaded.card["process"].items():
+        if config.process[name] is None:
+            config.process[name] = value
 
 
 def bound_sampler(config: DictConfig, loaded: Loaded) -> Sampler:
     """The sampler of the configuration, with the time range and points of the checkpoint's own process."""
-    for name, value in loaded.card["process"].items():
-        if config.process[name] is None:
-            config.process[name] = value
+    fill_process(config, loaded)
     return instantiate(config.sampler, _convert_="all")
 
 
-def sample(config: DictConfig, output: Path) -> None:
-    """Writes grid.png, samples.npz and sample.yaml, and with `images` one PNG a sample, into the folder `output`."""
-    for name in ("num_samples", "batch_size"):
-        require(config[name] >= 1, f"{name} >= 1", config[name], "give a positive number")
-    require_fresh(output)
-    loaded = load(config.checkpoint, weights=config.weights, role=config.role)
-    sampler, card = bound_sampler(config, loaded), loaded.card
-    indices = range(config.num_samples)
-    labels = chosen_labels(config.labels, config.seed, indices, card["num_classes"])
-    device = chosen_device(config.device)
-    size = card["image"]["size"]
-    batches = generate(
-        loaded.denoiser.to(device),
-        sampler,
-        indices=indices,
-        labels=labels,
-        shape=(card["image"]["channels"], size, size),
-        seed=config.seed,
-        batch_size=config.batch_size,
-        device=device,
+def require_suited(sampler: Sampler, loaded: Loaded, *, force: bool) -> None:
+    """Refuses a sampler that asks the model for what it has not learnt, unless that is what is wanted."""
+    function = sampler.func if isinstance(sampler, partial) else sampler
+    require(
+        force or loaded.card["role"] != "consistency" or function not in NEED_DENOISER,
+        "a sampler for consistency functions: onestep or multistep",
+        "one that follows the PF-ODE of a denoiser, with a consistency checkpoint",
+        "choose sampler=onestep, or add force=true to draw all the same",
     )
-    total = -(-len(indices) // config.batch_size)
-    images = torch.cat(list(tqdm(batches, total=total, desc="Sampling", unit="batch")))
-    write(images, labels, output, single=config.images)
+    trigflow = isinstance(loaded.denoiser.preconditioning, TrigFlow)
+    require(
+        force or trigflow == (function in UNDER_TRIGFLOW),
+        f"a sampler {'for' if trigflow else 'for other networks than those of'} TrigFlow",
+        "one for another noise process than the checkpoint's",
+        f"choose sampler={'trigflow_onestep' if trigflow else 'onestep'}, or add force=true",
+    )
+    # Wrong time points are told before anything is written.
+    sampler(lambda x, t, label=None: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
+
+
+def in_precision(denoise: Denoise, precision: str, device: torch.device) -> Denoise:
+    """The denoiser with its network in half precision; the state of the sampler stays float32."""
+    half = PRECISIONS[precision]
+    if half is None:
+        return denoise
+
+    def halved(x_t: Data, t: Time, label: Label = None) -> Data:
+        with torch.autocast(device.type, dtype=half):
+            return denoise(x_t, t, label)
+
+    return halved
+
+
+# ------------------------------------------------------------------------ the command
+
+
+def sample(config: DictConfig, output: Path) -> None:
+    """Writes grid.png, samples.npz and sample.yaml, and on request single PNGs and the way of the first samples.
+
+    A folder with samples of the same settings is continued: what is there is kept, what is missing is drawn.
+    """
+    for name in ("num_samples", "batch_size", "devices"):
+        require(config[name] >= 1, f"{name} >= 1", config[name], "give a positive number")
+    device = chosen_device(config.device)
+    require_devices(config, device)
+    loaded = load(config.checkpoint, weights=config.weights, role=config.role)
+    sampler = bound_sampler(config, loaded)
+    require_suited(sampler, loaded, force=config.force)
+    indices = range(config.num_samples)
+    labels = labels_of(plain(config.labels), config.seed, indices, loaded.card)
+    shelf = Shelf(output)
+    there = shelf.claim(settings_of(config, loaded), config.num_samples)
+    missing = [i for i in indices if i not in there]
+    batches = [
+        missing[first : first + config.batch_size]
+        for first in range(0, len(missing), config.batch_size)
+    ]
+    if there:
+        print(f"{output} has {len(there)} of {len(indices)} samples: drawing {len(missing)}")
+    text = OmegaConf.to_yaml(config, resolve=True)
+    processes = min(config.devices, len(batches))
+    if processes > 1:
+        torch.multiprocessing.spawn(draw, (processes, text, output, batches), nprocs=processes)
+    else:
+        draw(0, 1, text, output, batches)
+    images = shelf.collect(len(indices), labels)
+    write(images, output, single=config.images)
+    if config.trajectory:
+        write_trajectory(config, loaded, sampler, labels, device, output)
     OmegaConf.save(config, output / "sample.yaml", resolve=True)
     print(f"{len(images)} samples of {loaded.path} ({loaded.weights}): {output / 'grid.png'}")
 
 
-def write(images: UInt8[Tensor, "n c h w"], labels: Label, output: Path, *, single: bool) -> None:
-    """The three forms of output: a grid to look at, arrays for evaluators, single PNGs."""
-    output.mkdir(parents=True, exist_ok=True)
+def require_devices(config: DictConfig, device: torch.device) -> None:
+    """Refuses more devices than there are, and a precision that the device does not have."""
+    require(
+        config.precision in PRECISIONS,
+        f"precision among {', '.join(PRECISIONS)}",
+        config.precision,
+        "choose one",
+    )
+    require(
+        config.precision != "16-mixed" or device.type != "cpu",
+        "bf16-mixed or 32-true on a CPU",
+        config.precision,
+        "say precision=bf16-mixed",
+    )
+    if device.type == "cpu" or config.devices == 1:
+        return
+    count = torch.accelerator.device_count()
+    require(
+        device.index is None and config.devices <= count,
+        f"devices=1 to {count} on this machine, and a device without a number",
+        f"devices={config.devices} device={config.device}",
+        f"say devices={count} device={device.type}",
+    )
+
+
+def settings_of(config: DictConfig, loaded: Loaded) -> dict[str, Any]:
+    """All that samples depend on: the options, and the content of the checkpoint."""
+    options = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(options, dict)
+    kept = {str(k): v for k, v in options.items() if k not in (*ON_THE_WAY, "checkpoint")}
+    digest = hashlib.sha256()
+    files = [loaded.path] if loaded.path.is_file() else sorted(loaded.path.rglob("*"))
+    for file in (f for f in files if f.is_file()):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    # Through JSON, so that it equals what is read back.
+    return json.loads(json.dumps(kept | {"checkpoint": digest.hexdigest()}, default=str))
+
+
+def draw(
+    rank: int, processes: int, text: str, output: Path, batches: Sequence[Sequence[int]]
+) -> None:
+    """Draws every batch that falls to this process, and puts it on the shelf."""
+    config = OmegaConf.create(text)
+    device = chosen_device(config.device)
+    if processes > 1 and device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    elif processes > 1:
+        device = torch.device(device.type, rank)
+    loaded = load(config.checkpoint, weights=config.weights, role=config.role)
+    loaded.denoiser.to(device)
+    if config.compile:
+        loaded.denoiser.network.compile()
+    sampler: Sampler = instantiate(config.sampler, _convert_="all")
+    denoise, shelf = in_precision(loaded, config.precision, device), Shelf(output)
+    mine = batches[rank::processes]
+    for numbers in tqdm(mine, desc="Sampling", unit="batch", disable=rank > 0 or not mine):
+        images = generate(
+            denoise,
+            sampler,
+            indices=numbers,
+            labels=labels_of(plain(config.labels), config.seed, numbers, loaded.card),
+            shape=loaded.shape,
+            seed=config.seed,
+            batch_size=len(numbers),
+            device=device,
+        )
+        shelf.put(numbers, torch.cat(list(images)))
+
+
+# ------------------------------------------------------------------------ the folder
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A folder of samples that fills up: batches as they come in parts/, all of them in samples.npz at the end."""
+
+    folder: Path
+
+    @property
+    def parts(self) -> list[Path]:
+        return sorted((self.folder / "parts").glob("*.npz"))
+
+    def claim(self, settings: dict[str, Any], count: int) -> set[int]:
+        """The numbers of the samples that are there; refuses a folder with anything else in it."""
+        state = self.folder / "progress.json"
+        if not state.is_file():
+            require_fresh(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            state.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+            return set()
+        before = json.loads(state.read_text())
+        other = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
+        require(
+            not other,
+            f"the settings with which the samples in output={self.folder} were begun",
+            f"others: {', '.join(other)}",
+            "choose another output=, or the same settings to continue",
+        )
+        there: set[int] = set()
+        for file in [*self.parts, *self._whole]:
+            there |= set(self._read(file)[0])
+        require(
+            all(number < count for number in there),
+            f"num_samples of at least the {max(there, default=-1) + 1} in output={self.folder}",
+            count,
+            "ask for more, or choose another output=",
+        )
+        return there
+
+    def put(self, numbers: Sequence[int], images: UInt8[Tensor, "n c h w"]) -> None:
+        """Keeps a batch: complete under another name first, then renamed into place."""
+        place = self.folder / "parts" / f"{numbers[0]:08d}.npz"
+        place.parent.mkdir(exist_ok=True)
+        unfinished = place.with_suffix(".unfinished")
+        with unfinished.open("wb") as file:
+            pixels = images.permute(0, 2, 3, 1).numpy()
+            np.savez(file, allow_pickle=False, arr_0=pixels, numbers=np.array(numbers))
+        unfinished.replace(place)
+
+    def collect(self, count: int, labels: Label) -> UInt8[Tensor, "n c h w"]:
+        """All samples in their order, which samples.npz holds from now on."""
+        found: dict[int, np.ndarray] = {}
+        for file in [*self._whole, *self.parts]:
+            numbers, pixels = self._read(file)
+            found |= dict(zip(numbers, pixels, strict=True))
+        pixels = np.stack([found[number] for number in range(count)])
+        arrays = {"arr_0": pixels} | ({} if labels is None else {"arr_1": labels.numpy()})
+        unfinished = self.folder / "samples.unfinished"
+        with unfinished.open("wb") as content:
+            np.savez(content, allow_pickle=False, **arrays)
+        unfinished.replace(self.folder / "samples.npz")
+        for part in self.parts:
+            part.unlink()
+        if (self.folder / "parts").is_dir():
+            for rest in (self.folder / "parts").iterdir():
+                rest.unlink()
+            (self.folder / "parts").rmdir()
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    @property
+    def _whole(self) -> list[Path]:
+        whole = self.folder / "samples.npz"
+        return [whole] if whole.is_file() else []
+
+    def _read(self, file: Path) -> tuple[list[int], np.ndarray]:
+        with np.load(file, allow_pickle=False) as arrays:
+            pixels = arrays["arr_0"]
+            numbers = arrays["numbers"].tolist() if "numbers" in arrays else range(len(pixels))
+        return list(numbers), pixels
+
+
+def write(images: UInt8[Tensor, "n c h w"], output: Path, *, single: bool) -> None:
+    """What is made of the samples for people: a grid to look at, single PNGs."""
     pictures.grid(images, pictures.columns_for(len(images))).save(output / "grid.png")
-    pixels = images.permute(0, 2, 3, 1).numpy()
-    arrays = {"arr_0": pixels} | ({} if labels is None else {"arr_1": labels.numpy()})
-    np.savez(output / "samples.npz", allow_pickle=False, **arrays)
     if single:
         folder = output / "images"
-        folder.mkdir()
-        for number, image in enumerate(pixels):
+        folder.mkdir(exist_ok=True)
+        for number, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
             Image.fromarray(image.squeeze()).save(folder / f"{number:05d}.png")
+
+
+def write_trajectory(
+    config: DictConfig,
+    loaded: Loaded,
+    sampler: Sampler,
+    labels: Label,
+    device: torch.device,
+    output: Path,
+) -> None:
+    """trajectory.png and trajectory.gif: what the first samples were estimated to be at every evaluation."""
+    loaded.denoiser.to(device)
+    denoise = in_precision(loaded, config.precision, device)
+    seen: list[tuple[float, UInt8[Tensor, "n c h w"]]] = []
+
+    def watched(x_t: Data, t: Time, label: Label = None) -> Data:
+        estimate = denoise(x_t, t, label)
+        seen.append((float(t[0]), to_uint8(estimate)))
+        return estimate
+
+    indices = range(min(SHOWN, config.num_samples))
+    noise = SampleNoise(config.seed, indices, loaded.shape, device)
+    with torch.inference_mode():
+        sampler(watched, noise, None if labels is None else labels[: len(indices)].to(device))
+    panels = [(f"t={t:.2g}", pictures.grid(images, 1)) for t, images in seen]
+    step = -(-len(panels) // pictures.MOST_COLUMNS)
+    pictures.side_by_side(panels[::-step][::-1]).save(output / "trajectory.png")
+    frames = torch.stack([images for _, images in seen], 1)
+    pictures.animation(frames, output / "trajectory.gif", milliseconds=400)

@@ -113,11 +113,38 @@ class Sample:
     num_samples: int = 64
     batch_size: int = 64
     labels: Any = None
+    force: bool = False
+    images: bool = False
+    trajectory: bool = False
+    device: str = "auto"
+    devices: int = 1
+    precision: str = "32-true"
+    compile: bool = False
+    output: str = MISSING
+    process: Any = None
+    sampler: Any = MISSING
+
+
+@dataclass
+class Edit:
+    """conf/edit.yaml."""
+
+    checkpoint: str = MISSING
+    input: str | None = None
+    teacher: str | None = None
+    role: str | None = None
+    weights: str = "ema"
+    seed: int = 0
+    outputs: int = 4
+    batch_size: int = 64
+    labels: Any = None
+    start: str | None = None
     images: bool = False
     device: str = "auto"
     output: str = MISSING
     process: Any = None
-    sampler: Any = MISSING
+    task: Any = MISSING
+    mask: Any = None
 
 
 @dataclass
@@ -168,5 +195,5 @@ class Prepare:
 def register() -> None:
     """Makes the schemas known to Hydra under their command's name: train_schema, prepare_schema and so on."""
     store = ConfigStore.instance()
-    for schema in (Train, Benchmark, Sample, Compare, Convert, Prepare):
+    for schema in (Train, Benchmark, Sample, Edit, Compare, Convert, Prepare):
         store.store(name=f"{schema.__name__.lower()}_schema", node=schema)

@@ -16,9 +16,9 @@ class Solver(Protocol):
     def __call__(self, denoise: Denoise, x: Data, t: Time, r: Time, label: Label) -> Data: ...
 
 
-def pf_ode(denoise: Denoise, x: Data, t: Time, label: Label) -> Data:
+def pf_ode(denoise: Denoise, x_t: Data, t: Time, label: Label = None) -> Data:
     """The right-hand side dx/dt = (x - D(x, t)) / t."""
-    return (x - denoise(x, t, label)) / broadcast_time(t, x)
+    return (x_t - denoise(x_t, t, label)) / broadcast_time(t, x_t)
 
 
 def euler_step(denoise: Denoise, x: Data, t: Time, r: Time, label: Label = None) -> Data:
@@ -32,3 +32,11 @@ def heun_step(denoise: Denoise, x: Data, t: Time, r: Time, label: Label = None) 
     d = pf_ode(denoise, x, t, label)
     d_prime = pf_ode(denoise, x + step * d, r, label)
     return x + step * (d + d_prime) / 2
+
+
+def midpoint_step(
+    slope: Denoise, x: Data, t: Time, middle: Time, r: Time, label: Label = None
+) -> Data:
+    """One step of dx/dt = slope(x, t) with the slope of a time between, two evaluations; order 2 at (t + r) / 2."""
+    half = x + broadcast_time(middle - t, x) * slope(x, t, label)
+    return x + broadcast_time(r - t, x) * slope(half, middle, label)

@@ -76,6 +76,12 @@ def describe(config: DictConfig) -> dict[str, Any]:
     }
 
 
+def named_classes(data: DataModule) -> dict[str, list[str]]:
+    """What the card says of the classes' names, where the data has names and the model is told classes."""
+    names = list(getattr(data.train_source, "class_names", []))
+    return {"class_names": names} if names and len(names) == data.num_classes else {}
+
+
 def build_module(config: DictConfig, data: DataModule) -> ConsistencyModule:
     """Network, objective and optimizer of the configuration; loads teacher and initial weights."""
     _require_fit(config, data)
@@ -96,7 +102,7 @@ def build_module(config: DictConfig, data: DataModule) -> ConsistencyModule:
         objective=instantiate(config.mode.objective, _convert_="all"),
         sampling_preconditioning=instantiate(config.mode.sampling_preconditioning),
         optimizer=optimizer,
-        card=describe(config),
+        card=describe(config) | named_classes(data),
         config={str(key): value for key, value in plain.items()},
         seed=config.seed,
         on_nonfinite=config.on_nonfinite,
