@@ -22,6 +22,9 @@ from conftest import ROOT, Run
 from consistency.data import preparation
 from consistency.data.archive import Archive
 from consistency.data.cropping import box
+from consistency.data.encoded import PLAIN
+from consistency.data.folder import Folder
+from consistency.data.stream import Stream
 from originals import encoded, noise
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -166,6 +169,38 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "set", "stopped.zip", "whole.zip"]
 
 
+def test_shards_of_a_folder_of_classes(process: Run, tmp_path: Path) -> None:
+    """Every image and class once, in the mixed order of shards; what is printed trains; run again, nothing is done."""
+    pytest.importorskip("litdata")
+    originals.write_files(
+        tmp_path / "set",
+        {f"{'ab'[n % 2]}/{name}": data for n, (name, data) in enumerate(colours(14).items())},
+    )
+    options = [
+        f"source={tmp_path / 'set'}",
+        "classes=true",
+        "to=shards",
+        f"output={tmp_path / 'shards'}",
+    ]
+    done = process("prepare", *options)
+    assert done.status == 0, done.err
+    assert not list(tmp_path.glob(".shards.parts"))
+    source = Folder(path=str(tmp_path / "set"), classes=True, **PLAIN)
+    found = Stream(path=str(tmp_path / "shards"), mixing=2, cache=None, cache_gigabytes=1.0)
+    expected = sorted(
+        (image.numpy().tobytes(), label) for image, label in map(source.__getitem__, range(14))
+    )
+    assert (
+        sorted((i.numpy().tobytes(), label) for i, label in map(found.__getitem__, range(14)))
+        == expected
+    )
+    assert "data=stream" in done.out
+    assert "data.num_classes=2" in done.out
+    again = process("prepare", *options)
+    assert again.status == 0, again.err
+    assert "nothing to do" in again.out
+
+
 def test_processes_do_not_change_the_bytes(verb: Run, tmp_path: Path) -> None:
     originals.write_files(tmp_path / "set", colours(10) | {"bad.png": b"bad"})
     for workers in (1, 2):
@@ -248,7 +283,7 @@ def test_a_mended_image_is_taken_up_when_it_goes_on(verb: Run, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    ("source=/nowhere", "nothing there"), ("to=shards", "to= among"), ("output=a", r"a file \*\.zip"),
+    ("source=/nowhere", "nothing there"), ("to=tar", "to= among"), ("to=shards", "a folder at output="), ("output=a", r"a file \*\.zip"),
     ("resolution=0", "at least 1 pixel"), ("channels=2", "channels=1, 3 or null"), ("on_bad=drop", "on_bad=stop or skip"),
     ("num_workers=0", "num_workers"), ("split=dev", "split"), ("resolutoin=3", "resolutoin"),
 ])  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from consistency import pictures
 from consistency.checkpoint import Loaded, load
 from consistency.command import require_fresh
-from consistency.data.folder import central_square
+from consistency.data.cropping import halving
 from consistency.data.given import read_images, read_picture
 from consistency.data.module import to_uint8, to_unit
 from consistency.editing import (
@@ -52,7 +52,7 @@ class MaskFile:
         picture = read_picture(Path(self.path).expanduser(), "L").point(lambda v: 255 * (v >= 128))
         square = picture
         if picture.size != (width, height):
-            square = central_square(picture, height)
+            square = halving(picture, height)
         omega = torch.from_numpy(np.array(square) >= 128).float()
         require(
             bool(omega.any()),

@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from torch import Tensor
 
-from consistency.data.folder import central_square
+from consistency.data.cropping import halving
 from consistency.errors import require
 
 FORMATS = {
@@ -90,7 +90,7 @@ def read_image(file: Path, channels: int, size: int) -> UInt8[Tensor, "c h w"]:
     if picture.width == picture.height and size % picture.width == 0:
         square = picture.resize((size, size), PILImage.Resampling.NEAREST)
     else:
-        square = central_square(picture, size)
+        square = halving(picture, size)
     pixels = np.atleast_3d(np.asarray(square))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 

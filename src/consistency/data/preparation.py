@@ -1,4 +1,4 @@
-"""Any source of images -> a set in the form of NVlabs' dataset_tool, at one size and one number of channels.
+"""Any source of images -> a zip in the form of NVlabs' dataset_tool, or shards, at one size and number of channels.
 
 The images are worked on in chunks, by several processes. A finished chunk is a zip of its own beside the output, named
 by a digest of what it was made from; so a run that was stopped goes on with the chunks that are missing, and a chunk whose
@@ -28,16 +28,21 @@ from PIL import Image as PILImage
 from tqdm import tqdm
 
 from consistency.command import output_path
-from consistency.data.archive import LABELS
+from consistency.data.archive import LABELS, Archive
 from consistency.data.cropping import Crop
 from consistency.data.decoding import MODES, ImageError
-from consistency.data.encoded import Encoded, to_picture
+from consistency.data.encoded import PLAIN, Encoded, to_picture
 from consistency.data.folder import Folder
 from consistency.data.held import Held
 from consistency.data.opening import opened
+from consistency.data.shards import write_shards
+from consistency.data.stream import engine
 from consistency.errors import UserError, require
 
-TARGETS = ("zip",)
+TARGETS = ("zip", "shards")
+PREPARED = "prepared.json"
+"""Beside shards: what a zip says of itself in its comment."""
+
 CHUNK = 500
 """Images a chunk: what a stopped run may lose of each process."""
 
@@ -96,11 +101,13 @@ def prepare(config: DictConfig, folder: Path) -> None:
     require(workers is None or workers > 0, "num_workers >= 1, or null", workers, "set it")
     target = output_path(folder)
     require(
-        target.suffix == ".zip",
-        "a file *.zip at output=",
+        (target.suffix == ".zip") == (config.to == "zip"),
+        "a file *.zip at output=" if config.to == "zip" else "a folder at output=",
         target,
-        "give output=<folder>/<name>.zip",
+        "give output=<folder>/<name>.zip" if config.to == "zip" else "give output=<folder>",
     )
+    if config.to == "shards":
+        engine()  # tells now, not after the work, where the extra is missing
     source = opened(config.source, split=config.split, classes=config.classes)
     _tell_source(config.source, source)
     settings = Settings(size, config.channels, OmegaConf.to_container(config.crop, resolve=True))
@@ -123,9 +130,9 @@ def prepare(config: DictConfig, folder: Path) -> None:
     files = [parts / f"{n:08d}_{digest}.zip" for n, digest in enumerate(digests)]
     chunks = list(_finished(source, settings, files, workers))
     facts = {"identity": identity} | _summary(source, chunks, config.on_bad)
-    unfinished = parts / "joined"
-    join(chunks, unfinished, labelled=bool(source.class_names), facts=facts)
-    os.replace(unfinished, target)
+    joined = parts / "joined.zip"
+    join(chunks, joined, labelled=bool(source.class_names), facts=facts)
+    os.replace(joined if config.to == "zip" else _sharded(joined, facts), target)
     shutil.rmtree(parts)
     _tell_result(target, facts)
 
@@ -304,6 +311,16 @@ def join(chunks: Sequence[Chunk], file: Path, *, labelled: bool, facts: dict[str
         os.fsync(written.fileno())
 
 
+def _sharded(prepared: Path, facts: dict[str, Any]) -> Path:
+    """The folder of shards of a prepared zip, beside it; written on where it was interrupted."""
+    labelled = facts["num_classes"] is not None
+    source = Archive(path=str(prepared), classes=labelled, **PLAIN)
+    folder = prepared.with_name("shards")
+    write_shards(source, folder, num_workers=os.cpu_count() or 1)
+    (folder / PREPARED).write_text(json.dumps(facts, sort_keys=True))
+    return folder
+
+
 def _summary(source: Encoded | Held, chunks: Sequence[Chunk], on_bad: str) -> dict[str, Any]:
     """Count, size, classes and channel means; says which images cannot be used, and stops there if so asked."""
     bad = [line for chunk in chunks for line in chunk.bad]
@@ -331,8 +348,10 @@ def _summary(source: Encoded | Held, chunks: Sequence[Chunk], on_bad: str) -> di
 
 
 def _facts_of(target: Path) -> dict[str, Any]:
-    """What an earlier run wrote of its zip; nothing of a file that is none of ours."""
+    """What an earlier run wrote of its zip or shards; nothing of what is none of ours."""
     try:
+        if target.is_dir():
+            return json.loads((target / PREPARED).read_text())
         with zipfile.ZipFile(target) as archive:
             facts = json.loads(archive.comment)
     except (OSError, ValueError, zipfile.BadZipFile):
@@ -357,6 +376,9 @@ def _tell_result(target: Path, facts: dict[str, Any]) -> None:
     print(f"classes     {f'{classes}, of {least:,} to {most:,} images' if classes else 'none'}")
     print(f"means       {means} (of 0 to 255, by channel)")
     print(f"written     {target}")
-    options = f"data=zip data.path={target} data.image_size={size} data.channels={channels}"
-    options += f" data.num_classes={classes} data.source.classes=true" if classes else ""
+    kind = "zip" if target.is_file() else "stream"
+    options = f"data={kind} data.path={target} data.image_size={size} data.channels={channels}"
+    if classes:
+        labelled = " data.source.classes=true" if kind == "zip" else ""
+        options += f" data.num_classes={classes}{labelled}"
     print(f"train on it python src/train.py {options}")
