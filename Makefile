@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A file of tests stays in one process: fixtures and the golden account belong to it.
+TOGETHER := --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 
@@ -26,10 +28,10 @@ demo: $(READY) ## compare ect, ict, cd and ct at equal training time
 	$(BIN)/python src/compare.py $(ARGS)
 
 test: $(READY) ## run the tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(TOGETHER) $(ARGS)
 
 test-slow: $(READY) ## run the long tests
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow $(TOGETHER) $(ARGS)
 
 oracle: $(READY) ## train every mode on a law with exact answers, a minute of CPU each, and print the errors
 	$(BIN)/python tests/oracle.py $(ARGS)

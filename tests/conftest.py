@@ -45,6 +45,17 @@ class Outcome:
 
 Run = Callable[..., Outcome]
 
+REPORT = "report"
+"""A property that a test records to have it printed at the end, also from a process of its own."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what tests have to report."""
+    for outcome in terminalreporter.getreports("passed"):
+        for name, text in outcome.user_properties:
+            if name == REPORT:
+                terminalreporter.write_line(f"\n{text}")
+
 
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:

@@ -386,6 +386,6 @@ def test_a_run_stops_at_a_bad_image_in_a_few_lines(verb: Run, tmp_path: Path) ->
 
 TINY = [
     "logger=csv", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.max_steps=6", "data.batch_size=4",
-    "model.network.channel_mult=[1,2]", "model.network.num_groups=4", "model.network.model_channels=8",
+    "model.network.channel_mult=[1,2]", "model.network.num_groups=4", "model.network.model_channels=8", "model.network.num_head_channels=8",
     "callbacks.samples.num_samples=4",
 ]  # fmt: skip

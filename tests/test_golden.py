@@ -19,6 +19,7 @@ import golden_networks as networks
 import golden_perceptual as perceptual
 import golden_samplers as samplers
 import golden_trajectories as trajectories
+from conftest import REPORT
 from golden_harness import FOLDER, Archive
 
 ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
@@ -136,13 +137,13 @@ def test_descriptions(file: str) -> None:
         COUNTS[file] = compare(FOLDER / file)
 
 
-def test_report(capsys: pytest.CaptureFixture[str]) -> None:
-    """Says what was compared in this run, and where it came closest to its tolerance."""
-    with capsys.disabled():
-        print(f"\ngolden folder {FOLDER}, {len(FILES)} files:")
-        for kind, what in ((".npz", "arrays"), (".safetensors", "weights"), (".json", "shapes")):
-            counts = [n for file, n in COUNTS.items() if file.endswith(kind) and n]
-            print(f"  {sum(counts)} {what} compared in {len(counts)} files")
-        for file, (used, name) in sorted(WORST.items(), key=lambda entry: -entry[1][0]):
-            if name:
-                print(f"  {used:6.1%} of the tolerance at most in {file}: {name}")
+def test_report(record_property: Callable[[str, object], None]) -> None:
+    """Says, at the end of pytest's output, what was compared in this run and where it came closest to its tolerance."""
+    lines = [f"golden folder {FOLDER}, {len(FILES)} files:"]
+    for kind, what in ((".npz", "arrays"), (".safetensors", "weights"), (".json", "shapes")):
+        counts = [n for file, n in COUNTS.items() if file.endswith(kind) and n]
+        lines.append(f"  {sum(counts)} {what} compared in {len(counts)} files")
+    for file, (used, name) in sorted(WORST.items(), key=lambda entry: -entry[1][0]):
+        if name:
+            lines.append(f"  {used:6.1%} of the tolerance at most in {file}: {name}")
+    record_property(REPORT, "\n".join(lines))

@@ -133,7 +133,7 @@ def test_what_was_prepared_trains(verb: Run, tmp_path: Path) -> None:
     tiny = ["logger=csv", "trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.log_every_n_steps=1",
             "data.batch_size=4", "data.num_workers=0", "callbacks.samples.num_samples=4",
             "model.network.channel_mult=[1,2]", "model.network.num_groups=4",
-            "model.network.model_channels=8"]  # fmt: skip
+            "model.network.model_channels=8", "model.network.num_head_channels=8"]  # fmt: skip
     done = verb("train", *options, *tiny, f"output={tmp_path / 'run'}")
     assert done.status == 0, done.err
 

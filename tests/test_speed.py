@@ -49,5 +49,5 @@ def test_noise_fills_the_shape() -> None:
     held = noise(count=7, channels=3, image_size=4, num_classes=5)
     images, classes = held.batch([6, 1])
     assert images.shape == (2, 3, 4, 4)
-    assert bool((held.classes < 5).all())
+    assert bool((held.labels < 5).all())
     assert held[6][1] == int(classes[0])
