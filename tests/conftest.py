@@ -60,7 +60,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """verb("train", "mode=ct", ...) runs src/train.py in this process, in an empty folder."""
-    from consistency import command, comparison, retouching, sampling, speed
+    from consistency import command, comparison, retouching, sampling, searching, speed
     from consistency.data import preparation
     from consistency.training import run
 
@@ -68,6 +68,7 @@ def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
         "train": run.train,
         "sample": sampling.sample,
         "edit": retouching.edit,
+        "search": searching.search,
         "compare": comparison.compare,
         "prepare": preparation.prepare,
         "benchmark": speed.benchmark,

@@ -382,6 +382,7 @@ def test_a_run_stops_at_a_bad_image_in_a_few_lines(verb: Run, tmp_path: Path) ->
     done = verb("train", *options)
     assert done.status == 0
     assert "held in memory: 12 images" in done.out
+    assert "Left out:   1 images" in done.out
 
 
 TINY = [

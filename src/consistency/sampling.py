@@ -1,6 +1,5 @@
 """The command that draws samples from a checkpoint: on one device or several, and on where it was stopped."""
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from consistency import pictures
-from consistency.checkpoint import Loaded, load
+from consistency.checkpoint import Loaded, fingerprint, load
 from consistency.command import require_fresh
 from consistency.data.module import to_uint8
 from consistency.errors import require
@@ -69,7 +68,22 @@ def fill_process(config: DictConfig, loaded: Loaded) -> None:
 def bound_sampler(config: DictConfig, loaded: Loaded) -> Sampler:
     """The sampler of the configuration, with the time range and points of the checkpoint's own process."""
     fill_process(config, loaded)
+    place = searched_path(loaded.path)
+    if config.process.searched is None and place.is_file():
+        config.process.searched = json.loads(place.read_text())["times"]
+    asked = "${process.searched}" in OmegaConf.to_yaml(config.sampler, resolve=False)
+    require(
+        not asked or config.process.searched is not None,
+        f"the time points that a search found, in {place}",
+        "nothing there",
+        f"run `python src/search.py checkpoint={config.checkpoint}` first, or choose sampler=multistep",
+    )
     return instantiate(config.sampler, _convert_="all")
+
+
+def searched_path(path: Path) -> Path:
+    """Where the time points found for a checkpoint stand."""
+    return path.with_name(f"{path.name}.searched.json")
 
 
 def require_suited(sampler: Sampler, loaded: Loaded, *, force: bool) -> None:
@@ -175,13 +189,8 @@ def settings_of(config: DictConfig, loaded: Loaded) -> dict[str, Any]:
     options = OmegaConf.to_container(config, resolve=True)
     assert isinstance(options, dict)
     kept = {str(k): v for k, v in options.items() if k not in (*ON_THE_WAY, "checkpoint")}
-    digest = hashlib.sha256()
-    files = [loaded.path] if loaded.path.is_file() else sorted(loaded.path.rglob("*"))
-    for file in (f for f in files if f.is_file()):
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
     # Through JSON, so that it equals what is read back.
-    return json.loads(json.dumps(kept | {"checkpoint": digest.hexdigest()}, default=str))
+    return json.loads(json.dumps(kept | {"checkpoint": fingerprint(loaded.path)}, default=str))
 
 
 def draw(

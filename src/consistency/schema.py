@@ -177,6 +177,22 @@ class Convert:
 
 
 @dataclass
+class Search:
+    """conf/search.yaml."""
+
+    checkpoint: str = MISSING
+    weights: str = "ema"
+    points: int = MISSING
+    num_scales: int = MISSING
+    metric: str = MISSING
+    seed: int = 0
+    batch_size: int = MISSING
+    device: str = "auto"
+    devices: int = 1
+    output: str = MISSING
+
+
+@dataclass
 class Prepare:
     """conf/prepare.yaml."""
 
@@ -195,5 +211,5 @@ class Prepare:
 def register() -> None:
     """Makes the schemas known to Hydra under their command's name: train_schema, prepare_schema and so on."""
     store = ConfigStore.instance()
-    for schema in (Train, Benchmark, Sample, Edit, Compare, Convert, Prepare):
+    for schema in (Train, Benchmark, Sample, Edit, Compare, Convert, Search, Prepare):
         store.store(name=f"{schema.__name__.lower()}_schema", node=schema)

@@ -72,6 +72,7 @@ class Encoded(ABC):
         require(channels in (1, 3, None), "data.channels of 1 or 3", channels, "set it")
         require(on_bad in ("stop", "skip"), "data.on_bad=stop or skip", on_bad, "choose one")
         self.where, self.names, self.class_names = where, list(names), list(class_names)
+        self.left_out = 0
         self.labels = torch.tensor(labels or [0] * len(names), dtype=torch.int64)
         self.image_size, self.crop = image_size, crop
         self.mode = None if channels is None else MODES[channels]
@@ -129,6 +130,7 @@ class Encoded(ABC):
         )
         tell_left_out([reasons[i] for i in sorted(reasons)], total)
         good = [i for i in range(total) if i not in reasons]
+        self.left_out = len(reasons)
         self.names = [self.names[i] for i in good]
         self.labels = self.labels[good]
 

@@ -21,8 +21,10 @@ class Held:
         images: UInt8[Tensor, "n c h w"],
         labels: Int64[Tensor, "n"],
         class_names: Sequence[str] = (),
+        left_out: int = 0,
     ) -> None:
         self.images, self.labels, self.class_names = images, labels, list(class_names)
+        self.left_out = left_out
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,7 +66,9 @@ def hold(source: Source) -> Source:
 
     in_threads(place, len(source), "decoding")
     _tell(f"held in memory: {len(source):,} images, {images.nbytes / 2**20:,.0f} MiB")
-    return Held(images, labels, getattr(source, "class_names", ()))
+    names: Sequence[str] = getattr(source, "class_names", ())
+    left_out: int = getattr(source, "left_out", 0)
+    return Held(images, labels, names, left_out)
 
 
 def noise(*, count: int, channels: int, image_size: int, num_classes: int | None) -> Held:

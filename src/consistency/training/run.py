@@ -250,6 +250,9 @@ def _announce(config: DictConfig, module: ConsistencyModule, output: Path) -> No
 
 def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:
     print()
+    source = trainer.datamodule.train_source  # type: ignore[attr-defined]
+    if left_out := getattr(source, "left_out", 0):
+        print(f"Left out:   {left_out:,} images that cannot be used, named at the start")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RunCheckpoints):
             print(f"Checkpoint: {callback.last}")
