@@ -15,7 +15,7 @@ from PIL import Image
 from conftest import ROOT, Run
 from consistency import checkpoint, schema
 from consistency.command import spelled_out
-from consistency.data.given import read_image, read_images
+from consistency.data.given import read_images
 from consistency.editing import Box, Center, Random
 from consistency.errors import UserError
 from consistency.randomness import generator
@@ -293,7 +293,7 @@ def test_a_mask_that_frees_nothing_is_an_error(tmp_path: Path) -> None:
 def test_a_small_image_is_enlarged_pixel_by_pixel(tmp_path: Path) -> None:
     small = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(small).save(tmp_path / "small.png")
-    large = read_image(tmp_path / "small.png", 3, 8)
+    large = read_images(str(tmp_path / "small.png"), 3, 8)[0]
     assert np.array_equal(large[:, ::2, ::2].permute(1, 2, 0).numpy(), small)
     assert torch.equal(large[:, ::2], large[:, 1::2])
 
@@ -304,7 +304,7 @@ def test_an_upright_photograph_is_read_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # turned by half a circle
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    turned = read_image(tmp_path / "turned.png", 3, 8)
+    turned = read_images(str(tmp_path / "turned.png"), 3, 8)[0]
     assert turned[:, -1].min() == 255
     assert turned[:, :-1].max() == 0
 

@@ -177,6 +177,20 @@ class Convert:
 
 
 @dataclass
+class Demo:
+    """conf/demo.yaml."""
+
+    checkpoint: str = MISSING
+    role: str | None = None
+    weights: str = "ema"
+    device: str = "auto"
+    port: int = MISSING
+    upload_megabytes: int = MISSING
+    browser: bool = False
+    output: str = MISSING
+
+
+@dataclass
 class Search:
     """conf/search.yaml."""
 
@@ -211,5 +225,5 @@ class Prepare:
 def register() -> None:
     """Makes the schemas known to Hydra under their command's name: train_schema, prepare_schema and so on."""
     store = ConfigStore.instance()
-    for schema in (Train, Benchmark, Sample, Edit, Compare, Convert, Search, Prepare):
+    for schema in (Train, Benchmark, Sample, Edit, Compare, Convert, Search, Demo, Prepare):
         store.store(name=f"{schema.__name__.lower()}_schema", node=schema)

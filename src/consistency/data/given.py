@@ -3,7 +3,6 @@
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image as PILImage
@@ -11,6 +10,8 @@ from PIL import ImageOps
 from torch import Tensor
 
 from consistency.data.cropping import halving
+from consistency.data.decoding import MODES
+from consistency.data.encoded import to_tensor
 from consistency.errors import require
 
 FORMATS = {
@@ -84,15 +85,14 @@ def read_picture(file: Path, mode: str) -> PILImage.Image:
     return picture
 
 
-def read_image(file: Path, channels: int, size: int) -> UInt8[Tensor, "c h w"]:
-    """The central square of an image at size x size; one smaller by a whole factor is enlarged pixel by pixel."""
-    picture = read_picture(file, {1: "L", 3: "RGB"}[channels])
+def fitted(picture: PILImage.Image, channels: int, size: int) -> UInt8[Tensor, "c h w"]:
+    """The central square of a picture at size x size; one smaller by a whole factor is enlarged pixel by pixel."""
+    picture = picture.convert(MODES[channels])
     if picture.width == picture.height and size % picture.width == 0:
         square = picture.resize((size, size), PILImage.Resampling.NEAREST)
     else:
         square = halving(picture, size)
-    pixels = np.atleast_3d(np.asarray(square))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    return to_tensor(square)
 
 
 def read_images(path: str, channels: int, size: int) -> UInt8[Tensor, "n c h w"]:
@@ -103,4 +103,6 @@ def read_images(path: str, channels: int, size: int) -> UInt8[Tensor, "n c h w"]
         f"one of images with {channels} channels",
         "files hold 1 or 3 channels",
     )
-    return torch.stack([read_image(file, channels, size) for file in files_at(path)])
+    return torch.stack(
+        [fitted(read_picture(file, MODES[channels]), channels, size) for file in files_at(path)]
+    )
