@@ -126,9 +126,15 @@ def test_a_person_draws_samples_and_inpaints(address: str, tmp_path: Path) -> No
         tab.mouse.down()
         tab.mouse.move(x + 30, y + 10, steps=8)
         tab.mouse.up()
-        tab.wait_for_timeout(1000)
-        tab.locator("#edit").click()
-        tab.locator("#edited img").wait_for(timeout=60_000)
+        # The editor hands over its image and strokes some time after the last stroke, which nothing on the page shows.
+        for _ in range(6):
+            tab.wait_for_timeout(2000)
+            tab.locator("#edit").click()
+            try:
+                tab.locator("#edited img").wait_for(timeout=10_000)
+                break
+            except playwright.TimeoutError:
+                continue
         assert "ms an image, 4 images" in tab.locator("#edit_time textarea").input_value()
         tab.screenshot(path=os.environ.get("PAGE_PICTURE", str(tmp_path / "page.png")))
         browser.close()
