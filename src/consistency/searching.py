@@ -26,7 +26,7 @@ from consistency.generation import drawn_labels, generate
 from consistency.grids import KarrasGrid
 from consistency.samplers import multistep
 from consistency.sampling import chosen_device, searched_path
-from consistency.timepoints import Found, is_unimodal, ternary_search
+from consistency.timepoints import Found, ternary_search
 
 SIGNS = {"frechet": 1, "precision": -1, "recall": -1}
 """The metrics, and with which sign the smallest value is the best."""
@@ -237,7 +237,7 @@ class Log:
         print(f"point {number}: t = {time:.5g}, {self.settings['metric']} {self.sign * best:.4f}")
         if best >= before:
             print(f"  no better than without this point ({self.sign * before:.4f})")
-        if not is_unimodal(found.values):
+        if not found.unimodal:
             self.unimodal = False
             print(
                 f"  the {len(found.values)} values do not fall to one minimum and rise after it: there may be a better "
