@@ -60,13 +60,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """verb("train", "mode=ct", ...) runs src/train.py in this process, in an empty folder."""
-    from consistency import command, comparison, retouching, sampling, searching, speed
+    from consistency import command, comparison, evaluating, retouching, sampling, searching, speed
     from consistency.data import preparation
     from consistency.training import run
 
     mains = {
         "train": run.train,
         "sample": sampling.sample,
+        "evaluate": evaluating.evaluate,
         "edit": retouching.edit,
         "search": searching.search,
         "compare": comparison.compare,

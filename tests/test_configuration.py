@@ -130,7 +130,7 @@ def test_every_sampler_builds_for_a_checkpoint(sampler: str, trained: dict[str, 
     from consistency.sampling import bound_sampler
 
     config = composed("sample", f"sampler={sampler}", f"checkpoint={trained['ect']}")
-    assert callable(bound_sampler(config, load(trained["ect"])))
+    assert callable(bound_sampler(config.sampler, config, load(trained["ect"])))
 
 
 def test_the_command_line_wins_over_recipe_and_experiment() -> None:

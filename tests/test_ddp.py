@@ -61,10 +61,9 @@ def test_two_processes_measure_as_one(process: Run, tmp_path: Path) -> None:
     """The reference numbers, of images that no network made, do not depend on the number of processes."""
     tiny = [a for a in TWO if "evaluation=null" not in a and "probe" not in a]
     short = [
-        "callbacks.evaluation.classifier.epochs=1",
         "callbacks.evaluation.seeds=[0]",
         "callbacks.evaluation.batch_size=449",
-        "callbacks.checkpoint.monitor=frechet_classifier/one_step",
+        "callbacks.checkpoint.monitor=frechet_classifier/one_step/ema",
         "trainer.max_steps=1",
     ]
     found = []

@@ -14,8 +14,8 @@ def test_the_default_run_draws_digits_in_one_step(process: Run, tmp_path: Path) 
     outcome = process("train", f"output={run}", OMP_NUM_THREADS="2")
     assert outcome.status == 0, outcome.err
     found = json.loads((run / "evaluation.json").read_text())
-    assert found["samples"] == 898
+    assert found["protocol"]["samples"] == 898
     assert len(found["seeds"]) == 3
-    results = {name: quality["frechet"] for name, quality in found["results"].items()}
-    assert results["one_step"] <= 2.0 * results["train_images"]
-    assert results["one_step"] <= results["noise"] / 20
+    distances = {name: values["frechet_classifier"] for name, values in found["results"].items()}
+    assert distances["one_step/ema"] <= 2.0 * distances["train_images"]
+    assert distances["one_step/ema"] <= distances["noise"] / 20

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from conftest import TINY, Run
+from consistency import checkpoint
 from consistency.errors import UserError
 from consistency.timepoints import is_unimodal, ternary_search
 
 SHORT_RUN = [
     *(a for a in TINY if a not in ("callbacks.evaluation=null",)),
-    "callbacks.evaluation.classifier.epochs=1",
     "callbacks.evaluation.seeds=[0]",
     "callbacks.evaluation.batch_size=449",
     "trainer.max_steps=1",
@@ -113,9 +113,12 @@ def test_wrong_options_are_told(
     assert said in done.err
 
 
-def test_a_checkpoint_that_was_not_measured_is_told(
+def test_a_checkpoint_that_says_nothing_of_its_data_is_told(
     verb: Run, trained: dict[str, Path], tmp_path: Path
 ) -> None:
-    done = verb("search", f"checkpoint={trained['ect']}", f"output={tmp_path / 'out'}")
+    content = checkpoint.read(trained["ect"] / "checkpoints" / "last.ckpt")
+    content["config"] = {}
+    checkpoint.write(content, tmp_path / "bare.ckpt")
+    done = verb("search", f"checkpoint={tmp_path / 'bare.ckpt'}", f"output={tmp_path / 'out'}")
     assert done.status == 2
-    assert "callbacks.evaluation" in done.err
+    assert "nothing of its data" in done.err

@@ -170,7 +170,6 @@ def test_the_best_checkpoint_has_the_lowest_measured_distance(verb: Run, tmp_pat
     ]
     arguments = [
         "callbacks.evaluation.every_n_train_steps=1",
-        "callbacks.evaluation.classifier.epochs=1",
         "callbacks.evaluation.seeds=[0]",
         "callbacks.evaluation.batch_size=449",
         "trainer.max_steps=3",
@@ -178,12 +177,13 @@ def test_the_best_checkpoint_has_the_lowest_measured_distance(verb: Run, tmp_pat
     ]
     outcome = verb("train", *tiny, *arguments)
     assert outcome.status == 0, outcome.err
-    name = "frechet_classifier/one_step"
+    name = "frechet_classifier/one_step/ema"
     found = {int(r["step"]): float(r[name]) for r in rows(run) if r.get(name)}
     best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     saved = best["callbacks"]["RunCheckpoints"]["best_value"]
     assert saved == pytest.approx(min(found.values()), rel=1e-6)
-    assert "not FID-Inception" in outcome.out
+    assert "in the features of classifier: not FID" in outcome.out
+    assert "Evaluation at step 1: 1,796 samples in " in outcome.out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(verb: Run, tmp_path: Path) -> None:

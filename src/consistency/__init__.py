@@ -7,7 +7,7 @@ Every method is one formula with its parts swapped,
 so a mode is a YAML in conf/mode that names the parts, and no code branches on a mode's name. The map; a module
 imports only from floors below it, and the core (floors 1 to 4) needs torch and jaxtyping alone:
 
-    src/train.py sample.py edit.py search.py demo.py compare.py convert.py prepare.py benchmark.py
+    src/train.py sample.py evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py benchmark.py
                         the verbs, each with conf/<verb>.yaml
     floor 1, words      errors tensors schedules grids preconditioning averaging randomness timepoints
                         networks: adm song dhariwal (with their unet and layers) mlp
@@ -16,7 +16,7 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 4, paragraph  objectives
     the shell           checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
-                        sampling, retouching, searching, page, comparison, conversion and speed (the commands)
+                        sampling, evaluating, retouching, searching, page, comparison, conversion and speed (the commands)
       formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
                         opened (what a file yields), released (published files by name), reading, pickles, messagepack
                         and timetable (parts of the above)
@@ -24,7 +24,8 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
                         held digits mixture cifar idx (MNIST); encoded (as image files): folder archive (NVlabs' zips) lsun
                         huggingface; stream (shards far away), shards (writes them); decoding and cropping of one image,
                         download, opening (what lies at a path), given (the images of a person), preparation (the command)
-      evaluation        classifier quality
+      evaluation        measuring (the measures), extractors (whose features), reference (what is compared with), classifier,
+                        ranks, clock
       training          run (configuration -> finished run), module (the LightningModule), nonfinite, launch (DDP),
                         logging; callbacks: schedules averages stages periodic checkpoints evaluation pictures
                         progress

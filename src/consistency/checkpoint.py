@@ -103,7 +103,7 @@ class Loaded:
             batch_size=batch_size,
             device=self.device,
         )
-        return torch.cat(list(batches))
+        return torch.cat(list(batches)).cpu()
 
     def edit(
         self,
@@ -292,8 +292,8 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and 1 <= value <= 1 << 20
 
 
-def select_weights(content: dict[str, Any], weights: str) -> dict[str, Tensor]:
-    """The network's weights by name: online, target, ema (the first average) or ema:<decay>."""
+def weights_in(content: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """All weights of the network by name: online, target, ema:<decay>, and ema for the first average."""
     available: dict[str, dict[str, Tensor]] = {}
     if isinstance(content.get("weights"), dict):  # a converted model: one set
         available["ema"] = content["weights"]
@@ -307,6 +307,21 @@ def select_weights(content: dict[str, Any], weights: str) -> dict[str, Tensor]:
     for decay, average in averages.items():
         available.setdefault("ema", average)
         available[f"ema:{decay}"] = average
+    return available
+
+
+def weight_names(checkpoint: str | os.PathLike[str]) -> list[str]:
+    """The sets of weights that a checkpoint holds, each once: online, target and ema:<decay>, or ema where it says no
+    more.
+    """
+    content = reading.open_path(find(checkpoint), "ema", Hints())
+    names = ["ema"] if isinstance(content, Opened) else list(weights_in(content))
+    return [name for name in names if name != "ema"] or ["ema"]
+
+
+def select_weights(content: dict[str, Any], weights: str) -> dict[str, Tensor]:
+    """The network's weights of that name."""
+    available = weights_in(content)
     require(
         weights in available,
         f"weights among {', '.join(available)}",

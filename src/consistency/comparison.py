@@ -24,6 +24,7 @@ CALIBRATION_ONLY = [
     "callbacks.samples=null",
     "callbacks.checkpoint.monitor=null",
 ]
+FRECHET = "frechet_classifier"
 STRIP = 30
 COLUMNS = 15
 
@@ -103,8 +104,8 @@ def markdown(runs: list[Trained], *, teacher_mode: str) -> str:
     def row(name: str, quality: dict[str, float], run: Trained | None) -> str:
         time = f"{run.seconds:.0f} | {run.images_per_second:.0f}" if run else "– | –"
         return (
-            f"| {name} | {quality['frechet']:.2f} | {quality['frechet'] / base['frechet']:.2f} | "
-            f"{quality['precision']:.3f} | {quality['recall']:.3f} | {time} |\n"
+            f"| {name} | {quality[FRECHET]:.2f} | {quality[FRECHET] / base[FRECHET]:.2f} | "
+            f"{quality['precision_classifier']:.3f} | {quality['recall_classifier']:.3f} | {time} |\n"
         )
 
     lines = [row("train images", base, None)]
@@ -112,7 +113,7 @@ def markdown(runs: list[Trained], *, teacher_mode: str) -> str:
         role = " (teacher)" if run.mode == teacher_mode else ""
         for sampler, quality in run.results.items():
             if sampler not in ("train_images", "noise"):
-                name = f"`{run.mode}`{role}, {sampler.replace('_', ' ')}"
+                name = f"`{run.mode}`{role}, {sampler.split('/')[0].replace('_', ' ')}"
                 lines.append(row(name, quality, run))
     lines.append(row("noise", runs[0].results["noise"], None))
     return head + "".join(lines)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from consistency.data.module import to_uint8
+from consistency.data.module import quantised
 from consistency.editing import Start, Task, edit
 from consistency.errors import require
 from consistency.grids import KarrasGrid
@@ -89,13 +89,13 @@ def generate(
     batch_size: int,
     device: torch.device | str,
 ) -> Iterator[UInt8[Tensor, "b c h w"]]:
-    """Yields the samples number `indices`, a batch at a time, as uint8 on the CPU; shape: (channels, height, width)."""
+    """Yields the samples number `indices`, a batch at a time, as uint8 on `device`; shape: (channels, height, width)."""
     for first in range(0, len(indices), batch_size):
         chosen = slice(first, first + batch_size)
         noise = SampleNoise(seed, indices[chosen], shape, device)
         label = None if labels is None else labels[chosen].to(device)
         with torch.inference_mode():
-            yield to_uint8(sampler(denoise, noise, label))
+            yield quantised(sampler(denoise, noise, label))
 
 
 def edits(

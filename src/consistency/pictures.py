@@ -80,7 +80,7 @@ def draw_curves(file: Path, picture: Path) -> None:
         ("target decay mu(k)", ["mu"]),
         ("learning rate", ["train/learning_rate"]),
         ("gradient norm", ["train/gradient_norm"]),
-        ("Fréchet distance, small-classifier features", [n for n in curves if "frechet" in n]),
+        ("Fréchet distance", [n for n in curves if n.startswith(("fid/", "frechet_"))]),
     ]
     drawn = [(title, [n for n in names if n in curves]) for title, names in panels]
     drawn = [(title, names) for title, names in drawn if names]

@@ -65,20 +65,20 @@ def fill_process(config: DictConfig, loaded: Loaded) -> None:
             config.process[name] = value
 
 
-def bound_sampler(config: DictConfig, loaded: Loaded) -> Sampler:
-    """The sampler of the configuration, with the time range and points of the checkpoint's own process."""
+def bound_sampler(node: DictConfig, config: DictConfig, loaded: Loaded) -> Sampler:
+    """A sampler of the configuration, with the time range and points of the checkpoint's own process."""
     fill_process(config, loaded)
     place = searched_path(loaded.path)
     if config.process.searched is None and place.is_file():
         config.process.searched = json.loads(place.read_text())["times"]
-    asked = "${process.searched}" in OmegaConf.to_yaml(config.sampler, resolve=False)
+    asked = "${process.searched}" in OmegaConf.to_yaml(node, resolve=False)
     require(
         not asked or config.process.searched is not None,
         f"the time points that a search found, in {place}",
         "nothing there",
         f"run `python src/search.py checkpoint={config.checkpoint}` first, or choose sampler=multistep",
     )
-    return instantiate(config.sampler, _convert_="all")
+    return instantiate(node, _convert_="all")
 
 
 def searched_path(path: Path) -> Path:
@@ -132,7 +132,7 @@ def sample(config: DictConfig, output: Path) -> None:
     device = chosen_device(config.device)
     require_devices(config, device)
     loaded = load(config.checkpoint, weights=config.weights, role=config.role)
-    sampler = bound_sampler(config, loaded)
+    sampler = bound_sampler(config.sampler, config, loaded)
     require_suited(sampler, loaded, force=config.force)
     indices = range(config.num_samples)
     labels = labels_of(plain(config.labels), config.seed, indices, loaded.card)
@@ -221,7 +221,7 @@ def draw(
             batch_size=len(numbers),
             device=device,
         )
-        shelf.put(numbers, torch.cat(list(images)))
+        shelf.put(numbers, torch.cat(list(images)).cpu())
 
 
 # ------------------------------------------------------------------------ the folder

@@ -126,6 +126,44 @@ class Sample:
 
 
 @dataclass
+class Measurement:
+    """conf/measure: `consistency.evaluation.measuring.Settings`."""
+
+    extractor: str = MISSING
+    reference: str | None = None
+    reference_features: int = MISSING
+    cache: str | None = None
+
+
+@dataclass
+class Evaluate:
+    """conf/evaluate.yaml."""
+
+    checkpoint: str | None = None
+    samples: str | None = None
+    export: str | None = None
+    role: str | None = None
+    weights: Any = None
+    seed: int = 0
+    num_samples: int = MISSING
+    batch_size: int = MISSING
+    labels: Any = None
+    force: bool = False
+    device: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    precision: str = "32-true"
+    output: str = MISSING
+    process: Any = None
+    evaluation: Measurement = field(default_factory=Measurement)
+    samplers: dict[str, Any] = field(default_factory=dict)
+    data: Data = field(default_factory=Data)
+    logger: dict[str, Any] = field(default_factory=dict)
+    model: Any = None
+    callbacks: Any = None
+
+
+@dataclass
 class Edit:
     """conf/edit.yaml."""
 
@@ -199,6 +237,8 @@ class Search:
     points: int = MISSING
     num_scales: int = MISSING
     metric: str = MISSING
+    evaluation: Measurement = field(default_factory=Measurement)
+    num_samples: int | None = None
     seed: int = 0
     batch_size: int = MISSING
     device: str = "auto"
@@ -225,5 +265,16 @@ class Prepare:
 def register() -> None:
     """Makes the schemas known to Hydra under their command's name: train_schema, prepare_schema and so on."""
     store = ConfigStore.instance()
-    for schema in (Train, Benchmark, Sample, Edit, Compare, Convert, Search, Demo, Prepare):
+    for schema in (
+        Train,
+        Benchmark,
+        Sample,
+        Evaluate,
+        Edit,
+        Compare,
+        Convert,
+        Search,
+        Demo,
+        Prepare,
+    ):
         store.store(name=f"{schema.__name__.lower()}_schema", node=schema)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -20,15 +20,14 @@ from consistency.checkpoint import Loaded
 from consistency.command import require_fresh
 from consistency.data.source import Source
 from consistency.errors import require
-from consistency.evaluation.classifier import train_classifier
-from consistency.evaluation.quality import ClassifierQuality, Quality
+from consistency.evaluation.measuring import Measure, Numbered, Settings
 from consistency.generation import drawn_labels, generate
 from consistency.grids import KarrasGrid
 from consistency.samplers import multistep
 from consistency.sampling import chosen_device, searched_path
 from consistency.timepoints import Found, ternary_search
 
-SIGNS = {"frechet": 1, "precision": -1, "recall": -1}
+SIGNS = {"frechet": 1, "kernel": 1, "class_score": -1, "precision": -1, "recall": -1}
 """The metrics, and with which sign the smallest value is the best."""
 
 SOURCES = "consistency.data."
@@ -52,14 +51,22 @@ def search(config: DictConfig, output: Path) -> None:
     path = checkpoint.find(config.checkpoint)
     loaded = checkpoint.load(path, weights=config.weights, role="consistency")
     log = Log(output, settings_of(config, path), SIGNS[config.metric])
-    quality = quality_of(path)
+    measure = measure_of(config, path)
+    metric = measure.extractor.named(config.metric)
+    count = config.num_samples or measure.reference.count or 0
+    require(
+        count > 0,
+        "num_samples, where the reference does not say how many images it has",
+        None,
+        "give a number",
+    )
     process = loaded.card["process"]
     grid = KarrasGrid(t_min=process["t_min"], t_max=process["t_max"], rho=process["rho"])
     times = grid.points(config.num_scales).tolist()
     with artists(config) as pool:
 
-        def measured(chosen: Sequence[float]) -> Quality:
-            return quality.measure(drawn(config, pool, chosen, len(quality.reference)))
+        def measured(chosen: Sequence[float]) -> float:
+            return measure(drawn(config, pool, chosen, count), count)[metric]
 
         chosen = [times[0]]
         first, before = 1, log.measure(chosen, measured)
@@ -75,7 +82,8 @@ def search(config: DictConfig, output: Path) -> None:
             before = found.values[found.index]
     result = {
         "times": chosen,
-        "metric": f"{config.metric}_classifier",
+        "metric": metric,
+        "protocol": measure.protocol(count),
         "value": log.sign * log.measure(chosen, measured),
         "weights": config.weights,
         "num_scales": config.num_scales,
@@ -90,26 +98,37 @@ def search(config: DictConfig, output: Path) -> None:
 
 def settings_of(config: DictConfig, path: Path) -> dict[str, Any]:
     """All that a measured value depends on."""
-    names = ("weights", "metric", "seed", "num_scales")
-    return {name: config[name] for name in names} | {"checkpoint": checkpoint.fingerprint(path)}
+    names = ("weights", "metric", "seed", "num_scales", "num_samples")
+    evaluation = OmegaConf.to_container(config.evaluation, resolve=True)
+    return {name: config[name] for name in names} | {
+        "evaluation": evaluation,
+        "checkpoint": checkpoint.fingerprint(path),
+    }
 
 
-def quality_of(path: Path) -> ClassifierQuality:
-    """The measure of the run that a checkpoint comes from: its held-out images, its small classifier."""
-    config = checkpoint.read(path).get("config", {}) if path.is_file() else {}
-    data: dict[str, Any] = config.get("data") or {}
-    evaluation: dict[str, Any] = (config.get("callbacks") or {}).get("evaluation") or {}
+def measure_of(config: DictConfig, path: Path) -> Measure:
+    """What samples are measured with, against the data of the run that a checkpoint comes from."""
+    run = checkpoint.read(path).get("config", {}) if path.is_file() else {}
+    data: dict[str, Any] = run.get("data") or {}
     require(
-        bool(data.get("held_out")) and bool(evaluation) and bool(data.get("num_classes")),
-        f"a checkpoint of a run that measured its samples, at {path}",
-        "one that says nothing of held-out images and classifier",
-        "train with callbacks.evaluation, as data=digits does",
+        bool(data.get("source")),
+        f"a checkpoint of a run, at {path}",
+        "one that says nothing of its data",
+        "search for a checkpoint that src/train.py wrote",
     )
-    train: Source = checkpoint.build(data["source"], SOURCES, object)
-    held_out: Source = checkpoint.build(data["held_out"], SOURCES, object)
-    print("Training the small classifier whose features measure the samples ...", flush=True)
-    model = train_classifier(train, num_classes=data["num_classes"], **evaluation["classifier"])
-    return ClassifierQuality(model, held_out)
+
+    def source(node: dict[str, Any]) -> Source:
+        found: Source = checkpoint.build(node, SOURCES, object)
+        return found
+
+    held_out = data.get("held_out")
+    settings = Settings(**config.evaluation, batch_size=config.batch_size)
+    return settings.prepare(
+        chosen_device(config.device),
+        train=lambda: source(data["source"]),
+        held_out=None if not held_out else lambda: source(held_out),
+        num_workers=0,
+    )
 
 
 # ------------------------------------------------------------------------ drawing, on several devices
@@ -161,7 +180,7 @@ class Artist:
             batch_size=config.batch_size,
             device=self.device,
         )
-        return torch.cat(list(batches))
+        return torch.cat(list(batches)).cpu()
 
 
 def artists(config: DictConfig) -> Any:
@@ -178,13 +197,18 @@ def artists(config: DictConfig) -> Any:
     return ProcessPoolExecutor(config.devices, context, Artist.start, arguments)
 
 
-def drawn(config: DictConfig, pool: Any, times: Sequence[float], count: int) -> Any:
+def drawn(config: DictConfig, pool: Any, times: Sequence[float], count: int) -> Iterator[Numbered]:
     """All samples, in shares: the noise of each depends on the seed and its number alone."""
     shares = [range(first, count, config.devices) for first in range(config.devices)]
     if pool is None:
-        return iter([Artist.work(list(times), share) for share in shares])
-    jobs = [pool.submit(Artist.work, list(times), share) for share in shares]
-    return iter([job.result() for job in jobs])
+        found = [Artist.work(list(times), share) for share in shares]
+    else:
+        jobs = [pool.submit(Artist.work, list(times), share) for share in shares]
+        found = [job.result() for job in jobs]
+    size = config.batch_size
+    for share, images in zip(shares, found, strict=True):
+        for first, part in zip(range(0, len(share), size), images.split(size), strict=True):
+            yield share[first : first + size], part
 
 
 # ------------------------------------------------------------------------ what was measured
@@ -212,13 +236,12 @@ class Log:
         print(f"{folder} has {len(self.values)} measured values: going on")
 
     def measure(
-        self, times: Sequence[float], measured: Callable[[Sequence[float]], Quality]
+        self, times: Sequence[float], measured: Callable[[Sequence[float]], float]
     ) -> float:
         """The value at the times with the sign that makes the smallest the best; measured once, then remembered."""
         name = " ".join(f"{t:.9g}" for t in times)
         if name not in self.values:
-            quality = measured(times)
-            self.values[name] = float(getattr(quality, self.settings["metric"]))
+            self.values[name] = measured(times)
             shown = ", ".join(f"{t:.4g}" for t in times)
             print(f"t = {shown}: {self.settings['metric']} {self.values[name]:.4f}", flush=True)
             self._write()
@@ -256,8 +279,6 @@ class Log:
             reached = ", ".join(f"{float(t):.4g}" for t in place.split())
             label = f"after t = {reached}" if reached else "one step"
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
-        axes.set(
-            xscale="log", xlabel="time point t", ylabel=f"{self.settings['metric']}_classifier"
-        )
+        axes.set(xscale="log", xlabel="time point t", ylabel=self.settings["metric"])
         axes.legend()
         figure.savefig(self.picture, dpi=110)

@@ -23,9 +23,14 @@ def to_unit(images: UInt8[Tensor, "b c h w"]) -> Data:
     return images.float() / 127.5 - 1
 
 
+def quantised(x: Data) -> UInt8[Tensor, "b c h w"]:
+    """[-1, 1] -> the nearest of the grey values 0 ... 255."""
+    return (x.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+
+
 def to_uint8(x: Data) -> UInt8[Tensor, "b c h w"]:
-    """[-1, 1] -> the nearest of the grey values 0 ... 255, on the CPU."""
-    return (x.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).cpu()
+    """`quantised`, on the CPU."""
+    return quantised(x).cpu()
 
 
 class WholeBatches(Dataset[tuple[Images, Classes]]):

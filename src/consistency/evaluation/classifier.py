@@ -1,10 +1,15 @@
 """The small classifier whose features stand in for Inception's on images far too small for it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
+from consistency.data.digits import Digits
 from consistency.data.source import Source
 from consistency.randomness import generator
 
@@ -38,9 +43,16 @@ class SmallClassifier(nn.Module):
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
         return self.trunk(images.float() / 127.5 - 1)
 
+    def features_and_logits(
+        self, images: UInt8[Tensor, "b c h w"]
+    ) -> tuple[Float[Tensor, "b f"], Float[Tensor, "b k"]]:
+        """Features and class scores."""
+        features = self(images)
+        return features, self.head(functional.silu(features))
+
     def logits(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """Class scores."""
-        return self.head(functional.silu(self(images)))
+        return self.features_and_logits(images)[1]
 
 
 def shifted(images: Tensor, draw: torch.Generator) -> Tensor:
@@ -50,10 +62,36 @@ def shifted(images: Tensor, draw: torch.Generator) -> Tensor:
     return padded[..., top : top + images.shape[-2], left : left + images.shape[-1]]
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch compute on one thread inside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def train_classifier(
-    source: Source, *, num_classes: int, seed: int, epochs: int, batch_size: int, lr: float
+    source: Source,
+    *,
+    num_classes: int,
+    seed: int = 0,
+    epochs: int = 24,
+    batch_size: int = 64,
+    lr: float = 3e-3,
 ) -> SmallClassifier:
-    """The recipe: AdamW with a one-cycle rate on images shifted by up to a pixel; a function of its arguments."""
+    """The recipe: AdamW with a one-cycle rate on images shifted by up to a pixel; a function of its arguments, on one thread
+    because sums differ with the number of threads.
+    """
+    with one_thread():
+        return _train(source, num_classes, seed, epochs, batch_size, lr)
+
+
+def _train(
+    source: Source, num_classes: int, seed: int, epochs: int, batch_size: int, lr: float
+) -> SmallClassifier:
     images = torch.stack([source[i][0] for i in range(len(source))])
     labels = torch.tensor([source[i][1] for i in range(len(source))])
     with torch.random.fork_rng(devices=[]):
@@ -72,3 +110,10 @@ def train_classifier(
             optimizer.step()
             rate.step()
     return classifier.eval().requires_grad_(False)
+
+
+@cache
+def digits_classifier() -> tuple[SmallClassifier, int]:
+    """The classifier of the default data set, trained once a process (seconds), and the size of its images."""
+    digits = Digits(split="train")
+    return train_classifier(digits, num_classes=len(digits.class_names)), digits.images.shape[-1]

@@ -23,7 +23,7 @@ from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import require
 from consistency.training.callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
-from consistency.training.callbacks.evaluation import ClassifierEvaluation
+from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.pictures import SampleGrids
 from consistency.training.launch import is_child, one_job
 from consistency.training.logging import PatientWandbLogger
@@ -258,7 +258,7 @@ def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:
             print(f"Checkpoint: {callback.last}")
         if isinstance(callback, SampleGrids):
             print(f"Samples:    {callback.newest}")
-        if isinstance(callback, ClassifierEvaluation):
+        if isinstance(callback, Evaluation):
             print(callback.table())
     choices: Any = HydraConfig.get().runtime.choices
     first = next(iter(config.mode.samplers), None)

@@ -1,30 +1,33 @@
-"""Sample quality during a run and at its end, in the features of the small classifier."""
+"""Sample quality during a run and at its end."""
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 
+from consistency.data.source import Source
 from consistency.errors import require
-from consistency.evaluation.classifier import train_classifier
-from consistency.evaluation.quality import ClassifierQuality, Quality, stacked
+from consistency.evaluation.extractors import INCEPTION
+from consistency.evaluation.measuring import Measure, Numbered, Settings
+from consistency.evaluation.reference import batches_of
 from consistency.generation import drawn_labels, generate
+from consistency.randomness import generator
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
 from consistency.training.module import ConsistencyModule
 
-METRIC = "frechet_classifier"
 
+class Evaluation(Periodic):
+    """Measures samples of each sampler and each set of weights every n steps, and over several seeds at the end, where it
+    writes `evaluation.json`; beside the numbers of the training images and of noise where the reference is held out.
 
-class ClassifierEvaluation(Periodic):
-    """Measures as many samples as there are held-out images, for each sampler, every n steps; at the end over several
-    seeds, beside the same numbers for the training images and for noise, and writes `evaluation.json`.
-
-    samplers: by name; the first one's Fréchet distance decides about `best.ckpt`. weights: those samples are drawn with.
-    classifier: arguments of `train_classifier`. seeds: sampling seeds averaged over at the end.
+    samplers: by name; weights: the sets that samples are drawn with. A metric is called <measure>/<sampler>/<weights>, and
+    the Fréchet distance of the first ones is `monitor`. num_samples: None for as many as the reference has images.
+    batch_size: samples that a device draws and measures at once. seeds: sampling seeds, the first on the way, the mean over all
+    at the end. The rest: `consistency.evaluation.measuring.Settings`. All ranks draw and all compute.
     """
 
     def __init__(
@@ -32,69 +35,68 @@ class ClassifierEvaluation(Periodic):
         *,
         folder: str,
         samplers: Mapping[str, Sampler],
-        weights: str,
+        weights: Sequence[str],
         every_n_train_steps: int,
+        num_samples: int | None,
         batch_size: int,
-        seeds: list[int],
-        classifier: dict[str, Any],
+        seeds: Sequence[int],
+        extractor: str,
+        reference: str | None,
+        reference_features: int,
+        cache: str | None,
     ) -> None:
         super().__init__(every_n_train_steps)
-        require(bool(seeds), "at least one of callbacks.evaluation.seeds", seeds, "for example [0]")
+        for name, value in (("seeds", seeds), ("weights", weights), ("samplers", samplers)):
+            require(bool(value), f"at least one of callbacks.evaluation.{name}", value, "name one")
         self.file = Path(folder) / "evaluation.json"
-        self.samplers, self.weights = samplers, weights
-        self.batch_size, self.seeds, self.classifier = batch_size, seeds, classifier
-        self.report: dict[str, Any] = {}
-
-    @property
-    def monitor(self) -> str:
-        """The metric that decides which checkpoint is best."""
-        return f"{METRIC}/{next(iter(self.samplers))}"
+        self.samplers, self.weights, self.seeds = samplers, list(weights), list(seeds)
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.settings = Settings(
+            extractor=extractor,
+            reference=reference,
+            reference_features=reference_features,
+            cache=cache,
+            batch_size=batch_size,
+        )
+        self.report: dict[str, dict[str, float]] = {}
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ConsistencyModule)
         data = module.data
-        require(
-            data.held_out is not None and data.num_classes is not None,
-            "a data set with held-out images and classes for callbacks.evaluation",
-            "one without",
-            "switch the evaluation off with callbacks.evaluation=null",
+        held_out = data.held_out
+        self.measure: Measure = self.settings.prepare(
+            module.device,
+            train=lambda: data.train_source,
+            held_out=None if held_out is None else lambda: held_out,
+            num_workers=data.num_workers,
         )
-        assert data.held_out is not None and data.num_classes is not None
-        if trainer.is_global_zero:
-            print(
-                "Training the small classifier whose features measure the samples ...", flush=True
-            )
-        model = train_classifier(data.train_source, num_classes=data.num_classes, **self.classifier)
-        self.quality = ClassifierQuality(model, data.held_out)
+        self.count = self.num_samples or self.measure.reference.count or 0
+        require(
+            self.count > 0,
+            "callbacks.evaluation.num_samples, where the reference does not say how many images it has",
+            None,
+            "give a number",
+        )
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Tells now, not at the first picture, where there are no such weights."""
         assert isinstance(module, ConsistencyModule)
-        with module.sampling_denoiser(self.weights):
-            pass
+        for weights in self.weights:
+            with module.sampling_denoiser(weights):
+                pass
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Measures with the first seed; the end of the run has a measurement of its own."""
         if trainer.global_step < trainer.max_steps:
-            measured = {
-                n: self._measure(module, s, self.seeds[:1]) for n, s in self.samplers.items()
-            }
-            self._publish(module, measured)
+            self._measure_all(module, self.seeds[:1])
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ConsistencyModule)
-        results = {n: self._measure(module, s, self.seeds) for n, s in self.samplers.items()}
-        self._publish(module, results)
-        self.report = self._reference(trainer, module) | {
-            n: q._asdict() for n, q in results.items()
-        }
+        self.report = self._bounds(module) | self._measure_all(module, self.seeds)
         if trainer.is_global_zero:
             text = {
-                "features": "64 of the small classifier of this repository (not Inception, not FID)",
-                "reference": f"{len(self.quality.reference)} held-out images",
-                "samples": len(self.quality.reference),
+                "protocol": self.measure.protocol(self.count),
                 "seeds": self.seeds,
-                "weights": self.weights,
                 "k": module.k,
                 "results": self.report,
             }
@@ -102,60 +104,97 @@ class ClassifierEvaluation(Periodic):
 
     def table(self) -> str:
         """The final numbers as text."""
-        head = (
-            f"{'':<16}{'Fréchet':>9}{'x train':>9}{'precision':>11}{'recall':>8}"
-            "   in the small classifier's features (not FID-Inception)"
+        extractor = self.measure.extractor
+        names = list(next(iter(self.report.values())))
+        shown = [name for name in names if "_std" not in name]
+        whose = (
+            "" if extractor.name == INCEPTION else f" in the features of {extractor.name}: not FID"
         )
-        base = self.report["train_images"]["frechet"]
-        rows = [
-            f"{name:<16}{q['frechet']:>9.3f}{q['frechet'] / base:>9.2f}{q['precision']:>11.3f}{q['recall']:>8.3f}"
-            for name, q in self.report.items()
-        ]
-        return "\n".join([head, *rows])
+        lines = [f"{self.count} samples against {self.measure.reference.count} images{whose}"]
+        bound = self.report.get("train_images", {}).get(names[0])
+        times = f"{'x train':>9}" if bound else ""
+        lines.append(f"{'':<24}{times}" + "".join(f"{n:>{len(n) + 2}}" for n in shown))
+        for title, values in self.report.items():
+            times = f"{values[names[0]] / bound:>9.2f}" if bound else ""
+            cells = "".join(f"{values[name]:>{len(name) + 2}.4g}" for name in shown)
+            lines.append(f"{title:<24}{times}{cells}")
+        return "\n".join(lines)
 
-    def _publish(self, module: ConsistencyModule, results: dict[str, Quality]) -> None:
-        """Logs once, where `module.log` would repeat the value in every later row; tells the checkpoints."""
-        trainer = module.trainer
-        for name, quality in results.items():
-            values = {f"{field}_classifier/{name}": v for field, v in quality._asdict().items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=module.k)
-            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
-
-    def _share(self, trainer: L.Trainer) -> range:
-        return range(trainer.global_rank, len(self.quality.reference), trainer.world_size)
-
-    def _measure(self, module: ConsistencyModule, sampler: Sampler, seeds: list[int]) -> Quality:
-        trainer, data = module.trainer, module.data
-        indices = self._share(trainer)
-        found = []
-        with module.sampling_denoiser(self.weights) as denoiser:
-            for seed in seeds:
-                labels = drawn_labels(seed, indices, data.num_classes) if data.num_classes else None
-                shares = generate(
-                    denoiser,
-                    sampler,
-                    indices=indices,
-                    labels=labels,
-                    shape=(data.channels, data.image_size, data.image_size),
-                    seed=seed,
-                    batch_size=self.batch_size,
-                    device=module.device,
-                )
-                found.append(self.quality.measure(shares, module.device))
-        return Quality(*(sum(values) / len(found) for values in zip(*found, strict=True)))
-
-    def _reference(
-        self, trainer: L.Trainer, module: ConsistencyModule
+    def _measure_all(
+        self, module: ConsistencyModule, seeds: Sequence[int]
     ) -> dict[str, dict[str, float]]:
-        """The same numbers for the training images, which bound what can be hoped for, and for noise."""
-        train = stacked(module.data.train_source)[trainer.global_rank :: trainer.world_size]
-        draw = torch.Generator().manual_seed(self.seeds[0])
-        noise = torch.randint(256, self.quality.reference.shape, generator=draw, dtype=torch.uint8)[
-            trainer.global_rank :: trainer.world_size
-        ]
-        measured = {"train_images": train, "noise": noise}
-        return {
-            name: self.quality.measure(iter([images]), module.device)._asdict()
-            for name, images in measured.items()
-        }
+        """The measures of every sampler and set of weights, logged, told to the checkpoints, and their time printed."""
+        began = time.perf_counter()
+        trainer, found = module.trainer, {}
+        for weights in self.weights:
+            for name, sampler in self.samplers.items():
+                runs = [
+                    self.measure(self._drawn(module, weights, sampler, seed), self.count)
+                    for seed in seeds
+                ]
+                found[f"{name}/{weights}"] = {
+                    measure: sum(run[measure] for run in runs) / len(runs) for measure in runs[0]
+                }
+        seconds = time.perf_counter() - began
+        if trainer.is_global_zero:
+            samples = self.count * len(self.weights) * len(self.samplers) * len(seeds)
+            print(
+                f"Evaluation at step {module.k}: {samples:,} samples in {seconds:.1f} s", flush=True
+            )
+        values = {
+            f"{measure}/{title}": value
+            for title, measures in found.items()
+            for measure, value in measures.items()
+        } | {"evaluation_seconds": seconds}
+        # Logged once, where `module.log` would repeat the value in every later row.
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=module.k)
+        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
+        return found
+
+    def _drawn(
+        self, module: ConsistencyModule, weights: str, sampler: Sampler, seed: int
+    ) -> Iterator[Numbered]:
+        """This rank's share of the samples."""
+        data, indices = module.data, self._share(module, self.count)
+        labels = None if data.num_classes is None else drawn_labels(seed, indices, data.num_classes)
+        with module.sampling_denoiser(weights) as denoiser:
+            batches = generate(
+                denoiser,
+                sampler,
+                indices=indices,
+                labels=labels,
+                shape=(data.channels, data.image_size, data.image_size),
+                seed=seed,
+                batch_size=self.batch_size,
+                device=module.device,
+            )
+            for first, images in zip(range(0, len(indices), self.batch_size), batches, strict=True):
+                yield indices[first : first + self.batch_size], images
+
+    @staticmethod
+    def _share(module: ConsistencyModule, count: int) -> range:
+        return range(module.trainer.global_rank, count, module.trainer.world_size)
+
+    def _bounds(self, module: ConsistencyModule) -> dict[str, dict[str, float]]:
+        """The same numbers for the training images, which bound what can be hoped for, and for noise; nothing where the
+        reference is the training images themselves.
+        """
+        reference = self.measure.reference
+        if reference.protocol["reference"].get("set") != "held_out":
+            return {}
+        train: Source = module.data.train_source
+        share = self._share(module, len(train))
+        images = batches_of(train, share, self.batch_size, module.data.num_workers, "Train images")
+        found = {"train_images": self.measure(images, len(train))}
+        found["noise"] = self.measure(self._noise(module), self.count)
+        return found
+
+    def _noise(self, module: ConsistencyModule) -> Iterator[Numbered]:
+        data, share = module.data, self._share(module, self.count)
+        shape = (data.channels, data.image_size, data.image_size)
+        for first in range(0, len(share), self.batch_size):
+            numbers = share[first : first + self.batch_size]
+            draws = (generator(self.seeds[0], "noise_image", number) for number in numbers)
+            images = [torch.randint(256, shape, generator=d, dtype=torch.uint8) for d in draws]
+            yield numbers, torch.stack(images)

@@ -82,7 +82,7 @@ class SampleGrids(Periodic):
                     device=module.device,
                 )
                 caption = f"{name.replace('_', ' ')}, step {module.k}"
-                panels.append((caption, pictures.grid(torch.cat(list(batches)), columns)))
+                panels.append((caption, pictures.grid(torch.cat(list(batches)).cpu(), columns)))
         sheet = pictures.side_by_side(panels)
         self.folder.mkdir(parents=True, exist_ok=True)
         sheet.save(self.folder / f"step_{module.k:08d}.png")

@@ -1,0 +1,282 @@
+"""The command that measures samples: FID, inception score, KID, precision and recall, on any number of devices."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from jaxtyping import UInt8
+from lightning.fabric import Fabric
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from consistency.checkpoint import Loaded, fingerprint, load, weight_names
+from consistency.command import require_fresh
+from consistency.data.decoding import MODES
+from consistency.data.encoded import to_tensor
+from consistency.data.given import files_at, read_picture
+from consistency.data.held import kept
+from consistency.data.source import Source
+from consistency.errors import require
+from consistency.evaluation.measuring import Measure, Numbered, Settings
+from consistency.evaluation.ranks import place
+from consistency.generation import generate, labels_of
+from consistency.sampling import (
+    bound_sampler,
+    chosen_device,
+    in_precision,
+    plain,
+    require_devices,
+    require_suited,
+)
+from consistency.training.launch import is_child, one_job
+from consistency.training.run import quiet
+
+
+def evaluate(config: DictConfig, output: Path) -> None:
+    """Measures config.num_samples samples of every sampler and every set of weights, or images already drawn, against a
+    data set; writes evaluation.json and evaluation.md into `output`, and to the loggers.
+    """
+    quiet()
+    if not is_child():
+        require_fresh(output)
+    for name in ("num_samples", "batch_size", "devices", "num_nodes"):
+        require(config[name] >= 1, f"{name} >= 1", config[name], "give a positive number")
+    require(
+        (config.checkpoint is None) != (config.samples is None),
+        "checkpoint=<run or file> to draw from, or samples=<folder or .npz> that are there",
+        "neither" if config.checkpoint is None else "both",
+        "give one of them",
+    )
+    device = chosen_device(config.device)
+    require_devices(config, device)
+    several = config.devices * config.num_nodes > 1
+    with one_job():
+        fabric = Fabric(
+            accelerator=device.type,
+            devices=[device.index] if device.index is not None else config.devices,
+            num_nodes=config.num_nodes,
+            strategy="ddp" if several else "auto",
+        )
+        fabric.launch()
+        if several and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.devices))
+        _evaluate(config, fabric.device, output)
+
+
+def _evaluate(config: DictConfig, device: torch.device, output: Path) -> None:
+    names = [] if config.samples else chosen_weights(config)
+    first = load(config.checkpoint, weights=names[0], role=config.role) if names else None
+    data, settings = config.data, Settings(**config.evaluation, batch_size=config.batch_size)
+    wanted = first.shape if first else (data.channels, data.image_size, data.image_size)
+
+    def train() -> Source:
+        return fitting(kept(instantiate(data.source, _partial_=True), data.in_memory)(), wanted)
+
+    def held_out() -> Source:
+        return fitting(instantiate(data.held_out), wanted)
+
+    measure = settings.prepare(
+        device,
+        train=train,
+        held_out=held_out if data.held_out else None,
+        num_workers=data.num_workers,
+    )
+    if config.export is not None and place()[0] == 0:
+        measure.reference.write(Path(config.export).expanduser())
+    report = Report(config, measure, output)
+    if first is None:
+        images = given_samples(config.samples, data.channels, config.num_samples)
+        rank, ranks = place()
+        shares = parts(range(rank, config.num_samples, ranks), config.batch_size)
+        batches = ((numbers, images[list(numbers)]) for numbers in shares)
+        report.add({"samples": config.samples}, measure(batches, config.num_samples))
+        report.end()
+        return
+    for name in names:
+        loaded = load(config.checkpoint, weights=name, role=config.role)
+        loaded.denoiser.to(device)
+        for title, node in config.samplers.items():
+            drawing = Drawing(config, loaded, node, measure, device)
+            found = measure(drawing.batches(f"{title}, {name}"), config.num_samples)
+            report.add({"sampler": title, "weights": name, "nfe": drawing.nfe}, found)
+    report.end()
+
+
+def chosen_weights(config: DictConfig) -> list[str]:
+    """The sets of weights to measure: those asked for, or all that the checkpoint holds."""
+    asked = config.weights
+    if asked is None:
+        return weight_names(config.checkpoint)
+    return list(asked) if isinstance(asked, ListConfig) else [asked]
+
+
+def fitting(source: Source, shape: Sequence[int]) -> Source:
+    """The source, whose images have to be of that shape."""
+    found = tuple(source[0][0].shape)
+    require(
+        found == tuple(shape),
+        f"data of the samples' shape {tuple(shape)}",
+        f"images of shape {found}",
+        "choose data= and data.image_size, data.channels as the model was trained",
+    )
+    return source
+
+
+def parts(indices: range, size: int) -> list[range]:
+    """The indices in runs of `size`, the last one shorter."""
+    return [indices[first : first + size] for first in range(0, len(indices), size)]
+
+
+def given_samples(path: str, channels: int, count: int) -> UInt8[Tensor, "n c h w"]:
+    """The first `count` images of a folder, by name, or of the arr_0 (n, h, w, c) of an .npz."""
+    place = Path(path).expanduser()
+    if place.suffix == ".npz" and place.is_file():
+        try:
+            with np.load(place, allow_pickle=False) as arrays:
+                pixels = arrays["arr_0"]
+        except Exception as error:  # damaged files fail in any way
+            pixels = np.empty(0)
+            reason = str(error)[:200]
+        else:
+            reason = f"an array of {pixels.dtype} of shape {pixels.shape}"
+        require(
+            pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] in MODES,
+            f"an .npz with arr_0, uint8 of shape (n, h, w, 1 or 3), in samples={path}",
+            reason,
+            "write samples as src/sample.py does",
+        )
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    else:
+        files = files_at(path)[:count]
+        shown = tqdm(files, desc="Reading", unit="image", disable=len(files) < 1000)
+        pictures = [to_tensor(read_picture(file, MODES[channels])) for file in shown]
+        shapes = {tuple(picture.shape) for picture in pictures}
+        require(
+            len(shapes) == 1,
+            f"images of one size in samples={path}",
+            f"{len(shapes)} shapes, {' and '.join(map(str, sorted(shapes)[:2]))} among them",
+            "give samples as they were drawn",
+        )
+        images = torch.stack(pictures)
+    require(
+        len(images) >= count,
+        f"num_samples={count} images in samples={path}",
+        f"{len(images)} images",
+        f"say num_samples={len(images)}, or draw more: a measure depends on the number",
+    )
+    return images[:count]
+
+
+class Drawing:
+    """The samples of one sampler and one set of weights: this rank's share, with its time and NFE counted."""
+
+    def __init__(
+        self,
+        config: DictConfig,
+        loaded: Loaded,
+        node: DictConfig,
+        measure: Measure,
+        device: torch.device,
+    ) -> None:
+        self.config, self.loaded, self.device = config, loaded, device
+        self.sampler = bound_sampler(node, config, loaded)
+        require_suited(self.sampler, loaded, force=config.force)
+        self.denoise = measure.clock.timed(
+            "network", in_precision(loaded, config.precision, device), device
+        )
+        self.calls = self.drawn = 0
+
+    @property
+    def nfe(self) -> float:
+        """Evaluations of the network for a sample."""
+        return self.calls / max(1, self.drawn)
+
+    def batches(self, title: str) -> Iterator[Numbered]:
+        """This rank's samples, with their numbers."""
+        config, (rank, ranks) = self.config, place()
+        mine = range(rank, config.num_samples, ranks)
+        images = generate(
+            self._counted,
+            self.sampler,
+            indices=mine,
+            labels=labels_of(plain(config.labels), config.seed, mine, self.loaded.card),
+            shape=self.loaded.shape,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            device=self.device,
+        )
+        shares = parts(mine, config.batch_size)
+        shown = tqdm(shares, desc=title, unit="batch", disable=rank > 0 or len(shares) < 2)
+        for numbers, batch in zip(shown, images, strict=True):
+            self.drawn += len(numbers)
+            yield numbers, batch
+
+    def _counted(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        self.calls += len(x_t)
+        return self.denoise(x_t, t, label)
+
+
+class Report:
+    """What was measured, on the screen, in files and to the loggers; written anew after each result."""
+
+    def __init__(self, config: DictConfig, measure: Measure, output: Path) -> None:
+        self.measure, self.output = measure, output
+        self.head: dict[str, Any] = {"seed": config.seed, "precision": config.precision}
+        self.results: list[dict[str, Any]] = []
+        self.loggers: list[Any] = []
+        measure.clock.read()
+        if place()[0] > 0:
+            return
+        output.mkdir(parents=True, exist_ok=True)
+        if config.checkpoint is not None:
+            loaded = load(config.checkpoint, weights=chosen_weights(config)[0], role=config.role)
+            self.head |= {"checkpoint": str(loaded.path), "sha256": fingerprint(loaded.path)}
+        self.head["protocol"] = measure.protocol(config.num_samples)
+        self.loggers = [instantiate(node) for node in config.logger.values() if node]
+        for logger in self.loggers:
+            logger.log_hyperparams(
+                {"evaluation": self.head, "config": OmegaConf.to_container(config, resolve=True)}
+            )
+
+    def add(self, what: Mapping[str, Any], found: Mapping[str, float]) -> None:
+        """Takes in one result."""
+        seconds = self.measure.clock.read()
+        self.results.append({**what, **found, "seconds": seconds})
+        if place()[0] > 0:
+            return
+        text = json.dumps({**self.head, "results": self.results}, indent=2)
+        (self.output / "evaluation.json").write_text(text + "\n")
+        (self.output / "evaluation.md").write_text(self.table())
+        outside = seconds["total"] - seconds.get("network", 0) - seconds["extractor"]
+        print(
+            f"{seconds['total']:.1f} s: {seconds.get('network', 0):.1f} s drawing network, {seconds['extractor']:.1f} s "
+            f"extractor, {outside:.1f} s ({outside / seconds['total']:.1%}) all else",
+            flush=True,
+        )
+        place_of = "/".join(str(what[name]) for name in ("sampler", "weights") if name in what)
+        for logger in self.loggers:
+            logger.log_metrics({f"{n}/{place_of or 'samples'}": v for n, v in found.items()}, 0)
+
+    def table(self) -> str:
+        """The results as a table, and the protocol under it."""
+        names = [name for name in self.results[0] if name != "seconds"]
+        lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+        for result in self.results:
+            cells = [v if isinstance(v, str) else f"{v:.5g}" for v in (result[n] for n in names)]
+            lines.append(f"| {' | '.join(cells)} |")
+        protocol = (f"- {name}: {value}" for name, value in self.head["protocol"].items())
+        return "\n".join([*lines, "", *protocol, ""])
+
+    def end(self) -> None:
+        """Prints the table and closes the loggers."""
+        if place()[0] > 0:
+            return
+        print(f"\n{self.table()}\nWritten: {self.output / 'evaluation.json'}")
+        for logger in self.loggers:
+            logger.finalize("success")

@@ -1,0 +1,7 @@
+"""Measures samples: `python src/evaluate.py checkpoint=<run or file> data=cifar10`; conf/evaluate.yaml has the options."""
+
+from consistency.command import command
+from consistency.evaluating import evaluate
+
+if __name__ == "__main__":
+    command("evaluate")(evaluate)()
