@@ -58,13 +58,19 @@ def test_two_processes_train_inside_a_sweep(process: Run, tmp_path: Path) -> Non
 
 
 def test_two_processes_measure_as_one(process: Run, tmp_path: Path) -> None:
-    """The reference numbers, of images that no network made, do not depend on the number of processes."""
+    """Nobody waits for anybody, with two sets of weights and uneven shares, and numbers of images that no network made do
+    not depend on the number of processes.
+    """
     tiny = [a for a in TWO if "evaluation=null" not in a and "probe" not in a]
     short = [
         "callbacks.evaluation.seeds=[0]",
         "callbacks.evaluation.batch_size=449",
         "callbacks.checkpoint.monitor=frechet_classifier/one_step/ema",
-        "trainer.max_steps=1",
+        "callbacks.evaluation.weights=[ema,online]",
+        "callbacks.evaluation.num_samples=101",
+        "callbacks.evaluation.every_n_train_steps=1",
+        "callbacks.checkpoint.every_n_train_steps=1",
+        "trainer.max_steps=2",
     ]
     found = []
     for devices in (1, 2):
@@ -72,6 +78,16 @@ def test_two_processes_measure_as_one(process: Run, tmp_path: Path) -> None:
         outcome = process("train", *tiny, *short, f"trainer.devices={devices}", f"output={run}")
         assert outcome.status == 0, outcome.err
         found.append(json.loads((run / "evaluation.json").read_text())["results"])
+        assert (run / "checkpoints" / "best.ckpt").is_file()
+        assert outcome.out.count("Evaluation at step") == 2
+        assert set(found[-1]) == {
+            "train_images",
+            "noise",
+            "one_step/ema",
+            "two_steps/ema",
+            "one_step/online",
+            "two_steps/online",
+        }
     for name in ("train_images", "noise"):
         for field, value in found[0][name].items():
             assert found[1][name][field] == pytest.approx(value, rel=1e-6), (name, field)

@@ -33,6 +33,37 @@ def records(file: Path) -> Iterator[Any]:
             yield record
 
 
+def contents(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The logged rows and the config of a .wandb file."""
+    rows: list[dict[str, Any]] = []
+    config: dict[str, Any] = {}
+    for record in records(file):
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+        for update in (*record.run.config.update, *record.config.update):
+            config["/".join(update.nested_key) or update.key] = json.loads(update.value_json)
+    return rows, config
+
+
+def test_an_evaluation_is_in_wandb(
+    verb: Run, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    output = tmp_path / "out"
+    given = ["num_samples=16", "samplers=[onestep]", "weights=[online,ema]", "evaluation.extractor=classifier"]  # fmt: skip
+    cache = f"evaluation.cache={tmp_path / 'cache'}"
+    outcome = verb("evaluate", f"checkpoint={trained['ect']}", *given, cache, f"output={output}")
+    assert outcome.status == 0, outcome.err
+    (file,) = output.glob("wandb/offline-run-*/run-*.wandb")
+    rows, config = contents(file)
+    logged = {name: value for row in rows for name, value in row.items()}
+    for result in json.loads((output / "evaluation.json").read_text())["results"]:
+        name = f"frechet_classifier/onestep/{result['weights']}"
+        assert logged[name] == pytest.approx(result["frechet_classifier"], rel=1e-6)
+    assert config["evaluation"]["protocol"]["samples"] == 16
+
+
 def test_a_run_without_account_is_complete_and_offline(
     verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,14 +76,7 @@ def test_a_run_without_account_is_complete_and_offline(
     assert outcome.status == 0, outcome.err
     (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
     assert f"wandb sync {file.parent}" in outcome.out
-    rows: list[dict[str, Any]] = []
-    config: dict[str, Any] = {}
-    for record in records(file):
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
-        for update in (*record.run.config.update, *record.config.update):
-            config["/".join(update.nested_key) or update.key] = json.loads(update.value_json)
+    rows, config = contents(file)
     logged = {name for row in rows for name in row}
     expected = {"N", "mu", "train/loss", "train/gradient_norm", "train/learning_rate"}
     expected |= {"images_per_second", *(f"train/loss_noise_quartile_{q}" for q in (1, 2, 3, 4))}
