@@ -65,7 +65,7 @@ def test_two_processes_measure_as_one(process: Run, tmp_path: Path) -> None:
     short = [
         "callbacks.evaluation.seeds=[0]",
         "callbacks.evaluation.batch_size=449",
-        "callbacks.checkpoint.monitor=frechet_classifier/one_step/ema",
+        "callbacks.checkpoint.monitor=auto",
         "callbacks.evaluation.weights=[ema,online]",
         "callbacks.evaluation.num_samples=101",
         "callbacks.evaluation.every_n_train_steps=1",

@@ -1,6 +1,7 @@
 """Training as a whole: what a run leaves, that it can be repeated, and that every mode gives samples."""
 
 import csv
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,26 @@ def test_the_best_checkpoint_has_the_lowest_measured_distance(verb: Run, tmp_pat
     assert saved == pytest.approx(min(found.values()), rel=1e-6)
     assert "in the features of classifier: not FID" in outcome.out
     assert "Evaluation at step 1: 1,796 samples in " in outcome.out
+
+
+def test_without_inceptions_weights_a_run_goes_on_with_the_small_classifier(
+    verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no network in tests")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    run = tmp_path / "run"
+    tiny = [a for a in TINY if a not in ("callbacks.evaluation=null", "callbacks.checkpoint.monitor=null")]  # fmt: skip
+    given = ["evaluation@callbacks.evaluation=inception", "callbacks.evaluation.num_samples=20", "trainer.max_steps=1"]  # fmt: skip
+    outcome = verb(
+        "train", *tiny, *given, f"callbacks.evaluation.cache={tmp_path}", f"output={run}"
+    )
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.count("No FID") == 1
+    assert (run / "checkpoints" / "best.ckpt").is_file()
+    assert any("frechet_classifier/two_steps/ema" in row for row in rows(run))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(verb: Run, tmp_path: Path) -> None:

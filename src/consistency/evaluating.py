@@ -24,7 +24,7 @@ from consistency.data.held import kept
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.measuring import Measure, Numbered, Settings
-from consistency.evaluation.ranks import place
+from consistency.evaluation.ranks import batches, place
 from consistency.generation import generate, labels_of
 from consistency.sampling import (
     bound_sampler,
@@ -92,10 +92,9 @@ def _evaluate(config: DictConfig, device: torch.device, output: Path) -> None:
     report = Report(config, measure, output)
     if first is None:
         images = given_samples(config.samples, data.channels, config.num_samples)
-        rank, ranks = place()
-        shares = parts(range(rank, config.num_samples, ranks), config.batch_size)
-        batches = ((numbers, images[list(numbers)]) for numbers in shares)
-        report.add({"samples": config.samples}, measure(batches, config.num_samples))
+        shares = batches(config.num_samples, config.batch_size)
+        numbered = ((numbers, images[numbers.start : numbers.stop]) for numbers in shares)
+        report.add({"samples": config.samples}, measure(numbered, config.num_samples))
         report.end()
         return
     for name in names:
@@ -126,11 +125,6 @@ def fitting(source: Source, shape: Sequence[int]) -> Source:
         "choose data= and data.image_size, data.channels as the model was trained",
     )
     return source
-
-
-def parts(indices: range, size: int) -> list[range]:
-    """The indices in runs of `size`, the last one shorter."""
-    return [indices[first : first + size] for first in range(0, len(indices), size)]
 
 
 def given_samples(path: str, channels: int, count: int) -> UInt8[Tensor, "n c h w"]:
@@ -199,23 +193,22 @@ class Drawing:
 
     def batches(self, title: str) -> Iterator[Numbered]:
         """This rank's samples, with their numbers."""
-        config, (rank, ranks) = self.config, place()
-        mine = range(rank, config.num_samples, ranks)
-        images = generate(
-            self._counted,
-            self.sampler,
-            indices=mine,
-            labels=labels_of(plain(config.labels), config.seed, mine, self.loaded.card),
-            shape=self.loaded.shape,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            device=self.device,
-        )
-        shares = parts(mine, config.batch_size)
-        shown = tqdm(shares, desc=title, unit="batch", disable=rank > 0 or len(shares) < 2)
-        for numbers, batch in zip(shown, images, strict=True):
+        config, card = self.config, self.loaded.card
+        shares = batches(config.num_samples, config.batch_size)
+        hidden = place()[0] > 0 or len(shares) < 2
+        for numbers in tqdm(shares, desc=title, unit="batch", disable=hidden):
+            (images,) = generate(
+                self._counted,
+                self.sampler,
+                indices=numbers,
+                labels=labels_of(plain(config.labels), config.seed, numbers, card),
+                shape=self.loaded.shape,
+                seed=config.seed,
+                batch_size=len(numbers),
+                device=self.device,
+            )
             self.drawn += len(numbers)
-            yield numbers, batch
+            yield numbers, images
 
     def _counted(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         self.calls += len(x_t)

@@ -15,7 +15,7 @@ from consistency.errors import require
 from consistency.grids import KarrasGrid
 from consistency.randomness import SampleNoise, generator
 from consistency.samplers import Sampler, heun, multistep, trigflow_multistep
-from consistency.tensors import Data, Denoise, Label
+from consistency.tensors import Data, Denoise, Label, sent
 
 
 def drawn_labels(seed: int, indices: Sequence[int], num_classes: int) -> Int[Tensor, "n"]:
@@ -93,7 +93,7 @@ def generate(
     for first in range(0, len(indices), batch_size):
         chosen = slice(first, first + batch_size)
         noise = SampleNoise(seed, indices[chosen], shape, device)
-        label = None if labels is None else labels[chosen].to(device)
+        label = None if labels is None else sent(labels[chosen], device)
         with torch.inference_mode():
             yield quantised(sampler(denoise, noise, label))
 

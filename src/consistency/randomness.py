@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from consistency.tensors import Data
+from consistency.tensors import Data, sent
 
 
 def key(seed: int, purpose: str, *place: int) -> int:
@@ -44,7 +44,7 @@ class SampleNoise:
 
     def __call__(self) -> Data:
         draws = [torch.randn(self.shape, generator=each) for each in self.generators]
-        return torch.stack(draws).to(self.device)
+        return sent(torch.stack(draws), self.device)
 
 
 @contextmanager

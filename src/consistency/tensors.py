@@ -5,6 +5,7 @@ Under the variance-exploding process sigma(t) = t, so the "sigma" of Karras et a
 
 from typing import Protocol, TypeAlias, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -43,3 +44,10 @@ def broadcast_time(per_sample: Shaped[Tensor, "b"], x: Data) -> Shaped[Tensor, "
             f"{tuple(x.shape)}; got shape {tuple(per_sample.shape)}"
         )
     return per_sample[:, None, None, None]
+
+
+def sent(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on `device`; a GPU is not waited for, whatever it is doing."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

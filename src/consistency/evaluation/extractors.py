@@ -67,6 +67,16 @@ class Extractor(nn.Module):
             "resize": resize,
         }
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.parameters()).device
+
+    @property
+    def summing(self) -> torch.device:
+        """Where statistics are summed: on the device, unless that has no float64."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
     def train(self, mode: bool = True) -> "Extractor":
         """Stays in eval mode."""
         return super().train(False)

@@ -33,6 +33,7 @@ from consistency.evaluation.extractors import (
 from consistency.evaluation.ranks import gathered, place, tell
 from consistency.evaluation.reference import Reference, read_reference, reference_of
 from consistency.formats.released import cache
+from consistency.tensors import sent
 
 NEIGHBOURHOOD = 3
 """k of precision and recall [Kynkäänniemi et al. 2019, arXiv:1904.06991]."""
@@ -95,11 +96,6 @@ class Measure:
         self.extractor, self.reference = extractor, reference
         self.clock = Clock()
 
-    @property
-    def device(self) -> torch.device:
-        """Where the extractor is."""
-        return next(self.extractor.parameters()).device
-
     def __call__(self, batches: Iterable[Numbered], count: int) -> dict[str, float]:
         """The measures, by name, of samples number 0 ... count-1, each of which one rank gives, once.
 
@@ -112,15 +108,18 @@ class Measure:
             count,
             "ask for more",
         )
-        device = self.device
-        frechet, everything = FrechetDistance(self.reference).to(device), Gathered().to(device)
+        device, summing = self.extractor.device, self.extractor.summing
+        frechet, everything = FrechetDistance(self.reference).to(summing), Gathered().to(summing)
         with torch.inference_mode():
             for numbers, images in batches:
                 with self.clock.running("extractor", device):
-                    features, logits = self.extractor(images.to(device))
+                    features, logits = self.extractor(sent(images, device))
+                features = features.to(summing)
                 frechet.update(features.double(), real=False)
                 scores = features.new_empty(len(features), 0) if logits is None else logits
-                everything.update(torch.tensor(numbers, device=device), features, scores)
+                everything.update(
+                    sent(torch.tensor(numbers), summing), features, scores.to(summing)
+                )
             order, features, scores = everything.compute()
             require(
                 order.tolist() == list(range(count)),
@@ -132,8 +131,8 @@ class Measure:
             found |= class_score(scores) if scores.shape[1] else {}
             kept = self.reference.features
             if kept is not None and len(kept) >= FEWEST:
-                found |= kernel_distance(features, kept.to(device))
-                found |= precision_recall(features, kept.to(device))
+                found |= kernel_distance(features, kept.to(summing))
+                found |= precision_recall(features, kept.to(summing))
         return {self.extractor.named(name): value for name, value in found.items()}
 
     def protocol(self, count: int) -> dict[str, Any]:

@@ -24,6 +24,17 @@ def gathered(value: T) -> list[T]:
     return found
 
 
+def batches(count: int, size: int) -> list[range]:
+    """This rank's share of the numbers below `count`, in batches of at most `size`.
+
+    Batches are the same whatever the number of ranks, as long as there are enough of them: so are then the roundings
+    that depend on what stands together in a batch.
+    """
+    rank, ranks = place()
+    size = max(1, min(size, count // ranks))
+    return [range(first, min(first + size, count)) for first in range(0, count, size)][rank::ranks]
+
+
 def tell(line: str) -> None:
     """Prints a line once."""
     if place()[0] == 0:

@@ -24,7 +24,8 @@ from consistency.data.module import WholeBatches
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION, Extractor
-from consistency.evaluation.ranks import gathered, place, tell
+from consistency.evaluation.ranks import batches, gathered, place, tell
+from consistency.tensors import sent
 
 PIXELS = 10_000
 """Images whose pixels enter the key of a data set; all that it knows of its files enter beside."""
@@ -137,9 +138,8 @@ def require_same(said: dict[str, Any], wanted: dict[str, Any], path: Path) -> No
 
 def features_of(images: UInt8[Tensor, "n c h w"], extractor: Extractor) -> Float[Tensor, "n f"]:
     """Features of images in memory."""
-    device = next(extractor.parameters()).device
     with torch.inference_mode():
-        parts = [extractor(part.to(device)).features.cpu() for part in images.split(64)]
+        parts = [extractor(part.to(extractor.device)).features.cpu() for part in images.split(64)]
     return torch.cat(parts)
 
 
@@ -196,7 +196,13 @@ def reference_of(
     described: what its protocol says of the images; most_features: images, evenly spread, whose features are kept.
     """
     count, shape = len(source), tuple(source[0][0].shape)
-    require(count >= 2, "a reference of at least two images", count, "add images")
+    fewest = max(2, place()[1])
+    require(
+        count >= fewest,
+        f"a reference of at least {fewest} images, one a process",
+        count,
+        "add images",
+    )
     kept = spread(count, most_features)
     reference = {**described, "shape": list(shape), "images": count, "features": len(kept),
                  "content": content_key(source)}  # fmt: skip
@@ -207,24 +213,21 @@ def reference_of(
         found = read_reference(path, extractor)
         require_same(found.protocol, protocol, path)
         return found
-    device = next(extractor.parameters()).device
-    rank, ranks = place()
-    mine = range(rank, count, ranks)
+    device, summing = extractor.device, extractor.summing
     moments, chosen = None, set(kept)
     with torch.inference_mode():
-        for numbers, images in batches_of(source, mine, batch_size, num_workers, "Reference"):
-            features = extractor(images.to(device)).features
-            if moments is None:
-                moments = Moments(features.shape[1]).to(device)
-            flags = torch.tensor([number in chosen for number in numbers], device=device)
-            moments.update(features, torch.tensor(numbers, device=device), flags)
+        for numbers, images in images_of(source, batch_size, num_workers, "Reference"):
+            features = extractor(sent(images, device)).features.to(summing)
+            moments = moments or Moments(features.shape[1]).to(summing)
+            flags = torch.tensor([number in chosen for number in numbers])
+            moments.update(features, sent(torch.tensor(numbers), summing), sent(flags, summing))
         assert moments is not None
         mu, sigma, total, features = moments.compute()
     assert total == count and len(features) == len(kept)
     found = Reference(mu, sigma, count, features, protocol)
-    if rank == 0:
+    if place()[0] == 0:
         found.write(path)
-        print(f"Reference of {count:,} images kept in {path}", flush=True)
+    tell(f"Reference of {count:,} images kept in {path}")
     return found
 
 
@@ -234,13 +237,16 @@ def spread(count: int, most: int) -> list[int]:
     return [i * count // most for i in range(most)]
 
 
-def batches_of(
-    source: Source, indices: Sequence[int], batch_size: int, num_workers: int, title: str
-) -> Iterator[tuple[Sequence[int], UInt8[Tensor, "b c h w"]]]:
-    """(numbers, images) of a source."""
-    parts = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+def images_of(
+    source: Source, batch_size: int, num_workers: int, title: str
+) -> Iterator[tuple[Sequence[int], UInt8[Tensor, "_b c h w"]]]:
+    """This rank's share of a source: (numbers, images)."""
+    parts = batches(len(source), batch_size)
     loader = DataLoader(
-        WholeBatches(source), sampler=parts, batch_size=None, num_workers=num_workers
+        WholeBatches(source),
+        sampler=[list(part) for part in parts],
+        batch_size=None,
+        num_workers=num_workers,
     )
     images = (batch for batch, _ in loader)
     shown = tqdm(parts, desc=title, unit="batch", disable=place()[0] > 0 or len(parts) < 2)

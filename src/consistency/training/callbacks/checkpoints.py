@@ -9,6 +9,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from consistency import checkpoint
+from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import Periodic
 from consistency.training.module import ConsistencyModule
 
@@ -24,13 +25,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 class RunCheckpoints(Periodic, Checkpoint):
     """Writes `last.ckpt` every n optimizer steps and at the end, keeps the one before as `previous.ckpt`, and the one
-    with the lowest `monitor` as `best.ckpt` (none where nothing is monitored).
+    with the lowest `monitor` as `best.ckpt` (none where nothing is monitored). monitor: a metric, "auto" for the one that the
+    evaluation of the run names, if there is an evaluation, or None.
     """
 
     def __init__(self, *, folder: str, every_n_train_steps: int, monitor: str | None) -> None:
         super().__init__(every_n_train_steps)
         self.folder, self.monitor = Path(folder), monitor
         self.best_value = float("inf")
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.monitor == "auto":
+            named = [c.monitor for c in trainer.callbacks if isinstance(c, Evaluation)]  # type: ignore[attr-defined]
+            self.monitor = next(iter(named), None)
 
     @property
     def last(self) -> Path:

@@ -12,7 +12,8 @@ from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION
 from consistency.evaluation.measuring import Measure, Numbered, Settings
-from consistency.evaluation.reference import batches_of
+from consistency.evaluation.ranks import batches
+from consistency.evaluation.reference import images_of
 from consistency.generation import drawn_labels, generate
 from consistency.randomness import generator
 from consistency.samplers import Sampler
@@ -59,6 +60,12 @@ class Evaluation(Periodic):
             batch_size=batch_size,
         )
         self.report: dict[str, dict[str, float]] = {}
+
+    @property
+    def monitor(self) -> str:
+        """The metric that decides which checkpoint is best."""
+        extractor = self.measure.extractor
+        return f"{extractor.named('frechet')}/{next(iter(self.samplers))}/{self.weights[0]}"
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ConsistencyModule)
@@ -156,25 +163,20 @@ class Evaluation(Periodic):
         self, module: ConsistencyModule, weights: str, sampler: Sampler, seed: int
     ) -> Iterator[Numbered]:
         """This rank's share of the samples."""
-        data, indices = module.data, self._share(module, self.count)
-        labels = None if data.num_classes is None else drawn_labels(seed, indices, data.num_classes)
+        data, classes = module.data, module.data.num_classes
         with module.sampling_denoiser(weights) as denoiser:
-            batches = generate(
-                denoiser,
-                sampler,
-                indices=indices,
-                labels=labels,
-                shape=(data.channels, data.image_size, data.image_size),
-                seed=seed,
-                batch_size=self.batch_size,
-                device=module.device,
-            )
-            for first, images in zip(range(0, len(indices), self.batch_size), batches, strict=True):
-                yield indices[first : first + self.batch_size], images
-
-    @staticmethod
-    def _share(module: ConsistencyModule, count: int) -> range:
-        return range(module.trainer.global_rank, count, module.trainer.world_size)
+            for numbers in batches(self.count, self.batch_size):
+                (images,) = generate(
+                    denoiser,
+                    sampler,
+                    indices=numbers,
+                    labels=None if classes is None else drawn_labels(seed, numbers, classes),
+                    shape=(data.channels, data.image_size, data.image_size),
+                    seed=seed,
+                    batch_size=len(numbers),
+                    device=module.device,
+                )
+                yield numbers, images
 
     def _bounds(self, module: ConsistencyModule) -> dict[str, dict[str, float]]:
         """The same numbers for the training images, which bound what can be hoped for, and for noise; nothing where the
@@ -184,17 +186,15 @@ class Evaluation(Periodic):
         if reference.protocol["reference"].get("set") != "held_out":
             return {}
         train: Source = module.data.train_source
-        share = self._share(module, len(train))
-        images = batches_of(train, share, self.batch_size, module.data.num_workers, "Train images")
+        images = images_of(train, self.batch_size, module.data.num_workers, "Train images")
         found = {"train_images": self.measure(images, len(train))}
         found["noise"] = self.measure(self._noise(module), self.count)
         return found
 
     def _noise(self, module: ConsistencyModule) -> Iterator[Numbered]:
-        data, share = module.data, self._share(module, self.count)
+        data = module.data
         shape = (data.channels, data.image_size, data.image_size)
-        for first in range(0, len(share), self.batch_size):
-            numbers = share[first : first + self.batch_size]
+        for numbers in batches(self.count, self.batch_size):
             draws = (generator(self.seeds[0], "noise_image", number) for number in numbers)
             images = [torch.randint(256, shape, generator=d, dtype=torch.uint8) for d in draws]
             yield numbers, torch.stack(images)
