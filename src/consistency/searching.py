@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from hydra.utils import instantiate
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
@@ -27,11 +28,10 @@ from consistency.grids import KarrasGrid
 from consistency.samplers import multistep
 from consistency.sampling import chosen_device, searched_path
 from consistency.timepoints import Found, ternary_search
+from consistency.trusted import require_trusted
 
 SIGNS = {"frechet": 1, "precision": -1, "recall": -1}
 """The metrics, and with which sign the smallest value is the best."""
-
-SOURCES = "consistency.data."
 
 
 def search(config: DictConfig, output: Path) -> None:
@@ -105,11 +105,16 @@ def quality_of(path: Path) -> ClassifierQuality:
         "one that says nothing of held-out images and classifier",
         "train with callbacks.evaluation, as data=digits does",
     )
-    train: Source = checkpoint.build(data["source"], SOURCES, object)
-    held_out: Source = checkpoint.build(data["held_out"], SOURCES, object)
+    require_trusted(config, path)
+    train, held_out = (_local(data[name]) for name in ("source", "held_out"))
     print("Training the small classifier whose features measure the samples ...", flush=True)
     model = train_classifier(train, num_classes=data["num_classes"], **evaluation["classifier"])
     return ClassifierQuality(model, held_out)
+
+
+def _local(node: dict[str, Any]) -> Source:
+    """A source of the run, from what is on this machine: a checkpoint from elsewhere has nothing fetched."""
+    return instantiate({**node, **({"download": False} if "download" in node else {})})
 
 
 # ------------------------------------------------------------------------ drawing, on several devices
