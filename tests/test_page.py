@@ -58,7 +58,7 @@ def photo(tmp_path: Path) -> Path:
 
 
 def test_inpainting_keeps_what_is_not_painted(trained: dict[str, Path], photo: Path) -> None:
-    actions, given = Actions(load(trained["ect"])), np.asarray(Image.open(photo))
+    actions, given = Actions(load(trained["ect"]), photo.parent), np.asarray(Image.open(photo))
     left = torch.zeros(8, 8)
     left[:, :4] = 1
     picture, said = actions.edit("inpaint", str(photo), painted(left), 2, 1, 0, "any")
@@ -74,17 +74,19 @@ def test_inpainting_keeps_what_is_not_painted(trained: dict[str, Path], photo: P
 
 
 def test_the_painter_shows_what_the_model_sees(trained: dict[str, Path], photo: Path) -> None:
-    actions = Actions(load(trained["ect"]))
+    actions = Actions(load(trained["ect"]), photo.parent)
     shown = actions.choose(str(photo))
     with urllib.request.urlopen(shown["image"]) as found:
         assert np.array_equal(np.asarray(Image.open(found)), np.asarray(Image.open(photo)))
     assert shown["free"] == ""
     assert actions.choose(None) == BLANK
+    with pytest.raises(UserError, match="an uploaded image"):
+        Actions(actions.model, photo.parent / "uploads").choose(str(photo))
 
 
 def test_classes_are_chosen_by_name(trained: dict[str, Path]) -> None:
     model = load(trained["ect"])
-    actions = Actions(model)
+    actions = Actions(model, Path())
     assert actions.labels[0] == "any"
     assert len(actions.labels) == 11
     assert actions.label_of("any") is None

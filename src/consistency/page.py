@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -40,10 +41,11 @@ PAINTER_BODY = """
 <button type="button">Wipe</button></div>
 """
 PAINTER_STYLE = f"""
+canvas, p {{ margin-top: 1.8em; }}
 canvas {{ width: {SIDE}px; max-width: 100%; image-rendering: pixelated; touch-action: none; cursor: crosshair; }}
 div {{ display: flex; gap: 1em; align-items: center; margin-top: 0.5em; }}
 label {{ display: flex; gap: 0.5em; align-items: center; }}
-button {{ padding: 0.1em 0.8em; border: 1px solid currentColor; border-radius: 4px; cursor: pointer; }}
+button {{ padding: 0.1em 0.8em; border: 1px solid; border-radius: 4px; font: inherit; cursor: pointer; }}
 """
 BLANK = {"image": "", "free": ""}
 """What the painter holds where there is no image; see painter.js."""
@@ -81,15 +83,17 @@ def demo(config: DictConfig, output: Path) -> None:
     if not alone:
         print(f"host={config.host}: whoever reaches this machine may use the page", file=sys.stderr)
     try:
-        page(gradio, model).launch(
-            server_name=config.host,
-            server_port=config.port or None,
-            max_file_size=f"{config.upload_megabytes}mb",
-            inbrowser=config.browser,
-            share=False,
-            show_error=True,
-            footer_links=[],
-        )
+        with TemporaryDirectory() as uploads:
+            os.environ["GRADIO_TEMP_DIR"] = uploads
+            page(gradio, model, Path(uploads)).launch(
+                server_name=config.host,
+                server_port=config.port or None,
+                max_file_size=f"{config.upload_megabytes}mb",
+                inbrowser=config.browser,
+                share=False,
+                show_error=True,
+                footer_links=[],
+            )
     except OSError as error:
         raise UserError(
             f"expected a free port\n  got: {error}\n  do: choose another one with port=<number>"
@@ -132,10 +136,10 @@ def mask_of(painted: object, size: tuple[int, int]) -> Float[Tensor, "h w"]:
 
 
 class Actions:
-    """What the buttons do."""
+    """What the buttons do. uploads: the folder of uploaded files, of which alone one is opened."""
 
-    def __init__(self, model: Loaded) -> None:
-        self.model = model
+    def __init__(self, model: Loaded, uploads: Path) -> None:
+        self.model, self.uploads = model, uploads.resolve()
 
     def timed(self, draw: Callable[[], UInt8[Tensor, "n c h w"]]) -> tuple[PILImage.Image, str]:
         """The picture of what is drawn, and how long an image took."""
@@ -154,8 +158,11 @@ class Actions:
     def seen(self, photo: str | None) -> UInt8[Tensor, "c h w"]:
         """The image in an uploaded file as the model sees it."""
         require(photo is not None, "an image to edit", "none", "choose one")
-        channels, height, _ = self.model.shape
-        return fitted(read_picture(Path(str(photo)), MODES[channels]), channels, height)
+        file, (channels, height, _) = Path(str(photo)).resolve(), self.model.shape
+        # Gradio believes a request that names any other file, if it does so in a way the page does not.
+        inside = file.is_relative_to(self.uploads)
+        require(inside, "an uploaded image", "another file", "upload it")
+        return fitted(read_picture(file, MODES[channels]), channels, height)
 
     def choose(self, photo: str | None) -> dict[str, str]:
         """Puts an uploaded file before the painter."""
@@ -200,10 +207,12 @@ class Actions:
         return None if label == "any" else self.labels.index(label) - 1
 
 
-def page(gradio: ModuleType, model: Loaded) -> Any:
+def page(gradio: ModuleType, model: Loaded, uploads: Path) -> Any:
     """The page: gradio's Blocks, not served yet."""
-    actions = Actions(model)
+    actions = Actions(model, uploads)
     channels, height, _ = model.shape
+    # By default there is a button more, which sends the picture to a public place.
+    shown = dict(interactive=False, format="png", buttons=["download", "fullscreen"])
 
     def told(act: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
@@ -215,7 +224,10 @@ def page(gradio: ModuleType, model: Loaded) -> Any:
         return run
 
     with gradio.Blocks(title="Consistency model") as blocks:
-        gradio.Markdown(f"## {model.path}\n{model.card['role']}, weights {model.weights}")
+        name = "/".join(model.path.parts[-3:])
+        gradio.Markdown(
+            f"## Consistency model\n`{name}`, {model.card['role']}, weights {model.weights}"
+        )
         with gradio.Row():
             seed = gradio.Number(0, label="Seed", precision=0, elem_id="seed")
             label = gradio.Dropdown(actions.labels, value="any", label="Class", elem_id="class")
@@ -224,9 +236,7 @@ def page(gradio: ModuleType, model: Loaded) -> Any:
                 count = gradio.Slider(1, MOST_IMAGES, 16, step=1, label="Images")
                 steps = gradio.Slider(1, 40, 1, step=1, label="Steps")
             draw = gradio.Button("Draw", variant="primary", elem_id="draw")
-            samples = gradio.Image(
-                label="Samples", elem_id="samples", interactive=False, format="png"
-            )
+            samples = gradio.Image(label="Samples", elem_id="samples", **shown)
             sample_time = gradio.Textbox(label="Time", elem_id="sample_time", interactive=False)
         with gradio.Tab("Edit"):
             tasks = ["inpaint", *(["colorize"] if channels == 3 else []), "superres"]
@@ -254,9 +264,7 @@ def page(gradio: ModuleType, model: Loaded) -> Any:
                     js_on_load=PAINTER.read_text(),
                     elem_id="painter",
                 )
-                edited = gradio.Image(
-                    label="Results", elem_id="edited", interactive=False, format="png"
-                )
+                edited = gradio.Image(label="Results", elem_id="edited", height=SIDE + 100, **shown)
             change = gradio.Button("Edit", variant="primary", elem_id="edit")
             edit_time = gradio.Textbox(label="Time", elem_id="edit_time", interactive=False)
         draw.click(
