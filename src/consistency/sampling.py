@@ -90,9 +90,10 @@ def searched_times(place: Path) -> list[float]:
     """The time points in such a file, which may come from elsewhere: numbers and nothing else."""
     content = json.loads(place.read_text())
     found = content.get("times") if isinstance(content, dict) else None
-    numbers = isinstance(found, list) and all(type(t) in (int, float) for t in found)
+    listed: list[Any] = found if isinstance(found, list) else [None]
+    numbers = all(type(t) in (int, float) for t in listed)
     require(numbers, f"time points in {place}", str(found)[:80], "delete it and search again")
-    return [float(t) for t in found]
+    return [float(t) for t in listed]
 
 
 def require_suited(sampler: Sampler, loaded: Loaded, *, force: bool) -> None:
