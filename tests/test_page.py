@@ -22,10 +22,11 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from conftest import REPORT, ROOT, Run
-from consistency import page, schema
+from consistency import checkpoint, page, schema
 from consistency.checkpoint import load
 from consistency.errors import UserError
 from consistency.page import BLANK, Actions, mask_of
+from test_formats import tiny_adm, tiny_card
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -71,6 +72,27 @@ def test_inpainting_keeps_what_is_not_painted(trained: dict[str, Path], photo: P
         actions.edit("inpaint", str(photo), BLANK, 2, 1, 0, "any")
     with pytest.raises(UserError, match="an image to edit"):
         actions.edit("superres", None, BLANK, 2, 1, 0, "any")
+
+
+def test_what_a_task_does_not_know_does_not_matter(tmp_path: Path) -> None:
+    """The colours when colorizing, the order of the pixels of a patch when super-resolving; a model in colour."""
+    checkpoint.write({"card": tiny_card(), "weights": tiny_adm()}, tmp_path / "model.ckpt")
+    actions = Actions(load(tmp_path / "model.ckpt"), tmp_path)
+    given = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    other = {
+        "colorize": np.asarray(Image.fromarray(given).convert("L").convert("RGB")),
+        "superres": given.reshape(4, 2, 4, 2, 3)[:, ::-1, :, ::-1].reshape(8, 8, 3),
+    }
+
+    def edited(task: str, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        Image.fromarray(pixels).save(tmp_path / "photo.png")
+        picture, _ = actions.edit(task, str(tmp_path / "photo.png"), BLANK, 2, 4, 0, "any")
+        return np.asarray(picture).astype(int)
+
+    for task, same in other.items():
+        found = edited(task, given)
+        assert np.abs(found - edited(task, same)).mean() < 2
+        assert np.abs(found - edited(task, given[::-1].copy())).mean() > 20
 
 
 def test_the_painter_shows_what_the_model_sees(trained: dict[str, Path], photo: Path) -> None:
