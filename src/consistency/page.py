@@ -219,7 +219,7 @@ def page(gradio: ModuleType, model: Loaded, uploads: Path) -> Any:
             try:
                 return act(*given)
             except UserError as error:
-                raise gradio.Error(str(error)) from error
+                raise gradio.Error(str(error), print_exception=False) from error
 
         return run
 
@@ -241,10 +241,10 @@ def page(gradio: ModuleType, model: Loaded, uploads: Path) -> Any:
         with gradio.Tab("Edit"):
             tasks = ["inpaint", *(["colorize"] if channels == 3 else []), "superres"]
             with gradio.Row():
-                task = gradio.Radio(tasks, value="inpaint", label="Task", elem_id="task")
+                task = gradio.Radio(tasks, value="inpaint", label="Task", elem_id="task", scale=3)
                 sides = [n for n in range(2, height + 1) if height % n == 0]
-                patch = gradio.Dropdown(sides, value=sides[0], label="Patch (superres)")
-                outputs = gradio.Slider(1, 16, 4, step=1, label="Results")
+                patch = gradio.Dropdown(sides, value=sides[0], label="Patch (superres)", scale=2)
+                outputs = gradio.Slider(1, 16, 4, step=1, label="Results", scale=2)
             with gradio.Row():
                 photo = gradio.Image(
                     type="filepath",
