@@ -51,7 +51,15 @@ format: $(READY) ## let ruff format the code
 lock: $(READY) ## pin every dependency anew in requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --all-extras --group dev --quiet -o requirements.lock
 
+# uv reads pins from a script's head; it ends with 2 where it could not look, and with 1 where it found something.
+audit: $(READY) ## compare the locked packages with the known advisories, where there is a network
+	@{ echo '# /// script'; sed -n 's/^requires-python/# &/p' pyproject.toml; echo '# dependencies = ['; \
+	awk '/^[^ #]/ {sub(/ *\\$$/, ""); print "#   \"" $$0 "\","}' requirements.lock; echo '# ]'; echo '# ///'; } > $(VENV)/locked.py
+	@$(BIN)/uv audit --preview-features audit --script $(VENV)/locked.py $(ARGS) 2> $(VENV)/audit.txt; status=$$?; \
+	if [ $$status -eq 2 ]; then echo "not checked: $$(grep -m1 ^error $(VENV)/audit.txt)"; \
+	else cat $(VENV)/audit.txt; exit $$status; fi
+
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help setup train demo test test-slow oracle mutations lint format lock clean
+.PHONY: help setup train demo test test-slow oracle mutations lint format lock audit clean

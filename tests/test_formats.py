@@ -19,6 +19,7 @@ from torch import Tensor
 
 import consistency
 import foreign
+from conftest import REPORT
 from consistency import checkpoint
 from consistency.errors import UserError
 from consistency.formats import diffusers as diffusers_format
@@ -861,9 +862,15 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+REFUSED: list[str] = []
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_bad_file_is_one_error(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write, hint = HOSTILE[name]
@@ -875,6 +882,9 @@ def test_a_bad_file_is_one_error(
     assert len(str(error.value)) < 1200
     assert len(str(error.value).splitlines()) <= 4
     assert not (tmp_path / MARK).exists()
+    REFUSED.append(name)
+    if name == [*HOSTILE][-1]:
+        record_property(REPORT, f"checkpoints: {len(REFUSED)} hostile or wrong files refused")
 
 
 def test_the_source_inside_an_nvlabs_file_is_not_run(files: dict[str, Path]) -> None:

@@ -1,57 +1,114 @@
 """The page for trying a checkpoint, as a person uses it: in a real browser, clicking and looking."""
 
+import io
+import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from conftest import ROOT, Run
+from conftest import REPORT, ROOT, Run
+from consistency import checkpoint, page, schema
 from consistency.checkpoint import load
 from consistency.errors import UserError
-from consistency.page import Actions, mask_of
+from consistency.page import BLANK, Actions, mask_of
+from test_formats import tiny_adm, tiny_card
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-def stroke(size: int, box: tuple[int, int, int, int]) -> Image.Image:
-    layer = Image.new("RGBA", (size, size))
-    layer.paste((255, 0, 0, 255), box)
-    return layer
+def painted(free: torch.Tensor) -> dict[str, str]:
+    """What the painter holds after such strokes."""
+    return {"image": "", "free": "".join(str(int(f)) for f in free.flatten())}
 
 
-def test_strokes_are_the_mask() -> None:
-    free = mask_of([stroke(80, (0, 0, 40, 20)), stroke(80, (70, 70, 80, 80))], (8, 8))
-    assert free[:2, :4].all()
-    assert free[7, 7] == 1
-    assert free.sum() == 9
+def test_what_is_painted_is_the_mask() -> None:
+    free = torch.rand(8, 4) > 0.5
+    assert torch.equal(mask_of(painted(free), (8, 4)), free.float())
+    assert not mask_of(BLANK, (8, 4)).any()
 
 
-def test_inpainting_keeps_what_no_stroke_covers(trained: dict[str, Path]) -> None:
-    actions = Actions(load(trained["ect"]))
-    given = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)
-    drawing = {"background": given, "layers": [stroke(80, (0, 0, 40, 80))]}
-    picture, said = actions.edit("inpaint", drawing, 2, 1, 0, "any")
+@pytest.mark.parametrize(
+    "value",
+    [None, "0" * 32, {}, {"free": None}, {"free": "01"}, {"free": "2" * 32}, {"free": [1] * 32}],
+    ids=str,
+)
+def test_a_mask_that_no_page_sends_is_refused(value: object) -> None:
+    with pytest.raises(UserError, match="a mask of 8x4"):
+        mask_of(value, (8, 4))
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_inpainting_keeps_what_is_not_painted(trained: dict[str, Path], photo: Path) -> None:
+    actions, given = Actions(load(trained["ect"]), photo.parent), np.asarray(Image.open(photo))
+    left = torch.zeros(8, 8)
+    left[:, :4] = 1
+    picture, said = actions.edit("inpaint", str(photo), painted(left), 2, 1, 0, "any")
     assert re.fullmatch(r"[\d.]+ ms an image, 1 images", said)
     cell = (picture.width - 2) // 8
     pixels = np.asarray(picture.convert("L"))[cell // 2 :: cell, cell // 2 :: cell][:8, :8]
-    assert np.array_equal(pixels[:, 4:], np.asarray(given)[:, 4:])
-    with pytest.raises(UserError, match="no stroke"):
-        actions.edit("inpaint", {"background": given, "layers": []}, 2, 1, 0, "any")
-    with pytest.raises(UserError, match="an image in the editor"):
-        actions.edit("superres", None, 2, 1, 0, "any")
+    assert np.array_equal(pixels[:, 4:], given[:, 4:])
+    assert not np.array_equal(pixels[:, :4], given[:, :4])
+    with pytest.raises(UserError, match="nothing painted"):
+        actions.edit("inpaint", str(photo), BLANK, 2, 1, 0, "any")
+    with pytest.raises(UserError, match="an image to edit"):
+        actions.edit("superres", None, BLANK, 2, 1, 0, "any")
+
+
+def test_what_a_task_does_not_know_does_not_matter(tmp_path: Path) -> None:
+    """The colours when colorizing, the order of the pixels of a patch when super-resolving; a model in colour."""
+    checkpoint.write({"card": tiny_card(), "weights": tiny_adm()}, tmp_path / "model.ckpt")
+    actions = Actions(load(tmp_path / "model.ckpt"), tmp_path)
+    given = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    other = {
+        "colorize": np.asarray(Image.fromarray(given).convert("L").convert("RGB")),
+        "superres": given.reshape(4, 2, 4, 2, 3)[:, ::-1, :, ::-1].reshape(8, 8, 3),
+    }
+
+    def edited(task: str, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        Image.fromarray(pixels).save(tmp_path / "photo.png")
+        picture, _ = actions.edit(task, str(tmp_path / "photo.png"), BLANK, 2, 4, 0, "any")
+        return np.asarray(picture).astype(int)
+
+    for task, same in other.items():
+        found = edited(task, given)
+        assert np.abs(found - edited(task, same)).mean() < 2
+        assert np.abs(found - edited(task, given[::-1].copy())).mean() > 20
+
+
+def test_the_painter_shows_what_the_model_sees(trained: dict[str, Path], photo: Path) -> None:
+    actions = Actions(load(trained["ect"]), photo.parent)
+    shown = actions.choose(str(photo))
+    with urllib.request.urlopen(shown["image"]) as found:
+        assert np.array_equal(np.asarray(Image.open(found)), np.asarray(Image.open(photo)))
+    assert shown["free"] == ""
+    assert actions.choose(None) == BLANK
+    with pytest.raises(UserError, match="an uploaded image"):
+        Actions(actions.model, photo.parent / "uploads").choose(str(photo))
 
 
 def test_classes_are_chosen_by_name(trained: dict[str, Path]) -> None:
     model = load(trained["ect"])
-    actions = Actions(model)
+    actions = Actions(model, Path())
     assert actions.labels[0] == "any"
     assert len(actions.labels) == 11
     assert actions.label_of("any") is None
@@ -64,12 +121,44 @@ def test_wrong_options_are_told(process: Run, trained: dict[str, Path]) -> None:
     assert "a port from 0" in done.err
 
 
-@pytest.fixture
+@pytest.mark.parametrize(
+    ("host", "warned"), [(None, False), ("127.0.0.2", False), ("0.0.0.0", True)]
+)
+def test_the_page_listens_on_loopback_unless_told_otherwise(
+    host: str | None,
+    warned: bool,
+    trained: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    launched: dict[str, Any] = {}
+    served = SimpleNamespace(launch=lambda **options: launched.update(options))
+    monkeypatch.setattr(page, "library", lambda: None)
+    monkeypatch.setattr(page, "page", lambda *_: served)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    schema.register()
+    given = [f"checkpoint={trained['ect']}", *([f"host={host}"] if host else [])]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("demo", given)
+    page.demo(config, Path())
+    assert launched["server_name"] == (host or "127.0.0.1")
+    assert launched["share"] is False
+    assert ("whoever reaches" in capsys.readouterr().err) == warned
+    config.host = "everywhere"
+    with pytest.raises(UserError, match="an address of this machine"):
+        page.demo(config, Path())
+
+
+# ----------------------------------------------------------------------------- served
+
+
+@pytest.fixture(scope="module")
 def address(trained: dict[str, Path]) -> Iterator[str]:
     """The page of a two-step run, served by the command."""
     pytest.importorskip("gradio")
     server = subprocess.Popen(
-        [sys.executable, "-u", str(ROOT / "src" / "demo.py"), f"checkpoint={trained['ect']}", "port=0"],
+        [sys.executable, "-u", str(ROOT / "src" / "demo.py"), f"checkpoint={trained['ect']}",
+         "port=0", "upload_megabytes=1"],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -92,50 +181,142 @@ def address(trained: dict[str, Path]) -> Iterator[str]:
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium browser on the PATH")
 def test_a_person_draws_samples_and_inpaints(address: str, tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
-    torch.manual_seed(0)
     given = tmp_path / "given.png"
     Image.fromarray(np.random.RandomState(0).randint(0, 255, (64, 64), np.uint8)).save(given)
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        tab = browser.new_page(viewport={"width": 1100, "height": 1500})
+        tab = browser.new_page(viewport={"width": 1100, "height": 1000})
         asked: list[str] = []
         tab.on("request", lambda request: asked.append(request.url))
         tab.goto(address)
-        shown = []
+
+        def shown(place: str, button: str) -> bytes:
+            """What an image of the page shows once it is another than before the click."""
+            image = tab.locator(f"{place} img")
+            before = image.get_attribute("src") if image.count() else None
+            tab.locator(button).click()
+            tab.wait_for_function(
+                "([place, old]) => { const i = document.querySelector(place + ' img'); return i && i.getAttribute('src') != old }",
+                arg=[place, before],
+            )
+            return tab.request.get(image.get_attribute("src")).body()
+
+        def said(place: str, count: int) -> None:
+            field = playwright.expect(tab.locator(f"{place} textarea"))
+            field.to_have_value(re.compile(rf"[\d.]+ ms an image, {count} images"))
+
+        drawn = []
         for seed in ("1", "2", "1"):
             tab.locator("#seed input").fill(seed)
             tab.locator("#seed input").press("Tab")
-            before = tab.locator("#samples img").get_attribute("src") if shown else None
-            tab.locator("#draw").click()
-            tab.wait_for_function(
-                "old => { const i = document.querySelector('#samples img'); return i && i.src != old }",
-                arg=before,
-            )
-            assert "ms an image, 16 images" in tab.locator("#sample_time textarea").input_value()
-            shown.append(tab.request.get(tab.locator("#samples img").get_attribute("src")).body())
-        assert shown[0] == shown[2] != shown[1]
+            drawn.append(shown("#samples", "#draw"))
+            said("#sample_time", 16)
+        assert drawn[0] == drawn[2] != drawn[1]
+        tab.screenshot(path=picture_path(tmp_path, "sample"))
         tab.get_by_role("tab", name="Edit").click()
-        tab.locator("#editor input[type=file]").set_input_files(given)
-        canvas = tab.locator("#editor canvas").first
+        tab.locator("#photo input[type=file]").set_input_files(given)
+        canvas = tab.locator("#painter canvas")
         canvas.wait_for()
-        tab.wait_for_timeout(2000)
         box = canvas.bounding_box()
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        tab.mouse.move(x - 30, y)
+        tab.mouse.move(x - 60, y)
         tab.mouse.down()
-        tab.mouse.move(x + 30, y + 10, steps=8)
+        tab.mouse.move(x + 60, y + 20, steps=8)
         tab.mouse.up()
-        # The editor hands over its image and strokes some time after the last stroke, which nothing on the page shows.
-        for _ in range(6):
-            tab.wait_for_timeout(2000)
-            tab.locator("#edit").click()
-            try:
-                tab.locator("#edited img").wait_for(timeout=10_000)
-                break
-            except playwright.TimeoutError:
-                continue
-        assert "ms an image, 4 images" in tab.locator("#edit_time textarea").input_value()
-        tab.screenshot(path=os.environ.get("PAGE_PICTURE", str(tmp_path / "page.png")))
+        edited = shown("#edited", "#edit")
+        said("#edit_time", 4)
+        tab.screenshot(path=picture_path(tmp_path, "edit"))
+        assert kept(edited, given)
+        tab.locator("#painter button").click()
+        tab.locator("#edit").click()
+        tab.get_by_text("nothing painted on the image").wait_for()
+        tab.get_by_label("superres", exact=True).click()
+        shown("#edited", "#edit")
         browser.close()
     assert all(url.startswith((address, "data:", "blob:")) for url in asked), asked
+
+
+def picture_path(folder: Path, name: str) -> str:
+    """Where a picture of the page is kept; $PAGE_PICTURES keeps it for people."""
+    return str(Path(os.environ.get("PAGE_PICTURES", folder)) / f"page_{name}.png")
+
+
+def kept(edited: bytes, given: Path) -> bool:
+    """Whether the upper rows of the first result, which the stroke did not touch, are as given, and its middle is not."""
+    sheet = Image.open(io.BytesIO(edited)).convert("L")
+    cell, gap = (
+        sheet.width * 6 // 102,
+        sheet.width * 2 // 102,
+    )  # two columns of 48 pixels, gaps of 2
+    first = np.asarray(sheet)[gap + cell // 2 :: cell, gap + cell // 2 :: cell][:8, :8].astype(int)
+    expected = np.asarray(Image.open(given).reduce(8)).astype(int)
+    same = np.abs(first - expected) <= 3
+    return bool(same[:2].all()) and not same[3:5].all()
+
+
+def answer(
+    address: str, path: str, content: bytes | None = None, **headers: str
+) -> tuple[int, str]:
+    """Status and text of what the server says."""
+    request = urllib.request.Request(f"{address}/gradio_api/{path}", content, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
+
+
+def called(address: str, name: str, *given: object) -> str:
+    """The event that an action of the page ends in when it is called without the page."""
+    content = json.dumps({"data": given}).encode()
+    status, text = answer(address, f"call/{name}", content, **{"Content-Type": "application/json"})
+    assert status == 200, text
+    return answer(address, f"call/{name}/{json.loads(text)['event_id']}")[1]
+
+
+def uploaded(address: str, name: str, content: bytes) -> tuple[int, str]:
+    """Status of an upload and the path it got."""
+    edge = "----edge"
+    head = f'--{edge}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+    body = head.encode() + content + f"\r\n--{edge}--\r\n".encode()
+    status, text = answer(
+        address, "upload", body, **{"Content-Type": f"multipart/form-data; boundary={edge}"}
+    )
+    return status, json.loads(text)[0] if status == 200 else text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_served_page_keeps_to_itself(
+    address: str, photo: Path, record_property: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """It is heard on 127.0.0.1 alone, hands out none of this machine's files and opens no other than uploaded ones."""
+    port = int(address.rsplit(":", 1)[1])
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=5).close()
+    status, path = uploaded(address, "photo.png", photo.read_bytes())
+    assert status == 200
+    meta = {"_type": "gradio.FileData"}
+    assert "data:image/png" in called(address, "choose", {"path": path, "meta": meta})
+    tried = 0
+    for secret in (str(photo), "/etc/passwd", f"{tmp_path}/../photo.png", str(ROOT / "README.md")):
+        assert answer(address, f"file={secret}")[0] in (403, 404)
+        for given in ({"path": secret, "meta": meta}, {"path": secret}, secret):
+            text = called(address, "choose", given)
+            assert text.startswith("event: error"), text
+            assert "data:image" not in text
+            tried += 1
+        tried += 1
+    assert uploaded(address, "large.png", bytes(2 << 20))[0] == 413
+    for name, content in {
+        "text.png": b"no image",
+        "drawing.svg": b"<svg/>",
+        "page.eps": b"%!PS-Adobe-3.0 EPSF-3.0",
+    }.items():
+        _, path = uploaded(address, name, content)
+        assert called(address, "choose", {"path": path, "meta": meta}).startswith("event: error")
+        tried += 1
+    record_property(
+        REPORT, f"page: {tried + 1} requests for what it must not give or take, none granted"
+    )

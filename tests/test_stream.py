@@ -6,12 +6,13 @@ import json
 import os
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import REPORT
 from consistency.data.batches import PositionedBatches
 from consistency.data.digits import Digits
 from consistency.data.module import DataModule
@@ -150,6 +151,27 @@ def test_shards_written_anew_replace_those_in_the_cache(shards: Path, tmp_path: 
     (copy / "index.json").write_text(json.dumps({**index, "updated_at": "later"}))
     stream(f"local:{copy}", cache=str(cache))
     assert not list(cache.rglob("*.bin"))
+
+
+def test_shards_from_elsewhere_are_files_of_their_folder_and_hold_no_pickles(
+    shards: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """What an index names would be written or read wherever it says, and unpickled; no shard is needed to refuse it."""
+    whole = json.loads((shards / "index.json").read_text())
+    changes: list[tuple[str, object]] = [
+        *(("data_format", [kind, "int"]) for kind in ("pickle", "graph:pickle", "pil", "file", "video", "numpy")),
+        ("data_format", None),
+        *(("filename", f"{path}chunk-0-0.bin") for path in ("../", "/tmp/", "sub/", "../shards/", "./")),
+        *(("filename", name) for name in ("", ".", "..", "index.json", "/etc/passwd")),
+    ]  # fmt: skip
+    for key, value in changes:
+        index = json.loads(json.dumps(whole))
+        (index["config"] if key == "data_format" else index["chunks"][0])[key] = value
+        (tmp_path / "index.json").write_text(json.dumps(index))
+        for place in (tmp_path, f"local:{tmp_path}"):
+            with pytest.raises(UserError, match=r"shards of \['int', 'tensor'\]"):
+                stream(place, cache=str(tmp_path / "cache"))
+    record_property(REPORT, f"shards: {len(changes)} hostile indices refused, near and far")
 
 
 class Store(http.server.SimpleHTTPRequestHandler):

@@ -18,7 +18,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from consistency.networks.unet import UNet
 from consistency.randomness import generator
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
+from consistency.trusted import named
 
 NETWORKS = "consistency.networks."
 PRECONDITIONING = "consistency.preconditioning."
@@ -232,13 +232,8 @@ def read(path: Path) -> dict[str, Any]:
 def build(node: dict[str, Any], package: str, base: type) -> Any:
     """Builds a node of a card; only a class `base` that is defined in `package` is let in, with plain arguments."""
     target = node.get("_target_")
-    module, _, name = str(target).rpartition(".")
-    known = f"{module}.".startswith(package) and all(p.isidentifier() for p in module.split("."))
-    try:
-        found = getattr(import_module(module), name, None) if known else None
-    except ImportError:
-        found = None
-    allowed = isinstance(found, type) and issubclass(found, base) and found.__module__ == module
+    found = named(target) if str(target).startswith(package) else None
+    allowed = isinstance(found, type) and issubclass(found, base)
     arguments = {key: value for key, value in node.items() if key != "_target_"}
     require(
         allowed and all(isinstance(k, str) and is_plain(v) for k, v in arguments.items()),

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from consistency import schema
 from consistency.errors import UserError, require
+from consistency.masking import masked_output, masked_text
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = "_CONSISTENCY_COMMAND"
@@ -65,12 +66,13 @@ def command(name: str) -> Callable[[Callable[[DictConfig, Path], None]], Callabl
             try:
                 register_experiments()
                 sys.argv[1:] = [part for given in sys.argv[1:] for part in spelled_out(given)]
-                entry(job)()
+                with masked_output():
+                    entry(job)()
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 if asked:
                     raise
                 if "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] == "0":
-                    print(f"error: {message(error)}", file=sys.stderr)
+                    print(f"error: {masked_text(message(error))}", file=sys.stderr)
                 sys.exit(2)
 
         return guarded

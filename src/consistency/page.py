@@ -1,15 +1,19 @@
 """The command that serves a page for trying a checkpoint: samples, and edits of an image that a person gives."""
 
+import base64
+import io
+import ipaddress
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from omegaconf import DictConfig
@@ -18,15 +22,33 @@ from torch import Generator, Tensor
 
 from consistency import pictures
 from consistency.checkpoint import Loaded, load
-from consistency.data.given import MOST_PIXELS, fitted
+from consistency.data.decoding import MODES, MOST_PIXELS
+from consistency.data.encoded import to_picture
+from consistency.data.given import fitted, read_picture
 from consistency.editing import Pairing, colorize, inpaint, superres
 from consistency.errors import UserError, require
 from consistency.sampling import chosen_device
 
-LOOPBACK = "127.0.0.1"
 MOST_IMAGES = 64
 SIDE = 320
 """Pixels at which a single image is shown."""
+
+PAINTER = Path(__file__).with_name("painter.js")
+PAINTER_BODY = """
+<p>Choose an image on the left. It appears here as the model sees it.</p>
+<canvas hidden></canvas>
+<div><label>Brush <input type="range" min="1" max="40" value="15"></label>
+<button type="button">Wipe</button></div>
+"""
+PAINTER_STYLE = f"""
+canvas, p {{ margin-top: 1.8em; }}
+canvas {{ width: {SIDE}px; max-width: 100%; image-rendering: pixelated; touch-action: none; cursor: crosshair; }}
+div {{ display: flex; gap: 1em; align-items: center; margin-top: 0.5em; }}
+label {{ display: flex; gap: 0.5em; align-items: center; }}
+button {{ padding: 0.1em 0.8em; border: 1px solid; border-radius: 4px; font: inherit; cursor: pointer; }}
+"""
+BLANK = {"image": "", "free": ""}
+"""What the painter holds where there is no image; see painter.js."""
 
 
 def library() -> ModuleType:
@@ -43,23 +65,35 @@ def library() -> ModuleType:
 
 
 def demo(config: DictConfig, output: Path) -> None:
-    """Serves the page on this machine alone, until it is interrupted."""
+    """Serves the page until it is interrupted, on this machine alone unless `host` says otherwise."""
     require(0 <= config.port < 65536, "a port from 0 to 65535", config.port, "leave it at 7860")
     require(config.upload_megabytes > 0, "upload_megabytes > 0", config.upload_megabytes, "set it")
+    try:
+        alone = ipaddress.ip_address(config.host).is_loopback
+    except ValueError as error:
+        raise UserError(
+            f"expected an address of this machine\n  got: host={config.host} ({error})\n"
+            "  do: leave it at 127.0.0.1, or say host=0.0.0.0 to let other machines in"
+        ) from error
     gradio = library()
-    # Pillow refuses images of more than twice as many pixels, before they are decoded.
+    # Gradio opens what is uploaded before we do; Pillow refuses more than twice as many pixels.
     PILImage.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
     model = load(config.checkpoint, weights=config.weights, role=config.role)
     model.denoiser.to(chosen_device(config.device))
+    if not alone:
+        print(f"host={config.host}: whoever reaches this machine may use the page", file=sys.stderr)
     try:
-        page(gradio, model).launch(
-            server_name=LOOPBACK,
-            server_port=config.port or None,
-            max_file_size=f"{config.upload_megabytes}mb",
-            inbrowser=config.browser,
-            share=False,
-            show_error=True,
-        )
+        with TemporaryDirectory() as uploads:
+            os.environ["GRADIO_TEMP_DIR"] = uploads
+            page(gradio, model, Path(uploads)).launch(
+                server_name=config.host,
+                server_port=config.port or None,
+                max_file_size=f"{config.upload_megabytes}mb",
+                inbrowser=config.browser,
+                share=False,
+                show_error=True,
+                footer_links=[],
+            )
     except OSError as error:
         raise UserError(
             f"expected a free port\n  got: {error}\n  do: choose another one with port=<number>"
@@ -84,21 +118,28 @@ def enlarged(images: UInt8[Tensor, "n c h w"]) -> PILImage.Image:
     return picture.resize(size, PILImage.Resampling.NEAREST)
 
 
-def mask_of(layers: list[PILImage.Image], size: tuple[int, int]) -> Float[Tensor, "h w"]:
-    """1 where a stroke covers a quarter of a pixel of the model's image or more; size: its (height, width)."""
-    free = torch.zeros(size)
-    for layer in layers:
-        alpha = layer.convert("RGBA").getchannel("A")
-        small = np.asarray(alpha.resize((size[1], size[0]), PILImage.Resampling.BOX))
-        free = torch.maximum(free, torch.from_numpy(small >= 64).float())
-    return free
+def address_of(image: UInt8[Tensor, "c h w"]) -> str:
+    """The image as an address that holds all of it."""
+    file = io.BytesIO()
+    to_picture(image).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def mask_of(painted: object, size: tuple[int, int]) -> Float[Tensor, "h w"]:
+    """1 where the person has painted; painted: the painter's value, from a browser; size: (height, width)."""
+    free = painted.get("free") if isinstance(painted, dict) else None
+    height, width = size
+    known = isinstance(free, str) and len(free) in (0, height * width) and not free.strip("01")
+    require(known, f"a mask of {height}x{width} digits 0 and 1", "another", "load the page anew")
+    assert isinstance(free, str)
+    return torch.tensor([float(digit) for digit in free or "0" * height * width]).view(size)
 
 
 class Actions:
-    """What the buttons do."""
+    """What the buttons do. uploads: the folder of uploaded files, of which alone one is opened."""
 
-    def __init__(self, model: Loaded) -> None:
-        self.model = model
+    def __init__(self, model: Loaded, uploads: Path) -> None:
+        self.model, self.uploads = model, uploads.resolve()
 
     def timed(self, draw: Callable[[], UInt8[Tensor, "n c h w"]]) -> tuple[PILImage.Image, str]:
         """The picture of what is drawn, and how long an image took."""
@@ -114,27 +155,37 @@ class Actions:
         draw = partial(self.model.sample, int(count), steps=int(steps), seed=int(seed))
         return self.timed(lambda: draw(labels=self.label_of(label)))
 
+    def seen(self, photo: str | None) -> UInt8[Tensor, "c h w"]:
+        """The image in an uploaded file as the model sees it."""
+        require(photo is not None, "an image to edit", "none", "choose one")
+        file, (channels, height, _) = Path(str(photo)).resolve(), self.model.shape
+        # Gradio believes a request that names any other file, if it does so in a way the page does not.
+        inside = file.is_relative_to(self.uploads)
+        require(inside, "an uploaded image", "another file", "upload it")
+        return fitted(read_picture(file, MODES[channels]), channels, height)
+
+    def choose(self, photo: str | None) -> dict[str, str]:
+        """Puts an uploaded file before the painter."""
+        return BLANK if photo is None else {**BLANK, "image": address_of(self.seen(photo))}
+
     def edit(
         self,
         task: str,
-        drawing: Mapping[str, Any] | None,
+        photo: str | None,
+        painted: object,
         patch: float,
         outputs: float,
         seed: float,
         label: str,
     ) -> tuple[PILImage.Image, str]:
-        """Edits the image in the editor; the strokes on it are what is drawn anew when inpainting."""
-        background = (drawing or {}).get("background")
-        require(background is not None, "an image in the editor", "none", "drop one there")
-        assert drawing is not None and background is not None
-        channels, height, width = self.model.shape
-        image = fitted(background, channels, height)[None]
-        free = mask_of(drawing["layers"], (height, width))
+        """Edits an uploaded image; what is painted is drawn anew when inpainting."""
+        image, (_, height, width) = self.seen(photo)[None], self.model.shape
+        free = mask_of(painted, (height, width))
         require(
             task != "inpaint" or bool(free.any()),
             "a part to draw anew",
-            "no stroke on the image",
-            "draw over the part with the brush",
+            "nothing painted on the image",
+            "paint over the part with the brush",
         )
         pairings: dict[str, Pairing] = {
             "inpaint": partial(inpaint, mask=Drawn(free)),
@@ -156,22 +207,27 @@ class Actions:
         return None if label == "any" else self.labels.index(label) - 1
 
 
-def page(gradio: ModuleType, model: Loaded) -> Any:
+def page(gradio: ModuleType, model: Loaded, uploads: Path) -> Any:
     """The page: gradio's Blocks, not served yet."""
-    actions = Actions(model)
+    actions = Actions(model, uploads)
     channels, height, _ = model.shape
+    # By default there is a button more, which sends the picture to a public place.
+    shown = dict(interactive=False, format="png", buttons=["download", "fullscreen"])
 
     def told(act: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
             try:
                 return act(*given)
             except UserError as error:
-                raise gradio.Error(str(error)) from error
+                raise gradio.Error(str(error), print_exception=False) from error
 
         return run
 
     with gradio.Blocks(title="Consistency model") as blocks:
-        gradio.Markdown(f"## {model.path}\n{model.card['role']}, weights {model.weights}")
+        name = "/".join(model.path.parts[-3:])
+        gradio.Markdown(
+            f"## Consistency model\n`{name}`, {model.card['role']}, weights {model.weights}"
+        )
         with gradio.Row():
             seed = gradio.Number(0, label="Seed", precision=0, elem_id="seed")
             label = gradio.Dropdown(actions.labels, value="any", label="Class", elem_id="class")
@@ -180,27 +236,48 @@ def page(gradio: ModuleType, model: Loaded) -> Any:
                 count = gradio.Slider(1, MOST_IMAGES, 16, step=1, label="Images")
                 steps = gradio.Slider(1, 40, 1, step=1, label="Steps")
             draw = gradio.Button("Draw", variant="primary", elem_id="draw")
-            samples = gradio.Image(label="Samples", elem_id="samples", interactive=False)
+            samples = gradio.Image(label="Samples", elem_id="samples", **shown)
             sample_time = gradio.Textbox(label="Time", elem_id="sample_time", interactive=False)
         with gradio.Tab("Edit"):
             tasks = ["inpaint", *(["colorize"] if channels == 3 else []), "superres"]
             with gradio.Row():
-                task = gradio.Radio(tasks, value="inpaint", label="Task", elem_id="task")
+                task = gradio.Radio(tasks, value="inpaint", label="Task", elem_id="task", scale=3)
                 sides = [n for n in range(2, height + 1) if height % n == 0]
-                patch = gradio.Dropdown(sides, value=sides[0], label="Patch (superres)")
-                outputs = gradio.Slider(1, 16, 4, step=1, label="Results")
-            editor = gradio.ImageEditor(
-                type="pil",
-                label="Image: drop one here; the brush marks what to inpaint",
-                elem_id="editor",
-                brush=gradio.Brush(default_size=24, colors=["#ff0000"], color_mode="fixed"),
-                transforms=(),
-            )
+                patch = gradio.Dropdown(sides, value=sides[0], label="Patch (superres)", scale=2)
+                outputs = gradio.Slider(1, 16, 4, step=1, label="Results", scale=2)
+            with gradio.Row():
+                photo = gradio.Image(
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    label="Image",
+                    elem_id="photo",
+                    height=SIDE + 100,
+                )
+                painter = gradio.HTML(
+                    BLANK,
+                    label="Paint what to inpaint",
+                    show_label=True,
+                    container=True,
+                    html_template=PAINTER_BODY,
+                    css_template=PAINTER_STYLE,
+                    js_on_load=PAINTER.read_text(),
+                    elem_id="painter",
+                )
+                edited = gradio.Image(label="Results", elem_id="edited", height=SIDE + 100, **shown)
             change = gradio.Button("Edit", variant="primary", elem_id="edit")
-            edited = gradio.Image(label="Results", elem_id="edited", interactive=False)
             edit_time = gradio.Textbox(label="Time", elem_id="edit_time", interactive=False)
-        draw.click(told(actions.sample), [count, steps, seed, label], [samples, sample_time])
+        draw.click(
+            told(actions.sample),
+            [count, steps, seed, label],
+            [samples, sample_time],
+            api_name="sample",
+        )
+        photo.change(told(actions.choose), photo, painter, api_name="choose")
         change.click(
-            told(actions.edit), [task, editor, patch, outputs, seed, label], [edited, edit_time]
+            told(actions.edit),
+            [task, photo, painter, patch, outputs, seed, label],
+            [edited, edit_time],
+            api_name="edit",
         )
     return blocks

@@ -70,7 +70,7 @@ def bound_sampler(node: DictConfig, config: DictConfig, loaded: Loaded) -> Sampl
     fill_process(config, loaded)
     place = searched_path(loaded.path)
     if config.process.searched is None and place.is_file():
-        config.process.searched = json.loads(place.read_text())["times"]
+        config.process.searched = searched_times(place)
     asked = "${process.searched}" in OmegaConf.to_yaml(node, resolve=False)
     require(
         not asked or config.process.searched is not None,
@@ -84,6 +84,16 @@ def bound_sampler(node: DictConfig, config: DictConfig, loaded: Loaded) -> Sampl
 def searched_path(path: Path) -> Path:
     """Where the time points found for a checkpoint stand."""
     return path.with_name(f"{path.name}.searched.json")
+
+
+def searched_times(place: Path) -> list[float]:
+    """The time points in such a file, which may come from elsewhere: numbers and nothing else."""
+    content = json.loads(place.read_text())
+    found = content.get("times") if isinstance(content, dict) else None
+    listed: list[Any] = found if isinstance(found, list) else [None]
+    numbers = all(type(t) in (int, float) for t in listed)
+    require(numbers, f"time points in {place}", str(found)[:80], "delete it and search again")
+    return [float(t) for t in listed]
 
 
 def require_suited(sampler: Sampler, loaded: Loaded, *, force: bool) -> None:

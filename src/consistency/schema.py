@@ -222,6 +222,7 @@ class Demo:
     role: str | None = None
     weights: str = "ema"
     device: str = "auto"
+    host: str = MISSING
     port: int = MISSING
     upload_megabytes: int = MISSING
     browser: bool = False

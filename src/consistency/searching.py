@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from hydra.utils import instantiate
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
@@ -26,11 +27,10 @@ from consistency.grids import KarrasGrid
 from consistency.samplers import multistep
 from consistency.sampling import chosen_device, searched_path
 from consistency.timepoints import Found, ternary_search
+from consistency.trusted import require_trusted
 
 SIGNS = {"frechet": 1, "kernel": 1, "class_score": -1, "precision": -1, "recall": -1}
 """The metrics, and with which sign the smallest value is the best."""
-
-SOURCES = "consistency.data."
 
 
 def search(config: DictConfig, output: Path) -> None:
@@ -116,19 +116,20 @@ def measure_of(config: DictConfig, path: Path) -> Measure:
         "one that says nothing of its data",
         "search for a checkpoint that src/train.py wrote",
     )
-
-    def source(node: dict[str, Any]) -> Source:
-        found: Source = checkpoint.build(node, SOURCES, object)
-        return found
-
+    require_trusted(run, path)
     held_out = data.get("held_out")
     settings = Settings(**config.evaluation, batch_size=config.batch_size)
     return settings.prepare(
         chosen_device(config.device),
-        train=lambda: source(data["source"]),
-        held_out=None if not held_out else lambda: source(held_out),
+        train=lambda: _local(data["source"]),
+        held_out=None if not held_out else lambda: _local(held_out),
         num_workers=0,
     )
+
+
+def _local(node: dict[str, Any]) -> Source:
+    """A source of the run, from what is on this machine: a checkpoint from elsewhere has nothing fetched."""
+    return instantiate({**node, **({"download": False} if "download" in node else {})})
 
 
 # ------------------------------------------------------------------------ drawing, on several devices

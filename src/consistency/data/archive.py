@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from consistency.data.cropping import Crop, halving
-from consistency.data.decoding import EXTENSIONS, bad_image
+from consistency.data.decoding import EXTENSIONS, MOST_BYTES, bad_image
 from consistency.data.encoded import Encoded, OnBad, PerProcess
 from consistency.data.folder import file_stamp, image_files, read_file
 from consistency.errors import UserError, require
 
 LABELS = "dataset.json"
+MOST_LABEL_BYTES = 1 << 28
 MOST_NAMED = 3
 
 
@@ -88,6 +89,9 @@ class Archive(Encoded):
         if self.zip is None:
             return read_file(self.path, name)
         try:
+            size = self.zip().getinfo(name).file_size
+            if size > MOST_BYTES:  # unpacked: a small zip may hold any amount of the same
+                raise ValueError(f"{size:,} bytes, more than {MOST_BYTES:,}")
             return self.zip().read(name)
         except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zlib.error,
                 zipfile.BadZipFile) as error:  # fmt: skip
@@ -140,6 +144,9 @@ def _labels_content(path: Path) -> bytes | None:
         if LABELS not in archive.namelist():
             return None
         try:
+            size = archive.getinfo(LABELS).file_size
+            if size > MOST_LABEL_BYTES:
+                raise ValueError(f"{size:,} bytes, more than {MOST_LABEL_BYTES:,}")
             return archive.read(LABELS)
         except (OSError, EOFError, ValueError, RuntimeError, zlib.error,
                 zipfile.BadZipFile) as error:  # fmt: skip

@@ -1,6 +1,7 @@
 """CIFAR-10 in its original form: Python pickles, read as data and never run."""
 
 import math
+import tarfile
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torchvision import datasets
-from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.utils import download_url
 
 from consistency.data.download import fetched
 from consistency.data.held import Held
@@ -64,9 +65,11 @@ def cifar_folder(root: Path) -> Path | None:
 def _fetch(root: Path) -> None:
     cifar = datasets.CIFAR10
     if cifar_folder(root) is None:
-        download_and_extract_archive(
-            cifar.url, str(root), filename=cifar.filename, md5=cifar.tgz_md5
-        )
+        download_url(cifar.url, str(root), cifar.filename, cifar.tgz_md5)
+        with tarfile.open(root / cifar.filename) as archive:
+            archive.extractall(root, filter="data")  # nothing outside of `root`
+        if cifar_folder(root) is None:
+            raise ValueError(f"{cifar.filename} holds no batches")
 
 
 def read_batch(file: Path) -> tuple[UInt8[Tensor, "n 3 32 32"], Int64[Tensor, "n"]]:

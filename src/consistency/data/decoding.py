@@ -15,6 +15,10 @@ Mode: TypeAlias = Literal["L", "RGB"]
 MODES: dict[int, Mode] = {1: "L", 3: "RGB"}
 """By number of channels."""
 
+MOST_PIXELS = 64 << 20
+MOST_BYTES = 64 << 20
+"""What an image may have, and its file: more is refused before it is decoded."""
+
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 GREY = ("1", "L", "LA", "La")
@@ -52,6 +56,7 @@ def decode(content: bytes, name: str, mode: Mode | None) -> PILImage.Image:
     - 16 bits and floating point are refused: which range of the values is meant is not in the file.
     - Animations and files of several pages are refused; of the pictures in a camera's multi-picture JPEG, the first is
       the photograph.
+    - More than `MOST_PIXELS` pixels are refused.
     - A PNG is checked against its checksums. A JPEG has none: what its decoder does not notice stays unnoticed.
     """
     if not content:
@@ -78,6 +83,8 @@ def _opened(content: bytes) -> PILImage.Image:
 
 def _obstacle(image: PILImage.Image) -> str | None:
     """Why an opened image, not yet decoded, is refused."""
+    if image.width * image.height > MOST_PIXELS:
+        return f"{image.width}x{image.height} pixels, more than {MOST_PIXELS:,}"
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         return f"an animation or several pages ({frames} frames)"

@@ -2,6 +2,7 @@
 
 import fcntl
 import socket
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def fetched(
                 finally:
                     socket.setdefaulttimeout(before)
             return
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
             reason = (
                 f"no such file, and the download failed ({str(error).strip().splitlines()[-1]})"
             )

@@ -10,7 +10,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from consistency.data.cropping import halving
-from consistency.data.decoding import MODES
+from consistency.data.decoding import MODES, MOST_BYTES, MOST_PIXELS
 from consistency.data.encoded import to_tensor
 from consistency.errors import require
 
@@ -26,9 +26,6 @@ FORMATS = {
     ".tiff": "TIFF",
 }
 """The types of file that are opened, by ending."""
-
-MOST_BYTES = 64 << 20
-MOST_PIXELS = 64 << 20
 
 
 def files_at(path: str) -> list[Path]:

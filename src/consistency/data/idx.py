@@ -19,6 +19,7 @@ from consistency.errors import UserError, require
 Split: TypeAlias = Literal["train", "test", "all"]
 PREFIXES = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
 IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
+MOST_BYTES = 1 << 30
 
 
 class MNIST(Held):
@@ -91,17 +92,20 @@ def read_idx_file(folder: Path, name: str, axes: int) -> UInt8[Tensor, "..."]:
     plain, packed = folder / name, folder / f"{name}.gz"
     file = plain if plain.is_file() else packed
     try:
-        content = file.read_bytes()
-        content = gzip.decompress(content) if file == packed else content
+        with gzip.open(file) if file == packed else file.open("rb") as stream:
+            head = stream.read(4 + 4 * axes)
+            if len(head) < 4 + 4 * axes or head[:4] != bytes((0, 0, 8, axes)):
+                raise _bad(file, f"a file that starts with {head[:4].hex() or 'nothing'}")
+            shape = tuple(int(n) for n in np.frombuffer(head, ">u4", axes, 4))
+            if math.prod(shape) > MOST_BYTES:
+                raise _bad(file, f"one that announces {math.prod(shape):,} bytes")
+            content = stream.read(math.prod(shape) + 1)  # a packed file may go on for ever
     except (OSError, EOFError, zlib.error) as error:
         raise _bad(file, f"a file that cannot be read ({error})") from error
-    head = 4 + 4 * axes
-    if len(content) < head or content[:4] != bytes((0, 0, 8, axes)):
-        raise _bad(file, f"a file that starts with {content[:4].hex() or 'nothing'}")
-    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", axes, 4))
-    if len(content) - head != math.prod(shape):
-        raise _bad(file, f"{len(content) - head:,} bytes for shape {shape}")
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=head).reshape(shape).copy())
+    if len(content) != math.prod(shape):
+        more = "more than " if len(content) > math.prod(shape) else ""
+        raise _bad(file, f"{more}{min(len(content), math.prod(shape)):,} bytes for shape {shape}")
+    return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy())
 
 
 def _bad(file: Path, got: str) -> UserError:

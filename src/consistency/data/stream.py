@@ -24,6 +24,9 @@ from consistency.data.source import Classes, Image, Images
 from consistency.errors import UserError, require
 
 INDEX = "index.json"
+FORMATS = {"tensor", "int"}
+"""litdata's names of what our shards hold. Others of its formats unpickle."""
+
 ELSEWHERE = ("s3://", "gs://", "r2://", "azure://", "hf://", "local:")
 PATIENCE_SECONDS = 300.0
 
@@ -85,6 +88,13 @@ class Stream:
             "write them with prepare to=shards",
         )
         self.files = [str(shard["filename"]) for shard in shards]
+        inside = all(Path(name).name == name and name.endswith(".bin") for name in self.files)
+        require(
+            inside and set(index["config"].get("data_format") or [""]) <= FORMATS,
+            f"shards of {sorted(FORMATS)} at data.path={path}, each a file *.bin in that place",
+            f"{index['config'].get('data_format')} in {self.files[:3]}"[:200],
+            "write them with prepare to=shards; other kinds can run code or write elsewhere",
+        )
         self.sizes = torch.tensor([int(shard["chunk_size"]) for shard in shards])
         self.ends = self.sizes.cumsum(0)
         self.budget = cache_gigabytes * 1e9

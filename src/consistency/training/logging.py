@@ -106,6 +106,7 @@ class PatientWandbLogger(WandbLogger):
                 console="off",
                 x_disable_stats=True,
                 x_save_requirements=False,
+                x_disable_meta=True,  # the command line may hold secrets
                 x_transaction_log_flush_interval=FLUSH_SECONDS,
             ),
         )

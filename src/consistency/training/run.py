@@ -22,6 +22,7 @@ from consistency.data.held import kept
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import require
+from consistency.masking import masked
 from consistency.training.callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.pictures import SampleGrids
@@ -103,7 +104,7 @@ def build_module(config: DictConfig, data: DataModule) -> ConsistencyModule:
         sampling_preconditioning=instantiate(config.mode.sampling_preconditioning),
         optimizer=optimizer,
         card=describe(config) | named_classes(data),
-        config={str(key): value for key, value in plain.items()},
+        config=masked({str(key): value for key, value in plain.items()}),
         seed=config.seed,
         on_nonfinite=config.on_nonfinite,
         sources=_sources(config),
@@ -195,7 +196,7 @@ def train(config: DictConfig, output: Path) -> None:
         trainer = build_trainer(config, callbacks, loggers, data)
         if trainer.is_global_zero:
             output.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(config, output / "config.yaml", resolve=True)
+            OmegaConf.save(module.config, output / "config.yaml")
             _announce(config, module, output)
             print(data.summary(trainer.world_size), flush=True)
         for logger in loggers:
