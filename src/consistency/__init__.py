@@ -25,8 +25,8 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
                         huggingface; stream (shards far away), shards (writes them); decoding and cropping of one image,
                         download, opening (what lies at a path), given (the images of a person), preparation (the command)
       evaluation        classifier quality
-      training          run (configuration -> finished run), module (the LightningModule), nonfinite, launch (DDP),
-                        logging; callbacks: schedules averages stages periodic checkpoints evaluation pictures
+      training          run (configuration -> finished run), resuming (where it begins), module (the LightningModule),
+                        nonfinite, launch (DDP), rotation (of checkpoints), logging; callbacks: schedules averages stages periodic checkpoints evaluation pictures
                         progress
 """
 

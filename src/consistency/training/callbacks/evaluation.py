@@ -119,7 +119,7 @@ class ClassifierEvaluation(Periodic):
         for name, quality in results.items():
             values = {f"{field}_classifier/{name}": v for field, v in quality._asdict().items()}
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=module.k)
+                logger.log_metrics(values, step=trainer.global_step - 1)  # the row of this step
             trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
 
     def _share(self, trainer: L.Trainer) -> range:
