@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
     trained: dict[str, Path],
     request: pytest.FixtureRequest,
     tmp_path: Path,
-    record_property: pytest.RecordProperty,
+    record_property: Callable[[str, object], None],
 ) -> None:
     shards = request.getfixturevalue("shards") if "shards" in names else tmp_path
     settings = []

@@ -61,7 +61,7 @@ def at_step(run: Path) -> int:
 
 CONTRADICTIONS = {
     "a leaf": (["optimizer.lr=0.5"], ["optimizer.lr=0.5", "optimizer.lr=0.0"]),
-    "a choice": (["mode=ect"], ["mode.callbacks", "mode.objective"]),
+    "a choice": (["mode=ect"], ["preconditioning.EDM", "preconditioning.Boundary"]),
     "another batch": (["data.batch_size=16"], ["data.batch_size=16", "data.batch_size=8"]),
     "another seed": (["seed=1"], ["seed=1", "seed=0"]),
     "precision": (["trainer.precision=bf16-mixed"], ["bf16-mixed", "32-true"]),
@@ -378,5 +378,3 @@ def test_the_bits_are_compared(finished: Path, tmp_path: Path) -> None:
     (other_run / "samples" / "latest.png").write_bytes(b"")
     with pytest.raises(AssertionError, match="latest"):
         assert_same(finished, other_run)
-
-

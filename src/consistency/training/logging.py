@@ -157,7 +157,7 @@ class PatientWandbLogger(WandbLogger):
         return self._guard(self._begun)
 
     def _begun(self) -> Any:
-        if self._experiment is None and rank_zero_only.rank == 0:
+        if self._experiment is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self._id = self._wandb_init["id"] = self._remembered_id()
         return WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
 

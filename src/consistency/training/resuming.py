@@ -172,6 +172,7 @@ def _named(hydra: Any, saved: DictConfig) -> list[str]:
         places.append("" if everywhere and "." not in place else place)
     return places
 
+
 def _at(tree: Any, place: str) -> Any:
     for key in filter(None, place.split(".")):
         if not isinstance(tree, dict) or key not in tree:

@@ -131,7 +131,9 @@ def _sources(config: DictConfig) -> dict[str, dict[str, str]]:
 def _holds(node: Any, value: object) -> bool:
     """Whether a value stands anywhere in a configuration."""
     if isinstance(node, dict | list):
-        return any(_holds(each, value) for each in (node.values() if isinstance(node, dict) else node))
+        return any(
+            _holds(each, value) for each in (node.values() if isinstance(node, dict) else node)
+        )
     return bool(node == value)
 
 
@@ -273,7 +275,7 @@ def _sampler_choice(config: DictConfig) -> str:
     """The option of sampler= for the mode's first sampler."""
     target = next((node._target_ for node in config.mode.samplers.values()), None)
     files = sorted((ROOT / "conf" / "sampler").glob("*.yaml"))
-    named = [p.stem for p in files if OmegaConf.load(p).get("_target_") == target]
+    named = [p.stem for p in files if OmegaConf.select(OmegaConf.load(p), "_target_") == target]
     return next(iter(named), "onestep")
 
 
@@ -290,7 +292,11 @@ def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:
         if isinstance(callback, ClassifierEvaluation):
             print(callback.table())
     line = [sys.executable, str(ROOT / "src" / "sample.py"), f"checkpoint={output}"]
-    line += [f"sampler={_sampler_choice(config)}", "num_samples=64", f"output={output / 'samples_64'}"]
+    line += [
+        f"sampler={_sampler_choice(config)}",
+        "num_samples=64",
+        f"output={output / 'samples_64'}",
+    ]
     for logger in trainer.loggers:
         if isinstance(logger, PatientWandbLogger) and logger.offline_folders:
             folders = shlex.join(map(str, logger.offline_folders))
