@@ -24,6 +24,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from consistency import command
+from consistency import pictures as drawing
 from consistency.training import run
 from consistency.training.callbacks import evaluation, pictures
 
@@ -51,9 +52,9 @@ class Moment(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Of what kind it is: a hook, samples, or a file."""
+        """Of what kind it is: a hook, a file, or what is drawn and measured."""
         first = self.name.split()[0]
-        return "file" if first in FILES else "hook" if first in HOOKS else "samples"
+        return "file" if first in FILES else "hook" if first in HOOKS else "result"
 
 
 class Moments(Callback):
@@ -115,6 +116,8 @@ def train(output: str, die: list[Any] | None) -> None:
     run.build_callbacks = lambda config: [*build(config), moments]
     evaluation.generate = moments.noted("measuring samples", evaluation.generate)
     pictures.generate = moments.noted("drawing samples", pictures.generate)
+    # Slow, and nothing of it is compared.
+    drawing.draw_curves = moments.noted("drawing curves", lambda metrics, picture: None)
     sys.addaudithook(moments.audit)
     command.command("train")(run.train)()
     Path(f"{output}.moments_{moments.rank}").write_text(json.dumps(moments.seen))

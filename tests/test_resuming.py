@@ -21,7 +21,12 @@ from test_killed import assert_equal, assert_same, content, rows
 from test_wandb import records
 
 STEPS = 4
-BEGUN = [*TINY, "mode=ct", "callbacks.checkpoint.every_n_train_steps=2"]
+BEGUN = [
+    *TINY,
+    "mode=ct",
+    "callbacks.curves=null",
+    "callbacks.checkpoint.every_n_train_steps=2",
+]
 
 
 @pytest.fixture(scope="module")
