@@ -237,7 +237,8 @@ def test_a_used_folder_says_how_to_go_on(verb: Run, begun: Path) -> None:
 def test_auto_begins_where_nothing_is_and_goes_on_in_every_folder_of_a_sweep(
     verb: Run, tmp_path: Path
 ) -> None:
-    sweep = ["-m", "mode=ct,ect", *TINY, f"output={tmp_path / 'sweep'}", "resume=auto"]
+    tiny = [*TINY, "callbacks.curves=null"]
+    sweep = ["-m", "mode=ct,ect", *tiny, f"output={tmp_path / 'sweep'}", "resume=auto"]
     for steps, begins in ((1, 2), (2, 0)):
         outcome = verb("train", *sweep, f"trainer.max_steps={steps}", "mode.total_steps=9")
         assert outcome.status == 0, outcome.err
@@ -254,7 +255,8 @@ def test_wandb_goes_on_with_the_same_run(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     run, tiny = tmp_path / "run", [a for a in TINY if a != "logger=csv"]
-    outcome = verb("train", *tiny, "trainer.max_steps=1", f"output={run}")
+    begin = [*tiny, "callbacks.curves=null", "trainer.max_steps=1", f"output={run}"]
+    outcome = verb("train", *begin)
     assert outcome.status == 0, outcome.err
     outcome = verb("train", f"resume={run}", "trainer.max_steps=2")
     assert outcome.status == 0, outcome.err
@@ -383,3 +385,31 @@ def test_the_bits_are_compared(finished: Path, tmp_path: Path) -> None:
     (other_run / "samples" / "latest.png").write_bytes(b"")
     with pytest.raises(AssertionError, match="latest"):
         assert_same(finished, other_run)
+
+
+def test_what_may_change_is_what_changes(
+    verb: Run, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A choice of the trainer brings its devices and nothing else; what is not named stays as it was."""
+    seen: list[Any] = []
+
+    def stop(config: Any) -> None:
+        seen.append(config)
+        raise UserError("stopped by the test")
+
+    monkeypatch.setattr(training, "build_data", stop)
+    given = ["trainer=ddp", "trainer.devices=2", "trainer.log_every_n_steps=1"]
+    given += ["data.num_workers=3", "logger=wandb", "mode=ct"]
+    assert "stopped by" in verb("train", f"resume={begun}", *given).err
+    config = seen[0]
+    assert (config.trainer.strategy, config.trainer.devices) == ("ddp", 2)
+    assert config.trainer.accelerator == "auto"
+    assert config.data.num_workers == 3
+    assert config.trainer.max_steps == STEPS
+    assert list(config.logger) == ["csv", "wandb"]
+    assert config.logger.csv.path == str(begun / "metrics.csv")
+    assert "stopped by" in verb("train", f"resume={begun}").err
+    plain = seen[1]
+    assert (plain.trainer.strategy, plain.trainer.accelerator) == ("auto", "cpu")
+    assert list(plain.logger) == ["csv"]
+    assert plain.data.num_workers == 0
