@@ -5,7 +5,8 @@ a run is resumed, a seed and a number of kills. The first run, `whole`, is left 
 training, the drawing and measuring of samples, and whatever happens to a file below the run folder. The others, `run_<n>`,
 die at one moment after the other by SIGKILL. Prints the kills and the runs of every setting as JSON.
 
-Every attempt is a process of its own, forked from this one, which has imported everything already. Lightning starts
+As many settings run at a time as there are cores. Every attempt is a process of its own, forked, so that everything is
+imported already. Lightning starts
 further ranks by calling this script anew: then the environment says what to do.
 """
 
@@ -17,6 +18,8 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,4 +200,6 @@ if __name__ == "__main__":
     if TASK in os.environ:
         train(*json.loads(os.environ[TASK]))
     else:
-        print(json.dumps([survive(**setting) for setting in json.loads(sys.argv[1])]))
+        with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
+            jobs = [pool.submit(survive, **setting) for setting in json.loads(sys.argv[1])]
+            print(json.dumps([job.result() for job in jobs]))
