@@ -298,6 +298,24 @@ def test_a_row_is_one_step_whenever_its_metrics_come(tmp_path: Path) -> None:
     assert [r["new"] for r in csv_rows(tmp_path)] == ["", "", "5.0"]
 
 
+def test_a_checkpoint_comes_after_the_row_of_its_step(
+    verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run that dies between the two goes on behind a gap."""
+    run, seen = tmp_path / "run", []
+
+    def watched(folder: Path) -> None:
+        k = torch.load(folder / NEXT, weights_only=True)["k"]
+        seen.append((k, [int(row["step"]) for row in rows(run)]))
+        promote(folder)
+
+    monkeypatch.setattr("consistency.training.rotation.promote", watched)
+    given = ["data.device_batch_size=4", f"trainer.max_steps={STEPS}", f"output={run}"]
+    outcome = verb("train", *BEGUN, *given)
+    assert outcome.status == 0, outcome.err
+    assert seen == [(2, [0, 1]), (4, [0, 1, 2, 3])]
+
+
 class Died(BaseException):
     """Stands for SIGKILL."""
 
