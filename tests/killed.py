@@ -6,8 +6,7 @@ training, the drawing and measuring of samples, and whatever happens to a file b
 die at one moment after the other by SIGKILL. Prints the kills and the runs of every setting as JSON.
 
 As many settings run at a time as there are cores. Every attempt is a process of its own, forked, so that everything is
-imported already. Lightning starts
-further ranks by calling this script anew: then the environment says what to do.
+imported already. Lightning starts further ranks by calling this script anew: then the environment says what to do.
 """
 
 import json
