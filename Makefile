@@ -28,10 +28,13 @@ demo: $(READY) ## compare ect, ict, cd and ct at equal training time
 	$(BIN)/python src/compare.py $(ARGS)
 
 test: $(READY) ## run the tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow" $(TOGETHER) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not kill" $(TOGETHER) $(ARGS)
 
 test-slow: $(READY) ## run the long tests
 	$(BIN)/python -m pytest -m slow $(TOGETHER) $(ARGS)
+
+test-kill: $(READY) ## kill a hundred runs and see that each ends as if nothing had happened
+	$(BIN)/python -m pytest -m kill $(ARGS)
 
 oracle: $(READY) ## train every mode on a law with exact answers, a minute of CPU each, and print the errors
 	$(BIN)/python tests/oracle.py $(ARGS)
@@ -62,4 +65,4 @@ audit: $(READY) ## compare the locked packages with the known advisories, where 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help setup train demo test test-slow oracle mutations lint format lock audit clean
+.PHONY: help setup train demo test test-slow test-kill oracle mutations lint format lock audit clean

@@ -328,7 +328,7 @@ def test_a_search_builds_nothing_that_a_checkpoint_names_but_our_sources(
         content["config"]["data"]["held_out"] = node
         checkpoint.write(content, tmp_path / f"{number}.ckpt")
         with pytest.raises(UserError, match=r"the target"):
-            searching.quality_of(tmp_path / f"{number}.ckpt")
+            searching.measure_of(OmegaConf.create({}), tmp_path / f"{number}.ckpt")
     assert not tripwires
 
 

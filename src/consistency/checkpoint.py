@@ -40,6 +40,10 @@ from consistency.trusted import named
 NETWORKS = "consistency.networks."
 PRECONDITIONING = "consistency.preconditioning."
 
+CHECKPOINTS = "checkpoints"
+NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
+"""Where a run keeps its checkpoints: the newest, on its way to be `last`; the newest; and the one before it."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -156,7 +160,11 @@ def checksum_path(path: Path) -> Path:
 
 
 def write(content: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint and its checksum: complete under another name first, then renamed into place."""
+    """Writes a checkpoint and its checksum: complete under another name first, then renamed into place.
+
+    A process may die at any moment of it: the file is the old one or the new one, whole, and the checksum beside it is
+    its own or missing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     torch.save(content, part)
@@ -165,7 +173,19 @@ def write(content: dict[str, Any], path: Path) -> None:
         os.fsync(file.fileno())
     checksum_path(path).unlink(missing_ok=True)
     part.replace(path)
-    checksum_path(path).write_text(f"{digest}  {path.name}\n")
+    write_checksum(path, digest)
+
+
+def write_checksum(path: Path, digest: str) -> None:
+    """Puts a checksum beside a checkpoint."""
+    write_text(checksum_path(path), f"{digest}  {path.name}\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a short file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def find(checkpoint: str | os.PathLike[str]) -> Path:
@@ -181,7 +201,9 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     if path.is_dir() and ((path / reading.SEALED).is_file() or diffusers.is_diffusers(path)):
         return path
     if path.is_dir():
-        inside = path / "checkpoints" / "last.ckpt"
+        folder = path / CHECKPOINTS
+        # A run that died while it renamed may have its newest under the other name.
+        inside = next((folder / n for n in (LAST, NEXT) if (folder / n).is_file()), folder / LAST)
         require(
             inside.is_file(),
             f"a run folder with checkpoints/last.ckpt at {path}, or a diffusers folder",

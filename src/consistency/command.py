@@ -20,6 +20,8 @@ from consistency.masking import masked_output, masked_text
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = "_CONSISTENCY_COMMAND"
+AUTO = "auto"
+"""resume=auto: goes on with what is at output=, or begins there."""
 
 
 def register_experiments(folder: Path = ROOT / "experiments") -> None:
@@ -45,6 +47,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig, Path], None]], Callabl
 
     def decorate(main: Callable[[DictConfig, Path], None]) -> Callable[[], None]:
         schema.register()
+        OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
         def job(config: DictConfig) -> None:
             output = Path(HydraConfig.get().runtime.output_dir)
@@ -121,11 +124,24 @@ def output_path(folder: Path) -> Path:
     return Path(hydra.runtime.cwd) / Path(hydra.sweep.dir).expanduser()
 
 
-def require_fresh(folder: Path) -> None:
+def run_folder(resume: str | None, fresh: str) -> str:
+    """Where a run writes by default: into the folder that it resumes, or into a fresh one.
+
+    Hydra makes the folder of a job, so a missing one must not be named: the command then says that it is missing.
+    """
+    if resume in (None, AUTO):
+        return fresh
+    folder = Path(str(resume)).expanduser()
+    return str(folder) if folder.is_dir() else "."
+
+
+def require_fresh(
+    folder: Path, remedy: str = "choose another output=, or move the old one away"
+) -> None:
     """Refuses to write into a folder that already holds something."""
     require(
         not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
         f"a new or empty folder to write to at output={folder}",
         "a folder with content" if folder.is_dir() else "a file",
-        "choose another output=, or move the old one away",
+        remedy,
     )

@@ -80,6 +80,7 @@ class Train:
     teacher_weights: str = "ema"
     init: str | None = None
     init_weights: str = "ema"
+    resume: str | None = None
     on_nonfinite: str = "stop"
     process: Any = MISSING
     model: Model = field(default_factory=Model)

@@ -5,7 +5,7 @@ formula, which know of no files, and of all else what is listed here; functions 
 start processes are not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -111,15 +111,15 @@ def named(target: object) -> object:
     return found if callable(found) and getattr(found, "__module__", None) == module else None
 
 
-def require_trusted(tree: object, origin: object) -> None:
+def require_trusted(tree: object, origin: object, also: Collection[str] = ()) -> None:
     """Refuses a plain configuration, before anything of it is built, unless it is data all through.
 
     tree: dictionaries, lists, numbers and texts, as `OmegaConf.to_container(config, resolve=False)` gives them;
-    origin: where it comes from, for the message. Every `_target_` names one of `PARTS` or `OTHERS`, no other word of
+    origin: where it comes from, for the message. Every `_target_` names one of `PARTS`, `OTHERS` or `also`, no other word of
     Hydra's stands in it but `_partial_`, nothing is interpolated, it is of sensible size, and where it says what a run
     writes, paths stay in its own `output`.
     """
-    for place, reason in _objections(tree):
+    for place, reason in _objections(tree, also):
         raise UserError(
             f"expected a configuration of plain values that names parts of consistency in {origin}\n"
             f"  got: {reason} at {place[:120] or 'its top'}\n"
@@ -127,7 +127,7 @@ def require_trusted(tree: object, origin: object) -> None:
         )
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, also: Collection[str] = ()) -> dict[str, Any]:
     """The configuration in a YAML file that was not written here, checked; nothing of it is resolved or built."""
     require(path.is_file(), f"a configuration at {path}", "no such file", "check the path")
     size = path.stat().st_size
@@ -141,7 +141,7 @@ def read(path: Path) -> dict[str, Any]:
             f"expected a configuration in {path}\n"
             f"  got: something else ({type(error).__name__}: {str(error)[:120]})\n  do: take the file as the run wrote it"
         ) from error
-    require_trusted(tree, path)
+    require_trusted(tree, path, also)
     require(isinstance(tree, dict), f"a configuration in {path}", "a list", "check the path")
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
@@ -158,7 +158,7 @@ def _require_simple(text: str) -> None:
             raise ValueError("more levels than any configuration has")
 
 
-def _objections(tree: object) -> Iterator[tuple[str, str]]:
+def _objections(tree: object, also: Collection[str]) -> Iterator[tuple[str, str]]:
     """Place and reason of everything that is wrong with a tree."""
     count, waiting = 0, [("", tree, 0)]
     while waiting:
@@ -168,7 +168,7 @@ def _objections(tree: object) -> Iterator[tuple[str, str]]:
             yield place, "more values than any configuration has"
             return
         if isinstance(value, dict):
-            yield from ((place, reason) for reason in _wrong_node(value))
+            yield from ((place, reason) for reason in _wrong_node(value, also))
             waiting += [(f"{place}.{k}".strip("."), v, level + 1) for k, v in value.items()]
         elif isinstance(value, list | tuple):
             waiting += [(f"{place}[{i}]", v, level + 1) for i, v in enumerate(value)]
@@ -182,7 +182,7 @@ def _objections(tree: object) -> Iterator[tuple[str, str]]:
         yield from _wrong_paths(tree)
 
 
-def _wrong_node(node: dict[Any, Any]) -> Iterator[str]:
+def _wrong_node(node: dict[Any, Any], also: Collection[str]) -> Iterator[str]:
     for key in node:
         if not isinstance(key, str) or "${" in key or len(key) > MOST_CHARACTERS:
             yield "a key that is no name"
@@ -192,6 +192,8 @@ def _wrong_node(node: dict[Any, Any]) -> Iterator[str]:
         yield "a _partial_ that is neither true nor false"
     if "_target_" in node:
         target = node["_target_"]
+        if isinstance(target, str) and target in also:
+            return
         known = isinstance(target, str) and (target in OTHERS or target.startswith(PARTS))
         ours = isinstance(target, str) and target.startswith("consistency.")
         if not known or (ours and named(target) is None):

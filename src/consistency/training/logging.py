@@ -2,6 +2,7 @@
 
 import csv
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from wandb.errors import UsageError
 
+from consistency.checkpoint import write_text
+
 FLUSH_SECONDS = 0.5
 
 
 class MetricsFile(Logger):
     """All metrics of a run in one CSV, one row an optimizer step, appended to as the run goes on.
 
-    A metric that appears later gets a new column, and the earlier rows an empty field. Lightning's CSVLogger writes
-    several rows a step and deletes the file of a run that is continued.
+    A metric that appears later gets a new column, and the earlier rows an empty field. What comes for a step whose row
+    has been written is added to that row. Lightning's CSVLogger writes several rows a step and deletes the file of a run
+    that is continued.
     """
 
     def __init__(self, *, path: str) -> None:
@@ -27,6 +31,10 @@ class MetricsFile(Logger):
         self.path = Path(path)
         self.columns = ["step"]
         self.row: dict[str, float] = {}
+        self._place: int | None = None
+        """Where the row at hand begins in the file, if it has been written."""
+        self._new = False
+        """Whether the row at hand has something that is not in the file."""
 
     @property
     def name(self) -> str:
@@ -41,25 +49,39 @@ class MetricsFile(Logger):
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Nothing: the configuration has a file of its own."""
 
+    def cut(self, step: int) -> None:
+        """Takes the rows from `step` on out of the file of a run that goes on there; a torn one at the end goes too."""
+        if not self.path.is_file():
+            return
+        whole = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
+        rows = list(csv.DictReader(whole))
+        if whole:
+            self.columns = next(csv.reader(whole))
+        self._rewrite([row for row in rows if int(row["step"]) < step])
+
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Adds to the row of the step; a finished row goes to the file."""
+        """Adds to the row of the step."""
         if step != self.row.get("step"):
             self.save()
-            self.row = {"step": step or 0}
+            self.row, self._place = {"step": step or 0}, None
+        self._new = True
         self.row.update({name: value for name, value in metrics.items() if name != "epoch"})
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the row at hand."""
-        if len(self.row) < 2:
+        """Writes the row at hand, once more where it has been written before."""
+        if len(self.row) < 2 or not self._new:
             return
+        if self._place is not None:
+            os.truncate(self.path, self._place)
         new = [name for name in self.row if name not in self.columns]
         if new or not self.path.is_file():
             self._widen(new)
         with self.path.open("a", newline="") as file:
+            self._place = file.tell()
             csv.DictWriter(file, self.columns).writerow(self.row)
-        self.row = {}
+        self._new = False
 
     def _widen(self, new: list[str]) -> None:
         rows = []
@@ -67,6 +89,9 @@ class MetricsFile(Logger):
             with self.path.open(newline="") as file:
                 rows = list(csv.DictReader(file))
         self.columns += new
+        self._rewrite(rows)
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(f"{self.path.name}.part")
         with part.open("w", newline="") as file:
@@ -91,7 +116,9 @@ def key_configured() -> bool:
 class PatientWandbLogger(WandbLogger):
     """Lightning's W&B logger, offline where no key is configured, and silent from the moment W&B fails.
 
-    WANDB_MODE, where set, decides instead. A later `wandb sync <folder>` uploads an offline run.
+    WANDB_MODE, where set, decides instead. A later `wandb sync <folder>` uploads an offline run. The id of the run stands in
+    wandb_id.txt in `folder`, so that a run that goes on stays one run, offline too: every start of it then has a folder of
+    its own, with the same id.
     """
 
     def __init__(self, *, project: str, folder: str, name: str | None) -> None:
@@ -112,6 +139,7 @@ class PatientWandbLogger(WandbLogger):
         )
         # WandbLogger passes an option that W&B now warns about.
         self._wandb_init.pop("anonymous", None)
+        self.folder = Path(folder)
         self.failed = False
 
     def _guard(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -127,13 +155,26 @@ class PatientWandbLogger(WandbLogger):
     @property
     def experiment(self) -> Any:
         """The W&B run, or None once W&B has failed."""
-        return self._guard(lambda: WandbLogger.experiment.fget(self))  # type: ignore[attr-defined]
+        return self._guard(self._begun)
+
+    def _begun(self) -> Any:
+        if self._experiment is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self._id = self._wandb_init["id"] = self._remembered_id()
+        return WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
+
+    def _remembered_id(self) -> str:
+        file = self.folder / "wandb_id.txt"
+        if not file.is_file():
+            write_text(file, f"{secrets.token_hex(4)}\n")
+        return file.read_text().strip()
 
     @property
-    def offline_folder(self) -> Path | None:
-        """The folder that `wandb sync` uploads, where the run is offline."""
+    def offline_folders(self) -> list[Path]:
+        """The folders that `wandb sync` uploads, one for each start of the run, where it is offline."""
         run = self._experiment
-        return Path(run.dir).parent if run is not None and run.settings._offline else None
+        if run is None or not run.settings._offline:
+            return []
+        return sorted(Path(run.dir).parents[1].glob(f"offline-run-*-{run.id}"))
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Logs numbers, or nothing once W&B has failed."""

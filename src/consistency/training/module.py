@@ -1,5 +1,6 @@
 """The LightningModule around an objective: it moves data, draws keys, logs; the formula stays in the objective."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,7 @@ class ConsistencyModule(L.LightningModule):
         self.num_scales = 0
         self.target: Denoiser | None = None
         self.averages: dict[str, nn.Module] = {}
+        self.step_started = 0.0
 
     # The optimizer and k
 
@@ -76,11 +78,12 @@ class ConsistencyModule(L.LightningModule):
     # The step
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
-        """Dropout draws from the global generators: keyed by place, like every other draw."""
+        """Dropout draws from the global generators: keyed by place, like every other draw. All callbacks are done by now."""
         place = key(self.seed, "dropout", self.global_rank, batch_idx)
         torch.default_generator.manual_seed(place)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(place)
+        self.step_started = time.perf_counter()
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, classes = batch
@@ -165,6 +168,7 @@ class ConsistencyModule(L.LightningModule):
         """Adds card, config, k and sources; leaves out teacher and perceptual weights, which come from files of their own."""
         checkpoint["card"], checkpoint["config"], checkpoint["k"] = self.card, self.config, self.k
         checkpoint["sources"] = self.sources
+        checkpoint["left_out_in_a_row"] = self.guard.in_a_row
         checkpoint["state_dict"] = {
             name: value
             for name, value in checkpoint["state_dict"].items()
@@ -173,5 +177,6 @@ class ConsistencyModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.k = checkpoint["k"]
+        self.guard.in_a_row = checkpoint["left_out_in_a_row"]
         own = {f"{OBJECTIVE}{name}": v for name, v in self.objective.state_dict().items()}
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from consistency.checkpoint import find, fingerprint, load_initial
-from consistency.command import ROOT, require_fresh
+from consistency.command import ROOT
 from consistency.data.held import kept
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
@@ -27,8 +27,10 @@ from consistency.training.callbacks.checkpoints import AtomicCheckpointIO, RunCh
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.pictures import SampleGrids
 from consistency.training.launch import is_child, one_job
-from consistency.training.logging import PatientWandbLogger
+from consistency.training.logging import MetricsFile, PatientWandbLogger
 from consistency.training.module import ConsistencyModule
+from consistency.training.resuming import Start, begin, keep_config
+from consistency.training.rotation import settle
 
 
 def quiet() -> None:
@@ -114,7 +116,7 @@ def build_module(config: DictConfig, data: DataModule) -> ConsistencyModule:
 def _sources(config: DictConfig) -> dict[str, dict[str, str]]:
     """Path, choice of weights and SHA-256 of the checkpoints that the run begins with."""
     named = {"init": config.init}
-    if "${teacher}" in OmegaConf.to_yaml(config.mode, resolve=False):
+    if _holds(OmegaConf.to_container(config.mode, resolve=True), config.teacher):
         named["teacher"] = config.teacher
     return {
         name: {
@@ -125,6 +127,15 @@ def _sources(config: DictConfig) -> dict[str, dict[str, str]]:
         for name, path in named.items()
         if path is not None
     }
+
+
+def _holds(node: Any, value: object) -> bool:
+    """Whether a value stands anywhere in a configuration."""
+    if isinstance(node, dict | list):
+        return any(
+            _holds(each, value) for each in (node.values() if isinstance(node, dict) else node)
+        )
+    return bool(node == value)
 
 
 def _require_fit(config: DictConfig, data: DataModule) -> None:
@@ -177,8 +188,8 @@ def build_callbacks(config: DictConfig) -> list[Callback]:
 def train(config: DictConfig, output: Path) -> None:
     """Trains as the configuration says and leaves everything in the folder `output`."""
     quiet()
-    if not is_child():
-        require_fresh(output)
+    start = begin(config, output)
+    config = start.config
     require(config.seed >= 0, "seed >= 0", config.seed, "give another seed")
     require(
         config.trainer.max_steps >= 1,
@@ -186,6 +197,11 @@ def train(config: DictConfig, output: Path) -> None:
         config.trainer.max_steps,
         "give the number of optimizer steps",
     )
+    if start.checkpoint is not None and start.step >= config.trainer.max_steps:
+        if not is_child():
+            settle(start.checkpoint)
+            print("All its steps are done; trainer.max_steps=<more> makes it longer.")
+        return
     L.seed_everything(config.seed, workers=True, verbose=False)
     with one_job():
         data = build_data(config)
@@ -196,12 +212,15 @@ def train(config: DictConfig, output: Path) -> None:
         trainer = build_trainer(config, callbacks, loggers, data)
         if trainer.is_global_zero:
             output.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(module.config, output / "config.yaml")
-            _announce(config, module, output)
+            keep_config(module.config, output)
+            _announce(start, module, output)
             print(data.summary(trainer.world_size), flush=True)
+            for logger in loggers:
+                if isinstance(logger, MetricsFile):
+                    logger.cut(start.step)
         for logger in loggers:
             logger.log_hyperparams(module.config)
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint and str(start.checkpoint))
         if trainer.is_global_zero:
             _conclude(config, trainer, output)
 
@@ -232,21 +251,33 @@ def build_trainer(
 
 
 @rank_zero_only
-def _announce(config: DictConfig, module: ConsistencyModule, output: Path) -> None:
+def _announce(start: Start, module: ConsistencyModule, output: Path) -> None:
+    config = start.config
     choices: Any = HydraConfig.get().runtime.choices
     millions = sum(p.numel() for p in module.online.parameters()) / 1e6
-    print(
-        f"mode={choices.mode} data={choices.data} model={choices.model}: {millions:.2f} M parameters, "
-        f"{config.trainer.max_steps} optimizer steps of {config.data.batch_size} images"
-    )
-    pair = f"{choices.data}_{choices.mode}"
-    if not (ROOT / "conf" / "recipe" / f"{pair}.yaml").is_file():
-        print(f"No recipe conf/recipe/{pair}.yaml: the mode's own defaults are used.")
-    if config.init != config.mode.init:
-        print(f"init={config.init}: the published choice for this mode is {config.mode.init}.")
+    size = f"{millions:.2f} M parameters, {config.trainer.max_steps} optimizer steps of {config.data.batch_size} images"
+    if start.resumed:
+        print(size)
+    else:
+        print(f"mode={choices.mode} data={choices.data} model={choices.model}: {size}")
+        pair = f"{choices.data}_{choices.mode}"
+        if not (ROOT / "conf" / "recipe" / f"{pair}.yaml").is_file():
+            print(f"No recipe conf/recipe/{pair}.yaml: the mode's own defaults are used.")
+        if config.init != config.mode.init:
+            print(f"init={config.init}: the published choice for this mode is {config.mode.init}.")
     for name, source in module.sources.items():
         print(f"{name}: {source['path']} ({source['weights']}, sha256 {source['sha256'][:12]})")
+        if (begun := start.sources.get(name, source)["sha256"]) != source["sha256"]:
+            print(f"  another file than the run was begun with, sha256 {begun[:12]}")
     print(f"Run folder: {output}", flush=True)
+
+
+def _sampler_choice(config: DictConfig) -> str:
+    """The option of sampler= for the mode's first sampler."""
+    target = next((node._target_ for node in config.mode.samplers.values()), None)
+    files = sorted((ROOT / "conf" / "sampler").glob("*.yaml"))
+    named = [p.stem for p in files if OmegaConf.select(OmegaConf.load(p), "_target_") == target]
+    return next(iter(named), "onestep")
 
 
 def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:
@@ -261,12 +292,14 @@ def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:
             print(f"Samples:    {callback.newest}")
         if isinstance(callback, Evaluation):
             print(callback.table())
-    choices: Any = HydraConfig.get().runtime.choices
-    first = next(iter(config.mode.samplers), None)
-    sampler = choices.get(f"sampler@mode.samplers.{first}", "onestep")
     line = [sys.executable, str(ROOT / "src" / "sample.py"), f"checkpoint={output}"]
-    line += [f"sampler={sampler}", "num_samples=64", f"output={output / 'samples_64'}"]
+    line += [
+        f"sampler={_sampler_choice(config)}",
+        "num_samples=64",
+        f"output={output / 'samples_64'}",
+    ]
     for logger in trainer.loggers:
-        if isinstance(logger, PatientWandbLogger) and logger.offline_folder is not None:
-            print(f"W&B:        offline; upload with `wandb sync {logger.offline_folder}`")
+        if isinstance(logger, PatientWandbLogger) and logger.offline_folders:
+            folders = shlex.join(map(str, logger.offline_folders))
+            print(f"W&B:        offline; upload with `wandb sync {folders}`")
     print(f"Continue with:\n  {shlex.join(line)}")

@@ -155,7 +155,7 @@ class Evaluation(Periodic):
         } | {"evaluation_seconds": seconds}
         # Logged once, where `module.log` would repeat the value in every later row.
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=module.k)
+            logger.log_metrics(values, step=trainer.global_step - 1)  # the row of this step
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
         return found
 

@@ -18,7 +18,13 @@ class Periodic(Callback):
             "give the number of optimizer steps in between",
         )
         self.every = every_n_train_steps
-        self._seen = 0
+        self._before = 0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        assert isinstance(module, ConsistencyModule)
+        self._before = module.k
 
     def on_train_batch_end(
         self,
@@ -29,9 +35,8 @@ class Periodic(Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(module, ConsistencyModule)
-        if module.k != self._seen and module.k % self.every == 0:
+        if module.k != self._before and module.k % self.every == 0:
             self.at_step(trainer, module)
-        self._seen = module.k
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """What is done."""

@@ -11,16 +11,20 @@ from consistency.training.module import ConsistencyModule
 
 
 class Throughput(Callback):
-    """Logs `images_per_second` over all devices and `training_seconds`, both without evaluation and pictures."""
+    """Logs `images_per_second` over all devices and `training_seconds`, both without evaluation, pictures and checkpoints.
+
+    A resumed run goes on with the seconds of the run before it.
+    """
 
     def __init__(self) -> None:
         self._seconds, self._images = 0.0, 0
         self.total_seconds = 0.0
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        self._start = time.perf_counter()
+    def state_dict(self) -> dict[str, Any]:
+        return {"total_seconds": self.total_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.total_seconds = state_dict["total_seconds"]
 
     def on_train_batch_end(
         self,
@@ -31,7 +35,7 @@ class Throughput(Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(module, ConsistencyModule)
-        elapsed = time.perf_counter() - self._start
+        elapsed = time.perf_counter() - module.step_started
         self.total_seconds += elapsed
         self._seconds += elapsed
         self._images += len(batch[0]) * trainer.world_size
@@ -43,6 +47,14 @@ class Throughput(Callback):
 
 class StepBar(TQDMProgressBar):
     """Lightning's progress bar, counting from the first batch to the last of the run."""
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """A run that goes on stands where it was, and Lightning begins no epoch, which would say how long it is."""
+        super().on_train_start(trainer, *_)
+        bar = self.train_progress_bar
+        bar.total = self.total_train_batches
+        bar.n = bar.initial = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        bar.refresh()
 
     def init_train_tqdm(self) -> Tqdm:
         bar = super().init_train_tqdm()

@@ -1,0 +1,171 @@
+"""A run that is killed, at whatever moment and however often, and resumed ends with the bits of one that never was."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import REPORT, ROOT, TINY
+from test_training import MODES
+
+TIMES = {"images_per_second", "training_seconds", "evaluation_seconds"}
+STEPS = [
+    "trainer.max_steps=7",
+    "data.batch_size=288",
+    "data.device_batch_size=144",
+    "model.network.dropout=0.2",
+    "callbacks.checkpoint.every_n_train_steps=2",
+    "callbacks.samples.every_n_train_steps=3",
+    "callbacks.curves.every_n_train_steps=3",
+]
+"""Three batches an epoch of the 899 digits, each accumulated from two; pictures between the checkpoints."""
+
+MEASURED = [
+    "callbacks.evaluation.seeds=[0]",
+    "callbacks.evaluation.batch_size=449",
+    "callbacks.evaluation.every_n_train_steps=3",
+]
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits to train on, in shards."""
+    pytest.importorskip("litdata")
+    from consistency.data.digits import Digits
+    from consistency.data.shards import write_shards
+
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    write_shards(Digits(split="train"), folder, shard_bytes=5000, show=False)
+    return folder
+
+
+def setting(name: str, teacher: Path, shards: Path) -> tuple[list[str], list[str]]:
+    """The arguments of a run, and those added when it is resumed."""
+    if name == "two processes":
+        return [*TINY, *STEPS, "mode=ct", *TWO], []
+    if name == "other workers":
+        return [*TINY, *STEPS, "mode=ect", "data.num_workers=1"], ["data.num_workers=2"]
+    if name == "shards":
+        stream = ["data=stream", f"data.path={shards}", "data.image_size=8", "data.channels=1"]
+        stream += ["data.num_classes=10", "data.num_workers=0", "data.source.mixing=2"]
+        return [*TINY, *stream, *STEPS, "mode=ict"], ["data.num_workers=1"]
+    if name == "measured":
+        tiny = [a for a in TINY if "evaluation=null" not in a and "monitor=null" not in a]
+        cache = f"callbacks.evaluation.cache={shards.parent}"
+        return [*tiny, *STEPS, *MEASURED, cache, "mode=ct"], []
+    return [*TINY, *STEPS, f"mode={name}", f"teacher={teacher}"], []
+
+
+ALL = ["measured", *MODES, "two processes", "other workers", "shards"]
+
+
+@pytest.mark.parametrize(
+    ("kills", "names"),
+    [
+        pytest.param(3, ["measured"], id="some"),
+        pytest.param(20, ALL, id="many", marks=pytest.mark.slow),
+        pytest.param(100, ALL, id="a hundred", marks=pytest.mark.kill),
+    ],
+)
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
+    kills: int,
+    names: list[str],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    teacher = shards = tmp_path
+    if names is ALL:
+        teacher = request.getfixturevalue("trained")["edm"]
+        shards = request.getfixturevalue("shards")
+    settings = []
+    for number, name in enumerate(names):
+        folder = tmp_path / name.replace(" ", "_")
+        folder.mkdir()
+        arguments, resumed = setting(name, teacher, shards)
+        share = kills // len(names) + (number < kills % len(names))
+        settings.append(
+            {"folder": str(folder), "arguments": arguments, "resumed": resumed}
+            | {"seed": kills + number, "kills": share}
+        )
+    found = killed(settings)
+    for outcome in found:
+        for folder in outcome["runs"]:
+            assert_same(Path(outcome["whole"]), Path(folder))
+    survived = Counter({n: len(o["kills"]) for n, o in zip(names, found, strict=True)})
+    assert survived.total() == kills
+    each = ", ".join(f"{name} {number}" for name, number in survived.items())
+    record_property(REPORT, f"kills survived: {survived.total()} of {kills} ({each})")
+
+
+def killed(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What tests/killed.py makes of the settings."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "killed.py"), json.dumps(settings)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    """metrics.csv without the times."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in r.items() if k not in TIMES} for r in csv.DictReader(file)]
+
+
+def files(run: Path) -> list[str]:
+    return sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
+
+
+def assert_same(whole: Path, run: Path) -> None:
+    """The same files, with the same bits in them but for times."""
+    assert files(run) == files(whole)
+    assert rows(run) == rows(whole)
+    assert [int(row["step"]) for row in rows(run)] == list(range(len(rows(run))))
+    for name in files(whole):
+        one, other = whole / name, run / name
+        if name.endswith(".ckpt"):
+            assert_equal(content(one), content(other), name)
+        elif name.endswith((".json", ".png")):
+            assert one.read_bytes() == other.read_bytes(), name
+    assert (run / "config.yaml").read_text().replace(str(run), "") == (
+        whole / "config.yaml"
+    ).read_text().replace(str(whole), "").replace("resume: null", "resume: auto")
+
+
+def content(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds, but for paths and times."""
+    found: dict[str, Any] = torch.load(checkpoint, weights_only=True)
+    del found["config"], found["callbacks"]["Throughput"]
+    return found
+
+
+def assert_equal(one: Any, other: Any, place: str) -> None:
+    """Equal to the bit, wherever it is nested."""
+    assert type(one) is type(other), place
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), place
+    elif isinstance(one, dict):
+        assert list(one) == list(other), place
+        for key in one:
+            assert_equal(one[key], other[key], f"{place}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), place
+        for number, (first, second) in enumerate(zip(one, other, strict=True)):
+            assert_equal(first, second, f"{place}/{number}")
+    else:
+        assert one == other, place
