@@ -1,6 +1,7 @@
 """The one LightningDataModule: any source of images, in an order that depends on position alone."""
 
 import hashlib
+import signal
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,8 @@ from consistency.data.batches import PositionedBatches, Split, split
 from consistency.data.source import Classes, Images, OrderedSource, Source, batch_of
 from consistency.errors import require
 from consistency.tensors import Data
+
+FAREWELL_SECONDS = 60
 
 
 def to_unit(images: UInt8[Tensor, "b c h w"]) -> Data:
@@ -36,6 +39,12 @@ class WholeBatches(Dataset[tuple[Images, Classes]]):
 
     def __getitem__(self, indices: list[int]) -> tuple[Images, Classes]:
         return batch_of(self.source, indices)
+
+
+def _outlive_signals(worker: int) -> None:
+    """A signal to the whole group of processes is the run's to answer, which needs its loaders to the end of the step."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(FAREWELL_SECONDS))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class DataModule(L.LightningDataModule):
@@ -150,6 +159,7 @@ class DataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=_outlive_signals,
         )
 
     def train_dataloader(self) -> DataLoader[tuple[Images, Classes]]:

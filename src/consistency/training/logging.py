@@ -9,17 +9,20 @@ from typing import Any
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from wandb.errors import UsageError
 
-FLUSH_SECONDS = 0.5
+from consistency.training.faults import tell
+
+FLUSH_SECONDS, FINISH_SECONDS = 0.5, 30.0
 
 
 class MetricsFile(Logger):
     """All metrics of a run in one CSV, one row an optimizer step, appended to as the run goes on.
 
     A metric that appears later gets a new column, and the earlier rows an empty field. Lightning's CSVLogger writes
-    several rows a step and deletes the file of a run that is continued.
+    several rows a step and deletes the file of a run that is continued. Rows that cannot be written, on a full disk for
+    example, wait for the next one that can; that is told when it begins.
     """
 
     def __init__(self, *, path: str) -> None:
@@ -27,6 +30,8 @@ class MetricsFile(Logger):
         self.path = Path(path)
         self.columns = ["step"]
         self.row: dict[str, float] = {}
+        self.waiting: list[dict[str, float]] = []
+        self.told = False
 
     @property
     def name(self) -> str:
@@ -51,33 +56,54 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the row at hand."""
-        if len(self.row) < 2:
-            return
-        new = [name for name in self.row if name not in self.columns]
+        """Writes the row at hand, after those that wait."""
+        if len(self.row) > 1:
+            self.waiting.append(self.row)
+        self.row = {}
+        try:
+            # One first: a disk that stays full is not asked for all of them at every step.
+            for rows in (self.waiting[:1], self.waiting[1:]):
+                if rows:
+                    self._append(rows)
+                    del self.waiting[: len(rows)]
+            self.told = False
+        except OSError as error:
+            if not self.told:
+                tell(f"{self.path} could not be written, its rows wait for the next one: {error}")
+            self.told = True
+
+    def _append(self, rows: list[dict[str, float]]) -> None:
+        new = [n for n in dict.fromkeys(n for row in rows for n in row) if n not in self.columns]
         if new or not self.path.is_file():
             self._widen(new)
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(self.row)
-        self.row = {}
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerows(rows)
+        except OSError:
+            os.truncate(self.path, size)  # no row stays by half
+            raise
 
     def _widen(self, new: list[str]) -> None:
         rows = []
         if self.path.is_file():
             with self.path.open(newline="") as file:
                 rows = list(csv.DictReader(file))
-        self.columns += new
+        columns = self.columns + new
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(f"{self.path.name}.part")
         with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
         part.replace(self.path)
+        self.columns = columns
 
     def finalize(self, status: str) -> None:
         """Writes what is left."""
         self.save()
+        if self.waiting:
+            tell(f"{self.path} lacks the last {len(self.waiting)} rows")
 
 
 def key_configured() -> bool:
@@ -107,6 +133,7 @@ class PatientWandbLogger(WandbLogger):
                 x_disable_stats=True,
                 x_save_requirements=False,
                 x_transaction_log_flush_interval=FLUSH_SECONDS,
+                finish_timeout=FINISH_SECONDS,
             ),
         )
         # WandbLogger passes an option that W&B now warns about.
@@ -120,7 +147,7 @@ class PatientWandbLogger(WandbLogger):
             return action(*args, **kwargs)
         except Exception as error:
             self.failed = True
-            rank_zero_warn(f"W&B failed and is off for the rest of this run: {error}")
+            tell(f"W&B failed and is off for the rest of this run: {error}")
             return None
 
     @property

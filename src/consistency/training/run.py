@@ -25,6 +25,7 @@ from consistency.errors import require
 from consistency.training.callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
 from consistency.training.callbacks.evaluation import ClassifierEvaluation
 from consistency.training.callbacks.pictures import SampleGrids
+from consistency.training.faults import explained
 from consistency.training.launch import is_child, one_job
 from consistency.training.logging import PatientWandbLogger
 from consistency.training.module import ConsistencyModule
@@ -186,7 +187,7 @@ def train(config: DictConfig, output: Path) -> None:
         "give the number of optimizer steps",
     )
     L.seed_everything(config.seed, workers=True, verbose=False)
-    with one_job():
+    with one_job(), explained():
         data = build_data(config)
         module = build_module(config, data)
         _try_samplers(config)

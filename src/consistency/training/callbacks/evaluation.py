@@ -14,6 +14,7 @@ from consistency.evaluation.quality import ClassifierQuality, Quality, stacked
 from consistency.generation import drawn_labels, generate
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
+from consistency.training.faults import spared
 from consistency.training.module import ConsistencyModule
 
 METRIC = "frechet_classifier"
@@ -98,7 +99,9 @@ class ClassifierEvaluation(Periodic):
                 "k": module.k,
                 "results": self.report,
             }
-            self.file.write_text(json.dumps(text, indent=2) + "\n")
+            with spared(str(self.file)):
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self.file.write_text(json.dumps(text, indent=2) + "\n")
 
     def table(self) -> str:
         """The final numbers as text."""
