@@ -95,6 +95,16 @@ class Signal(At):
             os.kill(os.getpid(), self.number)
 
 
+class KillService(At):
+    """Kills the process of W&B that this one has started."""
+
+    def act(self, trainer: L.Trainer) -> None:
+        for status in Path("/proc").glob("[0-9]*/status"):
+            text = status.read_text() if status.exists() else ""
+            if f"PPid:\t{os.getpid()}\n" in text and "wandb" in text.splitlines()[0]:
+                os.kill(int(status.parent.name), signal.SIGKILL)
+
+
 class Remove(At):
     """Removes a folder."""
 

@@ -3,6 +3,7 @@
 import csv
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from wandb.errors import UsageError
 
 from consistency.training.faults import tell
 
-FLUSH_SECONDS, FINISH_SECONDS = 0.5, 30.0
+FLUSH_SECONDS = 0.5
+
+FINISH_SECONDS = 30.0
+"""How long the end of a run waits for the rest to be uploaded; `wandb sync <folder>` uploads it later."""
 
 
 class MetricsFile(Logger):
@@ -115,7 +119,7 @@ def key_configured() -> bool:
 
 
 class PatientWandbLogger(WandbLogger):
-    """Lightning's W&B logger, offline where no key is configured, and silent from the moment W&B fails.
+    """Lightning's W&B logger, offline where no key is configured, and silent from the moment W&B fails: one line says so.
 
     WANDB_MODE, where set, decides instead. A later `wandb sync <folder>` uploads an offline run.
     """
@@ -146,8 +150,10 @@ class PatientWandbLogger(WandbLogger):
         try:
             return action(*args, **kwargs)
         except Exception as error:
+            if not self.failed:
+                reason = " ".join(str(error).split())
+                tell(f"W&B failed and is off for the rest of this run: {reason}")
             self.failed = True
-            tell(f"W&B failed and is off for the rest of this run: {error}")
             return None
 
     @property
@@ -176,6 +182,10 @@ class PatientWandbLogger(WandbLogger):
         self._guard(super().log_image, key, images, step, **kwargs)
 
     def finalize(self, status: str) -> None:
-        """Closes the run, so that the next job of a sweep begins one of its own."""
+        """Closes the run, so that the next job of a sweep begins one of its own; waits `FINISH_SECONDS` at most."""
         self._guard(super().finalize, status)
         self._guard(wandb.finish, 0 if status == "success" else 1)
+        if self.failed:
+            with suppress(Exception):
+                wandb.teardown()  # or the end of the process tries, and says that it cannot
+        self.failed = True

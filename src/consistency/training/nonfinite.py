@@ -50,17 +50,22 @@ class NonfiniteGuard:
         gradients: by parameter, none where a scaler looks at them; term: what computed the losses.
         """
         batches, self._batches = self._batches, []
-        largest = [torch.stack(_largest(gradients))] if gradients else []
-        # One look at the device for all losses and gradients of the step.
-        finite = bool(torch.cat([*(b.loss for b in batches), *largest]).isfinite().all())
+        place = f"in the term {term} at step k={k}"
+        samples = modules = None
+        # One look at the device for all losses and gradients of the step. A sum of squares may overflow where no
+        # gradient does; what it suspects is looked at one by one.
+        looked_at = [batch.loss for batch in batches]
+        if gradients:
+            looked_at.append(torch.nn.utils.get_total_norm(gradients.values())[None])
+        if not torch.cat(looked_at).isfinite().all():
+            samples = _bad_samples(batches, place)
+            modules = _bad_modules(batches, gradients, place)
+        finite = samples is None and modules is None
         if not strategy.reduce_boolean_decision(not finite, all=False):
             self.in_a_row = 0
             return True
         self.in_a_row += 1
-        place = f"in the term {term} at step k={k}"
-        report = _first_of_all_ranks(
-            _bad_samples(batches, place), _bad_modules(batches, gradients, place)
-        )
+        report = _first_of_all_ranks(samples, modules)
         if self.in_a_row >= self.limit:
             in_a_row = f", the last of {self.limit} such steps in a row" if self.limit > 1 else ""
             self.verdict = (
@@ -71,11 +76,6 @@ class NonfiniteGuard:
         else:
             rank_zero_warn(f"step left out ({self.in_a_row} in a row): {report}")
         return False
-
-
-def _largest(gradients: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """The largest magnitude in each gradient; unlike a sum of squares it overflows for no finite one."""
-    return tuple(v.float() for v in torch._foreach_norm(list(gradients.values()), torch.inf))
 
 
 def _bad_samples(batches: list[Losses], place: str) -> str | None:
@@ -91,9 +91,7 @@ def _bad_samples(batches: list[Losses], place: str) -> str | None:
 
 
 def _bad_modules(batches: list[Losses], gradients: Mapping[str, Tensor], place: str) -> str | None:
-    if not gradients:
-        return None
-    bad = [n for n, v in zip(gradients, _largest(gradients), strict=True) if not v.isfinite()]
+    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
     if not bad:
         return None
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in bad))
