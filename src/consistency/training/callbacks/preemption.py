@@ -32,12 +32,15 @@ class Preemption(Callback):
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         """Takes the place of Lightning's handlers before it registers them: they save in the middle of a step, speak to
-        the other ranks from inside a signal, and let the run go on to the end of its only epoch.
+        the other ranks from inside a signal, and let the run go on to the end of its only epoch. Its own agreement of
+        the ranks before every batch also hides that one of them does not answer.
         """
         connector: Any = trainer._signal_connector
         self._requeue = connector._slurm_sigusr_handler_fn
         connector._sigterm_notifier_fn = lambda number, _: self._note(number, requeue=False)
         connector._slurm_sigusr_handler_fn = lambda number, _: self._note(number, requeue=True)
+        epoch: Any = trainer.fit_loop.epoch_loop
+        epoch._broadcast_sigterm_tensor = lambda: None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Adds SIGUSR1, where nobody listens to it; Lightning restores all handlers at the end."""
