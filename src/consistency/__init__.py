@@ -26,8 +26,8 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
                         download, opening (what lies at a path), given (the images of a person), preparation (the command)
       evaluation        classifier quality
       training          run (configuration -> finished run), module (the LightningModule), nonfinite, launch (DDP),
-                        logging; callbacks: schedules averages stages periodic checkpoints evaluation pictures
-                        progress
+                        logging, faults (of disks and folders); callbacks: schedules averages stages periodic
+                        checkpoints preemption evaluation pictures progress
 """
 
 from __future__ import annotations
