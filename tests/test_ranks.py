@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,18 @@ class Running:
         assert len(self.processes()) >= 4
         return self
 
+    def fail_once(self) -> None:
+        """Has a checkpoint fail, because a folder stands where it would be written."""
+        obstacle, until = self.run / "checkpoints" / "next.ckpt.part", time.monotonic() + 60
+        while not obstacle.is_dir():
+            assert time.monotonic() < until
+            with suppress(FileExistsError):
+                obstacle.mkdir()
+        while "could not be written: [Errno 21]" not in self.err:
+            assert time.monotonic() < until, self.err
+            time.sleep(0.1)
+        obstacle.rmdir()
+
     @property
     def err(self) -> str:
         return self.run.with_suffix(".err").read_text()
@@ -140,12 +153,16 @@ def k_of(run: Path) -> int:
 def test_a_signal_ends_all_ranks_at_the_same_step(
     name: str, status: int, receiver: str, started: Callable[..., Running], record_property: Report
 ) -> None:
-    """To the other rank alone, or to the whole group with the loaders, as a scheduler or a terminal sends it."""
+    """To the other rank alone, or to the whole group with the loaders, as a scheduler or a terminal sends it.
+
+    In the second case a write of the first rank has failed before, which must not bring the ranks out of step.
+    """
     running = started().training()
     number = signal.Signals[name]
     if receiver == "rank 1":
         os.kill(running.rank(1), number)
     else:
+        running.fail_once()
         os.killpg(running.main.pid, number)
     ended, seconds = running.ended(within=60)
     assert ended == status, running.err

@@ -15,7 +15,8 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 3, sentences  steps samplers editing
     floor 4, paragraph  objectives
     the shell           checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
-                        (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
+                        (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share), orphans
+                        (no process outlives its parent),
                         sampling, retouching, searching, page, comparison, conversion and speed (the commands)
       formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
                         opened (what a file yields), released (published files by name), reading, pickles, messagepack

@@ -1,9 +1,10 @@
 """The one LightningDataModule: any source of images, in an order that depends on position alone."""
 
 import hashlib
+import os
 import signal
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from consistency.data.batches import PositionedBatches, Split, split
 from consistency.data.source import Classes, Images, OrderedSource, Source, batch_of
 from consistency.errors import require
+from consistency.orphans import end_with
 from consistency.tensors import Data
 
 FAREWELL_SECONDS = 60
@@ -41,8 +43,11 @@ class WholeBatches(Dataset[tuple[Images, Classes]]):
         return batch_of(self.source, indices)
 
 
-def _outlive_signals(worker: int) -> None:
-    """A signal to the whole group of processes is the run's to answer, which needs its loaders to the end of the step."""
+def _belong_to(run: int, worker: int) -> None:
+    """A loader ends with the run, and leaves a signal to the whole group of processes to it: the run needs its loaders to
+    the end of the step.
+    """
+    end_with(run)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(FAREWELL_SECONDS))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
@@ -159,7 +164,7 @@ class DataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=partial(_belong_to, os.getpid()),
         )
 
     def train_dataloader(self) -> DataLoader[tuple[Images, Classes]]:

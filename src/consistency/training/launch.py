@@ -5,7 +5,6 @@ make it the one job. Where a rank dies or hangs, they say so once and end all of
 private, hence lightning is pinned to its minor version and tests hold the behaviour.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -23,14 +22,13 @@ from lightning.fabric.strategies.launchers import subprocess_script as fabric_la
 from lightning.pytorch.strategies.launchers import subprocess_script as pytorch_launcher
 
 from consistency.errors import UserError
+from consistency.orphans import end_with
 
 RENDEZVOUS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PARENT = "_CONSISTENCY_PARENT"
 
 GRACE = 40.0
 """Seconds that the other processes have to end by themselves, once one has; W&B may take most of them."""
-
-PR_SET_PDEATHSIG = 1
 
 
 def is_child() -> bool:
@@ -122,14 +120,6 @@ def _last_words(rank: int) -> Path:
     return Path(HydraConfig.get().runtime.output_dir) / f".rank_{rank}"
 
 
-def _die_with_parent() -> None:
-    """Has the kernel end this process together with the one that started it (Linux; elsewhere it would stay)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ[PARENT]):
-        os._exit(1)
-
-
 def _wait_for_parent() -> None:
     """Lost the others: the one that started this process knows why and says so. Where it hangs itself, ends it."""
     parent, until = int(os.environ[PARENT]), time.monotonic() + GRACE
@@ -169,7 +159,7 @@ def one_job() -> Iterator[None]:
     if launched_here:
         os.environ[PARENT] = str(os.getpid())
     elif PARENT in os.environ:
-        _die_with_parent()
+        end_with(int(os.environ[PARENT]))
     try:
         yield
     except Exception as error:
