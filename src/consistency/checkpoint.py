@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from jaxtyping import UInt8
@@ -175,7 +175,7 @@ def write(content: dict[str, Any], path: Path) -> None:
         raise
 
 
-def _save(content: dict[str, Any], file: BinaryIO) -> None:
+def _save(content: dict[str, Any], file: IO[bytes]) -> None:
     try:
         torch.save(content, file)
     except RuntimeError as error:
