@@ -1,8 +1,12 @@
-"""Parts for the tests: what each rank saw, written to a file of its own, and a loss that is not finite at will."""
+"""Parts for the tests: what each rank saw, written to a file of its own, and faults at will."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+import signal
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import Logger
 
+from consistency.errors import UserError
 from consistency.tensors import PerSample, Time
 from consistency.training.module import ConsistencyModule
 
@@ -55,3 +61,141 @@ class Poisoned:
             weight[0] = torch.nan
         self.made += 1
         return weight
+
+
+class At(Callback):
+    """Does something at the start of micro-batch `batch` (from 0), on one rank or on all."""
+
+    def __init__(self, *, batch: int, rank: int | None = None) -> None:
+        self.batch = batch
+        self.here = rank is None or int(os.environ.get("LOCAL_RANK", "0")) == rank
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.here and batch_idx == self.batch:
+            self.act(trainer)
+
+    def act(self, trainer: L.Trainer) -> None:
+        """What it does."""
+        raise NotImplementedError
+
+
+class Signal(At):
+    """Sends a signal to its own process, or to the whole group of it."""
+
+    def __init__(self, *, name: str, group: bool = False, **place: Any) -> None:
+        super().__init__(**place)
+        self.number, self.group = signal.Signals[name], group
+
+    def act(self, trainer: L.Trainer) -> None:
+        if self.group:
+            os.killpg(0, self.number)
+        else:
+            os.kill(os.getpid(), self.number)
+
+
+class KillService(At):
+    """Kills the process of W&B that this one has started."""
+
+    def act(self, trainer: L.Trainer) -> None:
+        for status in Path("/proc").glob("[0-9]*/status"):
+            text = status.read_text() if status.exists() else ""
+            if f"PPid:\t{os.getpid()}\n" in text and "wandb" in text.splitlines()[0]:
+                os.kill(int(status.parent.name), signal.SIGKILL)
+
+
+class Remove(At):
+    """Removes a folder."""
+
+    def __init__(self, *, folder: str, **place: Any) -> None:
+        super().__init__(**place)
+        self.folder = folder
+
+    def act(self, trainer: L.Trainer) -> None:
+        shutil.rmtree(self.folder)
+
+
+class Fill(At):
+    """Fills the file system of a folder to the last byte, until the start of micro-batch `until`."""
+
+    def __init__(self, *, folder: str, until: int | None, **place: Any) -> None:
+        super().__init__(**place)
+        self.file, self.until = Path(folder) / "filler", until
+
+    def on_train_batch_start(self, *arguments: Any) -> None:
+        if arguments[-1] == self.until:
+            self.file.unlink()
+        super().on_train_batch_start(*arguments)
+
+    def act(self, trainer: L.Trainer) -> None:
+        with self.file.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+
+
+class Seal(At):
+    """Makes the file system of a folder read-only."""
+
+    def __init__(self, *, folder: str, **place: Any) -> None:
+        super().__init__(**place)
+        self.folder = folder
+
+    def act(self, trainer: L.Trainer) -> None:
+        subprocess.run(["mount", "-o", "remount,ro", self.folder], check=True)
+
+
+class Obstruct(At):
+    """Puts folders where a run wants to write files."""
+
+    def __init__(self, *, folders: Sequence[str], **place: Any) -> None:
+        super().__init__(**place)
+        self.folders = [Path(folder) for folder in folders]
+
+    def act(self, trainer: L.Trainer) -> None:
+        for folder in self.folders:
+            folder.mkdir(parents=True)
+
+
+class Loud(At):
+    """Raises an error that no one expects, or one of the house."""
+
+    def __init__(self, *, user: bool, **place: Any) -> None:
+        super().__init__(**place)
+        self.error = UserError("expected quiet\n  got: noise") if user else ValueError("a bug")
+
+    def act(self, trainer: L.Trainer) -> None:
+        raise self.error
+
+
+class Unsteady(Logger):
+    """A logger whose disk fails at a step."""
+
+    name, version = "unsteady", ""
+
+    def __init__(self, *, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Nothing."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if step == self.step:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "somewhere")
+
+
+class Exploding(Callback):
+    """Infinite gradients of one parameter, at one optimizer step, while the loss is finite."""
+
+    def __init__(self, *, parameter: str, batch: int) -> None:
+        self.parameter, self.batch = parameter, batch
+
+    def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1 == self.batch:
+            gradient = module.get_parameter(self.parameter).grad
+            assert gradient is not None
+            gradient.view(-1)[0] = torch.inf

@@ -168,6 +168,27 @@ def test_a_step_that_the_scaler_skips_advances_no_schedule_and_no_average() -> N
     assert journal.scales[4] == journal.scales[3]
 
 
+def test_an_infinite_gradient_of_a_finite_loss_is_left_out_and_named() -> None:
+    """Where no scaler looks for it; the module is that of its parameter."""
+    named = r"of a finite loss, in the term DenoisingObjective at step k=3, t=[\d.e-]+ to [\d.e-]+, in network\.embed\.0"
+    with pytest.warns(UserWarning, match=named):
+        module, journal = run(Poisoned(calls=[]), callbacks=[Overflow()], on_nonfinite="skip:2")
+    assert journal.k == [0, 1, 2, 3, 3, 4, 5, 6]
+    assert module.k == 7
+    assert moved(journal)[3] is False
+
+
+def test_a_gradient_whose_square_overflows_is_finite() -> None:
+    class Steep(Callback):
+        def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(1e25)
+
+    module, _ = run(Poisoned(calls=[]), callbacks=[Steep()])
+    assert module.k == BATCHES
+
+
 class Watched(EDM):
     """Scalings that record in which precision they are asked for."""
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from wandb.proto import wandb_internal_pb2 as protocol
 
-from conftest import TINY, Run
+from conftest import ROOT, TINY, Run
+from consistency.checkpoint import read
 from consistency.training.logging import PatientWandbLogger
 
 BLOCK, HEADER = 32768, 7
@@ -97,9 +98,47 @@ def test_a_failing_service_never_stops_training(
 
     monkeypatch.setattr(wandb, "init", broken)
     tiny = [a for a in TINY if a != "logger=csv"]
-    with pytest.warns(UserWarning, match="W&B failed"):
-        outcome = verb("train", *tiny, "trainer.max_steps=2", f"output={tmp_path / 'run'}")
+    outcome = verb("train", *tiny, "trainer.max_steps=2", f"output={tmp_path / 'run'}")
     assert outcome.status == 0, outcome.err
+    assert outcome.err.count("W&B failed") == outcome.err.count("W&B") == 1
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_service_that_is_killed_never_stops_training(process: Run, tmp_path: Path) -> None:
+    """It runs as a process beside; one line says that it is gone, and nothing at the end."""
+    run = tmp_path / "run"
+    tiny = [a for a in TINY if a != "logger=csv"]
+    kill = "+callbacks.kill={_target_: probe.KillService, batch: 3}"
+    outcome = process(
+        "train",
+        *tiny,
+        kill,
+        "trainer.max_steps=20",
+        f"output={run}",
+        PYTHONPATH=str(ROOT / "tests"),
+        WANDB_MODE="offline",
+    )
+    assert outcome.status == 0, outcome.err
+    assert outcome.err.count("W&B failed") == 1
+    assert "Traceback" not in outcome.err
+    assert read(run / "checkpoints" / "last.ckpt")["k"] == 20
+
+
+@pytest.mark.parametrize("part", ["log", "finish"])
+def test_a_failure_on_the_way_or_at_the_end_never_stops_training(
+    part: str, verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wandb.sdk.wandb_run import Run as WandbRun
+
+    def broken(*_: object, **__: object) -> None:
+        raise TimeoutError("no answer")
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(WandbRun, part, broken)
+    tiny = [a for a in TINY if a != "logger=csv"]
+    outcome = verb("train", *tiny, "trainer.max_steps=2", f"output={tmp_path / 'run'}")
+    assert outcome.status == 0, outcome.err
+    assert outcome.err.count("W&B failed") == 1
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 

@@ -16,6 +16,7 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 4, paragraph  objectives
     the shell           checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
+                        orphans (no process outlives its parent),
                         masking (no secrets in what is written), trusted (what a configuration from elsewhere may name),
                         sampling, evaluating, retouching, searching, page, comparison, conversion and speed (the commands)
       formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
@@ -28,8 +29,8 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
       evaluation        measuring (the measures), extractors (whose features), reference (what is compared with), classifier,
                         ranks, clock
       training          run (configuration -> finished run), resuming (where it begins), module (the LightningModule),
-                        nonfinite, launch (DDP), rotation (of checkpoints), logging; callbacks: schedules averages stages periodic checkpoints evaluation pictures
-                        progress
+                        nonfinite, launch (DDP), rotation (of checkpoints), logging, faults (of disks and
+                        folders); callbacks: schedules averages stages periodic checkpoints preemption evaluation pictures progress
 """
 
 from __future__ import annotations

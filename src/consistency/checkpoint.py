@@ -17,9 +17,10 @@ import hashlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from jaxtyping import UInt8
@@ -162,18 +163,51 @@ def checksum_path(path: Path) -> Path:
 def write(content: dict[str, Any], path: Path) -> None:
     """Writes a checkpoint and its checksum: complete under another name first, then renamed into place.
 
-    A process may die at any moment of it: the file is the old one or the new one, whole, and the checksum beside it is
-    its own or missing.
+    Raises OSError where that fails; what stood at `path` is then still there, and nothing half written beside it. A process
+    may die at any moment of it: the file is the old one or the new one, whole, and the checksum beside it is its own or
+    missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    torch.save(content, part)
-    with part.open("rb+") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    checksum_path(path).unlink(missing_ok=True)
-    part.replace(path)
-    write_checksum(path, digest)
+    try:
+        with part.open("wb") as file:
+            _save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        move(part, path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def _save(content: dict[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # What torch says where a write failed is that its own position is wrong.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def move(old: Path, new: Path) -> None:
+    """Renames a checkpoint and has its checksum beside it; no file ever stands beside the checksum of another.
+
+    Whatever needs room on the disk is done before `new` is touched. Raises OSError.
+    """
+    beside, stamp = checksum_path(old), Path(f"{checksum_path(new)}.part")
+    digest = beside.read_text().split()[0] if beside.is_file() else fingerprint(old)
+    try:
+        stamp.write_text(f"{digest}  {new.name}\n")
+        checksum_path(new).unlink(missing_ok=True)
+        old.replace(new)
+        stamp.replace(checksum_path(new))
+    except OSError:
+        with suppress(OSError):
+            stamp.unlink(missing_ok=True)
+        raise
+    beside.unlink(missing_ok=True)
 
 
 def write_checksum(path: Path, digest: str) -> None:

@@ -1,8 +1,10 @@
 """The one LightningDataModule: any source of images, in an order that depends on position alone."""
 
 import hashlib
+import os
+import signal
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import lightning as L
@@ -15,7 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from consistency.data.batches import PositionedBatches, Split, split
 from consistency.data.source import Classes, Images, OrderedSource, Source, batch_of
 from consistency.errors import require
+from consistency.orphans import end_with
 from consistency.tensors import Data
+
+FAREWELL_SECONDS = 60
 
 
 def to_unit(images: UInt8[Tensor, "b c h w"]) -> Data:
@@ -41,6 +46,15 @@ class WholeBatches(Dataset[tuple[Images, Classes]]):
 
     def __getitem__(self, indices: list[int]) -> tuple[Images, Classes]:
         return batch_of(self.source, indices)
+
+
+def _belong_to(run: int, worker: int) -> None:
+    """A loader ends with the run, and leaves a signal to the whole group of processes to it: the run needs its loaders to
+    the end of the step.
+    """
+    end_with(run)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(FAREWELL_SECONDS))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class DataModule(L.LightningDataModule):
@@ -155,6 +169,7 @@ class DataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=partial(_belong_to, os.getpid()),
         )
 
     def train_dataloader(self) -> DataLoader[tuple[Images, Classes]]:

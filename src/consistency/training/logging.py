@@ -4,18 +4,23 @@ import csv
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from wandb.errors import UsageError
 
 from consistency.checkpoint import write_text
+from consistency.training.faults import tell
 
 FLUSH_SECONDS = 0.5
+
+FINISH_SECONDS = 30.0
+"""How long the end of a run waits for the rest to be uploaded; `wandb sync <folder>` uploads it later."""
 
 
 class MetricsFile(Logger):
@@ -23,7 +28,8 @@ class MetricsFile(Logger):
 
     A metric that appears later gets a new column, and the earlier rows an empty field. What comes for a step whose row
     has been written is added to that row. Lightning's CSVLogger writes several rows a step and deletes the file of a run
-    that is continued.
+    that is continued. Rows that cannot be written, on a full disk for example, wait for the next one
+    that can; that is told when it begins.
     """
 
     def __init__(self, *, path: str) -> None:
@@ -35,6 +41,8 @@ class MetricsFile(Logger):
         """Where the row at hand begins in the file, if it has been written."""
         self._new = False
         """Whether the row at hand has something that is not in the file."""
+        self.waiting: list[dict[str, float]] = []
+        self.told = False
 
     @property
     def name(self) -> str:
@@ -57,52 +65,76 @@ class MetricsFile(Logger):
         rows = list(csv.DictReader(whole))
         if whole:
             self.columns = next(csv.reader(whole))
-        self._rewrite([row for row in rows if int(row["step"]) < step])
+        self._rewrite(self.columns, [row for row in rows if int(row["step"]) < step])
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Adds to the row of the step."""
         if step != self.row.get("step"):
             self.save()
+            if self._new:
+                self.waiting.append(self.row)
             self.row, self._place = {"step": step or 0}, None
         self._new = True
         self.row.update({name: value for name, value in metrics.items() if name != "epoch"})
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the row at hand, once more where it has been written before."""
-        if len(self.row) < 2 or not self._new:
-            return
-        if self._place is not None:
-            os.truncate(self.path, self._place)
-        new = [name for name in self.row if name not in self.columns]
+        """Writes the rows that wait and the row at hand, this one once more where it has been written before."""
+        try:
+            while self.waiting:
+                self._append(self.waiting[0])
+                del self.waiting[0]
+            if len(self.row) > 1 and self._new:
+                if self._place is not None and self.path.is_file():
+                    os.truncate(self.path, self._place)
+                self._place = None
+                self._place = self._append(self.row)
+                self._new = False
+            self.told = False
+        except OSError as error:
+            if not self.told:
+                tell(f"{self.path} could not be written, its rows wait for the next one: {error}")
+            self.told = True
+
+    def _append(self, row: dict[str, float]) -> int:
+        """Where the row begins in the file, to which it is added whole or not at all."""
+        new = [name for name in row if name not in self.columns]
         if new or not self.path.is_file():
             self._widen(new)
-        with self.path.open("a", newline="") as file:
-            self._place = file.tell()
-            csv.DictWriter(file, self.columns).writerow(self.row)
-        self._new = False
+        place = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+        except OSError:
+            os.truncate(self.path, place)
+            raise
+        return place
 
     def _widen(self, new: list[str]) -> None:
         rows = []
         if self.path.is_file():
             with self.path.open(newline="") as file:
                 rows = list(csv.DictReader(file))
-        self.columns += new
-        self._rewrite(rows)
+        columns = self.columns + new
+        self._rewrite(columns, rows)
+        self.columns = columns
 
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+    def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(f"{self.path.name}.part")
         with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
         part.replace(self.path)
+        self.columns = columns
 
     def finalize(self, status: str) -> None:
         """Writes what is left."""
         self.save()
+        if self.waiting:
+            tell(f"{self.path} lacks the last {len(self.waiting)} rows")
 
 
 def key_configured() -> bool:
@@ -114,7 +146,7 @@ def key_configured() -> bool:
 
 
 class PatientWandbLogger(WandbLogger):
-    """Lightning's W&B logger, offline where no key is configured, and silent from the moment W&B fails.
+    """Lightning's W&B logger, offline where no key is configured, and silent from the moment W&B fails: one line says so.
 
     WANDB_MODE, where set, decides instead. A later `wandb sync <folder>` uploads an offline run. The id of the run stands in
     wandb_id.txt in `folder`, so that a run that goes on stays one run, offline too: every start of it then has a folder of
@@ -135,6 +167,7 @@ class PatientWandbLogger(WandbLogger):
                 x_save_requirements=False,
                 x_disable_meta=True,  # the command line may hold secrets
                 x_transaction_log_flush_interval=FLUSH_SECONDS,
+                finish_timeout=FINISH_SECONDS,
             ),
         )
         # WandbLogger passes an option that W&B now warns about.
@@ -148,8 +181,10 @@ class PatientWandbLogger(WandbLogger):
         try:
             return action(*args, **kwargs)
         except Exception as error:
+            if not self.failed:
+                reason = " ".join(str(error).split())
+                tell(f"W&B failed and is off for the rest of this run: {reason}")
             self.failed = True
-            rank_zero_warn(f"W&B failed and is off for the rest of this run: {error}")
             return None
 
     @property
@@ -191,6 +226,10 @@ class PatientWandbLogger(WandbLogger):
         self._guard(super().log_image, key, images, step, **kwargs)
 
     def finalize(self, status: str) -> None:
-        """Closes the run, so that the next job of a sweep begins one of its own."""
+        """Closes the run, so that the next job of a sweep begins one of its own; waits `FINISH_SECONDS` at most."""
         self._guard(super().finalize, status)
         self._guard(wandb.finish, 0 if status == "success" else 1)
+        if self.failed:
+            with suppress(Exception):
+                wandb.teardown()  # or the end of the process tries, and says that it cannot
+        self.failed = True

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
-from consistency.errors import require
+from consistency.errors import UserError, require
 from consistency.objectives import Losses, Objective
 from consistency.preconditioning import Preconditioning
 from consistency.randomness import generator, key
@@ -96,7 +96,7 @@ class ConsistencyModule(L.LightningModule):
             self.online, self.target or self.online, x_0, label, self.num_scales, draw
         )
         loss = losses.loss.mean()
-        self.guard.note(losses, type(objective).__name__, self.k)
+        self.guard.note(losses)
         self._log_losses(losses, loss.detach())
         return loss
 
@@ -107,11 +107,24 @@ class ConsistencyModule(L.LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Computes the gradients first, so that the step can be left out where the loss is not finite."""
+        """Computes the gradients first, so that the step can be left out where loss or gradients are not finite."""
         assert optimizer_closure is not None
         loss = optimizer_closure()
-        if self.guard.allows(self.trainer.strategy):
+        term = type(self.objective).__name__
+        strategy = self.trainer.strategy
+        if self.guard.allows(self._gradients(), strategy=strategy, term=term, k=self.k):
             optimizer.step(closure=lambda: loss)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """By parameter, for the guard; a gradient scaler looks for overflows itself."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return {}
+        return {n: p.grad for n, p in self.online.named_parameters() if p.grad is not None}
+
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        """Stops where the guard says so; here, because the state of before is complete and callbacks have kept it."""
+        if self.guard.verdict is not None:
+            raise UserError(self.guard.verdict)
 
     def _log_losses(self, losses: Losses, loss: Tensor) -> None:
         self.log("loss", loss, prog_bar=True, logger=False)

@@ -1,23 +1,26 @@
-"""What a run does where a loss is not finite."""
+"""What a run does where a loss or a gradient is not finite."""
 
 import re
+from collections.abc import Mapping
 
-import torch.distributed
+import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
-from consistency.errors import UserError, require
+from consistency.errors import require
 from consistency.objectives import Losses
 
 SHOWN = 4
 
 
 class NonfiniteGuard:
-    """Leaves out optimizer steps with a loss that is not finite, and stops the run after too many of them in a row.
+    """Leaves out optimizer steps with a loss or a gradient that is not finite, and has the run stopped after too many of
+    them in a row.
 
     policy: "stop" at the first one, or "skip:<n>" at the n-th in a row; a step that is left out changes no weight, no
     average and no schedule. An optimizer step may have several batches and several ranks; one bad sample in any of them
-    spoils it. Gradients that overflow while the loss is finite are the gradient scaler's matter and never count.
+    spoils it. Gradients that overflow under a gradient scaler are its matter and never count.
     """
 
     def __init__(self, policy: str) -> None:
@@ -31,39 +34,82 @@ class NonfiniteGuard:
         assert form is not None
         self.limit = int(form[1] or 1)
         self.in_a_row = 0
-        self._found: str | None = None
+        self.verdict: str | None = None
+        """Why the run must stop, the same on every rank, once it must."""
+        self._batches: list[Losses] = []
 
-    def note(self, losses: Losses, term: str, k: int) -> None:
-        """Looks at the losses of one batch of optimizer step k; `term` is what computed them."""
-        bad = (~torch.isfinite(losses.loss)).nonzero().flatten().tolist()
-        if bad and self._found is None:
-            times = ", ".join(f"t={losses.t[i]:.4g} r={losses.r[i]:.4g}" for i in bad[:SHOWN])
-            self._found = (
-                f"{len(bad)} of {len(losses.loss)} samples not finite in the term {term} "
-                f"at step k={k}, {times}"
-            )
+    def note(self, losses: Losses) -> None:
+        """Remembers the losses of one batch until its optimizer step."""
+        self._batches.append(Losses(*(part.detach() for part in losses)))
 
-    def allows(self, strategy: Strategy) -> bool:
-        """Whether the step may be taken, the same answer on every rank; raises `UserError` where the run must stop."""
-        found, self._found = self._found, None
-        if not strategy.reduce_boolean_decision(found is not None, all=False):
+    def allows(
+        self, gradients: Mapping[str, Tensor], *, strategy: Strategy, term: str, k: int
+    ) -> bool:
+        """Whether optimizer step k may be taken, the same answer on every rank.
+
+        gradients: by parameter, none where a scaler looks at them; term: what computed the losses.
+        """
+        batches, self._batches = self._batches, []
+        place = f"in the term {term} at step k={k}"
+        samples = modules = None
+        # One look at the device for all losses and gradients of the step. A sum of squares may overflow where no
+        # gradient does; what it suspects is looked at one by one.
+        looked_at = [batch.loss for batch in batches]
+        if gradients:
+            looked_at.append(torch.nn.utils.get_total_norm(gradients.values())[None])
+        if not torch.cat(looked_at).isfinite().all():
+            samples = _bad_samples(batches, place)
+            modules = _bad_modules(batches, gradients, place)
+        finite = samples is None and modules is None
+        if not strategy.reduce_boolean_decision(not finite, all=False):
             self.in_a_row = 0
             return True
         self.in_a_row += 1
-        report = _first_of_all_ranks(found)
+        report = _first_of_all_ranks(samples, modules)
         if self.in_a_row >= self.limit:
             in_a_row = f", the last of {self.limit} such steps in a row" if self.limit > 1 else ""
-            raise UserError(
-                f"expected a finite loss\n  got: {report}{in_a_row}\n"
-                "  do: lower optimizer.lr, use trainer.precision=32-true or bf16-mixed, or look at the data"
+            self.verdict = (
+                f"expected a finite loss and gradient\n  got: {report}{in_a_row}\n"
+                "  do: lower optimizer.lr, use trainer.precision=32-true or bf16-mixed, or look at the data; "
+                "last.ckpt is the state before that step"
             )
-        rank_zero_warn(f"step left out ({self.in_a_row} in a row): {report}")
+        else:
+            rank_zero_warn(f"step left out ({self.in_a_row} in a row): {report}")
         return False
 
 
-def _first_of_all_ranks(report: str | None) -> str | None:
-    if not torch.distributed.is_initialized():
-        return report
-    reports: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(reports, report)
-    return next(found for found in reports if found is not None)
+def _bad_samples(batches: list[Losses], place: str) -> str | None:
+    loss, t, r = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    bad = ~loss.isfinite()
+    if not bad.any():
+        return None
+    times = [f"t={a:.4g} r={b:.4g}" for a, b in zip(t[bad].tolist(), r[bad].tolist(), strict=True)]
+    more = f", ... ({_span(t[bad])})" if len(times) > SHOWN else ""
+    return (
+        f"{len(times)} of {len(loss)} samples not finite {place}, {', '.join(times[:SHOWN])}{more}"
+    )
+
+
+def _bad_modules(batches: list[Losses], gradients: Mapping[str, Tensor], place: str) -> str | None:
+    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    if not bad:
+        return None
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in bad))
+    more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
+    return (
+        f"a gradient that is not finite, of a finite loss, {place}, "
+        f"{_span(torch.cat([b.t for b in batches]))}, in {', '.join(modules[:SHOWN])}{more}"
+    )
+
+
+def _span(t: Tensor) -> str:
+    return f"t={float(t.min()):.4g} to {float(t.max()):.4g}"
+
+
+def _first_of_all_ranks(samples: str | None, modules: str | None) -> str | None:
+    """The report of a rank with bad samples, whose gradients have spoiled those of the others, or else of any."""
+    found = [(samples, modules)]
+    if torch.distributed.is_initialized():
+        found *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, (samples, modules))
+    return next(filter(None, [text for kind in zip(*found, strict=True) for text in kind]), None)

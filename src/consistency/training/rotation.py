@@ -11,6 +11,7 @@ from consistency.checkpoint import (
     PREVIOUS,
     checksum_path,
     fingerprint,
+    move,
     verify_checksum,
     write_checksum,
 )
@@ -23,18 +24,8 @@ def promote(folder: Path) -> None:
     """Makes the next checkpoint the last, and the last the previous; called again, it ends what it had begun."""
     if (folder / NEXT).is_file():
         if (folder / LAST).is_file():
-            _rename(folder / LAST, folder / PREVIOUS)
-        _rename(folder / NEXT, folder / LAST)
-
-
-def _rename(old: Path, new: Path) -> None:
-    """At no moment does a checksum stand beside a file that is not its own."""
-    beside = checksum_path(old)
-    digest = beside.read_text().split()[0] if beside.is_file() else fingerprint(old)
-    checksum_path(new).unlink(missing_ok=True)
-    old.replace(new)
-    write_checksum(new, digest)
-    beside.unlink(missing_ok=True)
+            move(folder / LAST, folder / PREVIOUS)
+        move(folder / NEXT, folder / LAST)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -26,6 +26,7 @@ from consistency.masking import masked
 from consistency.training.callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.pictures import SampleGrids
+from consistency.training.faults import explained
 from consistency.training.launch import is_child, one_job
 from consistency.training.logging import MetricsFile, PatientWandbLogger
 from consistency.training.module import ConsistencyModule
@@ -203,7 +204,7 @@ def train(config: DictConfig, output: Path) -> None:
             print("All its steps are done; trainer.max_steps=<more> makes it longer.")
         return
     L.seed_everything(config.seed, workers=True, verbose=False)
-    with one_job():
+    with one_job(), explained():
         data = build_data(config)
         module = build_module(config, data)
         _try_samplers(config)

@@ -9,9 +9,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from consistency import checkpoint
+from consistency.errors import require
 from consistency.training import rotation
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import Periodic
+from consistency.training.faults import tell
 from consistency.training.module import ConsistencyModule
 
 
@@ -29,13 +31,15 @@ class RunCheckpoints(Periodic, Checkpoint):
     with the lowest `monitor` as `best.ckpt` (none where nothing is monitored). monitor: a metric, "auto" for the one that the
     evaluation of the run names, if there is an evaluation, or None.
 
-    A run that goes on from any of them ends with the same bits as one that never stopped.
+    A run that goes on from any of them ends with the same bits as one that never stopped. A write that fails is told, leaves
+    the files of before, and is tried again at the next occasion; the one at the end raises `UserError`. Where a step that is
+    not finite stops the run, the state of before that step is kept first.
     """
 
     def __init__(self, *, folder: str, every_n_train_steps: int, monitor: str | None) -> None:
         super().__init__(every_n_train_steps)
         self.folder, self.monitor = Path(folder), monitor
-        self.best_value = float("inf")
+        self.best_value = self._tried = float("inf")
         self._due = False
 
     @property
@@ -78,13 +82,18 @@ class RunCheckpoints(Periodic, Checkpoint):
     ) -> None:
         """Saves when the next step begins: only then do the metrics have the row of the last one."""
         super().on_train_batch_start(trainer, module, batch, batch_idx)
+        assert isinstance(module, ConsistencyModule)
         if self._due:
             self._due = False
-            self._keep_last(trainer)
+            self._keep_last_or_tell(trainer, module)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *rest: Any) -> None:
+        assert isinstance(module, ConsistencyModule)
         self._keep_best(trainer)
         super().on_train_batch_end(trainer, module, *rest)
+        # Weights that are not finite themselves are no state to go back to.
+        if module.guard.verdict and all(bool(p.isfinite().all()) for p in module.parameters()):
+            self._keep_last_or_tell(trainer, module)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Has the newest kept, but for the end of the run, which does so too."""
@@ -92,16 +101,55 @@ class RunCheckpoints(Periodic, Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._keep_best(trainer)
-        self._keep_last(trainer)
+        reason = self.keep_last(trainer)
+        require(
+            reason is None,
+            f"to write the last checkpoint of the run, {self.last}",
+            reason,
+            "make room or mend the folder; what stands there is the checkpoint before, which resume= continues",
+        )
+
+    def keep_last(self, trainer: L.Trainer) -> str | None:
+        """Writes `last.ckpt`; returns, on every rank, the reason where that failed, and the old one is still there."""
+        fresh = self.folder / checkpoint.NEXT
+        return self._reason(trainer, self._written(trainer, fresh) or self._rotated(trainer))
+
+    def _keep_last_or_tell(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+        reason = self.keep_last(trainer)
+        if reason and trainer.is_global_zero:
+            tell(f"the checkpoint of step k={module.k} could not be written: {reason}")
 
     def _keep_best(self, trainer: L.Trainer) -> None:
-        value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
-        if value is not None and torch.isfinite(value) and float(value) < self.best_value:
-            self.best_value = float(value)
-            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=False)
+        found = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        value = float("inf") if found is None or not torch.isfinite(found) else float(found)
+        # One that could not be written is tried once, not at every step until the next measurement.
+        if value >= self.best_value or value == self._tried:
+            return
+        before, self.best_value, self._tried = self.best_value, value, value
+        reason = self._reason(trainer, self._written(trainer, self.folder / "best.ckpt"))
+        if reason:
+            self.best_value = before
+            if trainer.is_global_zero:
+                tell(f"the best checkpoint so far could not be written: {reason}")
 
-    def _keep_last(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.folder / checkpoint.NEXT, weights_only=False)
-        if trainer.is_global_zero:
-            rotation.promote(self.folder)
-        trainer.strategy.barrier()
+    def _written(self, trainer: L.Trainer, path: Path) -> str | None:
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+        except OSError as error:
+            # The other ranks wait for the writer at the end of `save_checkpoint`, which it has not reached.
+            trainer.strategy.barrier()
+            return str(error)
+        return None
+
+    def _rotated(self, trainer: L.Trainer) -> str | None:
+        try:
+            if trainer.is_global_zero:
+                rotation.promote(self.folder)
+        except OSError as error:
+            return str(error)
+        return None
+
+    @staticmethod
+    def _reason(trainer: L.Trainer, reason: str | None) -> str | None:
+        """What the rank that writes knows, on every rank."""
+        return trainer.strategy.broadcast(reason)

@@ -18,6 +18,7 @@ from consistency.generation import drawn_labels, generate
 from consistency.randomness import generator
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
+from consistency.training.faults import spared
 from consistency.training.module import ConsistencyModule
 
 
@@ -107,7 +108,9 @@ class Evaluation(Periodic):
                 "k": module.k,
                 "results": self.report,
             }
-            self.file.write_text(json.dumps(text, indent=2) + "\n")
+            with spared(str(self.file)):
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self.file.write_text(json.dumps(text, indent=2) + "\n")
 
     def table(self) -> str:
         """The final numbers as text."""

@@ -12,6 +12,7 @@ from consistency.errors import require
 from consistency.generation import generate
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
+from consistency.training.faults import spared
 from consistency.training.module import ConsistencyModule
 
 
@@ -84,9 +85,10 @@ class SampleGrids(Periodic):
                 caption = f"{name.replace('_', ' ')}, step {module.k}"
                 panels.append((caption, pictures.grid(torch.cat(list(batches)).cpu(), columns)))
         sheet = pictures.side_by_side(panels)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(self.folder / f"step_{module.k:08d}.png")
-        sheet.save(self.newest)
+        with spared(f"the picture of step k={module.k}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sheet.save(self.folder / f"step_{module.k:08d}.png")
+            sheet.save(self.newest)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [sheet], step=module.k)
@@ -110,4 +112,5 @@ class Curves(Periodic):
         for logger in trainer.loggers:
             logger.save()
         if trainer.is_global_zero and self.metrics.is_file():
-            pictures.draw_curves(self.metrics, self.picture)
+            with spared(str(self.picture)):
+                pictures.draw_curves(self.metrics, self.picture)
