@@ -6,14 +6,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from conftest import TINY, Run
 from consistency import checkpoint, command
 from consistency.checkpoint import LAST, NEXT, PREVIOUS
 from consistency.errors import UserError
+from consistency.training import resuming
 from consistency.training import run as training
 from consistency.training.logging import MetricsFile
 from consistency.training.rotation import newest, promote, settle
@@ -431,3 +434,56 @@ def test_what_may_change_is_what_changes(
     assert (plain.trainer.strategy, plain.trainer.accelerator) == ("auto", "cpu")
     assert list(plain.logger) == ["csv"]
     assert plain.data.num_workers == 0
+
+
+HOSTILE = {
+    "a command": {"_target_": "os.system", "command": "true"},
+    "a function of ours that fetches": {"_target_": "consistency.formats.released.download"},
+    "a class that the command line does not name": {"_target_": "probe.RankProbe"},
+    "an interpolation": {"_target_": "${oc.env:HOME}"},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_run_folder_is_data_and_names_only_what_is_listed(
+    name: str, verb: Run, begun: Path
+) -> None:
+    path = begun / "config.yaml"
+    config = OmegaConf.load(path)
+    OmegaConf.update(config, "callbacks.planted", HOSTILE[name], force_add=True)
+    OmegaConf.save(config, path)
+    before = stamps(begun)
+    outcome = verb("train", f"resume={begun}")
+    assert outcome.status == 2
+    assert "callbacks.planted" in outcome.err
+    assert stamps(begun) == before
+
+
+def test_a_callback_of_ones_own_is_named_again(
+    verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    own = ["+callbacks.probe._target_=probe.RankProbe", f"+callbacks.probe.folder={run}"]
+    assert verb("train", *BEGUN, *own, "trainer.max_steps=1", f"output={run}").status == 0
+    outcome = verb("train", f"resume={run}", "trainer.max_steps=2")
+    assert outcome.status == 2
+    assert "probe.RankProbe" in outcome.err
+    outcome = verb("train", f"resume={run}", "trainer.max_steps=2", *own)
+    assert outcome.status == 0, outcome.err
+    assert at_step(run) == 2
+
+
+def test_a_secret_is_stored_nowhere_and_given_again(verb: Run, begun: Path) -> None:
+    """A path with a password is masked in the folder; the same one, given anew, is no contradiction."""
+    path = begun / "config.yaml"
+    config = OmegaConf.load(path)
+    config.data.path = "https://***@host/set"
+    OmegaConf.save(config, path)
+    given = OmegaConf.merge(config, {"data": {"path": "https://me:word@host/set"}, "resume": None})
+    hydra = OmegaConf.create({"overrides": {"task": ["data.path=x"]}, "runtime": {"choices": {}}})
+    assert isinstance(given, DictConfig)
+    with mock.patch.object(resuming.HydraConfig, "get", return_value=hydra):
+        assert resuming.resumed_config(given, begun).data.path == "https://me:word@host/set"
+        given.data.path = "https://me:word@elsewhere/set"
+        with pytest.raises(UserError, match="elsewhere"):
+            resuming.resumed_config(given, begun)
