@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed
 from hydra.core.hydra_config import HydraConfig
@@ -120,7 +120,7 @@ def _last_words(rank: int) -> Path:
     return Path(HydraConfig.get().runtime.output_dir) / f".rank_{rank}"
 
 
-def _wait_for_parent() -> None:
+def _wait_for_parent() -> NoReturn:
     """Lost the others: the one that started this process knows why and says so. Where it hangs itself, ends it."""
     parent, until = int(os.environ[PARENT]), time.monotonic() + GRACE
     while os.getppid() == parent and time.monotonic() < until:
@@ -134,6 +134,7 @@ def _wait_for_parent() -> None:
         flush=True,
     )
     os.kill(parent, signal.SIGKILL)
+    os._exit(1)
 
 
 def _is_lost_connection(error: Exception) -> bool:
