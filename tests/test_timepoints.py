@@ -93,9 +93,9 @@ def test_two_processes_measure_the_same(process: Run, verb: Run, tmp_path: Path)
     run = tmp_path / "run"
     assert verb("train", *SHORT_RUN, f"output={run}").status == 0
     values = []
-    for devices in (1, 2):
+    for devices, search in ((1, verb), (2, process)):
         output = tmp_path / f"search_{devices}"
-        done = process("search", f"checkpoint={run}", "num_scales=4", f"devices={devices}", f"output={output}")  # fmt: skip
+        done = search("search", f"checkpoint={run}", "num_scales=4", f"devices={devices}", f"output={output}")  # fmt: skip
         assert done.status == 0, done.err
         values.append(json.loads((output / "measured.json").read_text())["values"])
     assert values[1] == pytest.approx(values[0], rel=1e-3)

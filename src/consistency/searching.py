@@ -66,7 +66,7 @@ def search(config: DictConfig, output: Path) -> None:
     with artists(config) as pool:
 
         def measured(chosen: Sequence[float]) -> float:
-            return measure(drawn(config, pool, chosen, count), count)[metric]
+            return measure(drawn(config, pool, chosen, count), count, config.metric)[metric]
 
         chosen = [times[0]]
         first, before = 1, log.measure(chosen, measured)

@@ -96,8 +96,12 @@ class Measure:
         self.extractor, self.reference = extractor, reference
         self.clock = Clock()
 
-    def __call__(self, batches: Iterable[Numbered], count: int) -> dict[str, float]:
+    def __call__(
+        self, batches: Iterable[Numbered], count: int, only: str | None = None
+    ) -> dict[str, float]:
         """The measures, by name, of samples number 0 ... count-1, each of which one rank gives, once.
+
+        only: one of frechet, class_score, kernel, precision, recall, where the others are not worth their time.
 
         What a reference without features or an extractor without classes cannot give is left out. Raises `UserError` where
         the samples are not exactly those, on every rank alike.
@@ -127,12 +131,17 @@ class Measure:
                 f"{len(order)} samples with {len(order.unique())} numbers",
                 "this is a mistake of the program: please report it",
             )
-            found = {"frechet": float(frechet.compute())}
-            found |= class_score(scores) if scores.shape[1] else {}
+            found: dict[str, float] = {}
+            if only in (None, "frechet"):
+                found["frechet"] = float(frechet.compute())
+            if only in (None, "class_score") and scores.shape[1]:
+                found |= class_score(scores)
             kept = self.reference.features
             if kept is not None and len(kept) >= FEWEST:
-                found |= kernel_distance(features, kept.to(summing))
-                found |= precision_recall(features, kept.to(summing))
+                if only in (None, "kernel"):
+                    found |= kernel_distance(features, kept.to(summing))
+                if only in (None, "precision", "recall"):
+                    found |= precision_recall(features, kept.to(summing))
         return {self.extractor.named(name): value for name, value in found.items()}
 
     def protocol(self, count: int) -> dict[str, Any]:
