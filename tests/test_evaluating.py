@@ -244,6 +244,7 @@ MISTAKES = {
     "missing checkpoint": (["checkpoint=/nowhere"], "/nowhere"),
     "missing samples": (["samples=/nowhere"], "/nowhere"),
     "too few samples": (["samples={images}", "num_samples=31"], "num_samples=30"),
+    "samples of another shape": (["samples={folder}", "num_samples=12"], "shape"),
     "no samples": (["samples={images}", "num_samples=0"], "num_samples"),
     "fewer than can be measured": (["samples={images}", "num_samples=5"], "at least 10"),
     "data of another shape": (["checkpoint={run}", "num_samples=16", "data=folder", "data.path={folder}", "data.num_workers=0"], "shape"),

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from consistency.checkpoint import Loaded, fingerprint, load, weight_names
+from consistency.checkpoint import Loaded, find, fingerprint, load, weight_names
 from consistency.command import require_fresh
 from consistency.data.decoding import MODES
 from consistency.data.encoded import to_tensor
@@ -26,6 +26,7 @@ from consistency.errors import require
 from consistency.evaluation.measuring import Measure, Numbered, Settings
 from consistency.evaluation.ranks import batches, place
 from consistency.generation import generate, labels_of
+from consistency.samplers import Sampler
 from consistency.sampling import (
     bound_sampler,
     chosen_device,
@@ -70,10 +71,25 @@ def evaluate(config: DictConfig, output: Path) -> None:
 
 
 def _evaluate(config: DictConfig, device: torch.device, output: Path) -> None:
-    names = [] if config.samples else chosen_weights(config)
-    first = load(config.checkpoint, weights=names[0], role=config.role) if names else None
+    # What can be wrong with models, samplers and images is told before a reference is computed.
     data, settings = config.data, Settings(**config.evaluation, batch_size=config.batch_size)
-    wanted = first.shape if first else (data.channels, data.image_size, data.image_size)
+    wanted = (data.channels, data.image_size, data.image_size)
+    models, images = [], torch.empty(0)
+    if config.samples is None:
+        models = [
+            load(config.checkpoint, weights=name, role=config.role)
+            for name in chosen_weights(config)
+        ]
+        wanted = models[0].shape
+    else:
+        images = given_samples(config.samples, wanted, config.num_samples)
+    samplers = {
+        title: bound_sampler(node, config, models[0])
+        for title, node in config.samplers.items()
+        if models
+    }
+    for sampler in samplers.values():
+        require_suited(sampler, models[0], force=config.force)
 
     def train() -> Source:
         return fitting(kept(instantiate(data.source, _partial_=True), data.in_memory)(), wanted)
@@ -90,20 +106,19 @@ def _evaluate(config: DictConfig, device: torch.device, output: Path) -> None:
     if config.export is not None and place()[0] == 0:
         measure.reference.write(Path(config.export).expanduser())
     report = Report(config, measure, output)
-    if first is None:
-        images = given_samples(config.samples, data.channels, config.num_samples)
+    if config.samples is not None:
         shares = batches(config.num_samples, config.batch_size)
         numbered = ((numbers, images[numbers.start : numbers.stop]) for numbers in shares)
         report.add({"samples": config.samples}, measure(numbered, config.num_samples))
         report.end()
         return
-    for name in names:
-        loaded = load(config.checkpoint, weights=name, role=config.role)
+    for loaded in models:
         loaded.denoiser.to(device)
-        for title, node in config.samplers.items():
-            drawing = Drawing(config, loaded, node, measure, device)
-            found = measure(drawing.batches(f"{title}, {name}"), config.num_samples)
-            report.add({"sampler": title, "weights": name, "nfe": drawing.nfe}, found)
+        for title, sampler in samplers.items():
+            drawing = Drawing(config, loaded, sampler, measure, device)
+            found = measure(drawing.batches(f"{title}, {loaded.weights}"), config.num_samples)
+            report.add({"sampler": title, "weights": loaded.weights, "nfe": drawing.nfe}, found)
+        loaded.denoiser.cpu()
     report.end()
 
 
@@ -127,8 +142,8 @@ def fitting(source: Source, shape: Sequence[int]) -> Source:
     return source
 
 
-def given_samples(path: str, channels: int, count: int) -> UInt8[Tensor, "n c h w"]:
-    """The first `count` images of a folder, by name, or of the arr_0 (n, h, w, c) of an .npz."""
+def given_samples(path: str, shape: Sequence[int], count: int) -> UInt8[Tensor, "n c h w"]:
+    """The first `count` images, of that shape, of a folder, by name, or of the arr_0 (n, h, w, c) of an .npz."""
     place = Path(path).expanduser()
     if place.suffix == ".npz" and place.is_file():
         try:
@@ -149,7 +164,7 @@ def given_samples(path: str, channels: int, count: int) -> UInt8[Tensor, "n c h 
     else:
         files = files_at(path)[:count]
         shown = tqdm(files, desc="Reading", unit="image", disable=len(files) < 1000)
-        pictures = [to_tensor(read_picture(file, MODES[channels])) for file in shown]
+        pictures = [to_tensor(read_picture(file, MODES[shape[0]])) for file in shown]
         shapes = {tuple(picture.shape) for picture in pictures}
         require(
             len(shapes) == 1,
@@ -164,6 +179,12 @@ def given_samples(path: str, channels: int, count: int) -> UInt8[Tensor, "n c h 
         f"{len(images)} images",
         f"say num_samples={len(images)}, or draw more: a measure depends on the number",
     )
+    require(
+        tuple(images.shape[1:]) == tuple(shape),
+        f"samples of the shape of the data, {tuple(shape)}",
+        f"samples={path} of shape {tuple(images.shape[1:])}",
+        "choose data= and data.image_size, data.channels of the samples",
+    )
     return images[:count]
 
 
@@ -174,13 +195,12 @@ class Drawing:
         self,
         config: DictConfig,
         loaded: Loaded,
-        node: DictConfig,
+        sampler: Sampler,
         measure: Measure,
         device: torch.device,
     ) -> None:
         self.config, self.loaded, self.device = config, loaded, device
-        self.sampler = bound_sampler(node, config, loaded)
-        require_suited(self.sampler, loaded, force=config.force)
+        self.sampler = sampler
         self.denoise = measure.clock.timed(
             "network", in_precision(loaded, config.precision, device), device
         )
@@ -228,8 +248,8 @@ class Report:
             return
         output.mkdir(parents=True, exist_ok=True)
         if config.checkpoint is not None:
-            loaded = load(config.checkpoint, weights=chosen_weights(config)[0], role=config.role)
-            self.head |= {"checkpoint": str(loaded.path), "sha256": fingerprint(loaded.path)}
+            path = find(config.checkpoint)
+            self.head |= {"checkpoint": str(path), "sha256": fingerprint(path)}
         self.head["protocol"] = measure.protocol(config.num_samples)
         self.loggers = [instantiate(node) for node in config.logger.values() if node]
         for logger in self.loggers:

@@ -66,7 +66,14 @@ def search(config: DictConfig, output: Path) -> None:
     with artists(config) as pool:
 
         def measured(chosen: Sequence[float]) -> float:
-            return measure(drawn(config, pool, chosen, count), count, config.metric)[metric]
+            found = measure(drawn(config, pool, chosen, count), count, config.metric)
+            require(
+                metric in found,
+                f"an extractor and a reference that give {config.metric}",
+                f"evaluation.extractor={config.evaluation.extractor}, which has no classes or no features kept",
+                "choose metric=frechet",
+            )
+            return found[metric]
 
         chosen = [times[0]]
         first, before = 1, log.measure(chosen, measured)
