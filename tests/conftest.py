@@ -1,6 +1,7 @@
 """Fixtures that run the commands as a person would: in this process where that is enough, in their own where it is not."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,6 +118,18 @@ def process(tmp_path: Path) -> Run:
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return call
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a network, and with an empty torch hub."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no network in tests")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 @pytest.fixture(scope="session")

@@ -200,15 +200,8 @@ def test_the_numbers_are_torch_fidelitys(
 
 
 def test_without_inceptions_weights_the_command_goes_on(
-    verb: Run, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    verb: Run, trained: dict[str, Path], tmp_path: Path, offline: None
 ) -> None:
-    import socket
-
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError("no network in tests")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     outcome = verb(
         "evaluate",
         f"checkpoint={trained['ect']}",

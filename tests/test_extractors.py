@@ -1,7 +1,5 @@
 """Extractors: found by name or path, the same as the network that they name, refused in one message."""
 
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,18 +14,7 @@ from consistency.evaluation.extractors import extractor_of, inception_file, smal
 from consistency.evaluation.measuring import available
 from inception import write_random_inception
 
-
-@pytest.fixture(autouse=True)
-def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine without a network, and with an empty torch hub."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError("no network in tests")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    yield
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Training as a whole: what a run leaves, that it can be repeated, and that every mode gives samples."""
 
 import csv
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -188,13 +187,8 @@ def test_the_best_checkpoint_has_the_lowest_measured_distance(verb: Run, tmp_pat
 
 
 def test_without_inceptions_weights_a_run_goes_on_with_the_small_classifier(
-    verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    verb: Run, tmp_path: Path, offline: None
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError("no network in tests")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     run = tmp_path / "run"
     tiny = [a for a in TINY if a not in ("callbacks.evaluation=null", "callbacks.checkpoint.monitor=null")]  # fmt: skip
     given = ["evaluation@callbacks.evaluation=inception", "callbacks.evaluation.num_samples=20", "trainer.max_steps=1"]  # fmt: skip

@@ -361,15 +361,6 @@ def weights_in(content: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     return available
 
 
-def weight_names(checkpoint: str | os.PathLike[str]) -> list[str]:
-    """The sets of weights that a checkpoint holds, each once: online, target and ema:<decay>, or ema where it says no
-    more.
-    """
-    content = reading.open_path(find(checkpoint), "ema", Hints())
-    names = ["ema"] if isinstance(content, Opened) else list(weights_in(content))
-    return [name for name in names if name != "ema"] or ["ema"]
-
-
 def select_weights(content: dict[str, Any], weights: str) -> dict[str, Tensor]:
     """The network's weights of that name."""
     available = weights_in(content)
@@ -409,17 +400,37 @@ def assemble(network: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
     return found.eval().requires_grad_(False)
 
 
-def open_checkpoint(path: Path, weights: str, hints: Hints) -> Opened:
-    """The content of a checkpoint of any format, ours included, in one form."""
+def open_sets(path: Path, weights: Sequence[str] | None, hints: Hints) -> dict[str, Opened]:
+    """The content of a checkpoint of any format, ours included, in one form, for each set of weights; None stands for all
+    that it holds, each once: online, target and ema:<decay>, or ema where it says no more.
+    """
     verify_checksum(path)
-    content = reading.open_path(path, weights, hints)
+    first, *others = weights or ["ema"]
+    content = reading.open_path(path, first, hints)
     if isinstance(content, Opened):
-        require_card(content.card, path)
-        return content
+        found = {first: content} | {name: _foreign(path, name, hints) for name in others}
+        for opened in found.values():
+            require_card(opened.card, path)
+        return found
     require_card(content["card"], path)
-    return Opened(
-        format=reading.OURS, weights=select_weights(content, weights), card=content["card"]
-    )
+    names = weights or [name for name in weights_in(content) if name != "ema"] or ["ema"]
+    return {
+        name: Opened(
+            format=reading.OURS, weights=select_weights(content, name), card=content["card"]
+        )
+        for name in names
+    }
+
+
+def _foreign(path: Path, weights: str, hints: Hints) -> Opened:
+    content = reading.open_path(path, weights, hints)
+    assert isinstance(content, Opened)
+    return content
+
+
+def open_checkpoint(path: Path, weights: str, hints: Hints) -> Opened:
+    """`open_sets` for one set of weights."""
+    return open_sets(path, [weights], hints)[weights]
 
 
 def load(
@@ -435,22 +446,45 @@ def load(
     role: what it must be, and what it is where the file does not say; None accepts either. Raises `UserError` where the
     file is missing, damaged, of another role or no checkpoint.
     """
+    (found,) = load_sets(checkpoint, [weights], role=role, hints=hints)
+    return found
+
+
+def load_sets(
+    checkpoint: str | os.PathLike[str],
+    weights: Sequence[str] | None,
+    *,
+    role: Role | None = None,
+    hints: Hints | None = None,
+) -> list[Loaded]:
+    """`load` for several sets of weights, all that the checkpoint holds where that is None; a file of ours is read once."""
     path = find(checkpoint)
     try:
-        opened = open_checkpoint(path, weights, hints or Hints())
-        if released.is_name(checkpoint) and opened.card["role"] is None:
-            known = released.find(str(checkpoint)).role
-            opened = replace(opened, card={**opened.card, "role": known})
-        card = opened.with_role(role, path)
-        require_card(card, path)
-        network = assemble(card["network"], opened.weights)
-        denoiser = Denoiser(network, build(card["preconditioning"], PRECONDITIONING, object))
+        sets = open_sets(path, weights, hints or Hints())
+        found = [_built(opened, checkpoint, path, name, role) for name, opened in sets.items()]
     except UserError:
         raise
     except Exception as error:  # the settings of a damaged or hostile file can fail in any way
         raise reading.unreadable(path, error) from error
-    for note in opened.notes:
+    for note in dict.fromkeys(note for opened in sets.values() for note in opened.notes):
         print(f"{path.name}: assumes {note}", file=sys.stderr)
+    return found
+
+
+def _built(
+    opened: Opened,
+    checkpoint: str | os.PathLike[str],
+    path: Path,
+    weights: str,
+    role: Role | None,
+) -> Loaded:
+    if released.is_name(checkpoint) and opened.card["role"] is None:
+        known = released.find(str(checkpoint)).role
+        opened = replace(opened, card={**opened.card, "role": known})
+    card = opened.with_role(role, path)
+    require_card(card, path)
+    network = assemble(card["network"], opened.weights)
+    denoiser = Denoiser(network, build(card["preconditioning"], PRECONDITIONING, object))
     return Loaded(denoiser.eval().requires_grad_(False), card, path, weights, opened.format)
 
 

@@ -11,11 +11,11 @@ import torch
 from hydra.utils import instantiate
 from jaxtyping import UInt8
 from lightning.fabric import Fabric
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from consistency.checkpoint import Loaded, find, fingerprint, load, weight_names
+from consistency.checkpoint import find, fingerprint, load_sets
 from consistency.command import require_fresh
 from consistency.data.decoding import MODES
 from consistency.data.encoded import to_tensor
@@ -23,10 +23,8 @@ from consistency.data.given import files_at, read_picture
 from consistency.data.held import kept
 from consistency.data.source import Source
 from consistency.errors import require
-from consistency.evaluation.measuring import Measure, Numbered, Settings
+from consistency.evaluation.measuring import Measure, Numbered, Settings, drawn
 from consistency.evaluation.ranks import batches, place
-from consistency.generation import generate, labels_of
-from consistency.samplers import Sampler
 from consistency.sampling import (
     bound_sampler,
     chosen_device,
@@ -35,6 +33,7 @@ from consistency.sampling import (
     require_devices,
     require_suited,
 )
+from consistency.tensors import Data, Denoise, Label, Time
 from consistency.training.launch import is_child, one_job
 from consistency.training.run import quiet
 
@@ -76,10 +75,8 @@ def _evaluate(config: DictConfig, device: torch.device, output: Path) -> None:
     wanted = (data.channels, data.image_size, data.image_size)
     models, images = [], torch.empty(0)
     if config.samples is None:
-        models = [
-            load(config.checkpoint, weights=name, role=config.role)
-            for name in chosen_weights(config)
-        ]
+        names = [config.weights] if isinstance(config.weights, str) else config.weights
+        models = load_sets(config.checkpoint, names, role=config.role)
         wanted = models[0].shape
     else:
         images = given_samples(config.samples, wanted, config.num_samples)
@@ -106,28 +103,39 @@ def _evaluate(config: DictConfig, device: torch.device, output: Path) -> None:
     if config.export is not None and place()[0] == 0:
         measure.reference.write(Path(config.export).expanduser())
     report = Report(config, measure, output)
+    shares = batches(config.num_samples, config.batch_size)
     if config.samples is not None:
-        shares = batches(config.num_samples, config.batch_size)
         numbered = ((numbers, images[numbers.start : numbers.stop]) for numbers in shares)
         report.add({"samples": config.samples}, measure(numbered, config.num_samples))
         report.end()
         return
     for loaded in models:
         loaded.denoiser.to(device)
+        denoise = in_precision(loaded, config.precision, device)
         for title, sampler in samplers.items():
-            drawing = Drawing(config, loaded, sampler, measure, device)
-            found = measure(drawing.batches(f"{title}, {loaded.weights}"), config.num_samples)
-            report.add({"sampler": title, "weights": loaded.weights, "nfe": drawing.nfe}, found)
+            counted = Counted(measure.clock.timed("network", denoise, device))
+            samples = drawn(
+                counted,
+                sampler,
+                loaded.card,
+                count=config.num_samples,
+                labels=plain(config.labels),
+                seed=config.seed,
+                batch_size=config.batch_size,
+                device=device,
+            )
+            shown = watched(samples, f"{title}, {loaded.weights}", len(shares))
+            found = measure(shown, config.num_samples)
+            nfe = counted.evaluations / sum(len(share) for share in shares)
+            report.add({"sampler": title, "weights": loaded.weights, "nfe": nfe}, found)
         loaded.denoiser.cpu()
     report.end()
 
 
-def chosen_weights(config: DictConfig) -> list[str]:
-    """The sets of weights to measure: those asked for, or all that the checkpoint holds."""
-    asked = config.weights
-    if asked is None:
-        return weight_names(config.checkpoint)
-    return list(asked) if isinstance(asked, ListConfig) else [asked]
+def watched(samples: Iterator[Numbered], title: str, total: int) -> Iterator[Numbered]:
+    """The same batches, with a bar for the person who waits."""
+    hidden = place()[0] > 0 or total < 2
+    yield from tqdm(samples, title, total=total, unit="batch", disable=hidden)
 
 
 def fitting(source: Source, shape: Sequence[int]) -> Source:
@@ -188,50 +196,14 @@ def given_samples(path: str, shape: Sequence[int], count: int) -> UInt8[Tensor, 
     return images[:count]
 
 
-class Drawing:
-    """The samples of one sampler and one set of weights: this rank's share, with its time and NFE counted."""
+class Counted:
+    """A denoiser whose evaluations are counted, one for each image in a batch."""
 
-    def __init__(
-        self,
-        config: DictConfig,
-        loaded: Loaded,
-        sampler: Sampler,
-        measure: Measure,
-        device: torch.device,
-    ) -> None:
-        self.config, self.loaded, self.device = config, loaded, device
-        self.sampler = sampler
-        self.denoise = measure.clock.timed(
-            "network", in_precision(loaded, config.precision, device), device
-        )
-        self.calls = self.drawn = 0
+    def __init__(self, denoise: Denoise) -> None:
+        self.denoise, self.evaluations = denoise, 0
 
-    @property
-    def nfe(self) -> float:
-        """Evaluations of the network for a sample."""
-        return self.calls / max(1, self.drawn)
-
-    def batches(self, title: str) -> Iterator[Numbered]:
-        """This rank's samples, with their numbers."""
-        config, card = self.config, self.loaded.card
-        shares = batches(config.num_samples, config.batch_size)
-        hidden = place()[0] > 0 or len(shares) < 2
-        for numbers in tqdm(shares, desc=title, unit="batch", disable=hidden):
-            (images,) = generate(
-                self._counted,
-                self.sampler,
-                indices=numbers,
-                labels=labels_of(plain(config.labels), config.seed, numbers, card),
-                shape=self.loaded.shape,
-                seed=config.seed,
-                batch_size=len(numbers),
-                device=self.device,
-            )
-            self.drawn += len(numbers)
-            yield numbers, images
-
-    def _counted(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        self.calls += len(x_t)
+    def __call__(self, x_t: Data, t: Time, label: Label = None) -> Data:
+        self.evaluations += len(x_t)
         return self.denoise(x_t, t, label)
 
 
@@ -272,9 +244,9 @@ class Report:
             f"extractor, {outside:.1f} s ({outside / seconds['total']:.1%}) all else",
             flush=True,
         )
-        place_of = "/".join(str(what[name]) for name in ("sampler", "weights") if name in what)
+        whose = "/".join(str(what[name]) for name in ("sampler", "weights") if name in what)
         for logger in self.loggers:
-            logger.log_metrics({f"{n}/{place_of or 'samples'}": v for n, v in found.items()}, 0)
+            logger.log_metrics({f"{n}/{whose or 'samples'}": v for n, v in found.items()}, 0)
 
     def table(self) -> str:
         """The results as a table, and the protocol under it."""

@@ -104,25 +104,31 @@ class Benchmark(Train):
 
 
 @dataclass
-class Sample:
-    """conf/sample.yaml."""
+class Draw:
+    """What the commands that draw samples of a checkpoint share."""
 
-    checkpoint: str = MISSING
     role: str | None = None
-    weights: str = "ema"
     seed: int = 0
-    num_samples: int = 64
-    batch_size: int = 64
+    num_samples: int = MISSING
+    batch_size: int = MISSING
     labels: Any = None
     force: bool = False
-    images: bool = False
-    trajectory: bool = False
     device: str = "auto"
     devices: int = 1
     precision: str = "32-true"
-    compile: bool = False
     output: str = MISSING
     process: Any = None
+
+
+@dataclass
+class Sample(Draw):
+    """conf/sample.yaml."""
+
+    checkpoint: str = MISSING
+    weights: str = "ema"
+    images: bool = False
+    trajectory: bool = False
+    compile: bool = False
     sampler: Any = MISSING
 
 
@@ -137,25 +143,14 @@ class Measurement:
 
 
 @dataclass
-class Evaluate:
+class Evaluate(Draw):
     """conf/evaluate.yaml."""
 
     checkpoint: str | None = None
     samples: str | None = None
     export: str | None = None
-    role: str | None = None
     weights: Any = None
-    seed: int = 0
-    num_samples: int = MISSING
-    batch_size: int = MISSING
-    labels: Any = None
-    force: bool = False
-    device: str = "auto"
-    devices: int = 1
     num_nodes: int = 1
-    precision: str = "32-true"
-    output: str = MISSING
-    process: Any = None
     evaluation: Measurement = field(default_factory=Measurement)
     samplers: dict[str, Any] = field(default_factory=dict)
     data: Data = field(default_factory=Data)

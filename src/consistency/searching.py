@@ -53,13 +53,7 @@ def search(config: DictConfig, output: Path) -> None:
     log = Log(output, settings_of(config, path), SIGNS[config.metric])
     measure = measure_of(config, path)
     metric = measure.extractor.named(config.metric)
-    count = config.num_samples or measure.reference.count or 0
-    require(
-        count > 0,
-        "num_samples, where the reference does not say how many images it has",
-        None,
-        "give a number",
-    )
+    count = measure.count(config.num_samples)
     process = loaded.card["process"]
     grid = KarrasGrid(t_min=process["t_min"], t_max=process["t_max"], rho=process["rho"])
     times = grid.points(config.num_scales).tolist()

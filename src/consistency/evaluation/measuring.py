@@ -4,7 +4,7 @@ FID by torchmetrics; inception score, KID, precision and recall by torch-fidelit
 together from all ranks, in the order of the samples' numbers: these measures draw subsets by position.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,10 +30,12 @@ from consistency.evaluation.extractors import (
     inception_weights,
     small_classifier,
 )
-from consistency.evaluation.ranks import gathered, place, tell
+from consistency.evaluation.ranks import batches, gathered, place, tell
 from consistency.evaluation.reference import Reference, read_reference, reference_of
 from consistency.formats.released import cache
-from consistency.tensors import sent
+from consistency.generation import generate, labels_of
+from consistency.samplers import Sampler
+from consistency.tensors import Denoise, sent
 
 NEIGHBOURHOOD = 3
 """k of precision and recall [Kynkäänniemi et al. 2019, arXiv:1904.06991]."""
@@ -97,7 +99,7 @@ class Measure:
         self.clock = Clock()
 
     def __call__(
-        self, batches: Iterable[Numbered], count: int, only: str | None = None
+        self, samples: Iterable[Numbered], count: int, only: str | None = None
     ) -> dict[str, float]:
         """The measures, by name, of samples number 0 ... count-1, each of which one rank gives, once.
 
@@ -115,7 +117,7 @@ class Measure:
         device, summing = self.extractor.device, self.extractor.summing
         frechet, everything = FrechetDistance(self.reference).to(summing), Gathered().to(summing)
         with torch.inference_mode():
-            for numbers, images in batches:
+            for numbers, images in samples:
                 with self.clock.running("extractor", device):
                     features, logits = self.extractor(sent(images, device))
                 features = features.to(summing)
@@ -143,6 +145,18 @@ class Measure:
                 if only in (None, "precision", "recall"):
                     found |= precision_recall(features, kept.to(summing))
         return {self.extractor.named(name): value for name, value in found.items()}
+
+    def count(self, asked: int | None) -> int:
+        """How many samples to measure: as many as asked for, or as the reference has images."""
+        found = asked or self.reference.count
+        require(
+            found is not None,
+            "num_samples, where the reference does not say how many images it has",
+            asked,
+            "give a number",
+        )
+        assert found is not None
+        return found
 
     def protocol(self, count: int) -> dict[str, Any]:
         """All that the numbers of `count` samples depend on but the samples themselves."""
@@ -189,6 +203,36 @@ def precision_recall(samples: Tensor, reference: Tensor) -> dict[str, float]:
         samples, reference, NEIGHBOURHOOD, DEFAULTS["prc_batch_size"]
     )
     return {"precision": precision, "recall": recall}
+
+
+def drawn(
+    denoise: Denoise,
+    sampler: Sampler,
+    card: Mapping[str, Any],
+    *,
+    count: int,
+    labels: object,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[Numbered]:
+    """This rank's share of `count` samples, with their numbers, a batch at a time.
+
+    card: the model's, as checkpoints have it; labels: as `consistency.generation.labels_of` takes them.
+    """
+    image = card["image"]
+    for numbers in batches(count, batch_size):
+        (images,) = generate(
+            denoise,
+            sampler,
+            indices=numbers,
+            labels=labels_of(labels, seed, numbers, card),
+            shape=(image["channels"], image["size"], image["size"]),
+            seed=seed,
+            batch_size=len(numbers),
+            device=device,
+        )
+        yield numbers, images
 
 
 # ------------------------------------------------------------------------ from settings
@@ -256,19 +300,9 @@ def available(name: str) -> Extractor:
     """The extractor of that name, the same on every rank; where Inception's weights cannot be had, the small classifier,
     and one line about it.
     """
-    if name == INCEPTION:
-        reasons = gathered(_missing() if place()[0] == 0 else None)
-        reasons = gathered(reasons[0] or _missing())
-        if any(reasons):
-            reason = next(str(r) for r in reasons if r)
-            tell(
-                "No FID: "
-                + " ".join(reason.split())
-                + ". Going on with the features of the small classifier."
-            )
-            extractor = small_classifier()
-        else:
-            extractor = extractor_of(name)
+    if name == INCEPTION and (reason := _missing_somewhere()):
+        tell(f"No FID: {reason}. Going on with the features of the small classifier.")
+        extractor = small_classifier()
     else:
         extractor = extractor_of(name)
     same = gathered(extractor.protocol)
@@ -281,10 +315,17 @@ def available(name: str) -> Extractor:
     return extractor
 
 
+def _missing_somewhere() -> str | None:
+    """Why Inception's weights cannot be had, in one line, None where every rank has them. The first rank fetches them for
+    all that share its disk.
+    """
+    first = gathered(_missing() if place()[0] == 0 else None)[0]
+    return next(filter(None, gathered(first or _missing())), None)
+
+
 def _missing() -> str | None:
-    """Why Inception's weights cannot be had, None where they are there."""
     try:
         inception_weights()
     except UserError as error:
-        return str(error)
+        return " ".join(str(error).split())
     return None

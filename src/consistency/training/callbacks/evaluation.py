@@ -11,10 +11,9 @@ import torch
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION
-from consistency.evaluation.measuring import Measure, Numbered, Settings
+from consistency.evaluation.measuring import Measure, Numbered, Settings, drawn
 from consistency.evaluation.ranks import batches
 from consistency.evaluation.reference import images_of
-from consistency.generation import drawn_labels, generate
 from consistency.randomness import generator
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
@@ -78,13 +77,7 @@ class Evaluation(Periodic):
             held_out=None if held_out is None else lambda: held_out,
             num_workers=data.num_workers,
         )
-        self.count = self.num_samples or self.measure.reference.count or 0
-        require(
-            self.count > 0,
-            "callbacks.evaluation.num_samples, where the reference does not say how many images it has",
-            None,
-            "give a number",
-        )
+        self.count = self.measure.count(self.num_samples)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Tells now, not at the first picture, where there are no such weights."""
@@ -165,21 +158,17 @@ class Evaluation(Periodic):
     def _drawn(
         self, module: ConsistencyModule, weights: str, sampler: Sampler, seed: int
     ) -> Iterator[Numbered]:
-        """This rank's share of the samples."""
-        data, classes = module.data, module.data.num_classes
         with module.sampling_denoiser(weights) as denoiser:
-            for numbers in batches(self.count, self.batch_size):
-                (images,) = generate(
-                    denoiser,
-                    sampler,
-                    indices=numbers,
-                    labels=None if classes is None else drawn_labels(seed, numbers, classes),
-                    shape=(data.channels, data.image_size, data.image_size),
-                    seed=seed,
-                    batch_size=len(numbers),
-                    device=module.device,
-                )
-                yield numbers, images
+            yield from drawn(
+                denoiser,
+                sampler,
+                module.card,
+                count=self.count,
+                labels=None,
+                seed=seed,
+                batch_size=self.batch_size,
+                device=module.device,
+            )
 
     def _bounds(self, module: ConsistencyModule) -> dict[str, dict[str, float]]:
         """The same numbers for the training images, which bound what can be hoped for, and for noise; nothing where the

@@ -28,7 +28,6 @@ class Preemption(Callback):
 
     def __init__(self) -> None:
         self._received = (0, 0)  # the signal, and whether the job is to be queued again
-        self._leaving = (0, 0)
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         """Takes the place of Lightning's handlers before it registers them: they save in the middle of a step, speak to
@@ -54,17 +53,6 @@ class Preemption(Callback):
     def _note(self, number: int, *, requeue: bool) -> None:
         self._received = (number, int(requeue))
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._leaving = self._agreed(trainer)
-
     def _agreed(self, trainer: L.Trainer) -> tuple[int, int]:
         """What any rank has received: they must leave at the same step, or those that stay wait for ever."""
         if trainer.world_size == 1:
@@ -74,19 +62,19 @@ class Preemption(Callback):
         number, requeue = received.tolist()
         return number, requeue
 
-    # One hook later all is done that belongs to the step, its metrics are logged, and the run can go on from here.
-
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        self._leave(trainer, module)
+        """Leaves before a step, when all is done that belongs to the one before and its metrics are logged."""
+        if batch_idx > 0 and batch_idx % trainer.accumulate_grad_batches == 0:
+            self._leave(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._leave(trainer, module)
 
     def _leave(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ConsistencyModule)
-        number, requeue = self._leaving
+        number, requeue = self._agreed(trainer)
         if not number:
             return
         kept = _keep(trainer)
