@@ -27,9 +27,10 @@ from lightning.pytorch.callbacks import Callback
 
 from consistency import command
 from consistency import pictures as drawing
+from consistency.evaluation import measuring
 from consistency.evaluation.classifier import digits_classifier
 from consistency.training import run
-from consistency.training.callbacks import evaluation, pictures
+from consistency.training.callbacks import pictures
 
 TASK = "KILLED_TASK"
 HOOKS = (
@@ -117,7 +118,7 @@ def train(output: str, die: list[Any] | None) -> None:
     """What src/train.py does, with the moments noted beside the run folder at the end."""
     moments, build = Moments(output, die), run.build_callbacks
     run.build_callbacks = lambda config: [*build(config), moments]
-    evaluation.generate = moments.noted("measuring samples", evaluation.generate)
+    measuring.generate = moments.noted("measuring samples", measuring.generate)
     pictures.generate = moments.noted("drawing samples", pictures.generate)
     # Slow, and nothing of it is compared.
     drawing.draw_curves = moments.noted("drawing curves", lambda metrics, picture: None)

@@ -26,8 +26,8 @@ from consistency.samplers import multistep, onestep, trigflow_multistep
 
 
 def arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    content = np.load(folder / "samples.npz")
-    return content["arr_0"], content["arr_1"]
+    with np.load(folder / "samples.npz") as content:
+        return content["arr_0"], content["arr_1"]
 
 
 def test_samples_do_not_depend_on_the_batch_size(

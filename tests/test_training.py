@@ -34,9 +34,9 @@ def test_every_mode_trains_and_its_checkpoint_samples(
     assert outcome.status == 0, outcome.err
     sampled = verb("sample", f"checkpoint={run}", "num_samples=4", f"output={tmp_path / 'out'}")
     assert sampled.status == 0, sampled.err
-    arrays = np.load(tmp_path / "out" / "samples.npz")
-    assert arrays["arr_0"].shape == (4, 8, 8, 1)
-    assert arrays["arr_0"].dtype == np.uint8
+    with np.load(tmp_path / "out" / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (4, 8, 8, 1)
+        assert arrays["arr_0"].dtype == np.uint8
 
 
 def test_a_run_leaves_what_it_promises(trained: dict[str, Path]) -> None:
