@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,8 +54,23 @@ STORAGES = {
 MODULES = {
     f"torch.nn.modules.container.{kind}" for kind in ("ModuleDict", "ModuleList", "Sequential")
 }
-NUMBERS = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "u1": "B", "b1": "?"}
-"""numpy scalar types, and their names in `struct`."""
+DICTIONARIES = ("EasyDict", "AttrDict", "AttributeDict", "Namespace")
+"""Classes, wherever they come from, that are dictionaries with their keys as attributes."""
+
+SETTINGS = ("omegaconf.", "typing.", "pathlib.")
+"""Packages whose objects stand beside weights, as settings: kept unread, whatever they are."""
+
+PLAIN = {
+    *(f"torch.{kind}" for kind in ("float16", "float32", "float64", "bfloat16", "uint8", "bool")),
+    *(f"torch.{kind}" for kind in ("int8", "int16", "int32", "int64")),
+    *("torch.strided", "torch.contiguous_format", "torch.preserve_format", "torch.channels_last"),
+    *("torch.Tensor", "torch.nn.parameter.Parameter", "numpy.ndarray"),
+    *(f"builtins.{kind}" for kind in ("dict", "list", "int", "float", "str", "bool", "tuple")),
+}
+"""Names that stand for themselves."""
+
+NUMBERS = {f"{kind}{size}" for kind in "fiu" for size in (1, 2, 4, 8)} - {"f1"} | {"b1"}
+"""numpy types of numbers, by kind and bytes."""
 
 
 @dataclass(frozen=True)
@@ -133,16 +149,90 @@ def _persistent(meta: object) -> Object:
     return Object(told(meta.get("class_name")).strip("'"), meta["state"])
 
 
+def _parameter_with_state(data: object, *_: object) -> Tensor:
+    """A parameter that somebody gave attributes, which are left out."""
+    return _parameter(data)
+
+
+def _tensor_with_state(function: object, _: object, arguments: object, *__: object) -> Tensor:
+    """A tensor that somebody gave attributes, which are left out."""
+    known = isinstance(function, Name) and CALLS.get(function.path) in (_tensor, _parameter)
+    if not known or not isinstance(arguments, tuple):
+        raise ContentError(f"a tensor made by {told(function)}")
+    assert isinstance(function, Name)
+    found: Tensor = CALLS[function.path](*arguments)
+    return found
+
+
 def _number_type(code: object, *_: object) -> Object:
-    if not isinstance(code, str) or code not in NUMBERS:
+    text = code.decode("latin1") if isinstance(code, bytes) else code
+    if not isinstance(text, str) or text.lstrip("<>=|") not in NUMBERS:
         raise ContentError(f"a number of type {told(code)}")
-    return Object("numpy.dtype", code)
+    return Object("numpy.dtype", text.lstrip("<=|"))
 
 
 def _number(kind: object, content: object) -> Any:
-    if not isinstance(kind, Object) or kind.kind != "numpy.dtype" or not isinstance(content, bytes):
+    found = _numbers(kind, content)
+    if found.size != 1:
+        raise ContentError("a number of another length than its type")
+    return found.item()
+
+
+def _numbers(kind: object, content: object) -> np.ndarray[Any, np.dtype[Any]]:
+    """The numbers in bytes, in this machine's order; Python 2 wrote bytes as text."""
+    stored = content.encode("latin1") if isinstance(content, str) else content
+    if not isinstance(kind, Object) or kind.kind != "numpy.dtype" or not isinstance(stored, bytes):
         raise ContentError("a number without a type")
-    return struct.unpack(f"<{NUMBERS[kind.state]}", content)[0]
+    given = np.dtype(kind.state)
+    return np.frombuffer(stored, dtype=given).astype(given.newbyteorder("="))
+
+
+def _blank_array(*_: object) -> Object:
+    """Stands for an array of numpy; its content comes later, as its state, a tensor."""
+    return Object("numpy.ndarray", None)
+
+
+def array_of(state: object) -> Tensor:
+    """The array that numpy describes as (version, shape, type, whether it is stored by columns, bytes)."""
+    if not isinstance(state, tuple) or len(state) != 5:
+        raise ContentError("an array without a description")
+    _, shape, kind, by_column, content = state
+    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ContentError("an array without a shape")
+    numbers = _numbers(kind, content)
+    if len(shape) > 8 or math.prod(shape) != numbers.size:
+        raise ContentError("an array of another size than its shape")
+    laid = numbers.reshape(shape, order="F" if by_column else "C")
+    return torch.from_numpy(np.ascontiguousarray(laid).reshape(shape))
+
+
+def _array_from_buffer(content: object, kind: object, shape: object, order: object) -> Object:
+    """An array as protocol 5 writes it."""
+    stored = bytes(content) if isinstance(content, bytearray) else content
+    return Object("numpy.ndarray", array_of((1, shape, kind, order == "F", stored)))
+
+
+def _no_bytes(*arguments: object) -> bytes:
+    """What protocol 2 writes for bytes of no length."""
+    if arguments:
+        raise ContentError("bytes made of something else")
+    return b""
+
+
+def _size(numbers: object = ()) -> tuple[Any, ...]:
+    if not isinstance(numbers, tuple | list):
+        raise ContentError("a size that is no row of numbers")
+    return tuple(numbers)
+
+
+def _unread(*_: object) -> Object:
+    """A device, a path and the like: only that there is one is kept."""
+    return Object("setting", None)
+
+
+def _dictionary(*_: object) -> dict[Any, Any]:
+    """A dictionary with a default; its content comes later."""
+    return {}
 
 
 def _encoded(text: object, encoding: object) -> bytes:
@@ -166,23 +256,35 @@ def _method(owner: object, name: object) -> Object:
 
 CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered_dict,
+    "collections.defaultdict": _dictionary,
+    "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter_with_state,
+    "torch._tensor._rebuild_from_type_v2": _tensor_with_state,
+    "torch.Size": _size,
+    "torch.device": _unread,
     "torch.storage._load_from_bytes": _storage_from_bytes,
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "numpy.core.multiarray.scalar": _number,
     "numpy._core.multiarray.scalar": _number,
+    "numpy.core.multiarray._reconstruct": _blank_array,
+    "numpy._core.multiarray._reconstruct": _blank_array,
+    "numpy.core.numeric._frombuffer": _array_from_buffer,
+    "numpy._core.numeric._frombuffer": _array_from_buffer,
     "numpy.dtype": _number_type,
+    "__builtin__.bytes": _no_bytes,
+    "builtins.bytes": _no_bytes,
     "_codecs.encode": _encoded,
     "builtins.getattr": _method,
     "builtins.set": _set,
     "__builtin__.set": _set,
 }
-KNOWN = {*CALLS, *STORAGES, *MODULES}
+KNOWN = {*CALLS, *STORAGES, *MODULES, *PLAIN}
 COPYING = {
     name
     for name, call in CALLS.items()
-    if call in (_ordered_dict, _storage_from_bytes, _encoded, _set)
+    if call in (_ordered_dict, _storage_from_bytes, _encoded, _set, _size, _array_from_buffer)
 }
 """Calls that copy their argument, so that a short pickle could fill the memory by repeating them."""
 
@@ -194,7 +296,7 @@ LITERALS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING"),
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 FRESH: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
@@ -217,6 +319,8 @@ class Machine:
 
     calls: ClassVar[Mapping[str, Callable[..., Any]]] = CALLS
     known: ClassVar[Set[str]] = KNOWN
+    settings: ClassVar[tuple[str, ...]] = SETTINGS
+    dictionaries: ClassVar[tuple[str, ...]] = DICTIONARIES
 
     def __init__(self, total: int, find_storage: FindStorage = no_storage) -> None:
         self.find_storage = find_storage
@@ -348,9 +452,17 @@ class Machine:
 
     def named(self, path: str) -> None:
         """Puts a name on the stack, if it is one of those that checkpoints are made of."""
-        if path not in self.known:
+        if path not in self.known and not self.is_setting(path) and not self.is_dictionary(path):
             raise ContentError(f"a pickle that asks for {path[:120]}, which no checkpoint needs")
         self.stack.append(Name(path))
+
+    def is_setting(self, path: str) -> bool:
+        """Whether a class or function makes what is kept unread."""
+        return path.startswith(self.settings)
+
+    def is_dictionary(self, path: str) -> bool:
+        """Whether a class is a dictionary under another name."""
+        return path.rpartition(".")[2] in self.dictionaries
 
     def op_global(self, module_and_name: str) -> None:
         self.named(module_and_name.replace(" ", "."))
@@ -361,33 +473,52 @@ class Machine:
 
     def op_reduce(self, _: None) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
+        if isinstance(function, Name) and self.is_setting(function.path):
+            self.stack.append(Object(function.path, None))
+            return
+        if isinstance(function, Name) and self.is_dictionary(function.path) and arguments == ():
+            self.stack.append({})
+            return
         if not isinstance(function, Name) or function.path not in self.calls:
             raise ContentError(f"a pickle that calls {told(function)}")
         if not isinstance(arguments, tuple):
             raise ContentError(f"a pickle that calls {function.path} without arguments")
-        if (
-            function.path in COPYING
-            and arguments
-            and isinstance(arguments[0], str | bytes | list | tuple)
-        ):
-            self.to_copy -= len(arguments[0]) * (
-                1 if isinstance(arguments[0], str | bytes) else 100
-            )
+        if function.path in COPYING and arguments:
+            self.copies(arguments[0])
+        self.stack.append(self.calls[function.path](*arguments))
+
+    def copies(self, content: object) -> None:
+        """Keeps account of what is copied, and refuses more of it than the file could mean."""
+        if isinstance(content, str | bytes | bytearray | list | tuple):
+            flat = isinstance(content, str | bytes | bytearray)
+            self.to_copy -= len(content) * (1 if flat else 100)
         if self.to_copy < 0:
             raise ContentError("a pickle that copies its own content over and over")
-        self.stack.append(self.calls[function.path](*arguments))
 
     def op_newobj(self, _: None) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()
-        if not isinstance(kind, Name) or kind.path not in MODULES or arguments != ():
+        if not isinstance(kind, Name):
             raise ContentError(f"a pickle that creates an object of {told(kind)}")
-        self.stack.append(Object(kind.path, {}))
+        if self.is_dictionary(kind.path) and arguments == ():
+            self.stack.append({})
+        elif self.is_setting(kind.path) or (kind.path in MODULES and arguments == ()):
+            self.stack.append(Object(kind.path, {}))
+        else:
+            raise ContentError(f"a pickle that creates an object of {told(kind)}")
 
     def op_build(self, _: None) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Object) and target.kind == "numpy.dtype":
-            if not isinstance(state, tuple) or state[1:2] not in (("<",), ("|",)):
-                raise ContentError("a number stored with its bytes in reverse")
+            order = state[1:2] if isinstance(state, tuple) else None
+            if order not in (("<",), ("|",), (">",), ("=",)):
+                raise ContentError("a number whose bytes stand in no order")
+            if order == (">",):
+                target.state = f">{target.state.lstrip('>')}"
+        elif isinstance(target, Object) and target.kind == "numpy.ndarray":
+            self.copies(state[-1] if isinstance(state, tuple) and state else None)
+            target.state = array_of(state)
+        elif isinstance(target, Object) and self.is_setting(target.kind):
+            pass
         elif isinstance(target, Object) and isinstance(state, dict):
             target.state = state
         elif not isinstance(target, dict):  # an ordered dictionary's attributes hold no weights
