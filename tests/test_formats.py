@@ -804,7 +804,7 @@ HOSTILE: dict[str, tuple[Write, str]] = {
     "card of no kind": (lambda p: archive(p, pickle.dumps({"card": {}}, 2)), "card"),
     "many layers": (
         lambda p: write_config(p, layers_per_block=10**9),
-        "no sense|more blocks|without",
+        "layers_per_block=1000000000",
     ),
     "wide blocks": (
         lambda p: write_config(p, block_out_channels=[1 << 40]),
@@ -818,7 +818,7 @@ HOSTILE: dict[str, tuple[Write, str]] = {
         lambda p: write_config(p, down_block_types=["KDownBlock2D"]),
         "mirror|KDownBlock2D",
     ),
-    "no head": (lambda p: write_config(p, attention_head_dim=0), "no sense"),
+    "no head": (lambda p: write_config(p, attention_head_dim=0), "attention_head_dim=0"),
     "deep config": (
         lambda p: (write_config(p), (p / "config.json").write_text("[" * 100_000))[0],
         "no sense",

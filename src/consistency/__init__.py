@@ -20,8 +20,8 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
                         masking (no secrets in what is written), trusted (what a configuration from elsewhere may name),
                         sampling, evaluating, retouching, searching, page, comparison, conversion and speed (the commands)
       formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
-                        opened (what a file yields), released (published files by name), reading, pickles, messagepack
-                        and timetable (parts of the above)
+                        opened (what a file yields), released (published files by name), reading, pickles, messagepack,
+                        wrapped (state dicts wherever they stand) and timetable (parts of the above)
       data              module (the LightningDataModule), batches (order by position), source (what one is); held in memory:
                         held digits mixture cifar idx (MNIST); encoded (as image files): folder archive (NVlabs' zips) lsun
                         huggingface; stream (shards far away), shards (writes them); decoding and cropping of one image,
@@ -52,6 +52,8 @@ def load(
     image_size: int | None = None,
     num_head_channels: int | None = None,
     attention_resolutions: Sequence[int] | None = None,
+    num_heads: int | None = None,
+    num_heads_upsample: int | None = None,
 ) -> Loaded:
     """Opens a checkpoint of any format; the result answers `denoise(x_t, t, label=None)` with the estimate of x_0.
 
@@ -61,10 +63,12 @@ def load(
 
     path: a run folder, a file or folder of one of the formats in `consistency.formats`, or a published name such as
     openai:cd_imagenet64_lpips; role: what the model is, where the file does not say; weights: which ones, where the
-    file holds several. The last three say what some files do not record, `consistency.formats.opened.Hints`.
+    file holds several. The last five say what some files do not record, `consistency.formats.opened.Hints`.
     """
     from consistency import checkpoint
     from consistency.formats.opened import Hints
 
-    hints = Hints(image_size, num_head_channels, attention_resolutions)
+    hints = Hints(
+        image_size, num_head_channels, attention_resolutions, num_heads, num_heads_upsample
+    )
     return checkpoint.load(path, weights=weights, role=role, hints=hints)

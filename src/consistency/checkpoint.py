@@ -42,6 +42,9 @@ NETWORKS = "consistency.networks."
 PRECONDITIONING = "consistency.preconditioning."
 
 CHECKPOINTS = "checkpoints"
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors")
+"""What files of weights are called, where a folder may hold others."""
+
 NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
 """Where a run keeps its checkpoints: the newest, on its way to be `last`; the newest; and the one before it."""
 
@@ -222,16 +225,43 @@ def write_text(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def snapshot(path: Path) -> Path:
+    """The newest content in a folder of the Hugging Face cache (`models--...`), which keeps every revision; other paths as
+    they are. A revision of one file is that file.
+    """
+    if not ((path / "snapshots").is_dir() and (path / "refs").is_dir()):
+        return path
+    refs = sorted((p for p in (path / "refs").rglob("*") if p.is_file()), key=_time)
+    named = [path / "refs" / "main", *refs[::-1]]
+    hashes = [ref.read_text()[:100].strip() for ref in named if ref.is_file()]
+    there = {p.name: p for p in sorted((path / "snapshots").iterdir(), key=_time) if p.is_dir()}
+    newest = next(reversed(there.values()), None)
+    found = next((there[name] for name in hashes if name in there), newest)
+    require(
+        found is not None,
+        f"a snapshot in {path / 'snapshots'}",
+        "none",
+        "download the model again",
+    )
+    assert found is not None
+    files = [p for p in found.iterdir() if p.is_file() and p.suffix in SUFFIXES]
+    print(f"{path.name}: takes the snapshot {found.name}", file=sys.stderr)
+    return files[0] if len(files) == 1 and not diffusers.is_diffusers(found) else found
+
+
+def _time(path: Path) -> float:
+    return path.stat().st_mtime
+
+
 def find(checkpoint: str | os.PathLike[str]) -> Path:
     """The checkpoint that is meant: a file, a folder of diffusers or of ours, the `last` of a run folder, or the
     downloaded file of a published name.
     """
     if released.is_name(checkpoint):
         return released.fetch(str(checkpoint))
-    path = Path(checkpoint).expanduser()
+    path = snapshot(Path(checkpoint).expanduser())
     if path.is_file() and path.name.startswith(diffusers.WEIGHTS):
-        path = path.parent
-        path = path.parent if (path.parent / "model_index.json").is_file() else path
+        path = diffusers.folder_of(path)
     if path.is_dir() and ((path / reading.SEALED).is_file() or diffusers.is_diffusers(path)):
         return path
     if path.is_dir():
@@ -395,6 +425,11 @@ def assemble(network: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
             raise ContentError(
                 f"weights {name[:80]} of shape {tuple(has)}, where its network has {tuple(needs)}"
             )
+    channels = network.get("in_channels")
+    if network.get("out_channels") not in (None, channels):
+        raise ContentError(
+            f"a network with out_channels={network['out_channels']} for in_channels={channels}, which no consistency model has"
+        )
     own = {name: value.detach().float().contiguous() for name, value in weights.items()}
     found.load_state_dict(own, assign=True)
     return found.eval().requires_grad_(False)
@@ -467,7 +502,7 @@ def load_sets(
     except Exception as error:  # the settings of a damaged or hostile file can fail in any way
         raise reading.unreadable(path, error) from error
     for note in dict.fromkeys(note for opened in sets.values() for note in opened.notes):
-        print(f"{path.name}: assumes {note}", file=sys.stderr)
+        print(f"{path.name}: {note}", file=sys.stderr)
     return found
 
 

@@ -37,7 +37,11 @@ def convert(config: DictConfig, folder: Path) -> None:
     require(config.role in roles, "role=teacher or role=consistency", config.role, "choose one")
     sides = config.attention_resolutions
     hints = Hints(
-        config.image_size, config.num_head_channels, None if sides is None else list(sides)
+        config.image_size,
+        config.num_head_channels,
+        None if sides is None else list(sides),
+        config.num_heads,
+        config.num_heads_upsample,
     )
     source = config.verify if config.source is None else config.source
     target = output_path(folder)

@@ -207,6 +207,8 @@ class Convert:
     image_size: int | None = None
     num_head_channels: int | None = None
     attention_resolutions: list[int] | None = None
+    num_heads: int | None = None
+    num_heads_upsample: int | None = None
     output: str = MISSING
 
 

@@ -6,6 +6,7 @@ boundary scalings, so it is a consistency model; a UNet alone does not say what 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,17 @@ from torch import Tensor
 
 from consistency.errors import require
 from consistency.formats.openai import ADM
-from consistency.formats.opened import OPENAI, ContentError, Hints, Opened, Role, describe, process
-from consistency.formats.pickles import read_zip, told
+from consistency.formats.opened import (
+    OPENAI,
+    ContentError,
+    Hints,
+    Opened,
+    Role,
+    chosen,
+    describe,
+    process,
+)
+from consistency.formats.pickles import read_pickle, read_zip, told
 from consistency.formats.sealed import read_sealed, write_sealed
 from consistency.formats.timetable import LAYERS, restored, rewritten, width
 from consistency.grids import KarrasGrid
@@ -51,6 +61,57 @@ FIXED: dict[str, Any] = {
 }
 """Settings of `UNet2DModel` that have one value in an ADM, which is also what they are if not given."""
 
+DEFAULTS: dict[str, Any] = {
+    "sample_size": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [224, 448, 672, 896],
+    "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
+    "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+    "time_embedding_dim": None,
+    "resnet_time_scale_shift": "default",
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "num_class_embeds": None,
+    "dropout": 0.0,
+}
+"""What the other settings are if not given."""
+
+COUNTS = {"in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 1}
+CHOICES = {
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
+}
+"""Settings that are whole numbers, with the least of each, and those of which some kinds are known."""
+
+ANCHORS = ("time_embedding.linear_1.weight", "conv_in.weight")
+"""Two names that every network has."""
+
+UNETS = {"online": "unet/", "ema": "unet_ema/"}
+"""Where the UNet stands in a pipeline, and the two that accelerate keeps in training."""
+
+SUFFIXES = (".safetensors", ".safetensors.index", ".bin", ".bin.index")
+PREFERRED = ("", "fp32", "bf16", "fp16")
+"""Which form of a file of weights is read, and which variant where the usual one is not there."""
+
+VARIANTS = {"non_ema": "online", "ema": "ema"}
+"""Variants whose name says which weights they are; others keep their own."""
+
+SHARD = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
+
+ABSENT = dict.fromkeys(
+    (
+        *("cross_attention_dim", "encoder_hid_dim", "addition_embed_type", "time_cond_proj_dim"),
+        *("projection_class_embeddings_input_dim", "prediction_type"),
+    )
+)
+"""Settings of other networks of diffusers, which none that we know has."""
+
 RESIDUAL = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -66,8 +127,9 @@ ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0", "qkv": "to_qkv"}
 
 
 def is_diffusers(folder: Path) -> bool:
-    """Whether a folder is a pipeline or a model of diffusers."""
-    return (folder / "model_index.json").is_file() or (folder / "config.json").is_file()
+    """Whether a folder is a pipeline or a model of diffusers, or what accelerate keeps of one in training."""
+    names = ("model_index.json", *(f"{place}config.json" for place in ("", *UNETS.values())))
+    return any((folder / name).is_file() for name in names)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,26 +142,55 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def open_folder(folder: Path, hints: Hints) -> Opened:
-    """The model in a folder of a pipeline or of a UNet."""
+def open_folder(folder: Path, weights: str, hints: Hints) -> Opened:
+    """The model in a folder of a pipeline, of a UNet, or of accelerate, with the weights of that name."""
+    if is_pipeline(folder):
+        require_pipeline(folder)
+    return _open(folder, *chosen(sets(folder), weights), hints)
+
+
+def open_file(file: Path, weights: str, hints: Hints) -> Opened:
+    """The model of one file of weights beside its settings, whatever other files stand there."""
+    unet = file.parent
+    kind = variant(file.name)
+    chosen({VARIANTS.get(kind, kind or "ema"): file}, weights)
+    return _open(unet.parent if is_pipeline(unet.parent) else unet, unet, file, hints)
+
+
+def folder_of(file: Path) -> Path:
+    """What is meant by a file of weights: the folder where it is the usual one or a part of it, else the file itself."""
+    unet = file.parent
+    if not (unet / "config.json").is_file():
+        return file
+    usual = next((f for v, f in weight_files(unet).items() if v in PREFERRED), None)
+    if file != usual and "-of-" not in file.name:
+        return file
+    return unet.parent if is_pipeline(unet.parent) and unet.name == "unet" else unet
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder is that of a pipeline."""
+    return (folder / "model_index.json").is_file()
+
+
+def _open(folder: Path, unet: Path, file: Path, hints: Hints) -> Opened:
     role: Role | None = None
     noise = process(second_time=0.821)
-    unet = folder
-    if (folder / "model_index.json").is_file():
-        kind = read_json(folder / "model_index.json").get("_class_name")
-        if kind != PIPELINE:
-            raise ContentError(f"a diffusers pipeline of class {told(kind)}, not {PIPELINE}")
-        role, noise, unet = "consistency", scheduled(folder / "scheduler"), folder / "unet"
+    if is_pipeline(folder):
+        require_pipeline(folder)
+        role, noise = "consistency", scheduled(folder / "scheduler")
+    else:
+        for above in (unet.parent, unet.parent.parent):
+            if is_pipeline(above):
+                require_pipeline(above)
     config = read_json(unet / "config.json")
-    theirs, card = read_weights(unet)
+    theirs, card = read_weights(file)
     network = settings(config, hints) if card is None else card["network"]
     weights = {ours: take(theirs, names) for ours, names in parameters(network)}
     if theirs:
         raise ContentError(f"weights without a place in {UNET}, such as {min(theirs)[:80]}")
     if card is None:
-        classes = network["num_classes"]
-        found = describe(role=role, network=network, process=noise, num_classes=classes)
-        return Opened(format=FORMAT, weights=weights, card=found, c_noise_scale=OPENAI)
+        return _described(role, network, noise, weights)
     if needs_timetable(card):
         layers, same = read_sealed(unet / TIMETABLE)
         if same != card:
@@ -113,15 +204,97 @@ def open_folder(folder: Path, hints: Hints) -> Opened:
     return Opened(format=FORMAT, weights=weights, card=card)
 
 
+def _described(
+    role: Role | None,
+    network: dict[str, Any],
+    noise: dict[str, Any],
+    weights: dict[str, Tensor],
+    notes: tuple[str, ...] = (),
+) -> Opened:
+    classes = network["num_classes"]
+    card = describe(role=role, network=network, process=noise, num_classes=classes)
+    return Opened(format=FORMAT, weights=weights, card=card, c_noise_scale=OPENAI, notes=notes)
+
+
+def require_pipeline(folder: Path) -> None:
+    """Refuses a pipeline of another kind, whose network was trained for other inputs and another output."""
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind != PIPELINE:
+        raise ContentError(f"a diffusers pipeline of class {told(kind)}, not {PIPELINE}")
+
+
+def variant(name: str) -> str:
+    """What tells a file of weights from others of its folder, `fp16` or `non_ema`; empty for the usual one."""
+    parts = name.removeprefix(WEIGHTS).split(".")
+    return ".".join(p for p in parts if p not in ("", "safetensors", "bin", "index", "json"))
+
+
+def weight_files(unet: Path) -> dict[str, Path]:
+    """The file of weights of every variant in a model's folder; of several the first of `SUFFIXES`."""
+    found: dict[str, Path] = {}
+    for suffix in SUFFIXES:
+        for path in sorted(unet.glob(f"{WEIGHTS}*")):
+            index = path.name.endswith(".json")
+            this = f".{'safetensors' if '.safetensors' in path.name else 'bin'}"
+            if this + (".index" if index else "") == suffix and "-of-" not in path.name:
+                found.setdefault(variant(path.name), path)
+    return found
+
+
+def sets(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """The sets of weights in a folder by the names that `weights=` takes: the folder of the UNet, and the file.
+
+    The usual file holds the average, unless there is a `unet_ema` or a variant that says so; every variant has its own name
+    beside.
+    """
+    alone = (folder / "config.json").is_file() and not is_pipeline(folder)
+    unets = {"": folder} if alone else {name: folder / place for name, place in UNETS.items()}
+    there = {name: unet for name, unet in unets.items() if (unet / "config.json").is_file()}
+    by_folder = not alone and (len(there) > 1 or not is_pipeline(folder))
+    found: dict[str, tuple[Path, Path]] = {}
+    for name, unet in there.items():
+        held = weight_files(unet)
+        if not held:
+            raise ContentError(f"a diffusers folder without {WEIGHTS}.safetensors")
+        usual = next((v for v in PREFERRED if v in held), next(iter(held)))
+        for kind, file in held.items():
+            means = VARIANTS.get(kind, kind)
+            if by_folder:
+                means = name if kind == usual else f"{name}:{kind}"
+            elif kind == usual and kind in PREFERRED:
+                means = "online" if "ema" in held else "ema"
+                found[kind or means] = (unet, file)
+            found[means] = (unet, file)
+    if not found:
+        raise ContentError("a diffusers folder without its unet/config.json")
+    return found
+
+
 def scheduled(folder: Path) -> dict[str, Any]:
     """The noise process of a scheduler; the second time is that of the pipeline's own two steps."""
     config = read_json(folder / SETTINGS)
     given = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0, "s_noise": 1.0}
     given |= {"num_train_timesteps": 40, "_class_name": None} | config
-    if given["_class_name"] != SCHEDULER or given["s_noise"] != 1:
-        raise ContentError(f"a scheduler other than {SCHEDULER} with s_noise=1")
+    if given["_class_name"] != SCHEDULER:
+        raise ContentError(f"a scheduler of class {told(given['_class_name'])}, not {SCHEDULER}")
+    for name in ("sigma_min", "sigma_max", "sigma_data", "rho"):
+        value = given[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+            raise ContentError(
+                f"a {SCHEDULER} with {name}={told(value)}, which is no level of noise"
+            )
+    for name, only in {"s_noise": 1, "prediction_type": None, "timestep_type": None}.items():
+        if given.get(name, only) != only:
+            raise ContentError(
+                f"a {SCHEDULER} with {name}={told(given[name])}, where {only} is known"
+            )
+    points = given["num_train_timesteps"]
+    if type(points) is not int or points < 2 or given["sigma_min"] >= given["sigma_max"]:
+        raise ContentError(
+            f"a {SCHEDULER} with num_train_timesteps={told(points)} from sigma_max={given['sigma_max']} "
+            f"to sigma_min={given['sigma_min']}, which is no grid"
+        )
     t_min, t_max, rho = (float(given[name]) for name in ("sigma_min", "sigma_max", "rho"))
-    points = int(given["num_train_timesteps"])
     second = KarrasGrid(t_min=t_min, t_max=t_max, rho=rho).at(torch.tensor(points // 2), points)
     found = process(
         sigma_data=float(given["sigma_data"]), t_min=t_min, t_max=t_max, second_time=float(second)
@@ -129,18 +302,36 @@ def scheduled(folder: Path) -> dict[str, Any]:
     return {**found, "rho": rho}
 
 
-def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The weights of a model's folder, and our card if we wrote them."""
-    for name in (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.fp16.safetensors"):
-        if (folder / name).is_file():
-            return read_sealed(folder / name)
-    older = folder / f"{WEIGHTS}.bin"
-    if not older.is_file():
-        raise ContentError(f"a diffusers folder without {WEIGHTS}.safetensors")
-    content, _ = read_zip(older)
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The weights in a file or in the files that an index names, and our card if we wrote them."""
+    if file.suffix == ".json":
+        return read_shards(file), None
+    if file.suffix == ".safetensors":
+        return read_sealed(file)
+    with file.open("rb") as content:
+        zipped = content.read(2) == b"PK"
+    found = read_zip(file)[0] if zipped else read_pickle(file)
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise ContentError("weights that are no state dict")
-    return content, None
+    return found, None
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """The weights that an index spreads over files of its own folder."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ContentError(f"a {index.name} without a weight_map")
+    read: dict[str, dict[str, Tensor]] = {}
+    for name in dict.fromkeys(places.values()):
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
+            raise ContentError(f"a {index.name} that names the file {told(name)}")
+        if not (index.parent / name).is_file():
+            raise ContentError(f"a {index.name} whose {name[:80]} is not there")
+        read[name] = read_weights(index.parent / name)[0]
+    for parameter, name in places.items():
+        if parameter not in read[name]:
+            raise ContentError(f"a {name} without {told(parameter)}, which {index.name} has there")
+    return {parameter: read[name][parameter] for parameter, name in places.items()}
 
 
 def settings(config: dict[str, Any], hints: Hints) -> dict[str, Any]:
@@ -149,45 +340,63 @@ def settings(config: dict[str, Any], hints: Hints) -> dict[str, Any]:
         raise ContentError(
             f"a diffusers model of class {told(config.get('_class_name'))}, not {UNET}"
         )
-    for name, value in FIXED.items():
+    for name, value in (FIXED | ABSENT).items():
         if config.get(name, value) != value:
-            raise ContentError(
-                f"a {UNET} with {name}={told(config[name])}, which an ADM does not have"
-            )
-    widths, size = config["block_out_channels"], config.get("sample_size")
-    shift = config.get("resnet_time_scale_shift", "default")
-    groups, in_attention = config.get("norm_num_groups", 32), config.get("attn_norm_num_groups")
+            raise unlike(config, name, f"{value}, as an ADM has")
+    given = DEFAULTS | config
+    for name, least in COUNTS.items():
+        if type(given[name]) is not int or not least <= given[name] <= 1 << 20:
+            raise unlike(given, name, "a whole number")
+    for name in ("num_class_embeds", "attention_head_dim"):
+        if given[name] is not None and (type(given[name]) is not int or given[name] < 1):
+            raise unlike(given, name, "a whole number or null")
+    for name, choices in CHOICES.items():
+        if given[name] not in choices:
+            raise unlike(given, name, " or ".join(choices))
+    if given["out_channels"] != given["in_channels"]:
+        raise unlike(
+            given, "out_channels", f"in_channels={given['in_channels']}, as a consistency model has"
+        )
+    widths, size = given["block_out_channels"], given["sample_size"]
+    if not isinstance(widths, list) or not all(type(n) is int and n > 0 for n in widths):
+        raise unlike(given, "block_out_channels", "a list of whole numbers")
+    shift, groups = given["resnet_time_scale_shift"], given["norm_num_groups"]
+    in_attention = given["attn_norm_num_groups"]
     if (groups if in_attention is None and shift == "default" else in_attention) != groups:
-        raise ContentError(f"a {UNET} whose attn_norm_num_groups is not its norm_num_groups")
-    if config.get("time_embedding_dim") not in (None, 4 * widths[0]):
-        raise ContentError(f"a {UNET} with another time_embedding_dim than 4 x {widths[0]}")
+        raise unlike(given, "attn_norm_num_groups", f"norm_num_groups={groups}")
+    if given["time_embedding_dim"] not in (None, 4 * widths[0]):
+        raise unlike(given, "time_embedding_dim", f"4 x {widths[0]}")
     sides = set(size) if isinstance(size, list) else {size}
     side = hints.image_size or (sides.pop() if len(sides) == 1 else None)
-    down, up = config["down_block_types"], config["up_block_types"]
-    attention = ["Attn" in kind for kind in down]
-    if ["Attn" in kind for kind in up] != attention[::-1] or len(down) != len(widths):
-        raise ContentError(f"a {UNET} whose halves do not mirror each other")
-    if not isinstance(side, int):
-        raise ContentError(f"a {UNET} without one sample_size (image_size= sets it)")
-    kinds = [_resampling(kind, config.get("downsample_type", "conv")) for kind in down]
-    ups = [_resampling(kind, config.get("upsample_type", "conv")) for kind in up]
+    down, up = given["down_block_types"], given["up_block_types"]
+    for name, kinds_of in (("down_block_types", down), ("up_block_types", up)):
+        if not isinstance(kinds_of, list) or len(kinds_of) != len(widths):
+            raise unlike(given, name, f"{len(widths)} blocks, as block_out_channels has")
+    attention = ["Attn" in str(kind) for kind in down]
+    if ["Attn" in str(kind) for kind in up] != attention[::-1]:
+        raise ContentError(f"a {UNET} whose halves do not mirror each other (up_block_types)")
+    if type(side) is not int or side < 1:
+        raise unlike(given, "sample_size", "one side of the images (image_size= sets it)")
+    kinds = [_resampling(kind, given["downsample_type"]) for kind in down]
+    ups = [_resampling(kind, given["upsample_type"]) for kind in up]
     changes = {*kinds[:-1], *ups[:-1]}  # the last block of each half changes nothing
     if len(changes) > 1:
-        raise ContentError(f"a {UNET} that changes resolution in several ways")
-    head = config.get("attention_head_dim", 8)
+        raise ContentError(
+            f"a {UNET} that changes resolution in several ways (down_block_types, up_block_types)"
+        )
     return {
         "_target_": ADM,
         "image_size": side,
-        "in_channels": config.get("in_channels", 3),
-        "out_channels": config.get("out_channels", 3),
+        "in_channels": given["in_channels"],
+        "out_channels": given["out_channels"],
         "model_channels": widths[0],
-        "num_res_blocks": config.get("layers_per_block", 2),
+        "num_res_blocks": given["layers_per_block"],
         "attention_resolutions": [side >> k for k, has in enumerate(attention) if has],
         "channel_mult": [n // widths[0] if n % widths[0] == 0 else n / widths[0] for n in widths],
-        "num_classes": config.get("num_class_embeds"),
-        "dropout": float(config.get("dropout", 0.0)),
+        "num_classes": given["num_class_embeds"],
+        "dropout": float(given["dropout"]),
         "num_heads": 1,
-        "num_head_channels": head,
+        "num_head_channels": given["attention_head_dim"],
         "use_scale_shift_norm": shift == "scale_shift",
         "resblock_updown": changes != {"conv"},
         "conv_resample": True,
@@ -195,12 +404,81 @@ def settings(config: dict[str, Any], hints: Hints) -> dict[str, Any]:
     }
 
 
-def _resampling(kind: str, by_setting: str) -> str:
+def unlike(config: dict[str, Any], name: str, expected: str) -> ContentError:
+    """The refusal of a setting, by name and value."""
+    value = config.get(name)
+    short = isinstance(value, int | float | str | None) or (
+        isinstance(value, list) and len(str(value)) < 200
+    )
+    return ContentError(
+        f"a {UNET} with {name}={value if short else told(value)}, where {expected} is known"
+    )
+
+
+def open_state(theirs: dict[str, Tensor], hints: Hints) -> Opened:
+    """The network that a state dict without settings belongs to."""
+    config, notes = settings_of(theirs, hints)
+    network = settings(config, hints)
+    rest = dict(theirs)
+    weights = {ours: take(rest, names) for ours, names in parameters(network)}
+    if rest:
+        raise ContentError(f"weights without a place in {UNET}, such as {min(rest)[:80]}")
+    return _described(None, network, process(second_time=0.821), weights, tuple(notes))
+
+
+def settings_of(theirs: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any], list[str]]:
+    """The settings of `UNet2DModel` for these weights, and what had to be assumed."""
+    numbers = {int(name.split(".")[1]) for name in theirs if re.match(r"down_blocks\.\d+\.", name)}
+    blocks = [f"down_blocks.{k}" for k in range(len(numbers))]
+    firsts = [f"{block}.resnets.0.conv1.weight" for block in blocks]
+    if not firsts or not all(name in theirs for name in firsts):
+        raise ContentError(f"weights of a model of diffusers other than {UNET}")
+    widths = [theirs[name].shape[0] for name in firsts]
+    attention = [f"{block}.attentions.0.to_q.weight" in theirs for block in blocks]
+    in_blocks = any(f"{block}.downsamplers.0.conv1.weight" in theirs for block in blocks)
+    time = theirs["down_blocks.0.resnets.0.time_emb_proj.weight"].shape[0]
+    classes = theirs.get("class_embedding.weight")
+    size, head = hints.image_size, hints.num_head_channels
+    notes = []
+    if size is None:
+        size = 32 << next((k for k, has in enumerate(attention) if has), 1)
+        notes.append(
+            f"assumes images of {size} x {size} (the file does not say; image_size= sets it)"
+        )
+    if head is None:
+        head = DEFAULTS["attention_head_dim"]
+        notes.append(
+            f"assumes attention heads of {head} channels (the file does not say; num_head_channels= sets it)"
+        )
+    shift = time == 2 * widths[0]
+    layers = sum(
+        bool(re.fullmatch(r"down_blocks\.0\.resnets\.\d+\.conv1\.weight", n)) for n in theirs
+    )
+    found = {
+        "_class_name": UNET,
+        "sample_size": size,
+        "in_channels": theirs["conv_in.weight"].shape[1],
+        "out_channels": theirs["conv_out.weight"].shape[0],
+        "block_out_channels": widths,
+        "layers_per_block": layers,
+        "attention_head_dim": head,
+        "down_block_types": [_block("Down", has, in_blocks) for has in attention],
+        "up_block_types": [_block("Up", has, in_blocks) for has in attention[::-1]],
+        "downsample_type": "resnet" if in_blocks else "conv",
+        "upsample_type": "resnet" if in_blocks else "conv",
+        "resnet_time_scale_shift": "scale_shift" if shift else "default",
+        "attn_norm_num_groups": DEFAULTS["norm_num_groups"],
+        "num_class_embeds": None if classes is None else classes.shape[0],
+    }
+    return found, notes
+
+
+def _resampling(kind: object, by_setting: str) -> str:
     """How a block changes resolution: by a residual block (`resnet`) or a convolution (`conv`)."""
     known = {"DownBlock2D": "conv", "UpBlock2D": "conv"}
     known |= {"ResnetDownsampleBlock2D": "resnet", "ResnetUpsampleBlock2D": "resnet"}
     known |= {"AttnDownBlock2D": by_setting, "AttnUpBlock2D": by_setting}
-    if known.get(kind) not in ("conv", "resnet"):
+    if not isinstance(kind, str) or kind not in known:
         raise ContentError(f"a {UNET} with a block of kind {told(kind)}")
     return known[kind]
 
@@ -415,6 +693,11 @@ def head_channels(network: dict[str, Any], weights: dict[str, Tensor]) -> int | 
     if network.get("num_head_channels") is not None:
         return int(network["num_head_channels"])
     heads = network.get("num_heads", 1)
+    require_diffusers(
+        network.get("num_heads_upsample") in (None, heads),
+        f"{network.get('num_heads_upsample')} attention heads on the way up for {heads} on the way down",
+        "train it with model.network.num_head_channels=32",
+    )
     if heads == 1:
         return None
     found = {v.shape[1] // heads for name, v in weights.items() if name.endswith(".qkv.weight")}

@@ -85,7 +85,9 @@ def settings(params: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any], t
         "resample_filter": TAPS,
     }
     if hints.image_size is None and (width, tops) != (128, [256, 256, 256]):
-        notes.append(f"images of {size} x {size} (the file does not say; image_size= sets it)")
+        notes.append(
+            f"assumes images of {size} x {size} (the file does not say; image_size= sets it)"
+        )
     return network, tuple(notes)
 
 
@@ -109,7 +111,7 @@ def attention_sides(
         found.append(1 if 1 in fitting else fitting[0])
         if len(fitting) > 1 and (size, tops) != (SIZE, [256, 256, 256]):
             notes.append(
-                f"attention at {size >> found[-1]} x {size >> found[-1]} (the file does not say; "
+                f"assumes attention at {size >> found[-1]} x {size >> found[-1]} (the file does not say; "
                 "attention_resolutions= sets it)"
             )
     return [size >> k for k in found], notes

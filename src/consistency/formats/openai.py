@@ -21,6 +21,9 @@ from consistency.formats.pickles import CARD
 
 FORMAT = "OpenAI"
 ADM = "consistency.networks.adm.ADM"
+ANCHORS = ("time_embed.0.weight", "input_blocks.0.0.weight")
+"""Two names that every network has."""
+
 HEAD_CHANNELS = (64, 32, 16)
 """What the published attention accepts, the released value first."""
 
@@ -29,16 +32,6 @@ RELEASED: dict[tuple[int, tuple[int | float, ...]], tuple[int, float]] = {
     (256, (1, 1, 2, 2, 4, 4)): (256, 4.36556),
 }
 """Channels and multipliers of the released networks -> side of their images, published second time of two steps."""
-
-
-def is_openai(content: object) -> bool:
-    """Whether a file's content is a state dict under the names of `UNetModel`."""
-    return (
-        isinstance(content, dict)
-        and "time_embed.0.weight" in content
-        and "input_blocks.0.0.weight" in content
-        and all(isinstance(value, Tensor) for value in content.values())
-    )
 
 
 def open_state(weights: dict[str, Tensor], hints: Hints) -> Opened:
@@ -74,8 +67,13 @@ def settings(weights: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any], 
     levels = 1 + (resampling_layers or resampling_blocks)
     blocks, rest = divmod(length, levels)
     channels = weights["input_blocks.0.0.weight"].shape[1]
-    if rest or blocks < 2 or weights["out.2.weight"].shape[0] != channels:
+    if rest or blocks < 2:
         raise ContentError("weights of another network than those of consistency models")
+    if weights["out.2.weight"].shape[0] != channels:
+        raise ContentError(
+            f"a UNetModel with {weights['out.2.weight'].shape[0]} output channels (out.2.weight) for {channels} of the "
+            "image, as learn_sigma=True or a condition makes them, which no consistency model has"
+        )
     width = weights["time_embed.0.weight"].shape[1]
     firsts = [f"input_blocks.{1 + k * blocks}" for k in range(levels)]
     tops = [weights[f"{name}.0.out_layers.3.weight"].shape[0] for name in firsts]
@@ -89,14 +87,17 @@ def settings(weights: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any], 
     size = hints.image_size or (known[0] if known else None)
     if size is None:
         size = 32 << min(with_attention, default=1)
-        notes.append(f"images of {size} x {size} (the file does not say; image_size= sets it)")
+        notes.append(
+            f"assumes images of {size} x {size} (the file does not say; image_size= sets it)"
+        )
     heads = hints.num_head_channels
-    if heads is None:
+    if heads is None and hints.num_heads is None:
         fitting = (n for n in HEAD_CHANNELS if all(c % n == 0 for c in widths))
         heads = next(fitting, None)
         if known is None:
             notes.append(
-                f"attention heads of {heads or 'all'} channels (the file does not say; num_head_channels= sets it)"
+                f"assumes attention heads of {heads or 'all'} channels (the file does not say; num_head_channels= or "
+                "num_heads= sets it)"
             )
     classes = weights.get("label_emb.weight")
     network = {
@@ -110,13 +111,15 @@ def settings(weights: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any], 
         "channel_mult": mult,
         "num_classes": None if classes is None else classes.shape[0],
         "dropout": 0.0,
-        "num_heads": 1,
+        "num_heads": hints.num_heads or 1,
         "num_head_channels": heads,
         "use_scale_shift_norm": embedding == 2 * tops[0],
         "resblock_updown": not resampling_layers,
         "conv_resample": not resampling_layers or any(n.endswith(".op.weight") for n in weights),
         "num_groups": 32,
     }
+    if hints.num_heads_upsample is not None:
+        network["num_heads_upsample"] = hints.num_heads_upsample
     return network, tuple(notes)
 
 

@@ -1,12 +1,14 @@
 """What every reader of a checkpoint format returns: weights under our names, and the card that builds their denoiser."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
 from consistency.errors import require
+
+T = TypeVar("T")
 
 Role = Literal["teacher", "consistency"]
 
@@ -23,12 +25,15 @@ class Hints:
     """What some formats do not record; None takes what the released files have.
 
     image_size: side of the images; num_head_channels: channels of one attention head; attention_resolutions: sides of
-    the feature maps with attention.
+    the feature maps with attention; num_heads, num_heads_upsample: attention heads, and those on the way up where their
+    number differs; they count where num_head_channels is not given.
     """
 
     image_size: int | None = None
     num_head_channels: int | None = None
     attention_resolutions: Sequence[int] | None = None
+    num_heads: int | None = None
+    num_heads_upsample: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,19 @@ class Opened:
                 chosen, process["sigma_data"], process["t_min"], self.c_noise_scale
             )
         return {**self.card, "role": chosen, "preconditioning": scalings}
+
+
+def chosen(held: Mapping[str, T], weights: str) -> T:
+    """The set of weights of that name; a file with one set of weights answers to `ema`."""
+    if len(held) == 1 and weights == "ema":
+        return next(iter(held.values()))
+    require(
+        weights in held,
+        f"weights among {', '.join(held)}",
+        weights,
+        "choose one of those that this checkpoint holds",
+    )
+    return held[weights]
 
 
 def preconditioning(

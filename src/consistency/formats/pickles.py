@@ -65,7 +65,11 @@ PLAIN = {
     *(f"torch.{kind}" for kind in ("int8", "int16", "int32", "int64")),
     *("torch.strided", "torch.contiguous_format", "torch.preserve_format", "torch.channels_last"),
     *("torch.Tensor", "torch.nn.parameter.Parameter", "numpy.ndarray"),
-    *(f"builtins.{kind}" for kind in ("dict", "list", "int", "float", "str", "bool", "tuple")),
+    *(
+        f"{module}.{kind}"
+        for module in ("builtins", "__builtin__")
+        for kind in ("dict", "list", "int", "float", "str", "bool", "tuple")
+    ),
 }
 """Names that stand for themselves."""
 

@@ -2,13 +2,17 @@
 
 import json
 import mmap
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from consistency.errors import UserError, require
-from consistency.formats import diffusers, jcm, nvlabs, openai
+from torch import Tensor
+
+from consistency.errors import UserError
+from consistency.formats import diffusers, jcm, nvlabs, openai, wrapped
 from consistency.formats.messagepack import read_messagepack
-from consistency.formats.opened import ContentError, Hints, Opened
+from consistency.formats.opened import ContentError, Hints, Opened, chosen
 from consistency.formats.pickles import read_pickle, read_zip
 from consistency.formats.sealed import read_sealed
 
@@ -20,6 +24,14 @@ KNOWN = (
     "a run folder or checkpoint of ours, an OpenAI .pt, an NVlabs .pkl, a flax file of the JAX code, "
     "or a diffusers folder"
 )
+
+
+STATES: dict[tuple[str, ...], Callable[[dict[str, Tensor], Hints], Opened]] = {
+    openai.ANCHORS: openai.open_state,
+    nvlabs.ANCHORS: nvlabs.open_state,
+    diffusers.ANCHORS: diffusers.open_state,
+}
+"""Names that every network of a format has -> the reader of its state dicts."""
 
 
 def read_content(path: Path) -> tuple[str, Any, Any]:
@@ -55,25 +67,23 @@ def open_content(path: Path, weights: str, hints: Hints) -> Opened | dict[str, A
         _require_only(weights, [name for name, key in jcm.PARAMETERS.items() if key in content])
         return jcm.open_state(content, weights, hints)
     if nvlabs.is_nvlabs(content):
-        found = nvlabs.open_modules(content)
-        if len(found) == 1 and weights == "ema":  # a training state has one set of weights
-            return next(iter(found.values()))
-        _require_only(weights, found)
-        return found[weights]
-    if openai.is_openai(content):
-        _require_only(weights, ("ema",))
-        return openai.open_state(content, hints)
-    raise ContentError(f"a file of kind {kind} whose content is no model of these formats")
+        return nvlabs.open_module(chosen(nvlabs.held(content), weights))
+    for anchors, open_state in STATES.items():
+        places = wrapped.find(content, anchors)
+        if places:
+            place = wrapped.usable(chosen(places, weights), weights)
+            opened = open_state(place.weights, hints)
+            return replace(opened, notes=tuple(filter(None, (place.note(places), *opened.notes))))
+    names = " or ".join(anchors[0] for anchors in STATES)
+    raise ContentError(
+        f"a file of kind {kind} whose content is no model of these formats: "
+        f"{wrapped.first_names(content)}, where a state dict of ours would have {names}"
+    )
 
 
 def _require_only(weights: str, held: Any) -> None:
-    """Refuses weights that the file does not hold; a file with one set of weights answers to `ema`."""
-    require(
-        weights in held,
-        f"weights among {', '.join(held)}",
-        weights,
-        "choose one of those that this checkpoint holds",
-    )
+    """Refuses weights that the file does not hold."""
+    chosen({name: name for name in held}, weights)
 
 
 def open_path(path: Path, weights: str, hints: Hints) -> Opened | dict[str, Any]:
@@ -82,8 +92,9 @@ def open_path(path: Path, weights: str, hints: Hints) -> Opened | dict[str, Any]
         if path.is_dir() and (path / SEALED).is_file():
             return open_content(path / SEALED, weights, hints)
         if path.is_dir():
-            _require_only(weights, ("ema",))
-            return diffusers.open_folder(path, hints)
+            return diffusers.open_folder(path, weights, hints)
+        if path.name.startswith(diffusers.WEIGHTS) and (path.parent / "config.json").is_file():
+            return diffusers.open_file(path, weights, hints)
         return open_content(path, weights, hints)
     except UserError:
         raise

@@ -159,7 +159,8 @@ class ADM(nn.Module):
     """The network F of (c_in x_t, c_noise, label); c_noise is 250 ln t for the OpenAI weights.
 
     `attention_resolutions` are sides of feature maps in pixels. `num_head_channels`, where given,
-    decides the number of heads and `num_heads` is ignored. `resblock_updown` changes resolution
+    decides the number of heads; else it is `num_heads`, in the decoder `num_heads_upsample` where
+    that is given. `resblock_updown` changes resolution
     inside residual blocks; otherwise layers do, strided or followed by a convolution if
     `conv_resample`. `checkpoint_activations` trades a second forward pass for memory; PyTorch
     cannot combine it with forward-mode derivatives, for which `attention` must be "plain".
@@ -178,6 +179,7 @@ class ADM(nn.Module):
         num_classes: int | None = None,
         dropout: float = 0.0,
         num_heads: int = 1,
+        num_heads_upsample: int | None = None,
         num_head_channels: int | None,
         use_scale_shift_norm: bool,
         resblock_updown: bool,
@@ -193,6 +195,7 @@ class ADM(nn.Module):
         self.attention_resolutions = tuple(attention_resolutions)
         self.widths = [int(mult * model_channels) for mult in channel_mult]
         self.num_heads, self.num_head_channels = num_heads, num_head_channels
+        self.num_heads_upsample = num_heads if num_heads_upsample is None else num_heads_upsample
         self.resblock_updown, self.conv_resample = resblock_updown, conv_resample
         self.scale_shift, self.dropout, self.num_groups = use_scale_shift_norm, dropout, num_groups
         self.attention, self.recompute = attention, checkpoint_activations
@@ -205,7 +208,11 @@ class ADM(nn.Module):
             self.label_emb = nn.Embedding(num_classes, embedding)
         self.input_blocks, skips = self._encoder()
         width = self.widths[-1]
-        middle = (self._res(width, width), self._attention(width), self._res(width, width))
+        middle = (
+            self._res(width, width),
+            self._attention(width, num_heads),
+            self._res(width, width),
+        )
         self.middle_block = self._stage(*middle)
         self.output_blocks = self._decoder(skips)
         last = nn.Conv2d(self.widths[0], out_channels or in_channels, 3, padding=1)
@@ -225,8 +232,7 @@ class ADM(nn.Module):
             resample=resample,
         )
 
-    def _attention(self, width: int) -> AttentionBlock:
-        heads = self.num_heads
+    def _attention(self, width: int, heads: int) -> AttentionBlock:
         if self.num_head_channels is not None:
             heads, rest = divmod(width, self.num_head_channels)
             if rest:
@@ -236,11 +242,11 @@ class ADM(nn.Module):
                 )
         return AttentionBlock(width, heads=heads, groups=self.num_groups, attention=self.attention)
 
-    def _block(self, in_width: int, out_width: int, level: int) -> list[nn.Module]:
+    def _block(self, in_width: int, out_width: int, level: int, heads: int) -> list[nn.Module]:
         """A residual block, and attention where the feature map has one of the chosen sides."""
         layers: list[nn.Module] = [self._res(in_width, out_width)]
         if self.image_size >> level in self.attention_resolutions:
-            layers.append(self._attention(out_width))
+            layers.append(self._attention(out_width, heads))
         return layers
 
     def _resample(self, kind: type[Downsample] | type[Upsample], width: int) -> nn.Module:
@@ -256,7 +262,7 @@ class ADM(nn.Module):
         skips = [width]
         for level, level_width in enumerate(self.widths):
             for _ in range(self.num_res_blocks):
-                blocks.append(self._stage(*self._block(width, level_width, level)))
+                blocks.append(self._stage(*self._block(width, level_width, level, self.num_heads)))
                 width = level_width
                 skips.append(width)
             if level + 1 < len(self.widths):
@@ -270,7 +276,9 @@ class ADM(nn.Module):
         width, skips = self.widths[-1], list(skips)
         for level in reversed(range(len(self.widths))):
             for i in range(self.num_res_blocks + 1):
-                layers = self._block(width + skips.pop(), self.widths[level], level)
+                layers = self._block(
+                    width + skips.pop(), self.widths[level], level, self.num_heads_upsample
+                )
                 width = self.widths[level]
                 if level > 0 and i == self.num_res_blocks:
                     layers.append(self._resample(Upsample, width))
