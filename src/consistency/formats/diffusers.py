@@ -257,7 +257,7 @@ def sets(folder: Path) -> dict[str, tuple[Path, Path]]:
         if not held:
             raise ContentError(f"a diffusers folder without {WEIGHTS}.safetensors")
         usual = next((v for v in PREFERRED if v in held), next(iter(held)))
-        for kind, file in held.items():
+        for kind, file in sorted(held.items()):
             means = VARIANTS.get(kind, kind)
             if by_folder:
                 means = name if kind == usual else f"{name}:{kind}"
@@ -372,13 +372,13 @@ def settings(config: dict[str, Any], hints: Hints) -> dict[str, Any]:
     for name, kinds_of in (("down_block_types", down), ("up_block_types", up)):
         if not isinstance(kinds_of, list) or len(kinds_of) != len(widths):
             raise unlike(given, name, f"{len(widths)} blocks, as block_out_channels has")
-    attention = ["Attn" in str(kind) for kind in down]
-    if ["Attn" in str(kind) for kind in up] != attention[::-1]:
+    kinds = [_resampling("down_block_types", kind, given["downsample_type"]) for kind in down]
+    ups = [_resampling("up_block_types", kind, given["upsample_type"]) for kind in up]
+    attention = ["Attn" in kind for kind in down]
+    if ["Attn" in kind for kind in up] != attention[::-1]:
         raise ContentError(f"a {UNET} whose halves do not mirror each other (up_block_types)")
     if type(side) is not int or side < 1:
         raise unlike(given, "sample_size", "one side of the images (image_size= sets it)")
-    kinds = [_resampling(kind, given["downsample_type"]) for kind in down]
-    ups = [_resampling(kind, given["upsample_type"]) for kind in up]
     changes = {*kinds[:-1], *ups[:-1]}  # the last block of each half changes nothing
     if len(changes) > 1:
         raise ContentError(
@@ -473,13 +473,13 @@ def settings_of(theirs: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any]
     return found, notes
 
 
-def _resampling(kind: object, by_setting: str) -> str:
+def _resampling(name: str, kind: object, by_setting: str) -> str:
     """How a block changes resolution: by a residual block (`resnet`) or a convolution (`conv`)."""
     known = {"DownBlock2D": "conv", "UpBlock2D": "conv"}
     known |= {"ResnetDownsampleBlock2D": "resnet", "ResnetUpsampleBlock2D": "resnet"}
     known |= {"AttnDownBlock2D": by_setting, "AttnUpBlock2D": by_setting}
     if not isinstance(kind, str) or kind not in known:
-        raise ContentError(f"a {UNET} with a block of kind {told(kind)}")
+        raise ContentError(f"a {UNET} with a block of kind {told(kind)} in {name}")
     return known[kind]
 
 

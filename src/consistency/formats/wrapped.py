@@ -220,6 +220,8 @@ def _ordered(parts: tuple[str, ...], listed: list[Tensor], first: Place) -> Plac
 
 def _named(places: list[Place]) -> dict[str, Place]:
     """Places by the name that `weights=` takes: what they are, and where several are the same, with what tells them apart."""
+    once = {(p.kind, *map(id, p.weights.values())): p for p in places[::-1]}
+    places = list(once.values())[::-1]
     alone = "ema" if len(places) == 1 else "online"
     found: dict[str, Place] = {}
     for kind in dict.fromkeys(place.kind or alone for place in places):
