@@ -63,12 +63,11 @@ SETTINGS = ("omegaconf.", "typing.", "pathlib.")
 PLAIN = {
     *(f"torch.{kind}" for kind in ("float16", "float32", "float64", "bfloat16", "uint8", "bool")),
     *(f"torch.{kind}" for kind in ("int8", "int16", "int32", "int64")),
-    *("torch.strided", "torch.contiguous_format", "torch.preserve_format", "torch.channels_last"),
-    *("torch.Tensor", "torch.nn.parameter.Parameter", "numpy.ndarray"),
+    *("torch.strided", "torch.Tensor", "torch.nn.parameter.Parameter", "numpy.ndarray"),
     *(
         f"{module}.{kind}"
         for module in ("builtins", "__builtin__")
-        for kind in ("dict", "list", "int", "float", "str", "bool", "tuple")
+        for kind in ("dict", "list", "int", "long", "float", "str", "unicode", "bool", "tuple")
     ),
 }
 """Names that stand for themselves."""
@@ -98,7 +97,10 @@ def told(value: object) -> str:
         return value.path
     if isinstance(value, str):
         return repr(value[:80])
-    return str(value) if isinstance(value, float | bool) else type(value).__name__
+    short = value is None or isinstance(value, float | bool)
+    if short or (isinstance(value, int) and abs(value) < 1 << 63):
+        return str(value)
+    return type(value).__name__
 
 
 # ----------------------------------------------------------- what the known names stand for
