@@ -6,9 +6,9 @@ from consistency.editing import ColourBasis, Pixels, Task, colorize, edit, super
 from consistency.randomness import generator
 from consistency.samplers import indexed_times
 from consistency.tensors import Data
-from golden_formulas import GRID, T_MIN
+from golden_formulas import GRID, T_MAX, T_MIN
 from golden_harness import Archive, Tolerance
-from golden_samplers import STUDENT_IMAGE, openai_denoiser, replayed
+from golden_samplers import STUDENT_IMAGE, openai_denoiser, replayed, with_noise
 
 BASIS = Tolerance(absolute=1e-12)
 
@@ -33,18 +33,30 @@ def compare_task(archive: Archive, case: str) -> None:
         task = superres(shape_of(y), generator(0, "edit"), patch=patch)
     archive.compare(f"{case}.out_images", task.imposed(y, shown.expand_as(y)), STUDENT_IMAGE)
     indices = archive.input(f"{case}.ts").tolist()
+    steps = int(archive.number(f"{case}.steps"))
+    *times, last = GRID.at(torch.tensor(indices), steps).tolist()
+    noise = replayed(archive.tensor(f"{case}.draws"))
+    # The first noise has deviation t_max, whatever the first index.
+    scale = iter([T_MAX / times[0]])
     x_0 = edit(
         openai_denoiser(archive, "online", boundary=True),
-        replayed(archive.tensor(f"{case}.draws")),
+        lambda: next(scale, 1.0) * noise(),
         y,
         task,
         archive.tensor(f"{case}.y") if f"{case}.y" in archive else None,
-        times=indexed_times(indices, int(archive.number(f"{case}.steps")), GRID),
+        times=indexed_times(indices, steps, GRID) if finished(indices, steps) else times,
         t_min=T_MIN,
         start="noise",
         clip=True,
     )
+    if not finished(indices, steps):  # a list that our commands refuse: the last noise stays in
+        x_0 = x_0 + with_noise(last, GRID) * noise()
     archive.compare(f"{case}.out_x", x_0, STUDENT_IMAGE)
+
+
+def finished(indices: list[int], steps: int) -> bool:
+    """Whether a list of indices is one that our commands take."""
+    return indices[0] == 0 and indices[-1] == steps - 1
 
 
 def shape_of(y: Data) -> tuple[int, int, int]:

@@ -204,7 +204,7 @@ def compare_ect_schedule(archive: Archive) -> None:
         law = RatioPairs(p_mean=-1.1, p_std=2.0, k=0.0 if is_const else k, b=b)
         stages = range(len(archive.arrays[f"{case}.ratio_by_stage"]))
         powers = [
-            schedules.powers(stage, q=int(q), stages=len(stages), total_steps=len(stages))
+            schedules.powers(stage, q=q, stages=len(stages), total_steps=len(stages))
             for stage in stages
         ]
         archive.compare(f"{case}.ratio_by_stage", _float64([1 - 1 / n for n in powers]), FORMULA)
@@ -224,7 +224,7 @@ def compare_ect_schedule(archive: Archive) -> None:
             schedules.powers(max(tick - 1, 0), q=2, stages=stages, total_steps=stages * double)
             for tick in ticks
         ]
-        archive.compare(name, torch.tensor([n.bit_length() - 2 for n in powers]), EXACT)
+        archive.compare(name, torch.tensor([round(math.log2(n)) - 1 for n in powers]), EXACT)
 
 
 def compare_edm_training(archive: Archive) -> None:

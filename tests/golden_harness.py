@@ -8,7 +8,7 @@ array can be forgotten. Nothing here knows a case name, a size or a count.
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -76,8 +76,9 @@ class Archive:
     def tensor(self, name: str) -> Tensor:
         return torch.from_numpy(np.array(self.input(name)))
 
-    def number(self, name: str) -> float:
-        return float(self.input(name))
+    def number(self, name: str, default: float | None = None) -> float:
+        """A single value; the default, where there is one, for a file that leaves it out."""
+        return float(self.input(name)) if default is None or name in self.arrays else default
 
     def compare(self, name: str, ours: Tensor, tolerance: Tolerance) -> None:
         """Fails unless `ours` equals the array within the tolerance, NaN where it has NaN."""
@@ -100,6 +101,13 @@ class Archive:
             different = sorted(set(expected) ^ set(ours))
             raise AssertionError(f"{name}: names differ in {different[:6]}")
         self.compared[name] = 0.0
+
+
+def require_known(settings: Mapping[str, object], known: Collection[str], what: str) -> None:
+    """Fails on settings that nothing reads: they could change the numbers without a word."""
+    unread = sorted(set(settings) - set(known))
+    if unread:
+        raise AssertionError(f"{what}: nothing reads the settings {unread}")
 
 
 def read_json(path: Path) -> dict:

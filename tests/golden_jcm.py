@@ -14,6 +14,7 @@ from consistency.averaging import frozen_copy, update_average
 from consistency.denoiser import Denoiser
 from consistency.distances import L1, L2, Distance, LInf, SquaredNorm
 from consistency.formats.jcm import song_weights
+from consistency.grids import KarrasGrid
 from consistency.networks.song import SongUNet
 from consistency.objectives import (
     ConsistencyObjective,
@@ -49,7 +50,7 @@ from golden_formulas import (
     jcm_square_root,
     weighting,
 )
-from golden_harness import Archive, Tolerance, read_safetensors
+from golden_harness import Archive, Tolerance, read_json, read_safetensors
 from golden_losses import Stub
 from golden_networks import jcm_network
 
@@ -217,7 +218,8 @@ def compare_special(archive: Archive, case: str, toys: Toys) -> None:
         step = TeacherStep(teacher=toys.denoiser, solver=solver)
     # With the data as its own denoiser every solver makes the same step.
     objective = consistency(step, stop_gradient="nostopgrad" not in words)
-    t, r = GRID.neighbours(archive.tensor(f"{case}.indices"), RELEASED_SCALES)
+    scales = int(archive.number(f"{case}.num_scales", RELEASED_SCALES))
+    t, r = GRID.neighbours(archive.tensor(f"{case}.indices"), scales)
     z = channels_first(archive.tensor(f"{case}.z"))
     losses = objective.losses_at(toys.consistency, toys.consistency, toys.x_0, None, t, r, z)
     compare_loss(archive, case, losses.loss, toys.online)
@@ -268,7 +270,8 @@ def compare_continuous(archive: Archive, kind: str, velocity: Velocity, toys: To
 def times_of_draws(archive: Archive, kind: str, times: UniformTimes) -> Time:
     """The times of draws u between t_min^(1/rho) and t_max^(1/rho)."""
     u = archive.tensor(f"{kind}.u")
-    low, high = T_MIN ** (1 / RHO), T_MAX ** (1 / RHO)
+    grid = times.grid
+    low, high = grid.t_min ** (1 / grid.rho), grid.t_max ** (1 / grid.rho)
     t = times.at((high - u) / (high - low))
     archive.compare(f"{kind}.t", t, TIME)
     return archive.tensor(f"{kind}.t")
@@ -308,7 +311,15 @@ def compare_trajectory(archive: Archive) -> None:
         rows: dict[str, list[dict[str, Tensor]]] = {
             role: [network.named("data")] for role, network in networks.items()
         }
-        optimizer = torch.optim.RAdam(online.parameters(), lr=archive.number(f"{case}.lr"))
+        rate, rise = archive.number(f"{case}.lr"), archive.number(f"{case}.warmup", 0)
+        optimizer = torch.optim.RAdam(
+            online.parameters(),
+            lr=rate,
+            betas=(archive.number(f"{case}.beta1", 0.9), archive.number(f"{case}.beta2", 0.999)),
+            eps=archive.number(f"{case}.eps", 1e-8),
+            weight_decay=archive.number(f"{case}.weight_decay", 0),
+        )
+        clip = archive.number(f"{case}.grad_clip", -1)
         objective = consistency(DataStep())
         x_0, z = channels_first(archive.tensor(array)), channels_first(archive.tensor(f"{case}.z"))
         scales, decays = schedules_of_run(archive, case)
@@ -321,6 +332,11 @@ def compare_trajectory(archive: Archive) -> None:
             optimizer.zero_grad()
             loss.backward()
             losses.append(loss.detach())
+            if rise > 0:
+                k = float(archive.input(f"{case}.step")[s])
+                optimizer.param_groups[0]["lr"] = rate * schedules.rising_rate(k, ramp_steps=rise)
+            if clip >= 0:
+                torch.nn.utils.clip_grad_norm_(online.parameters(), clip)
             optimizer.step()
             update_average(networks["params_ema"], online, archive.number(f"{case}.ema_rate"))
             update_average(target, online, decays[s])
@@ -382,9 +398,19 @@ def compare_network_losses(archive: Archive) -> None:
     """Consistency training of the real network: l2, N as released; continuous time with stop-gradient."""
     params = read_safetensors(archive.path.parent / "ncsnpp.safetensors")
     params = {name: value.requires_grad_() for name, value in params.items()}
-    online = Denoiser(WithFlax(jcm_network(archive.path.parent), params), BOUNDARY)
+    config = read_json(archive.path.parent / "ncsnpp_config.json")
+    grid = KarrasGrid(
+        t_min=config.get("t_min", T_MIN),
+        t_max=config.get("t_max", T_MAX),
+        rho=config.get("rho", RHO),
+    )
+    boundary = Boundary(
+        sigma_data=config.get("data_std", SIGMA_DATA), t_min=grid.t_min, c_noise_scale=NVLABS
+    )
+    online = Denoiser(WithFlax(jcm_network(archive.path.parent), params), boundary)
     x_0 = channels_first(archive.tensor("image"))
-    t, r = GRID.neighbours(archive.tensor("ct.indices"), RELEASED_SCALES)
+    scales = config.get("num_scales", RELEASED_SCALES)
+    t, r = grid.neighbours(archive.tensor("ct.indices"), scales)
     z = channels_first(archive.tensor("ct.z"))
     losses = consistency(DataStep()).losses_at(online, online, x_0, None, t, r, z).loss
     archive.compare("ct.loss", losses.mean(), LOSS)
@@ -393,7 +419,7 @@ def compare_network_losses(archive: Archive) -> None:
     norms = torch.stack([gradient_norm(params[name]) for name in theirs])
     archive.compare("ct.grad_l2_all", norms, Tolerance(of_each=1e-3, of_largest=1e-5))
 
-    times = UniformTimes(grid=GRID)
+    times = UniformTimes(grid=grid)
     objective = ContinuousObjective(
         times=times,
         velocity=DataVelocity(),

@@ -34,6 +34,7 @@ from golden_harness import (
     compare_gradients,
     read_json,
     read_safetensors,
+    require_known,
 )
 
 MODELS = Path(__file__).parent.parent / "conf" / "model"
@@ -49,7 +50,9 @@ OPENAI, NVLABS = 250.0, 0.25
 def openai_arguments(cfg: dict[str, Any]) -> dict[str, Any]:
     """Ours from those of `UNetModel`, which counts attention in downsampling factors."""
     size, head_channels = cfg["image_size"], cfg["num_head_channels"]
-    ours = {key: value for key, value in cfg.items() if key != "num_heads_upsample"}
+    ours = dict(cfg)
+    if ours.pop("num_heads_upsample", -1) != -1:
+        ours["num_heads_upsample"] = cfg["num_heads_upsample"]
     ours["attention_resolutions"] = [size // factor for factor in cfg["attention_resolutions"]]
     ours["dropout"] = float(cfg["dropout"])
     ours["num_head_channels"] = None if head_channels == -1 else head_channels
@@ -74,6 +77,13 @@ DHARIWAL_DEFAULTS = {
 }
 
 
+NVLABS_READ = {
+    *("model_type", "img_resolution", "img_channels", "label_dim", "augment_dim", "dropout"),
+    *("channel_mult_emb", "model_channels", "sigma_data"),
+    *("use_fp16", "label_dropout", "sigma_min", "sigma_max"),  # change nothing in these numbers
+}
+
+
 def nvlabs_arguments(kwargs: dict[str, Any], *, fourier_scale: float = 16.0) -> dict[str, Any]:
     """Ours from those of an NVlabs preconditioned network."""
     song = kwargs["model_type"] == "SongUNet"
@@ -84,6 +94,7 @@ def nvlabs_arguments(kwargs: dict[str, Any], *, fourier_scale: float = 16.0) -> 
         "model_channels": None,
     }
     given |= (SONG_DEFAULTS if song else DHARIWAL_DEFAULTS) | kwargs
+    require_known(given, SONG_DEFAULTS.keys() | NVLABS_READ, "the network's arguments")
     ours = {
         "image_size": given["img_resolution"],
         "in_channels": given["img_channels"],
@@ -109,7 +120,7 @@ def jcm_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """Ours from the `model` section of a JAX configuration."""
     return {
         "image_size": config["_size"],
-        "in_channels": 3,
+        "in_channels": config.get("num_channels", 3),
         "model_channels": config["nf"],
         "num_res_blocks": config["num_res_blocks"],
         "attention_resolutions": config["attn_resolutions"],
@@ -141,6 +152,18 @@ def nvlabs_network(folder: Path, name: str) -> SongUNet | DhariwalUNet:
 def ect_network(folder: Path) -> SongUNet | DhariwalUNet:
     kwargs = read_json(folder / "config.json")["ECMPrecond_kwargs"]
     return loaded(nvlabs_module(kwargs), folder / "net.safetensors", {})
+
+
+def nvlabs_sigma_data(archive: Archive) -> float:
+    """sigma_data of an NVlabs denoiser, 0.5 unless its settings say otherwise."""
+    entry = read_json(archive.path.parent / "configs.json")[archive.path.stem]
+    return float(entry["kwargs"].get("sigma_data", SIGMA_DATA))
+
+
+def ect_sigma_data(folder: Path) -> float:
+    """sigma_data of the ECT network, 0.5 unless its settings say otherwise."""
+    kwargs = read_json(folder / "config.json")["ECMPrecond_kwargs"]
+    return float(kwargs.get("sigma_data", SIGMA_DATA))
 
 
 def jcm_network(folder: Path) -> SongUNet:
@@ -201,7 +224,8 @@ def compare_openai_unet(archive: Archive) -> None:
 
     output = network(x, archive.tensor("timesteps"), label)
     archive.compare("output", output, OUTPUT)
-    archive.compare("inter.time_embed_out", watched.outputs["time_embed"], OUTPUT)
+    if "inter.time_embed_out" in archive:
+        archive.compare("inter.time_embed_out", watched.outputs["time_embed"], OUTPUT)
     for name in archive.matching("inter.*_hw"):
         block, statistic = name.removeprefix("inter.").rsplit(".", 1)
         h = watched.outputs[block]
@@ -274,7 +298,7 @@ def compare_nvlabs(archive: Archive) -> None:
     told: nn.Module = network
     if "augment_labels" in archive:
         told = Augmented(network, archive.tensor("augment_labels"))
-    scalings = EDM(sigma_data=SIGMA_DATA, c_noise_scale=NVLABS)
+    scalings = EDM(sigma_data=nvlabs_sigma_data(archive), c_noise_scale=NVLABS)
     received: list[tuple[Tensor, ...]] = []
     network.register_forward_pre_hook(lambda module, inputs: received.append(inputs))
     watched = Watched(network, {"", "map_layer1"})
@@ -310,9 +334,10 @@ def compare_ect(archive: Archive) -> None:
     label = no_class(network, len(archive.input("images")))
     if "labels" in archive:
         label = class_indices(archive.tensor("labels"))
-    train = Denoiser(network, EDM(sigma_data=SIGMA_DATA, c_noise_scale=NVLABS))
+    sigma_data = ect_sigma_data(folder)
+    train = Denoiser(network, EDM(sigma_data=sigma_data, c_noise_scale=NVLABS))
     t_min = read_json(folder / "config.json")["sigma_min"]
-    boundary = Boundary(sigma_data=SIGMA_DATA, t_min=t_min, c_noise_scale=NVLABS)
+    boundary = Boundary(sigma_data=sigma_data, t_min=t_min, c_noise_scale=NVLABS)
     x, t = archive.tensor("precond.x"), archive.tensor("precond.sigma")
     for name, denoise in (("train", train), ("eval", Denoiser(network, boundary))):
         candidates = [denoise(x, t, no_class(network, len(x)))]
@@ -321,14 +346,13 @@ def compare_ect(archive: Archive) -> None:
         expected = torch.from_numpy(archive.arrays[f"precond.{name}_mode"])
         nearest = min(candidates, key=lambda ours: float((ours - expected).abs().max()))
         archive.compare(f"precond.{name}_mode", nearest, OUTPUT)
-    for name in archive.matching("*.D_yt"):
-        case = name.removesuffix(".D_yt")
-        x_0, z = archive.tensor("images"), archive.tensor(f"{case}.eps")
-        for time, output in (("t", "D_yt"), ("r", "D_yr_raw")):
+    # Where r is 0 for the whole batch the published code makes no second pass, and its file has no D_yr_raw.
+    for time, output in (("t", "D_yt"), ("r", "D_yr_raw")):
+        for name in archive.matching(f"*.{output}"):
+            case = name.removesuffix(f".{output}")
+            x_0, z = archive.tensor("images"), archive.tensor(f"{case}.eps")
             t = archive.tensor(f"{case}.{time}")
-            archive.compare(
-                f"{case}.{output}", train(x_0 + t[:, None, None, None] * z, t, label), OUTPUT
-            )
+            archive.compare(name, train(x_0 + t[:, None, None, None] * z, t, label), OUTPUT)
 
 
 @torch.no_grad()

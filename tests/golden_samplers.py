@@ -39,8 +39,10 @@ from golden_networks import (
     OPENAI,
     class_indices,
     ect_network,
+    ect_sigma_data,
     no_class,
     nvlabs_network,
+    nvlabs_sigma_data,
     small_network,
 )
 
@@ -126,20 +128,22 @@ def openai_denoiser(archive: Archive, network: str, *, boundary: bool) -> Denois
 def openai_sampler(archive: Archive, case: str, kind: str) -> Sampler:
     """Our sampler with the arguments of the case; a range of its own changes the grid alone."""
     steps, clip = int(archive.number(f"{case}.steps")), bool(archive.input(f"{case}.clip_denoised"))
-    low, high = (
-        archive.number(f"{case}.{name}") if f"{case}.{name}" in archive else default
-        for name, default in (("sigma_min", T_MIN), ("sigma_max", T_MAX))
+    grid = KarrasGrid(
+        t_min=archive.number(f"{case}.sigma_min", T_MIN),
+        t_max=archive.number(f"{case}.sigma_max", T_MAX),
+        rho=archive.number(f"{case}.rho", RHO),
     )
-    grid = KarrasGrid(t_min=low, t_max=high, rho=RHO)
     churn: dict[str, Any] = {
         name: archive.number(f"{case}.{name}") for name in CHURN if f"{case}.{name}" in archive
     }
 
     def sampler(denoise: Denoise, noise: Noise, label: Label = None) -> Data:
         if kind == "onestep":
-            return onestep(denoise, noise, label, t_max=high, clip=clip)
+            return onestep(denoise, noise, label, t_max=grid.t_max, clip=clip)
         if kind == "multistep":
             indices = archive.input(f"{case}.ts").tolist()
+            if indices[0] > 0 or indices[-1] < steps - 1 or len(indices) < 2:
+                return unfinished(denoise, noise, label, indices, steps, grid, clip)
             return multistep(
                 denoise,
                 noise,
@@ -147,9 +151,9 @@ def openai_sampler(archive: Archive, case: str, kind: str) -> Sampler:
                 times=[],
                 indices=indices,
                 num_scales=steps,
-                t_min=low,
-                t_max=high,
-                rho=RHO,
+                t_min=grid.t_min,
+                t_max=grid.t_max,
+                rho=grid.rho,
                 clip=clip,
             )
         return ODE[kind](denoise, noise, label, grid=grid, steps=steps, clip=clip, **churn)
@@ -157,11 +161,48 @@ def openai_sampler(archive: Archive, case: str, kind: str) -> Sampler:
     return sampler
 
 
+def unfinished(
+    denoise: Denoise,
+    noise: Noise,
+    label: Label,
+    indices: list[int],
+    steps: int,
+    grid: KarrasGrid,
+    clip: bool,
+) -> Data:
+    """Multistep sampling with indices that our commands refuse: a list that ends above t_min leaves the last noise in.
+
+    The points themselves go below the check of the indices. The first noise has deviation t_max, whatever the first index.
+    """
+    if len(indices) < 2:
+        return grid.t_max * noise()
+    *times, last = grid.at(torch.tensor(indices), steps).tolist()
+    scale = iter([grid.t_max / times[0]])
+    x_0 = multistep(
+        denoise,
+        lambda: next(scale, 1.0) * noise(),
+        label,
+        times=times,
+        t_min=grid.t_min,
+        t_max=times[0],
+        clip=clip,
+    )
+    return x_0 + with_noise(last, grid) * noise()
+
+
+def with_noise(t: float, grid: KarrasGrid) -> float:
+    """The deviation of the noise that takes an estimate to time t."""
+    return (min(max(t, grid.t_min), grid.t_max) ** 2 - grid.t_min**2) ** 0.5
+
+
 def compare_openai_case(archive: Archive, case: str) -> None:
-    kind = next(word for word in (*STUDENT, *ODE) if word in case)
+    words = (word for word in (*STUDENT, *ODE) if word in case)
+    kind = "multistep" if f"{case}.ts" in archive else next(words, None)
+    assert kind is not None, f"{case}: the name of the case says no sampler"
     student = kind in STUDENT
     sampler, draws = openai_sampler(archive, case, kind), archive.tensor(f"{case}.draws")
-    label = archive.tensor("y") if "y" in archive else None
+    own = f"{case}.y" if f"{case}.y" in archive else "y"
+    label = archive.tensor(own) if own in archive else None
     if f"{case}.n_draws" in archive:
         # Theirs draws at every step, whether it adds noise there or not.
         steps = int(archive.number(f"{case}.steps"))
@@ -224,30 +265,27 @@ def compare_nvlabs_sampler(archive: Archive) -> None:
 
 def compare_nvlabs_case(archive: Archive, case: str) -> None:
     network = nvlabs_network(archive.path.parent, archive.path.stem)
-    denoiser = Denoiser(network, EDM(sigma_data=SIGMA_DATA, c_noise_scale=NVLABS))
+    denoiser = Denoiser(network, EDM(sigma_data=nvlabs_sigma_data(archive), c_noise_scale=NVLABS))
     recorded, z = Recorded(in_float64(denoiser)), archive.tensor("sampler.latents").double()
     noise = [z]
     if f"{case}.noise_float64" in archive:
         noise += list(archive.tensor(f"{case}.noise_float64"))
-
-    def given(name: str, default: float) -> float:
-        return archive.number(f"{case}.{name}") if f"{case}.{name}" in archive else default
 
     x_0 = heun(
         recorded,
         replayed(torch.stack(noise)),
         label_of(archive, network, len(z)),
         grid=KarrasGrid(
-            t_min=given("sigma_min", T_MIN),
-            t_max=given("sigma_max", T_MAX),
-            rho=given("rho", RHO),
+            t_min=archive.number(f"{case}.sigma_min", T_MIN),
+            t_max=archive.number(f"{case}.sigma_max", T_MAX),
+            rho=archive.number(f"{case}.rho", RHO),
         ),
         steps=int(archive.number(f"{case}.num_steps")),
         clip=False,
-        s_churn=given("S_churn", 0.0),
-        s_tmin=given("S_min", 0.0),
-        s_tmax=given("S_max", float("inf")),
-        s_noise=given("S_noise", 1.0),
+        s_churn=archive.number(f"{case}.S_churn", 0.0),
+        s_tmin=archive.number(f"{case}.S_min", 0.0),
+        s_tmax=archive.number(f"{case}.S_max", float("inf")),
+        s_noise=archive.number(f"{case}.S_noise", 1.0),
     )
     archive.compare(f"{case}.out_float64", x_0, NVLABS_IMAGE)
     if f"{case}.net_in_x" in archive:
@@ -273,7 +311,7 @@ def compare_ect_sampler(archive: Archive) -> None:
     """Algorithm 1 as the ECT code has it: the noise added before time t has deviation t, not sqrt(t^2 - t_min^2)."""
     folder = archive.path.parent
     network, t_min = ect_network(folder), read_json(folder / "config.json")["sigma_min"]
-    boundary = Boundary(sigma_data=SIGMA_DATA, t_min=t_min, c_noise_scale=NVLABS)
+    boundary = Boundary(sigma_data=ect_sigma_data(folder), t_min=t_min, c_noise_scale=NVLABS)
     denoise, z = in_float64(Denoiser(network, boundary)), archive.tensor("gen.latents").double()
     for name in archive.matching("gen.*_float64"):
         case = name.removesuffix("_float64")

@@ -90,17 +90,17 @@ class RatioPairs:
     def __post_init__(self) -> None:
         _require_spread(self.p_std)
 
-    def ratio_map(self, t: Time, num_scales: int) -> Time:
+    def ratio_map(self, t: Time, num_scales: float) -> Time:
         """r for the noisier time t."""
         adjustment = 1 + self.k * torch.sigmoid(-self.b * t)
         return (t * (1 - adjustment / float(num_scales))).clamp_min(0)
 
-    def at(self, n: Float[Tensor, "b"], num_scales: int) -> tuple[Time, Time]:
+    def at(self, n: Float[Tensor, "b"], num_scales: float) -> tuple[Time, Time]:
         """(t, r) of standard normal draws n."""
         t = (self.p_mean + self.p_std * n).exp()
         return t, self.ratio_map(t, num_scales)
 
-    def __call__(self, batch: int, num_scales: int, generator: Generator) -> tuple[Time, Time]:
+    def __call__(self, batch: int, num_scales: float, generator: Generator) -> tuple[Time, Time]:
         n = torch.randn(batch, generator=generator, device=generator.device)
         return self.at(n, num_scales)
 
