@@ -235,6 +235,62 @@ def test_unknown_attention_is_refused() -> None:
         check_attention("flash")
 
 
+def attended(block: AttentionBlock, x: Tensor, heads: int) -> Tensor:
+    """What the published attention gives: rows of qkv in the order (three, head, dim), softmax over the pixels."""
+    b, c, h, w = x.shape
+    rows = torch.nn.functional.conv2d(block.norm(x), block.qkv.weight, block.qkv.bias)
+    q, k, v = rows.reshape(b, 3, heads, c // heads, h * w).unbind(1)
+    share = torch.einsum("bhdi,bhdj->bhij", q, k).div((c // heads) ** 0.5).softmax(-1)
+    mixed = torch.einsum("bhij,bhdj->bhdi", share, v).reshape(b, c, h, w)
+    return x + torch.nn.functional.conv2d(mixed, block.proj_out.weight, block.proj_out.bias)
+
+
+@pytest.mark.parametrize(
+    ("heads", "up", "width", "expected"),
+    [
+        (2, 4, None, (2, 4)),
+        (4, 1, None, (4, 1)),
+        (2, None, None, (2, 2)),
+        (2, -1, None, (2, 2)),
+        (2, 4, 8, (4, 4)),
+    ],
+)
+def test_the_decoder_may_have_a_number_of_heads_of_its_own(
+    heads: int, up: int | None, width: int | None, expected: tuple[int, int]
+) -> None:
+    """As published: the middle belongs to the way down, and a width of the heads decides for both ways."""
+    network = ADM(
+        image_size=8,
+        in_channels=3,
+        model_channels=32,
+        num_res_blocks=1,
+        attention_resolutions=[8, 4],
+        channel_mult=[1, 1],
+        num_heads=heads,
+        num_heads_upsample=up,
+        num_head_channels=width,
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+    )
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    seen = {"input_blocks": 0, "middle_block": 0, "output_blocks": 0}
+
+    def check(name: str, block: AttentionBlock, x: Tensor, output: Tensor) -> None:
+        count = expected[name == "output_blocks"]
+        torch.testing.assert_close(output, attended(block, x, count), rtol=1e-4, atol=1e-4)
+        seen[name] += 1
+
+    for name, module in network.named_modules():
+        if isinstance(module, AttentionBlock):
+            place = name.split(".")[0]
+            module.register_forward_hook(lambda m, i, o, place=place: check(place, m, i[0], o))
+    with torch.no_grad():
+        network(torch.randn(2, 3, 8, 8), torch.ones(2))
+    assert seen == {"input_blocks": 2, "middle_block": 1, "output_blocks": 4}
+
+
 def test_heads_must_divide_channels() -> None:
     with pytest.raises(ValueError, match="num_head_channels"):
         adm(num_head_channels=5, use_scale_shift_norm=True, resblock_updown=True)

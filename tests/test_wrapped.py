@@ -94,6 +94,11 @@ TWO: dict[str, State] = {
     "an average inside": ONLINE | under("ema.", EMA),
     "DDP and an average": {"model": under("module.", ONLINE), "ema": under("_orig_mod.", EMA)},
     "non_ema": {"non_ema": ONLINE, "ema": EMA},
+    "ema_pytorch below a key": {
+        "model": ONLINE,
+        "ema": under("online_model.", ONLINE) | under("ema_model.", EMA) | STEPS,
+    },
+    "a list": {"networks": [under("online.", ONLINE), under("average.", EMA)], "epoch": 3},
     "default dictionaries": defaultdict(dict, {"net": OrderedDict(ONLINE), "net_ema": EMA}),
 }
 
@@ -126,6 +131,23 @@ def test_the_suffix_does_not_matter(suffix: str, tmp_path: Path) -> None:
     if suffix in (".pt", ".bin"):
         torch.save(TWO["model and ema"], path, _use_new_zipfile_serialization=False)
         assert same(opened(path), EMA)
+
+
+def test_a_folder_of_accelerate_opens(tmp_path: Path) -> None:
+    import json
+
+    torch.save(under("module.", ONLINE), tmp_path / "pytorch_model.bin")
+    assert same(opened(tmp_path), ONLINE)
+    (tmp_path / "pytorch_model.bin").unlink()
+    places = {}
+    for number in range(2):
+        part = dict(list(ONLINE.items())[number::2])
+        torch.save(part, tmp_path / f"pytorch_model-0000{number}-of-00002.bin")
+        places |= dict.fromkeys(part, f"pytorch_model-0000{number}-of-00002.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    assert same(opened(tmp_path), ONLINE)
+    assert same(opened(index), ONLINE)
 
 
 def test_several_averages_have_names_of_their_own(tmp_path: Path) -> None:

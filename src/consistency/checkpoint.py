@@ -45,6 +45,9 @@ CHECKPOINTS = "checkpoints"
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors")
 """What files of weights are called, where a folder may hold others."""
 
+WHOLE = ("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""The weights in a folder that accelerate writes, where they are not in `reading.SEALED`."""
+
 NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
 """Where a run keeps its checkpoints: the newest, on its way to be `last`; the newest; and the one before it."""
 
@@ -229,7 +232,8 @@ def snapshot(path: Path) -> Path:
     """The newest content in a folder of the Hugging Face cache (`models--...`), which keeps every revision; other paths as
     they are. A revision of one file is that file.
     """
-    if not ((path / "snapshots").is_dir() and (path / "refs").is_dir()):
+    parts = [(path / name).is_dir() for name in ("snapshots", "refs", "blobs")]
+    if not parts[0] or not any(parts[1:]):
         return path
     refs = sorted((p for p in (path / "refs").rglob("*") if p.is_file()), key=_time)
     named = [path / "refs" / "main", *refs[::-1]]
@@ -264,6 +268,9 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
         path = diffusers.folder_of(path)
     if path.is_dir() and ((path / reading.SEALED).is_file() or diffusers.is_diffusers(path)):
         return path
+    weights = next((path / name for name in WHOLE if (path / name).is_file()), None)
+    if weights is not None:
+        return weights
     if path.is_dir():
         folder = path / CHECKPOINTS
         # A run that died while it renamed may have its newest under the other name.

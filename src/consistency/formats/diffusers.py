@@ -694,7 +694,7 @@ def head_channels(network: dict[str, Any], weights: dict[str, Tensor]) -> int | 
         return int(network["num_head_channels"])
     heads = network.get("num_heads", 1)
     require_diffusers(
-        network.get("num_heads_upsample") in (None, heads),
+        network.get("num_heads_upsample") in (None, -1, heads),
         f"{network.get('num_heads_upsample')} attention heads on the way up for {heads} on the way down",
         "train it with model.network.num_head_channels=32",
     )

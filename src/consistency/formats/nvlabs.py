@@ -66,15 +66,18 @@ COMMON = {"label_dim": 0, "augment_dim": 0, "channel_mult_emb": 4, "dropout": 0.
 
 def is_nvlabs(content: object) -> bool:
     """Whether a file's content is a snapshot or a training state."""
-    held = (content.get(key) for key in ("ema", "net")) if isinstance(content, dict) else ()
-    return any(isinstance(value, Object) for value in held)
+    return isinstance(content, dict) and bool(held(content))
 
 
 def held(content: dict[str, Any]) -> dict[str, Object]:
     """The model of a snapshot as `ema`, that of a training state as `online`."""
     names = {"ema": "ema", "net": "online"}
     found = {ours: content.get(key) for key, ours in names.items()}
-    return {ours: module for ours, module in found.items() if isinstance(module, Object)}
+    return {
+        ours: module
+        for ours, module in found.items()
+        if isinstance(module, Object) and isinstance(module.state, dict)
+    }
 
 
 def open_module(module: Object) -> Opened:

@@ -57,7 +57,10 @@ def read_content(path: Path) -> tuple[str, Any, Any]:
 
 def open_content(path: Path, weights: str, hints: Hints) -> Opened | dict[str, Any]:
     """The model in a file of others, or the raw content of a training checkpoint of ours."""
-    kind, content, card = read_content(path)
+    if path.name.endswith(".index.json"):
+        kind, content, card = "index", diffusers.read_shards(path), None
+    else:
+        kind, content, card = read_content(path)
     if isinstance(content, dict) and isinstance(content.get("card"), dict):
         return content
     if card is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from consistency.errors import require
 from consistency.formats.pickles import Object, told
 
-MOST_PARTS, MOST_LEVELS = 50_000, 8
+MOST_PARTS, MOST_LEVELS, MOST_LISTED = 50_000, 8, 16
 
 NEUTRAL = {"", "_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module"}
 """What wraps a network without saying anything about its weights."""
@@ -34,6 +34,7 @@ NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|loops|grads?$|rng|opt_state|hyp
 AVERAGE = re.compile(
     r"(^|[._])(ema|average[ds]?|avg|shadow|swa|polyak)|(ema|shadow|avg|averaged)($|[._\d])"
 )
+KINDS = {"online": "online", "student": "online", "target": "target", "teacher": "teacher"}
 NO_AVERAGE = re.compile(r"no(n|t|t_in)?_?ema")
 
 
@@ -56,13 +57,15 @@ class Place:
 
     @property
     def kind(self) -> str | None:
-        """Which weights the place says that they are; None if it says nothing."""
-        said = ".".join(part for part in self.parts if part not in NEUTRAL).lower()
-        if not said:
-            return None
-        if AVERAGE.search(said) and not NO_AVERAGE.search(said):
-            return "ema"
-        return next((word for word in ("target", "teacher") if word in said), "online")
+        """Which weights the place says that they are, by its innermost word for it; None if it says nothing."""
+        told_by = [part.lower() for part in self.parts if part not in NEUTRAL]
+        for part in told_by[::-1]:
+            if AVERAGE.search(part) and not NO_AVERAGE.search(part):
+                return "ema"
+            for word, kind in KINDS.items():
+                if word in part:
+                    return kind
+        return "online" if told_by else None
 
     def note(self, places: dict[str, "Place"]) -> str:
         """What a person should know of the choice among `places`; empty for weights that stand in the open, alone."""
@@ -118,16 +121,19 @@ def _dictionaries(content: object) -> Iterator[tuple[tuple[str, ...], dict[Any, 
     seen: set[int] = set()
     waiting: list[tuple[tuple[str, ...], object]] = [((), content)]
     for parts, value in waiting:  # grows while it is walked
+        if isinstance(value, list | tuple) and 0 < len(value) <= MOST_LISTED:
+            value = dict(enumerate(value))
         if not isinstance(value, dict) or id(value) in seen:
             continue
-        if any(isinstance(inner, dict) for inner in value.values()):
+        if any(isinstance(inner, dict | list | tuple) for inner in value.values()):
             seen.add(id(value))
         yield parts, value
         if len(parts) < MOST_LEVELS and len(waiting) < MOST_PARTS:
             waiting += [
                 ((*parts, str(key)[:80]), inner)
                 for key, inner in value.items()
-                if isinstance(inner, dict) and not NO_WEIGHTS.search(str(key).lower())
+                if isinstance(inner, dict | list | tuple)
+                and not NO_WEIGHTS.search(str(key).lower())
             ]
 
 
@@ -220,7 +226,9 @@ def _ordered(parts: tuple[str, ...], listed: list[Tensor], first: Place) -> Plac
 
 def _named(places: list[Place]) -> dict[str, Place]:
     """Places by the name that `weights=` takes: what they are, and where several are the same, with what tells them apart."""
-    once = {(p.kind, *map(id, p.weights.values())): p for p in places[::-1]}
+    once = {
+        (p.kind, *((t.data_ptr(), t.shape) for t in p.weights.values())): p for p in places[::-1]
+    }
     places = list(once.values())[::-1]
     alone = "ema" if len(places) == 1 else "online"
     found: dict[str, Place] = {}

@@ -195,7 +195,9 @@ class ADM(nn.Module):
         self.attention_resolutions = tuple(attention_resolutions)
         self.widths = [int(mult * model_channels) for mult in channel_mult]
         self.num_heads, self.num_head_channels = num_heads, num_head_channels
-        self.num_heads_upsample = num_heads if num_heads_upsample is None else num_heads_upsample
+        self.num_heads_upsample = num_heads
+        if num_heads_upsample not in (None, -1):  # -1 in the published code
+            self.num_heads_upsample = num_heads_upsample
         self.resblock_updown, self.conv_resample = resblock_updown, conv_resample
         self.scale_shift, self.dropout, self.num_groups = use_scale_shift_norm, dropout, num_groups
         self.attention, self.recompute = attention, checkpoint_activations
