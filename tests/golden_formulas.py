@@ -183,6 +183,8 @@ PROBABILITY = Tolerance(of_each=1e-10)
 
 
 def compare_huber(archive: Archive) -> None:
+    if "c.d" not in archive:
+        return
     per_dimension = PseudoHuber(c=0.00054, per_root_dimension=True)
     sizes = [torch.empty(1, int(d), 1, 1, device="meta") for d in archive.input("c.d")]
     ours = [per_dimension.constant(image) for image in sizes]
@@ -259,6 +261,8 @@ def compare_jcm_schedules(archive: Archive) -> None:
             archive.compare(f"{case}.ema", _float64([mu] * len(steps)), JCM_DECAY)
         else:
             compare_jcm_square_root(archive, case, steps, theirs)
+    if "precond.t" not in archive:
+        return
     t = archive.tensor("precond.t")
     for kind, scalings in (
         ("denoiser", EDM(sigma_data=SIGMA_DATA, c_noise_scale=NVLABS)(t)),

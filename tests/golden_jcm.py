@@ -157,8 +157,12 @@ def compare_losses(archive: Archive) -> None:
         ("continuous_ct", DataVelocity()),
         ("continuous_cd", TeacherVelocity(teacher=toys.denoiser)),
     ):
-        compare_continuous(archive, kind, velocity, toys)
-    compare_score_matching(archive, toys)
+        if f"{kind}.u" in archive:
+            compare_continuous(archive, kind, velocity, toys)
+    if "dsm.z" in archive:
+        compare_score_matching(archive, toys)
+    if "fwd.t" not in archive:
+        return
     t = archive.tensor("fwd.t")
     with torch.no_grad():
         for name, scalings in (("denoiser", PLAIN), ("distiller", BOUNDARY)):
@@ -283,7 +287,8 @@ def compare_quarters(archive: Archive, case: str, t: Time, losses: PerSample) ->
     for quarter in range(4):
         inside = (edges[quarter] <= t) & (t < edges[quarter + 1])
         mean = losses[inside].mean() if inside.any() else torch.zeros(())
-        archive.compare(f"{case}.loss_q{quarter + 1}", mean, LOSS)
+        if f"{case}.loss_q{quarter + 1}" in archive:
+            archive.compare(f"{case}.loss_q{quarter + 1}", mean, LOSS)
 
 
 def compare_score_matching(archive: Archive, toys: Toys) -> None:

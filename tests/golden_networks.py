@@ -338,8 +338,10 @@ def compare_ect(archive: Archive) -> None:
     train = Denoiser(network, EDM(sigma_data=sigma_data, c_noise_scale=NVLABS))
     t_min = read_json(folder / "config.json")["sigma_min"]
     boundary = Boundary(sigma_data=sigma_data, t_min=t_min, c_noise_scale=NVLABS)
-    x, t = archive.tensor("precond.x"), archive.tensor("precond.sigma")
     for name, denoise in (("train", train), ("eval", Denoiser(network, boundary))):
+        if f"precond.{name}_mode" not in archive:
+            continue
+        x, t = archive.tensor("precond.x"), archive.tensor("precond.sigma")
         candidates = [denoise(x, t, no_class(network, len(x)))]
         if label is not None and len(label) >= len(x):
             candidates.append(denoise(x, t, label[: len(x)]))

@@ -312,11 +312,12 @@ def compare_ect_sampler(archive: Archive) -> None:
     folder = archive.path.parent
     network, t_min = ect_network(folder), read_json(folder / "config.json")["sigma_min"]
     boundary = Boundary(sigma_data=ect_sigma_data(folder), t_min=t_min, c_noise_scale=NVLABS)
-    denoise, z = in_float64(Denoiser(network, boundary)), archive.tensor("gen.latents").double()
+    denoise = in_float64(Denoiser(network, boundary))
     for name in archive.matching("gen.*_float64"):
         case = name.removesuffix("_float64")
         if case.endswith(".noise"):
             continue
+        z = archive.tensor("gen.latents").double()
         noise, times = [z], [T_MAX]
         if f"{case}.mid_t" in archive:
             noise += list(archive.tensor(f"{case}.noise_float64"))
