@@ -51,6 +51,13 @@ def test_doubling_is_the_table_of_the_paper() -> None:
     assert doubling(10**9, **arguments) == 1281
 
 
+def test_powers_takes_any_q() -> None:
+    """N(k) = 1.5, 2.25, 3.375 in three stages; a whole q keeps N(k) whole."""
+    found = [powers(k, q=1.5, stages=3, total_steps=6) for k in range(8)]
+    assert found == [1.5, 1.5, 2.25, 2.25, 3.375, 3.375, 3.375, 3.375]
+    assert type(powers(3, q=4, stages=3, total_steps=6)) is int
+
+
 def test_powers_is_the_released_schedule() -> None:
     """Geng et al. 2024: q = 2, a stage of 25,000 steps, 8 stages in 200,000."""
     released = partial(powers, q=2, stages=8, total_steps=200_000)

@@ -55,6 +55,14 @@ ONE: dict[str, State] = {
     "DDP": under("module.", ONLINE),
     "DDP of compiled": under("module._orig_mod.", ONLINE),
     "compiled DDP": under("_orig_mod.module.", ONLINE),
+    "compiled part by part": {
+        f"module.{name.replace('_blocks.0.', '_blocks.0._orig_mod.')}": value
+        for name, value in ONLINE.items()
+    },
+    "recomputed part by part": {
+        name.replace(".0.in_layers", ".0._checkpoint_wrapped_module.in_layers"): value
+        for name, value in ONLINE.items()
+    },
     "Lightning, model": {"state_dict": under("model.", ONLINE), "epoch": 3, "loops": {"a": {}}},
     "Lightning, net": {"state_dict": under("net.", ONLINE), "optimizer_states": [ADAM]},
     "Lightning, compiled": {"state_dict": under("model._orig_mod.", ONLINE)},

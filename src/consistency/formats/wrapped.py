@@ -22,6 +22,9 @@ MOST_PARTS, MOST_LEVELS, MOST_LISTED = 50_000, 8, 16
 NEUTRAL = {"", "_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module"}
 """What wraps a network without saying anything about its weights."""
 
+WRAPPER = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+"""What wraps a part of a network, inside its names."""
+
 OTHER_STATE = re.compile(
     r"(alphas?|betas|sigmas|log|sqrt|posterior|logvar|num|lvlb)(_\w+)?|log_sigmas|steps?|epochs?|initted|decay"
     r"|n_averaged|global_step|iterations?|device_indicator|total_ops|total_params|ema_decay|timesteps"
@@ -150,11 +153,10 @@ def _split(
     parts: tuple[str, ...], state: dict[str, Tensor], anchors: Sequence[str]
 ) -> tuple[list[Place], list[tuple[tuple[str, ...], dict[str, Tensor]]]]:
     """The sets of weights in one dictionary: those with the network's names, and those whose names have lost their dots."""
-    whole = {
-        prefix
-        for prefix in (n.removesuffix(anchors[0]) for n in state if n.endswith(anchors[0]))
-        if prefix[-1:] in ("", ".") and all(f"{prefix}{anchor}" in state for anchor in anchors)
-    }
+    whole = _prefixes(state, anchors)
+    if not whole:  # parts of a network may be wrapped one by one
+        state = {WRAPPER.sub("", name): tensor for name, tensor in state.items()}
+        whole = _prefixes(state, anchors)
     flat = _flat(anchors[0])
     tails = {n.removesuffix(flat) for n in state if n.endswith(flat) and "." in n}
     prefixes = whole | {f"{prefix.rpartition('.')[0]}." for prefix in tails}
@@ -170,7 +172,7 @@ def _split(
         if prefix is None:
             left.append(name)
         else:
-            groups[prefix][name.removeprefix(prefix)] = tensor
+            groups[prefix][WRAPPER.sub("", name.removeprefix(prefix))] = tensor
 
     def place(prefix: str) -> tuple[str, ...]:
         return (*parts, *prefix.removesuffix(".").split(".")) if prefix else parts
@@ -182,6 +184,15 @@ def _split(
     ]
     dotless = [(place(prefix), group) for prefix, group in groups.items() if prefix not in whole]
     return found, dotless
+
+
+def _prefixes(state: dict[str, Tensor], anchors: Sequence[str]) -> set[str]:
+    """What stands before all anchors of a network."""
+    return {
+        prefix
+        for prefix in (n.removesuffix(anchors[0]) for n in state if n.endswith(anchors[0]))
+        if prefix[-1:] in ("", ".") and all(f"{prefix}{anchor}" in state for anchor in anchors)
+    }
 
 
 def _flat(name: str) -> str:
