@@ -3,7 +3,6 @@
 import json
 import re
 import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,13 @@ from consistency.data.cropping import Crop, halving
 from consistency.data.decoding import MOST_BYTES, bad_image
 from consistency.data.encoded import Encoded, OnBad, PerProcess
 from consistency.data.folder import file_stamp, read_file
-from consistency.data.listing import LABELS, Listing, in_folder, in_zip
+from consistency.data.listing import LABELS, UNREADABLE, Listing, in_folder, in_zip
 from consistency.errors import UserError, require
 
 MOST_LABEL_BYTES = 1 << 28
 MOST_NAMED = 3
 CHUNKED = re.compile(r"(^|/)\d{5}/img\d{8}\.\w+$")
 """Names that dataset_tool gives: such folders are no classes."""
-
-UNREADABLE = (
-    *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError, KeyError),
-    *(zlib.error, zipfile.BadZipFile),
-)
-"""What reading a zip's entry raises."""
 
 
 class Archive(Encoded):

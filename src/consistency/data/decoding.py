@@ -5,7 +5,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, BinaryIO, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from PIL import Image as PILImage
 from PIL import ImageColor, features
@@ -85,17 +85,17 @@ def colour_of(background: str | None) -> Colour | None:
     return found[0], found[1], found[2]
 
 
-def is_image(stream: BinaryIO) -> bool:
+def is_image(stream: io.BufferedIOBase) -> bool:
     """Whether a file begins as one of `FORMATS` does, whatever it is called."""
     head = stream.read(16)
-    accepts = (PILImage.OPEN[name][1] for name in FORMATS)
-    if not any(accept is not None and accept(head) is True for accept in accepts):
-        return False
-    stream.seek(0)
     try:
-        with warnings.catch_warnings(action="ignore"), PILImage.open(stream, formats=FORMATS):
+        accepts = (PILImage.OPEN[name][1] for name in FORMATS)
+        if not any(accept is not None and accept(head) is True for accept in accepts):
+            return False
+        stream.seek(0)
+        with warnings.catch_warnings(action="ignore"), PILImage.open(stream, formats=FORMATS):  # type: ignore[arg-type]
             return True
-    except Exception:  # Pillow's decoders raise nearly anything on a damaged file
+    except Exception:  # Pillow's decoders raise nearly anything on what is no image
         return False
 
 

@@ -44,6 +44,7 @@ class Folder(Encoded):
             else "check the path; it is taken relative to the folder the command runs in",
         )
         found = in_folder(self.folder, classes=classes)
+        found.others += found.tables  # which data=zip reads
         found.tell()
         require(
             bool(found.names),

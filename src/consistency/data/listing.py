@@ -3,11 +3,12 @@
 import os
 import stat
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -37,6 +38,12 @@ NEVER = PICTURES | {
 
 SHOWN = 6
 
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError, KeyError),
+    *(zlib.error, zipfile.BadZipFile),
+)
+"""What reading a file or a zip's entry raises."""
+
 
 def hidden(name: str) -> bool:
     """Whether a file or folder of this name belongs to a system or a program."""
@@ -63,9 +70,9 @@ class Listing:
     repeated: list[str] = field(default_factory=list)
     entries: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, opening: Callable[[], BinaryIO]) -> bool:
+    def add(self, name: str, opening: Callable[[], BufferedIOBase]) -> bool:
         """Takes in a file, by its suffix or by how it begins; whether it is an image."""
-        suffix = PurePosixPath(name).suffix.lower()
+        suffix = os.path.splitext(name)[1].lower()
         if suffix in EXTENSIONS or _begins_as_image(name, suffix, opening):
             self.names.append(name)
             return True
@@ -83,8 +90,9 @@ class Listing:
                     f" ({', '.join(unread)} are pictures that cannot be read: save them as PNG)"
                 )
         if self.hidden:
-            own = Counter(name.rsplit("/", 1)[-1] for name in self.hidden)
-            told.append(f"{len(self.hidden):,} hidden: {_counted(own)}")
+            own = (name.rsplit("/", 1)[-1] for name in self.hidden)
+            kinds = Counter("._*" if name.startswith("._") else name for name in own)
+            told.append(f"{len(self.hidden):,} hidden files and folders: {_counted(kinds)}")
         if self.broken:
             shown = ", ".join(sorted(self.broken)[:SHOWN])
             told.append(f"{len(self.broken):,} links or folders that cannot be followed: {shown}")
@@ -92,7 +100,8 @@ class Listing:
             shown = ", ".join(sorted(self.repeated)[:SHOWN])
             told.append(f"{len(self.repeated):,} links to what is there already: {shown}")
         if told:
-            rank_zero_only(print)(f"Ignored in {self.where}: {'; '.join(told)}")
+            line = f"Ignored in {self.where}: {'; '.join(told)}"
+            rank_zero_only(print)(line.encode(errors="backslashreplace").decode())
 
     def classes(self) -> tuple[list[int], list[str]]:
         """The class index of every image and the names of the classes, which are the folders at `level`."""
@@ -106,18 +115,17 @@ class Listing:
         )
         tops = [name.split("/")[depth] for name in self.names]
         known = set(tops)
-        empty = {
-            f.split("/")[depth] for f in self.folders if f.count("/") >= depth and f != self.level
-        } - known
-        held = {
-            top: Counter(_kind(n) for n in self.others if n.split("/")[depth : depth + 1] == [top])
-            for top in sorted(empty)[:SHOWN]
-        }
+        lost = {n for n in self.broken if os.path.splitext(n)[1].lower() not in EXTENSIONS}
+        folders = {n.split("/")[depth] for n in self.folders | lost if n.count("/") >= depth}
+        empty = sorted(folders - known - {self.level})
+        held = []
+        for top in empty[:SHOWN]:
+            inside = [n for n in self.others if n.split("/")[depth : depth + 1] == [top]]
+            held.append(f"{top} ({_counted(Counter(map(_kind, inside))) or 'empty'})")
         require(
             not empty,
             f"images in every class folder of {self.where}",
-            f"{len(empty):,} without any: "
-            + ", ".join(f"{top} ({_counted(kinds) or 'empty'})" for top, kinds in held.items()),
+            f"{len(empty):,} without any: {', '.join(held)}",
             "put images in, or remove the folder; the classes are numbered in the order of their names",
         )
         names = sorted(known)
@@ -267,7 +275,7 @@ def in_zip(archive: zipfile.ZipFile, where: str) -> Listing:
     return found
 
 
-def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> BinaryIO:
+def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> BufferedIOBase:
     if entry.file_size > MOST_BYTES:
         raise OSError("too large")
     return archive.open(entry)  # type: ignore[return-value]
@@ -280,18 +288,18 @@ def _children_in(found: Listing, level: str) -> tuple[list[str], bool]:
     return [n.rpartition("/")[2] for n in directly(found.folders)], bool(directly(found.names))
 
 
-def _begins_as_image(name: str, suffix: str, opening: Callable[[], BinaryIO]) -> bool:
+def _begins_as_image(name: str, suffix: str, opening: Callable[[], BufferedIOBase]) -> bool:
     if suffix in NEVER or name.endswith("~"):
         return False
     try:
         with opening() as stream:
             return is_image(stream)
-    except Exception:  # a zip's entry fails in any way
+    except UNREADABLE:
         return False
 
 
 def _kind(name: str) -> str:
-    return PurePosixPath(name).suffix.lower() or "without a suffix"
+    return os.path.splitext(name)[1].lower() or "without a suffix"
 
 
 def _counted(kinds: Counter[str]) -> str:

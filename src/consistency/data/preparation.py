@@ -38,6 +38,7 @@ from consistency.data.opening import opened
 from consistency.data.shards import write_shards
 from consistency.data.stream import engine
 from consistency.errors import UserError, require
+from consistency.orphans import end_with
 
 TARGETS = ("zip", "shards")
 PREPARED = "prepared.json"
@@ -175,8 +176,9 @@ class Worker:
         self.crop: Crop = instantiate(settings.crop)
 
     @classmethod
-    def start(cls, source: Encoded | Held, settings: Settings) -> None:
-        """Makes the worker of this process."""
+    def start(cls, source: Encoded | Held, settings: Settings, parent: int) -> None:
+        """Makes the worker of this process, which ends with its parent."""
+        end_with(parent)
         cls.here = cls(source, settings)
 
     @classmethod
@@ -269,9 +271,13 @@ def _make(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=Worker.start,
-        initargs=(source, settings),
+        initargs=(source, settings, os.getpid()),
     ) as pool:
-        yield from pool.map(Worker.work, missing.values(), missing)
+        try:
+            yield from pool.map(Worker.work, missing.values(), missing)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what waits is not begun
+            raise
 
 
 def _require_alike(first: Written, image: Written) -> None:
