@@ -19,6 +19,7 @@ from consistency.errors import UserError
 from consistency.training import resuming
 from consistency.training import run as training
 from consistency.training.logging import MetricsFile
+from consistency.training.resuming import _differences
 from consistency.training.rotation import newest, promote, settle
 from test_killed import assert_equal, assert_same, content, rows
 from test_wandb import records
@@ -488,3 +489,10 @@ def test_a_secret_is_stored_nowhere_and_given_again(verb: Run, begun: Path) -> N
         given.data.path = "https://me:word@elsewhere/set"
         with pytest.raises(UserError, match="elsewhere"):
             resuming.resumed_config(given, begun)
+
+
+def test_an_option_younger_than_the_run_is_no_contradiction_while_it_is_null() -> None:
+    saved = {"data": {"path": "here"}}
+    assert not list(_differences("", saved, {"data": {"path": "here", "background": None}}))
+    found = list(_differences("", saved, {"data": {"path": "here", "background": "white"}}))
+    assert found == [("data.background", "nothing", "white")]

@@ -24,8 +24,8 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
                         wrapped (state dicts wherever they stand) and timetable (parts of the above)
       data              module (the LightningDataModule), batches (order by position), source (what one is); held in memory:
                         held digits mixture cifar idx (MNIST); encoded (as image files): folder archive (NVlabs' zips) lsun
-                        huggingface; stream (shards far away), shards (writes them); decoding and cropping of one image,
-                        download, opening (what lies at a path), given (the images of a person), preparation (the command)
+                        huggingface; listing (which files are images); stream (shards far away), shards (writes them);
+                        decoding and cropping of one image, download, opening (what lies at a path), given (the images of a person), preparation (the command)
       evaluation        measuring (the measures), extractors (whose features), reference (what is compared with), classifier,
                         ranks, clock
       training          run (configuration -> finished run), resuming (where it begins), module (the LightningModule),

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from consistency.checkpoint import find, fingerprint, load_sets
 from consistency.command import require_fresh
-from consistency.data.decoding import MODES
+from consistency.data.decoding import MODES, colour_of
 from consistency.data.encoded import to_tensor
 from consistency.data.given import files_at, read_picture
 from consistency.data.held import kept
 from consistency.data.source import Source
-from consistency.errors import require
+from consistency.errors import UserError, require
 from consistency.evaluation.measuring import Measure, Numbered, Settings, drawn
 from consistency.evaluation.ranks import batches, place
 from consistency.sampling import (
@@ -79,7 +79,7 @@ def _evaluate(config: DictConfig, device: torch.device, output: Path) -> None:
         models = load_sets(config.checkpoint, names, role=config.role)
         wanted = models[0].shape
     else:
-        images = given_samples(config.samples, wanted, config.num_samples)
+        images = given_samples(config.samples, wanted, config.num_samples, data.background)
     samplers = {
         title: bound_sampler(node, config, models[0])
         for title, node in config.samplers.items()
@@ -150,29 +150,19 @@ def fitting(source: Source, shape: Sequence[int]) -> Source:
     return source
 
 
-def given_samples(path: str, shape: Sequence[int], count: int) -> UInt8[Tensor, "n c h w"]:
-    """The first `count` images, of that shape, of a folder, by name, or of the arr_0 (n, h, w, c) of an .npz."""
-    place = Path(path).expanduser()
-    if place.suffix == ".npz" and place.is_file():
-        try:
-            with np.load(place, allow_pickle=False) as arrays:
-                pixels = arrays["arr_0"]
-        except Exception as error:  # damaged files fail in any way
-            pixels = np.empty(0)
-            reason = str(error)[:200]
-        else:
-            reason = f"an array of {pixels.dtype} of shape {pixels.shape}"
-        require(
-            pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] in MODES,
-            f"an .npz with arr_0, uint8 of shape (n, h, w, 1 or 3), in samples={path}",
-            reason,
-            "write samples as src/sample.py does",
-        )
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+def given_samples(
+    path: str, shape: Sequence[int], count: int, background: str | None = None
+) -> UInt8[Tensor, "n c h w"]:
+    """The first `count` images, of that shape, of all below a folder, by name, or of the arr_0 of an .npz."""
+    file = Path(path).expanduser()
+    if file.suffix == ".npz" and file.is_file():
+        images = _stored_samples(file)
+        there = len(images)
     else:
-        files = files_at(path)[:count]
+        files = files_at(path)
+        there, files, ground = len(files), files[:count], colour_of(background)
         shown = tqdm(files, desc="Reading", unit="image", disable=len(files) < 1000)
-        pictures = [to_tensor(read_picture(file, MODES[shape[0]])) for file in shown]
+        pictures = [to_tensor(read_picture(each, MODES[shape[0]], ground)) for each in shown]
         shapes = {tuple(picture.shape) for picture in pictures}
         require(
             len(shapes) == 1,
@@ -193,7 +183,40 @@ def given_samples(path: str, shape: Sequence[int], count: int) -> UInt8[Tensor, 
         f"samples={path} of shape {tuple(images.shape[1:])}",
         "choose data= and data.image_size, data.channels of the samples",
     )
+    if there > count and place()[0] == 0:
+        print(f"samples={path} holds {there:,} images: the first {count:,} are measured")
     return images[:count]
+
+
+def _stored_samples(file: Path) -> UInt8[Tensor, "n c h w"]:
+    """The images of an .npz: arr_0 of 8 bits, its channels last, or second where that is the only way to read it."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            require(
+                "arr_0" in arrays,
+                f"an array arr_0 in samples={file}",
+                f"{', '.join(arrays) or 'none'}",
+                "write samples as src/sample.py does: np.savez(file, images), uint8 of shape (n, h, w, 1 or 3)",
+            )
+            pixels = arrays["arr_0"]
+    except UserError:
+        raise
+    except Exception as error:  # damaged files fail in any way
+        pixels, got = np.empty(0), str(error)[:200]
+    else:
+        got = f"an array of {pixels.dtype} of shape {pixels.shape}"
+        if pixels.dtype.kind == "f" and pixels.size:
+            got += f", from {pixels.min():.3g} to {pixels.max():.3g}"
+    known = pixels.dtype == np.uint8 and pixels.ndim == 4
+    if known and pixels.shape[3] not in MODES and pixels.shape[1] in MODES:
+        return torch.from_numpy(pixels)
+    require(
+        known and pixels.shape[3] in MODES,
+        f"an .npz with arr_0, uint8 of shape (n, h, w, 1 or 3), in samples={file}",
+        got,
+        "write samples as src/sample.py does; values from 0 to 1 become (255 * x).round().astype(np.uint8)",
+    )
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 class Counted:

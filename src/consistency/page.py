@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 
 from consistency import pictures
 from consistency.checkpoint import Loaded, load
-from consistency.data.decoding import MODES, MOST_PIXELS
+from consistency.data.decoding import MODES, MOST_PIXELS, colour_of
 from consistency.data.encoded import to_picture
 from consistency.data.given import fitted, read_picture
 from consistency.editing import Pairing, colorize, inpaint, superres
@@ -75,6 +75,7 @@ def demo(config: DictConfig, output: Path) -> None:
             f"expected an address of this machine\n  got: host={config.host} ({error})\n"
             "  do: leave it at 127.0.0.1, or say host=0.0.0.0 to let other machines in"
         ) from error
+    colour_of(config.background)
     gradio = library()
     # Gradio opens what is uploaded before we do; Pillow refuses more than twice as many pixels.
     PILImage.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
@@ -85,7 +86,7 @@ def demo(config: DictConfig, output: Path) -> None:
     try:
         with TemporaryDirectory() as uploads:
             os.environ["GRADIO_TEMP_DIR"] = uploads
-            page(gradio, model, Path(uploads)).launch(
+            page(gradio, model, Path(uploads), config.background).launch(
                 server_name=config.host,
                 server_port=config.port or None,
                 max_file_size=f"{config.upload_megabytes}mb",
@@ -136,10 +137,13 @@ def mask_of(painted: object, size: tuple[int, int]) -> Float[Tensor, "h w"]:
 
 
 class Actions:
-    """What the buttons do. uploads: the folder of uploaded files, of which alone one is opened."""
+    """What the buttons do. uploads: the folder of uploaded files, of which alone one is opened; background: the colour
+    that transparent images are put on.
+    """
 
-    def __init__(self, model: Loaded, uploads: Path) -> None:
+    def __init__(self, model: Loaded, uploads: Path, background: str | None = None) -> None:
         self.model, self.uploads = model, uploads.resolve()
+        self.background = colour_of(background)
 
     def timed(self, draw: Callable[[], UInt8[Tensor, "n c h w"]]) -> tuple[PILImage.Image, str]:
         """The picture of what is drawn, and how long an image took."""
@@ -162,7 +166,7 @@ class Actions:
         # Gradio believes a request that names any other file, if it does so in a way the page does not.
         inside = file.is_relative_to(self.uploads)
         require(inside, "an uploaded image", "another file", "upload it")
-        return fitted(read_picture(file, MODES[channels]), channels, height)
+        return fitted(read_picture(file, MODES[channels], self.background), channels, height)
 
     def choose(self, photo: str | None) -> dict[str, str]:
         """Puts an uploaded file before the painter."""
@@ -207,9 +211,9 @@ class Actions:
         return None if label == "any" else self.labels.index(label) - 1
 
 
-def page(gradio: ModuleType, model: Loaded, uploads: Path) -> Any:
+def page(gradio: ModuleType, model: Loaded, uploads: Path, background: str | None = None) -> Any:
     """The page: gradio's Blocks, not served yet."""
-    actions = Actions(model, uploads)
+    actions = Actions(model, uploads, background)
     channels, height, _ = model.shape
     # By default there is a button more, which sends the picture to a public place.
     shown = dict(interactive=False, format="png", buttons=["download", "fullscreen"])

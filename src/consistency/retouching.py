@@ -49,7 +49,9 @@ class MaskFile:
     path: str
 
     def __call__(self, height: int, width: int, draw: Generator) -> Float[Tensor, "h w"]:
-        picture = read_picture(Path(self.path).expanduser(), "L").point(lambda v: 255 * (v >= 128))
+        black = (0, 0, 0)  # what is transparent has not been painted
+        picture = read_picture(Path(self.path).expanduser(), "L", black)
+        picture = picture.point(lambda v: 255 * (v >= 128))
         square = picture
         if picture.size != (width, height):
             square = halving(picture, height)
@@ -293,7 +295,7 @@ def edit(config: DictConfig, output: Path) -> None:
     errand: Errand = instantiate(config.task, _convert_="all")
     images = None
     if config.input is not None:
-        images = read_images(config.input, image["channels"], image["size"])
+        images = read_images(config.input, image["channels"], image["size"], config.background)
     edited = errand(
         Request(
             model=model,

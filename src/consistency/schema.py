@@ -50,7 +50,7 @@ class Data:
     bounds how many of them a device holds at once.
 
     on_bad: stop or skip, what happens at an image that cannot be used; in_memory: the images are decoded once and held;
-    download: a public set is fetched if it is not at `path`; allow_reorder: resume although the data come in another
+    background: the colour that transparent images are put on, null refuses them; download: a public set is fetched if it is not at `path`; allow_reorder: resume although the data come in another
     order than before.
     """
 
@@ -65,6 +65,7 @@ class Data:
     num_workers: int = 0
     flip: bool = False
     on_bad: str = "stop"
+    background: str | None = None
     in_memory: bool = False
     download: bool = False
     allow_reorder: bool = False
@@ -165,6 +166,7 @@ class Edit:
 
     checkpoint: str = MISSING
     input: str | None = None
+    background: str | None = None
     teacher: str | None = None
     role: str | None = None
     weights: str = "ema"
@@ -220,6 +222,7 @@ class Demo:
     role: str | None = None
     weights: str = "ema"
     device: str = "auto"
+    background: str | None = None
     host: str = MISSING
     port: int = MISSING
     upload_megabytes: int = MISSING
@@ -257,6 +260,7 @@ class Prepare:
     split: str = "train"
     classes: bool = False
     on_bad: str = "stop"
+    background: str | None = None
     num_workers: int | None = None
     output: str = MISSING
 

@@ -1,13 +1,16 @@
 """From the bytes of one image file to its pixels, by rules that are written down, or one error that names the file."""
 
 import io
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Literal, TypeAlias
 
 from PIL import Image as PILImage
-from PIL import ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from PIL import ImageColor, features
 
-from consistency.errors import UserError
+from consistency.errors import UserError, require
 
 Mode: TypeAlias = Literal["L", "RGB"]
 """Grey or colour, 8 bits a channel."""
@@ -19,41 +22,97 @@ MOST_PIXELS = 64 << 20
 MOST_BYTES = 64 << 20
 """What an image may have, and its file: more is refused before it is decoded."""
 
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+FORMATS = (
+    *("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF"),
+    *(name for name, part in (("AVIF", "avif"), ("JPEG2000", "jpg_2000")) if features.check(part)),
+)
+_KNOWN = {s for s, f in PILImage.registered_extensions().items() if f in (*FORMATS, "MPO")}
+EXTENSIONS = tuple(sorted(_KNOWN - {".pfm"} | {".jif", ".jfi", ".pjpeg", ".pjp"}))
+"""Suffixes of image files: Pillow's of these formats, without one of floating point, and further ones of JPEG."""
+
 GREY = ("1", "L", "LA", "La")
 COLOUR = ("RGB", "P", "PA", "RGBA", "RGBa", "CMYK", "YCbCr")
+PACKED = ("BGR;16", "RGB;16")
+"""Raw data of 16 bits a pixel: 5, 6 and 5 of its channels."""
+
+TURNS = {
+    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PILImage.Transpose.ROTATE_180,
+    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PILImage.Transpose.TRANSPOSE,
+    6: PILImage.Transpose.ROTATE_270,
+    7: PILImage.Transpose.TRANSVERSE,
+    8: PILImage.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by the orientation of EXIF."""
+
+ORIENTATION = 0x0112
+Colour: TypeAlias = tuple[int, int, int]
 
 
 class ImageError(UserError):
-    """An image that cannot be used. `name` says which, `reason` why."""
+    """An image that cannot be used. `name` says which, `reason` why, `remedy` what to do about this one."""
 
     name: str = ""
     reason: str = ""
+    remedy: str = ""
 
 
-def bad_image(name: str, reason: str) -> ImageError:
+def bad_image(name: str, reason: str, remedy: str = "mend or remove the file") -> ImageError:
     """The error, in the form of the house."""
     error = ImageError(
         f"expected an image of 8 bits a channel, grey or colour, in {name}\n  got: {reason}\n"
-        "  do: mend or remove the file, or leave out all such images with data.on_bad=skip "
+        f"  do: {remedy}, or leave out all such images with data.on_bad=skip "
         "(on_bad=skip when preparing, which lists them)"
     )
-    error.name, error.reason = name, reason
+    error.name, error.reason, error.remedy = name, reason, remedy
     return error
 
 
-def decode(content: bytes, name: str, mode: Mode | None) -> PILImage.Image:
+def colour_of(background: str | None) -> Colour | None:
+    """The colour that transparent images are put on; None refuses them."""
+    if background is None:
+        return None
+    found: tuple[int, ...] = ()
+    with suppress(ValueError):
+        found = ImageColor.getrgb(str(background))
+    require(
+        len(found) == 3,
+        "the name of a colour or #rrggbb at data.background (background when preparing and editing), or null",
+        background,
+        "say white, for example; a colour by numbers needs quotes, data.background='\"#f0f0f0\"'",
+    )
+    return found[0], found[1], found[2]
+
+
+def is_image(stream: io.BufferedIOBase) -> bool:
+    """Whether a file begins as one of `FORMATS` does, whatever it is called."""
+    head = stream.read(16)
+    try:
+        accepts = (PILImage.OPEN[name][1] for name in FORMATS)
+        if not any(accept is not None and accept(head) is True for accept in accepts):
+            return False
+        stream.seek(0)
+        with warnings.catch_warnings(action="ignore"), PILImage.open(stream, formats=FORMATS):  # type: ignore[arg-type]
+            return True
+    except Exception:  # Pillow's decoders raise nearly anything on what is no image
+        return False
+
+
+def decode(
+    content: bytes, name: str, mode: Mode | None, background: Colour | None = None
+) -> PILImage.Image:
     """The image in a file's bytes, upright, as `mode`; None keeps grey grey and colour colour. Raises `ImageError`.
 
     What is not plain 8-bit grey or RGB:
 
-    - EXIF orientation is applied.
+    - EXIF orientation is applied, where it can be read. Other metadata and colour profiles are not used, and may be of
+      any size or damaged.
     - Grey among colour becomes three equal channels; colour as grey is the luma of ITU-R 601-2. Palettes become RGB.
     - CMYK becomes RGB by the plain formula without a colour profile, as in the published preparations of ImageNet.
-    - Alpha is dropped where it is opaque everywhere. An image that is transparent somewhere is refused: what would be
-      seen there is not in the file.
-    - 16 bits and floating point are refused: which range of the values is meant is not in the file.
+    - Alpha is dropped where it is opaque everywhere. An image that is transparent somewhere is put on `background`, and
+      refused without one: what would be seen there is not in the file.
+    - More than 8 bits a channel and floating point are refused: which range of the values is meant is not in the file.
     - Animations and files of several pages are refused; of the pictures in a camera's multi-picture JPEG, the first is
       the photograph.
     - More than `MOST_PIXELS` pixels are refused.
@@ -61,27 +120,66 @@ def decode(content: bytes, name: str, mode: Mode | None) -> PILImage.Image:
     """
     if not content:
         raise bad_image(name, "an empty file (0 bytes)")
-    try:
-        image = _opened(content)
-        reason = _obstacle(image)
-        if reason is None:
-            return _plain(image, mode)
-    except PILImage.UnidentifiedImageError:
-        reason = "a damaged file, or none of the types " + ", ".join(FORMATS)
-    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        reason = f"a damaged file ({error or type(error).__name__})"
+    reason = ""
+    for stored in (content, _without_metadata(content)):
+        if stored is None:
+            break
+        try:
+            return _decoded(stored, name, mode, background)
+        except ImageError:
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+            reason = reason or _reason(error, content)
     raise bad_image(name, reason)
 
 
-def _opened(content: bytes) -> PILImage.Image:
-    image = PILImage.open(io.BytesIO(content), formats=FORMATS)
+def _decoded(
+    content: bytes, name: str, mode: Mode | None, background: Colour | None
+) -> PILImage.Image:
+    image: PILImage.Image = PILImage.open(io.BytesIO(content), formats=FORMATS)
     if image.format == "PNG":
         image.verify()
         image = PILImage.open(io.BytesIO(content), formats=FORMATS)
-    return image
+    obstacle = _obstacle(image, content)
+    if obstacle is not None:
+        raise bad_image(name, obstacle)
+    grey = image.mode in GREY
+    image.load()
+    transparent = image.has_transparency_data
+    image = _upright(image)
+    if transparent:
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            if background is None:
+                raise bad_image(
+                    name,
+                    "an image that is transparent in places",
+                    "put such images on a colour with data.background=white "
+                    "(background=white when preparing and editing)",
+                )
+            grey = grey and len(set(background)) == 1
+            ground = PILImage.new("RGBA", image.size, (*background, 255))
+            image = PILImage.alpha_composite(ground, image)
+        image.info.pop("transparency", None)
+    return image.convert(mode or ("L" if grey else "RGB"))
 
 
-def _obstacle(image: PILImage.Image) -> str | None:
+def _reason(error: Exception, content: bytes) -> str:
+    """Why a file whose decoder gave up cannot be used."""
+    if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        return "a HEIC picture, which cannot be read: save it as JPEG or PNG"
+    if any(_precision(content, *segment) > 8 for segment in _segments(content)):
+        return "more than 8 bits a channel"
+    text = str(error) or type(error).__name__
+    if isinstance(error, PILImage.UnidentifiedImageError):
+        return "a damaged file, or none of the types " + ", ".join(FORMATS)
+    if text.lower().startswith(("unsupported", "unknown")):
+        return f"a file of a kind that cannot be read ({text})"
+    return f"a damaged file ({text})"
+
+
+def _obstacle(image: PILImage.Image, content: bytes) -> str | None:
     """Why an opened image, not yet decoded, is refused."""
     if image.width * image.height > MOST_PIXELS:
         return f"{image.width}x{image.height} pixels, more than {MOST_PIXELS:,}"
@@ -89,34 +187,90 @@ def _obstacle(image: PILImage.Image) -> str | None:
     if frames > 1 and image.format != "MPO":
         return f"an animation or several pages ({frames} frames)"
     # Pillow reads 16-bit colour as 8-bit without a word; only the description of the raw data tells.
-    if any(_deep(*tile) for tile in getattr(image, "tile", ())) or image.mode.startswith(
-        ("I", "F")
-    ):
+    deep = any(is_deep(tile[0], tile[3]) for tile in getattr(image, "tile", ()))
+    if deep or image.mode.startswith(("I", "F")) or _stored_deep(image.format, content):
         return "more than 8 bits a channel"
     if image.mode not in GREY + COLOUR:
         return f"an image of mode {image.mode}"
     return None
 
 
-def _deep(codec: str, _: object, __: object, arguments: Any) -> bool:
+def is_deep(codec: str, arguments: Any) -> bool:
     """Whether the raw data of a part of an image, as Pillow describes them, have more than 8 bits a channel."""
-    if codec.startswith("ppm"):  # (mode, highest value)
+    if codec.startswith("ppm") and isinstance(arguments, tuple):  # (mode, highest value)
         return arguments[1] > 255
-    return ";16" in str(arguments)
+    raw = str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+    return raw not in PACKED and (raw.startswith(("I", "F")) or ";16" in raw)
 
 
-def _plain(image: PILImage.Image, mode: Mode | None) -> PILImage.Image:
-    grey = image.mode in GREY
-    image.load()
-    if image.has_transparency_data:
-        image = _upright(image).convert("RGBA")
-        if image.getchannel("A").getextrema() != (255, 255):
-            raise ValueError("it is transparent in places: put it on a background")
-        image.info.pop("transparency", None)
-    else:
-        image = _upright(image)
-    return image.convert(mode or ("L" if grey else "RGB"))
+def _stored_deep(kind: str | None, content: bytes) -> bool:
+    """Whether a file of a format that Pillow turns into 8 bits in any case says that its channels have more."""
+    if kind == "AVIF":
+        at = content.find(b"av1C") + 6
+        return at >= 6 and bool(content[at : at + 1]) and bool(content[at] & 0x40)  # high_bitdepth
+    at = content.find(b"\xff\x4f\xff\x51") if kind == "JPEG2000" else -1
+    if at < 0:
+        return False
+    count = int.from_bytes(content[at + 40 : at + 42])
+    return any((bits & 0x7F) + 1 > 8 for bits in content[at + 42 : at + 42 + 3 * count : 3])
 
 
 def _upright(image: PILImage.Image) -> PILImage.Image:
-    return ImageOps.exif_transpose(image)
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # of metadata that nobody can read nothing follows for the pixels
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+# ------------------------------------------------------------------------------------ metadata
+
+
+def _without_metadata(content: bytes) -> bytes | None:
+    """A PNG or JPEG without what does not matter to its pixels, but the orientation; None for other files."""
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return content[:8] + b"".join(content[a:b] for a, b in _chunks(content))
+    if not content.startswith(b"\xff\xd8\xff"):
+        return None
+    kept, end = content[:2], 2
+    for marker, start, end in _segments(content):
+        if not _is_metadata(marker, end - start):
+            kept += content[start:end]
+    return kept + content[end:]
+
+
+def _chunks(png: bytes) -> Iterator[tuple[int, int]]:
+    """Begin and end of the chunks of a PNG that matter to its pixels."""
+    at = 8
+    while at + 8 <= len(png):
+        kind, end = png[at + 4 : at + 8], at + 12 + int.from_bytes(png[at : at + 4])
+        xmp = png.startswith(b"XML:com.adobe.xmp\0\0", at + 8) and end - at < 1 << 20
+        if kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT"):
+            yield at, end
+        elif kind == b"eXIf" or xmp:
+            if zlib.crc32(png[at + 4 : end - 4]) == int.from_bytes(png[end - 4 : end]):
+                yield at, end
+        at = end
+
+
+def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, begin and end of the segments of a JPEG in front of its first scan."""
+    at = 2 if jpeg.startswith(b"\xff\xd8\xff") else len(jpeg)
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] not in (0xD9, 0xDA):
+        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+        if jpeg[at + 1] == 0xFF:  # padding
+            at += 1
+            continue
+        yield jpeg[at + 1], at, end
+        at = end
+
+
+def _is_metadata(marker: int, size: int) -> bool:
+    """Whether a segment of a JPEG says nothing of the pixels; JFIF and Adobe do, in segments of some length, and EXIF."""
+    least = {0xE0: 16, 0xE1: 0, 0xEE: 14}
+    return marker == 0xFE or (0xE0 <= marker <= 0xEF and size < least.get(marker, size + 1))
+
+
+def _precision(jpeg: bytes, marker: int, start: int, end: int) -> int:
+    frame = 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
+    return jpeg[start + 4] if frame and start + 4 < len(jpeg) else 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from consistency.data.cropping import Crop, halving
-from consistency.data.decoding import MODES, ImageError, decode
+from consistency.data.decoding import MODES, ImageError, colour_of, decode
 from consistency.data.source import Image
 from consistency.errors import require
 
@@ -53,7 +53,8 @@ class Encoded(ABC):
     image, None for its own; channels: 1 grey, 3 colour, None for each image's own. num_classes: what a conditional model
     is told, against which the labels are checked. on_bad: "stop" raises `ImageError` at an image that cannot be used,
     when it is asked for; "skip" tries every image once at the start, leaves the bad ones out and says which and how many.
-    So the order of the rest stays a function of position, on every rank and after a resume.
+    So the order of the rest stays a function of position, on every rank and after a resume. background: the colour that
+    transparent images are put on; None refuses them.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Encoded(ABC):
         crop: Crop,
         num_classes: int | None,
         on_bad: OnBad,
+        background: str | None = None,
     ) -> None:
         require(channels in (1, 3, None), "data.channels of 1 or 3", channels, "set it")
         require(on_bad in ("stop", "skip"), "data.on_bad=stop or skip", on_bad, "choose one")
@@ -75,6 +77,7 @@ class Encoded(ABC):
         self.left_out = 0
         self.labels = torch.tensor(labels or [0] * len(names), dtype=torch.int64)
         self.image_size, self.crop = image_size, crop
+        self.background = colour_of(background)
         self.mode = None if channels is None else MODES[channels]
         if num_classes is not None:
             self._require_classes(num_classes)
@@ -94,7 +97,7 @@ class Encoded(ABC):
 
     def __getitem__(self, index: int) -> tuple[Image, int]:
         name = self.names[index]
-        image = decode(self.read(name), f"{self.where}/{name}", self.mode)
+        image = decode(self.read(name), f"{self.where}/{name}", self.mode, self.background)
         if self.image_size is not None:
             image = self.crop(image, self.image_size)
         return to_tensor(image), int(self.labels[index])
@@ -113,6 +116,11 @@ class Encoded(ABC):
             f"class index {highest} of {self.names[int(self.labels.argmax())]} in {self.where}",
             "set data.num_classes to the number of classes",
         )
+        if len(self.class_names) < num_classes:
+            shown = ", ".join(self.class_names[:MOST_TOLD])
+            rank_zero_only(print)(
+                f"data.num_classes={num_classes}, but {self.where} has {len(self.class_names)}: {shown}"
+            )
 
     def _leave_out_bad(self) -> None:
         reasons: dict[int, str] = {}

@@ -35,6 +35,7 @@ class HuggingFace(Encoded):
         crop: Crop = halving,
         num_classes: int | None = None,
         on_bad: OnBad = "stop",
+        background: str | None = None,
     ) -> None:
         require(name is not None, "the name of a set in data.path", "null", "add data.path=<name>")
         library = _library()
@@ -63,6 +64,7 @@ class HuggingFace(Encoded):
             crop=crop,
             num_classes=num_classes,
             on_bad=on_bad,
+            background=background,
         )
 
     def read(self, name: str) -> bytes:

@@ -29,6 +29,7 @@ class Database(Encoded):
         crop: Crop = halving,
         num_classes: int | None = None,
         on_bad: OnBad = "stop",
+        background: str | None = None,
     ) -> None:
         self.folder = Path(path).expanduser()
         self.environment = PerProcess(partial(_opened, self.folder))
@@ -46,6 +47,7 @@ class Database(Encoded):
             crop=crop,
             num_classes=num_classes,
             on_bad=on_bad,
+            background=background,
         )
 
     def read(self, name: str) -> bytes:
@@ -80,6 +82,7 @@ class LSUN(Database):
         crop: Crop = box,
         num_classes: int | None = None,
         on_bad: OnBad = "stop",
+        background: str | None = None,
     ) -> None:
         name = f"{category}_{split}_lmdb"
         database = Path(str(path)).expanduser() / name
@@ -97,6 +100,7 @@ class LSUN(Database):
             crop=crop,
             num_classes=num_classes,
             on_bad=on_bad,
+            background=background,
         )
 
 

@@ -28,16 +28,17 @@ from PIL import Image as PILImage
 from tqdm import tqdm
 
 from consistency.command import output_path
-from consistency.data.archive import LABELS, Archive
+from consistency.data.archive import Archive
 from consistency.data.cropping import Crop
 from consistency.data.decoding import MODES, ImageError
 from consistency.data.encoded import PLAIN, Encoded, to_picture
-from consistency.data.folder import Folder
 from consistency.data.held import Held
+from consistency.data.listing import LABELS
 from consistency.data.opening import opened
 from consistency.data.shards import write_shards
 from consistency.data.stream import engine
 from consistency.errors import UserError, require
+from consistency.orphans import end_with
 
 TARGETS = ("zip", "shards")
 PREPARED = "prepared.json"
@@ -63,6 +64,7 @@ class Settings:
     resolution: int | None
     channels: int | None
     crop: Any
+    background: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,12 @@ def prepare(config: DictConfig, folder: Path) -> None:
     )
     if config.to == "shards":
         engine()  # tells now, not after the work, where the extra is missing
-    source = opened(config.source, split=config.split, classes=config.classes)
+    source = opened(
+        config.source, split=config.split, classes=config.classes, background=config.background
+    )
     _tell_source(config.source, source)
-    settings = Settings(size, config.channels, OmegaConf.to_container(config.crop, resolve=True))
+    crop = OmegaConf.to_container(config.crop, resolve=True)
+    settings = Settings(size, config.channels, crop, config.background)
     digests = [digest_of(source, settings, span) for span in spans(len(source))]
     identity = hashlib.sha256("".join(digests).encode()).hexdigest()
     parts = target.with_name(f".{target.name}.parts")
@@ -147,7 +152,8 @@ def spans(size: int) -> list[range]:
 
 def digest_of(source: Encoded | Held, settings: Settings, span: range) -> str:
     """Names what a chunk is made from: the settings, and each image by name, class and what changes when it does."""
-    found = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
+    given = {n: v for n, v in asdict(settings).items() if n != "background" or v is not None}
+    found = hashlib.sha256(json.dumps(given, sort_keys=True).encode())
     for index in span:
         stamp = source.stamp(index)
         head = f"{index} {name_of(source, index)} {int(source.labels[index])} {len(stamp)} "
@@ -170,8 +176,9 @@ class Worker:
         self.crop: Crop = instantiate(settings.crop)
 
     @classmethod
-    def start(cls, source: Encoded | Held, settings: Settings) -> None:
-        """Makes the worker of this process."""
+    def start(cls, source: Encoded | Held, settings: Settings, parent: int) -> None:
+        """Makes the worker of this process, which ends with its parent."""
+        end_with(parent)
         cls.here = cls(source, settings)
 
     @classmethod
@@ -264,9 +271,13 @@ def _make(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=Worker.start,
-        initargs=(source, settings),
+        initargs=(source, settings, os.getpid()),
     ) as pool:
-        yield from pool.map(Worker.work, missing.values(), missing)
+        try:
+            yield from pool.map(Worker.work, missing.values(), missing)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what waits is not begun
+            raise
 
 
 def _require_alike(first: Written, image: Written) -> None:
@@ -362,9 +373,6 @@ def _facts_of(target: Path) -> dict[str, Any]:
 def _tell_source(given: str, source: Encoded | Held) -> None:
     classes = f"{len(source.class_names)} classes" if source.class_names else "no classes"
     print(f"source      {given} ({type(source).__name__}): {len(source):,} images, {classes}")
-    if isinstance(source, Folder) and source.ignored:
-        others = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(source.ignored.items()))
-        print(f"ignored     files of other types: {others}")
 
 
 def _tell_result(target: Path, facts: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 import io
 import json
+import multiprocessing
+import os
+import signal
 from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from consistency.data.source import Source
 from consistency.data.stream import INDEX, engine
 from consistency.errors import require
+from consistency.orphans import end_with
 from consistency.randomness import generator
 
 UNFINISHED = "unfinished.json"
@@ -36,6 +39,8 @@ def write_shards(
     `if __name__ == "__main__"`, as anything that starts processes.
     """
     litdata = engine()
+    from litdata.processing.data_processor import DataProcessor
+
     require(len(source) >= 1, "a source with images", "none", "check its path")
     present = written(folder)
     if present == len(source):
@@ -57,18 +62,28 @@ def write_shards(
     begun.write_text(settings)
     order = torch.randperm(len(source), generator=generator(seed, "shards")).tolist()
     if _counted(folder) is None:
-        with redirect_stdout(io.StringIO()):  # an advertisement and the diary of its workers
-            litdata.optimize(
-                partial(_item, source),
-                order,
-                str(folder),
-                chunk_bytes=shard_bytes,
-                num_workers=num_workers,
-                keep_data_ordered=True,
-                reorder_files=False,
-                use_checkpoint=True,
-                verbose=show,
-            )
+        # at Ctrl-C it would end this process with status 0
+        DataProcessor._signal_handler = staticmethod(signal.default_int_handler)
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            with redirect_stdout(io.StringIO()):  # an advertisement and the diary of its workers
+                litdata.optimize(
+                    Items(source),
+                    order,
+                    str(folder),
+                    chunk_bytes=shard_bytes,
+                    num_workers=num_workers,
+                    keep_data_ordered=True,
+                    reorder_files=False,
+                    use_checkpoint=True,
+                    verbose=show,
+                )
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
+        finally:
+            signal.signal(signal.SIGINT, before)
     count = _counted(folder)
     require(
         count == len(source),
@@ -80,9 +95,38 @@ def write_shards(
     return len(source)
 
 
-def _item(source: Source, index: int) -> dict[str, Any]:
-    image, label = source[index]
-    return {"image": image.contiguous(), "label": int(label)}
+class Items:
+    """The images of a source by number, as litdata stores them; a worker that is sent this ends with who sends it."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.sender = source, os.getpid()
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        image, label = self.source[index]
+        return {"image": image.contiguous(), "label": int(label)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if os.getpid() != self.sender:
+            end_with(self.sender)
+            from litdata.processing import data_processor
+
+            data_processor.Process = (
+                Belonging  # what the worker starts itself waits for it for ever
+            )
+
+
+class Belonging(multiprocessing.Process):
+    """A process that ends with the one that makes it."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.maker = os.getpid()
+
+    def run(self) -> None:
+        """Does its work, for as long as its maker lives."""
+        end_with(self.maker)
+        super().run()
 
 
 def written(folder: Path) -> int | None:

@@ -204,5 +204,5 @@ def _differences(place: str, old: Any, new: Any) -> Iterable[tuple[str, Any, Any
         for key in dict.fromkeys([*old, *new]):
             where = f"{place}.{key}" if place else str(key)
             yield from _differences(where, old.get(key, ABSENT), new.get(key, ABSENT))
-    elif old != new:
+    elif old != new and not (old == ABSENT and new is None):  # an option younger than the run
         yield place, old, new
