@@ -13,6 +13,7 @@ from consistency.generation import generate
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
 from consistency.training.faults import spared
+from consistency.training.logging import PatientTensorBoardLogger
 from consistency.training.module import ConsistencyModule
 
 
@@ -90,7 +91,7 @@ class SampleGrids(Periodic):
             sheet.save(self.folder / f"step_{module.k:08d}.png")
             sheet.save(self.newest)
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, WandbLogger | PatientTensorBoardLogger):
                 logger.log_image("samples", [sheet], step=module.k)
 
 
