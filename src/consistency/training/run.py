@@ -181,6 +181,12 @@ def _try_samplers(config: DictConfig) -> None:
 
 def build_callbacks(config: DictConfig) -> list[Callback]:
     """The mode's callbacks, then the run's; a null or empty node is switched off."""
+    require(
+        config.mode.total_steps >= 1,
+        "mode.total_steps >= 1, the length of the schedules",
+        config.mode.total_steps,
+        "leave it out: it is trainer.max_steps",
+    )
     named = {**config.mode.callbacks, **config.callbacks}
     for name, node in named.items():
         require(
