@@ -61,7 +61,11 @@ class ConsistencyModule(L.LightningModule):
     # The optimizer and k
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.make_optimizer(self.online.parameters())
+        optimizer = self.make_optimizer(self.online.parameters())
+        # A fused one would leave out what overflows inside its kernel, where neither k nor an average notices.
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        return optimizer
 
     def on_fit_start(self) -> None:
         """Counts real steps; callbacks have registered their hooks before, so these see k before it grows."""
@@ -74,6 +78,7 @@ class ConsistencyModule(L.LightningModule):
 
     def on_fit_end(self) -> None:
         self._counter.remove()
+        self.guard.tell_overflows()
 
     # The step
 
@@ -110,14 +115,20 @@ class ConsistencyModule(L.LightningModule):
         """Computes the gradients first, so that the step can be left out where loss or gradients are not finite."""
         assert optimizer_closure is not None
         loss = optimizer_closure()
-        term = type(self.objective).__name__
+        term, k = type(self.objective).__name__, self.k
         strategy = self.trainer.strategy
-        if self.guard.allows(self._gradients(), strategy=strategy, term=term, k=self.k):
+        if self.guard.allows(self._gradients(), strategy=strategy, term=term, k=k):
             optimizer.step(closure=lambda: loss)
+            if (scaler := self._scaler) is not None:
+                self.guard.scaled(taken=self.k > k, scale=scaler.get_scale, term=term, k=k)
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _gradients(self) -> dict[str, Tensor]:
         """By parameter, for the guard; a gradient scaler looks for overflows itself."""
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        if self._scaler is not None:
             return {}
         return {n: p.grad for n, p in self.online.named_parameters() if p.grad is not None}
 
@@ -182,6 +193,7 @@ class ConsistencyModule(L.LightningModule):
         checkpoint["card"], checkpoint["config"], checkpoint["k"] = self.card, self.config, self.k
         checkpoint["sources"] = self.sources
         checkpoint["left_out_in_a_row"] = self.guard.in_a_row
+        checkpoint["overflows"] = [self.guard.overflows, self.guard.overflows_in_a_row]
         checkpoint["state_dict"] = {
             name: value
             for name, value in checkpoint["state_dict"].items()
@@ -191,5 +203,7 @@ class ConsistencyModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.k = checkpoint["k"]
         self.guard.in_a_row = checkpoint["left_out_in_a_row"]
+        # Those of older checkpoints were not counted.
+        self.guard.overflows, self.guard.overflows_in_a_row = checkpoint.get("overflows", (0, 0))
         own = {f"{OBJECTIVE}{name}": v for name, v in self.objective.state_dict().items()}
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}
