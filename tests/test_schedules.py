@@ -136,7 +136,10 @@ def test_the_square_root_goes_on_without_a_jump() -> None:
 def test_a_rate_is_a_factor_between_0_and_1_and_never_rises_however_long_a_run_goes_on(
     start: float, length: int
 ) -> None:
-    rates = [falling_rate(k, start=start, total_steps=length) for k in [*range(4 * length), 10**6 * length]]
+    rates = [
+        falling_rate(k, start=start, total_steps=length)
+        for k in [*range(4 * length), 10**6 * length]
+    ]
     assert all(0 <= rate <= 1 for rate in rates)
     assert rates == sorted(rates, reverse=True)
     assert rates[0] == 1
@@ -145,7 +148,10 @@ def test_a_rate_is_a_factor_between_0_and_1_and_never_rises_however_long_a_run_g
 
 @pytest.mark.parametrize("length", [1, 2, 80])
 def test_the_rate_of_distillation_is_a_factor_however_long_a_run_goes_on(length: int) -> None:
-    rates = [falling_in_stages(k, s_0=16, total_steps=length) for k in [*range(4 * length), 10**6 * length]]
+    rates = [
+        falling_in_stages(k, s_0=16, total_steps=length)
+        for k in [*range(4 * length), 10**6 * length]
+    ]
     assert all(0 <= rate <= 1 for rate in rates)
 
 

@@ -22,7 +22,7 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
       formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
                         opened (what a file yields), released (published files by name), reading, pickles, messagepack
                         and timetable (parts of the above)
-      data              module (the LightningDataModule), batches (order by position), source (what one is); held in memory:
+      data              module (the LightningDataModule), batches (order by position), source (what one is), feed (other loaders); held in memory:
                         held digits mixture cifar idx (MNIST); encoded (as image files): folder archive (NVlabs' zips) lsun
                         huggingface; stream (shards far away), shards (writes them); decoding and cropping of one image,
                         download, opening (what lies at a path), given (the images of a person), preparation (the command)

@@ -18,7 +18,9 @@ from omegaconf import DictConfig, ListConfig
 from consistency.errors import require
 
 LENGTH = "trainer.max_steps=<optimizer steps>: a run has one length, and no epochs"
-MEASURED = "callbacks.evaluation.every_n_train_steps: there is no validation loop, samples are measured"
+MEASURED = (
+    "callbacks.evaluation.every_n_train_steps: there is no validation loop, samples are measured"
+)
 
 REFUSED = {
     "accumulate_grad_batches": "data.device_batch_size=<images that a device holds at once>",

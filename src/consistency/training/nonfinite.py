@@ -85,8 +85,7 @@ class NonfiniteGuard:
         if self.in_a_row >= self.limit:
             in_a_row = f", the last of {self.limit} such steps in a row" if self.limit > 1 else ""
             self.verdict = (
-                f"expected a finite loss and gradient\n  got: {report}{in_a_row}\n"
-                f"  do: {REMEDY}"
+                f"expected a finite loss and gradient\n  got: {report}{in_a_row}\n  do: {REMEDY}"
             )
         else:
             rank_zero_warn(f"step left out ({self.in_a_row} in a row): {report}")

@@ -4,6 +4,7 @@ import logging
 import shlex
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,15 @@ def named_classes(data: DataModule) -> dict[str, list[str]]:
     return {"class_names": names} if names and len(names) == data.num_classes else {}
 
 
-def build_module(config: DictConfig, data: DataModule) -> ConsistencyModule:
-    """Network, objective and optimizer of the configuration; loads teacher and initial weights."""
-    _require_fit(config, data)
+def build_module(config: DictConfig, data: DataModule | None = None) -> ConsistencyModule:
+    """Network, objective and optimizer of the configuration; loads teacher and initial weights.
+
+    Without `data` it trains on any loader of (images, labels) in a Lightning trainer of one's own, to which it brings its
+    schedules and averages:
+
+        L.Trainer(max_steps=1000).fit(build_module(config), loader)
+    """
+    _require_fit(config)
     network: nn.Module = instantiate(config.model.network, _convert_="all")
     optimizer = instantiate(config.optimizer, _convert_="all")
     _try_optimizer(optimizer)
@@ -112,11 +119,12 @@ def build_module(config: DictConfig, data: DataModule) -> ConsistencyModule:
         objective=instantiate(config.mode.objective, _convert_="all"),
         sampling_preconditioning=instantiate(config.mode.sampling_preconditioning),
         optimizer=optimizer,
-        card=describe(config) | named_classes(data),
+        card=describe(config) | (named_classes(data) if data is not None else {}),
         config=masked({str(key): value for key, value in plain.items()}),
         seed=config.seed,
         on_nonfinite=config.on_nonfinite,
         sources=_sources(config),
+        callbacks=tuple if data is not None else partial(method_callbacks, config),
     )
 
 
@@ -145,8 +153,9 @@ def _holds(node: Any, value: object) -> bool:
     return bool(node == value)
 
 
-def _require_fit(config: DictConfig, data: DataModule) -> None:
+def _require_fit(config: DictConfig) -> None:
     """Tries the network's shapes on the data's, without computing, so that a mismatch is told before anything is built."""
+    data = config.data
     image = (1, data.channels, data.image_size, data.image_size)
     shape, reason = None, ""
     with torch.device("meta"):
@@ -196,6 +205,13 @@ def build_callbacks(config: DictConfig) -> list[Callback]:
             f"to switch a callback off, also where a recipe sets it, say callbacks.{name}=null",
         )
     return [instantiate(node, _convert_="all") for node in named.values() if node]
+
+
+def method_callbacks(config: DictConfig) -> list[Callback]:
+    """What trains along with the weights: the mode's callbacks, the rate's schedule and the averages for samples."""
+    names = ("learning_rate", "evaluation_ema")
+    nodes = [*config.mode.callbacks.values(), *(config.callbacks.get(name) for name in names)]
+    return [instantiate(node, _convert_="all") for node in nodes if node]
 
 
 def build_loggers(config: DictConfig) -> list[Logger]:
