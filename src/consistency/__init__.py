@@ -16,7 +16,7 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 4, paragraph  objectives
     the shell           checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
-                        orphans (no process outlives its parent),
+                        orphans (no process outlives its parent), caches (where there is no home),
                         masking (no secrets in what is written), trusted (what a configuration from elsewhere may name),
                         sampling, evaluating, retouching, searching, page, comparison, conversion and speed (the commands)
       formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
@@ -37,11 +37,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from consistency import caches
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from os import PathLike
 
     from consistency.checkpoint import Loaded
+
+caches.settle()  # before a library that has one is imported
 
 
 def load(
