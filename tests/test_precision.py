@@ -28,6 +28,7 @@ from consistency.tensors import Time
 from consistency.training.callbacks.averages import EvaluationEMA, TargetEMA
 from consistency.training.callbacks.schedules import ScaleSchedule
 from consistency.training.module import ConsistencyModule
+from consistency.training.nonfinite import OVERFLOWS
 from probe import Poisoned
 
 BATCHES = 8
@@ -73,6 +74,8 @@ def run(
     callbacks: Sequence[Callback] = (),
     preconditioning: Any = EDM(sigma_data=0.5, c_noise_scale=0.25),  # noqa: B008
     precision: Any = None,
+    accelerator: str = "cpu",
+    optimizer: Callable[..., Any] = partial(torch.optim.Adam, lr=1e-2),  # noqa: B008
 ) -> tuple[ConsistencyModule, Journal]:
     torch.manual_seed(0)
     network = MLP(channels=4, width=8, depth=1)
@@ -83,7 +86,7 @@ def run(
             times=LognormalTimes(p_mean=-1.2, p_std=1.2), distance=L2(), weighting=weighting
         ),
         sampling_preconditioning=preconditioning,
-        optimizer=partial(torch.optim.Adam, lr=1e-2),
+        optimizer=optimizer,
         card={},
         config={},
         seed=0,
@@ -92,7 +95,8 @@ def run(
     )
     journal = Journal()
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         max_epochs=1,
         accumulate_grad_batches=accumulate,
         precision=precision,
@@ -166,6 +170,97 @@ def test_a_step_that_the_scaler_skips_advances_no_schedule_and_no_average() -> N
     assert module.k == 7
     assert moved(journal)[3] is False
     assert journal.scales[4] == journal.scales[3]
+
+
+class Overflows(Callback):
+    """Puts an infinity into the gradients of these batches."""
+
+    def __init__(self, batches: Sequence[int]) -> None:
+        self.batches = batches
+
+    def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1 in self.batches:
+            next(iter(module.parameters())).grad.fill_(torch.inf)  # type: ignore[union-attr]
+
+
+def half(device: str = "cpu") -> MixedPrecision:
+    return MixedPrecision("16-mixed", device, scaler=torch.amp.GradScaler(device))
+
+
+def test_a_scaler_that_falls_for_ever_stops_the_run() -> None:
+    found = rf"overflow in the term DenoisingObjective at step k=2, t=[\d.e-]+ to [\d.e-]+, the last of {OVERFLOWS} in a row"
+    with pytest.raises(UserError, match=found):
+        run(
+            Poisoned(calls=[]),
+            batches=OVERFLOWS + 2,
+            plugins=[half()],
+            callbacks=[Overflows(range(2, 10**6))],
+        )
+
+
+def test_a_scaler_that_finds_its_scale_stops_nothing_and_is_said_once(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """At the first and, with their number, at the end; whatever the policy for what is not finite."""
+    last = OVERFLOWS - 1
+    module, journal = run(
+        Poisoned(calls=[]),
+        batches=2 * last + 2,
+        plugins=[half()],
+        callbacks=[Overflows([*range(last), *range(last + 1, 2 * last + 1)])],
+    )
+    assert module.k == 2
+    assert set(journal.k) == {0, 1}
+    said = capfd.readouterr().err
+    assert said.count("warning:") == 2
+    assert "at step k=0: the scaler leaves the step out and goes on with scale 32768" in said
+    assert f"the gradient scaler left out {2 * last} steps" in said
+
+
+def test_the_count_of_overflows_goes_on_with_the_run() -> None:
+    module, _ = run(Poisoned(calls=[]), plugins=[half()], callbacks=[Overflows(range(2, 10**6))])
+    kept: dict[str, Any] = {"state_dict": {}}
+    module.on_save_checkpoint(kept)
+    later, _ = run(Poisoned(calls=[]), batches=1)
+    later.on_load_checkpoint(kept)
+    assert later.guard.overflows_in_a_row == later.guard.overflows == BATCHES - 2
+
+
+def test_a_fused_optimizer_hides_no_overflow() -> None:
+    """It would leave the step out inside its kernel, and k, averages and schedules would go on."""
+    optimizer = partial(torch.optim.Adam, lr=1e-2, fused=True)
+    module, journal = run(
+        Poisoned(calls=[]), plugins=[half()], callbacks=[Overflow()], optimizer=optimizer
+    )
+    assert journal.k == [0, 1, 2, 3, 3, 4, 5, 6]
+    assert module.k == 7
+    assert moved(journal)[3] is False
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("fused", [False, True])
+def test_on_a_gpu_a_scaler_that_falls_for_ever_stops_the_run(fused: bool) -> None:
+    optimizer = partial(torch.optim.Adam, lr=1e-2, fused=fused)
+    with pytest.raises(UserError, match=rf"at step k=2, t=.*last of {OVERFLOWS} in a row"):
+        run(
+            Poisoned(calls=[]),
+            batches=OVERFLOWS + 2,
+            precision="16-mixed",
+            accelerator="gpu",
+            callbacks=[Overflows(range(2, 10**6))],
+            optimizer=optimizer,
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_a_step_that_overflows_does_not_count_and_the_healthy_run_ends() -> None:
+    module, journal = run(
+        Poisoned(calls=[]), precision="16-mixed", accelerator="gpu", callbacks=[Overflow()]
+    )
+    assert module.k == BATCHES - 1
+    assert moved(journal)[3] is False
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_left_out_and_named() -> None:

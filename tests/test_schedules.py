@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 
+from consistency.errors import UserError
 from consistency.schedules import (
     constant,
     decay_as_printed,
@@ -88,6 +89,91 @@ GROWING: list[Callable[[int], int]] = [
     partial(powers, q=2, stages=8, total_steps=K),
     partial(constant, num_scales=18),
 ]
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 100])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        partial(square_root, s_0=2, s_1=150),
+        partial(square_root, s_0=10, s_1=10),
+        partial(square_root, s_0=30, s_1=2),
+        partial(doubling, s_0=10, s_1=1280),
+        partial(doubling, s_0=10, s_1=10),
+        partial(powers, q=2, stages=8),
+        partial(powers, q=2, stages=1),
+        partial(halving, s_0=4096),
+        partial(halving, s_0=2),
+    ],
+)
+def test_a_schedule_of_scales_has_a_value_however_long_a_run_goes_on(
+    schedule: Callable[..., int], length: int
+) -> None:
+    lowest = 1 if schedule.func is halving else 2
+    for k in [*range(3 * length + 2), 10**6 * length]:
+        size = schedule(k, total_steps=length)
+        assert isinstance(size, int) and size >= lowest
+
+
+@pytest.mark.parametrize(
+    ("schedule", "at_end"),
+    [
+        (partial(doubling, s_0=10, s_1=1280, total_steps=800), 1281),
+        (partial(powers, q=2, stages=8, total_steps=800), 256),
+        (partial(halving, s_0=16, total_steps=800), 1),
+        (partial(constant, num_scales=18), 18),
+    ],
+)
+def test_scales_that_have_reached_their_end_stay_there(
+    schedule: Callable[[int], int], at_end: int
+) -> None:
+    assert {schedule(k) for k in range(799, 4000)} == {at_end}
+
+
+def test_the_square_root_goes_on_without_a_jump() -> None:
+    """As the released code, which bounds it below alone."""
+    longer = [cifar(k) for k in range(K - 1000, 2 * K, 100)]
+    assert all(0 <= b - a <= 1 for a, b in itertools.pairwise(longer))
+    assert cifar(K) == 151
+    assert max(longer) == 214
+
+
+@pytest.mark.parametrize("length", [1, 2, 100])
+@pytest.mark.parametrize("start", [0.0, 0.5, 0.999, 1.0, 2.0])
+def test_a_rate_is_a_factor_between_0_and_1_and_never_rises_however_long_a_run_goes_on(
+    start: float, length: int
+) -> None:
+    rates = [
+        falling_rate(k, start=start, total_steps=length)
+        for k in [*range(4 * length), 10**6 * length]
+    ]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == 1
+    assert rates[-1] == (1 if start >= 1 else 0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 80])
+def test_the_rate_of_distillation_is_a_factor_however_long_a_run_goes_on(length: int) -> None:
+    rates = [
+        falling_in_stages(k, s_0=16, total_steps=length)
+        for k in [*range(4 * length), 10**6 * length]
+    ]
+    assert all(0 <= rate <= 1 for rate in rates)
+
+
+@pytest.mark.parametrize("decay", [decay_as_released, decay_as_printed])
+def test_a_decay_is_below_1_for_any_number_of_scales(decay: Callable[..., float]) -> None:
+    found = [decay(n, s_0=2, mu_0=0.9) for n in (1, 2, 10, 1000)]
+    assert found == sorted(found)
+    assert 0 <= found[0] and found[-1] < 1
+
+
+def test_scales_that_cannot_be_are_told() -> None:
+    with pytest.raises(UserError, match=r"s_0=10, s_1=5"):
+        doubling(0, s_0=10, s_1=5, total_steps=10)
+    with pytest.raises(UserError, match="s_0 >= 2"):
+        halving(0, s_0=1, total_steps=10)
 
 
 @pytest.mark.parametrize("schedule", GROWING)

@@ -16,19 +16,20 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 4, paragraph  objectives
     the shell           checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
-                        orphans (no process outlives its parent),
+                        orphans (no process outlives its parent), caches (where there is no home),
                         masking (no secrets in what is written), trusted (what a configuration from elsewhere may name),
                         sampling, evaluating, retouching, searching, page, comparison, conversion and speed (the commands)
       formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
                         opened (what a file yields), released (published files by name), reading, pickles, messagepack,
                         wrapped (state dicts wherever they stand) and timetable (parts of the above)
-      data              module (the LightningDataModule), batches (order by position), source (what one is); held in memory:
+      data              module (the LightningDataModule), batches (order by position), source (what one is), feed (other
+                        loaders); held in memory:
                         held digits mixture cifar idx (MNIST); encoded (as image files): folder archive (NVlabs' zips) lsun
                         huggingface; listing (which files are images); stream (shards far away), shards (writes them);
                         decoding and cropping of one image, download, opening (what lies at a path), given (the images of a person), preparation (the command)
       evaluation        measuring (the measures), extractors (whose features), reference (what is compared with), classifier,
                         ranks, clock
-      training          run (configuration -> finished run), resuming (where it begins), module (the LightningModule),
+      training          run (configuration -> finished run), arguments (of Lightning), resuming (where it begins), module (the LightningModule),
                         nonfinite, launch (DDP), rotation (of checkpoints), logging, faults (of disks and
                         folders); callbacks: schedules averages stages periodic checkpoints preemption evaluation pictures progress
 """
@@ -37,11 +38,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from consistency import caches
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from os import PathLike
 
     from consistency.checkpoint import Loaded
+
+caches.settle()  # before a library that has one is imported
 
 
 def load(

@@ -85,6 +85,9 @@ def command(name: str) -> Callable[[Callable[[DictConfig, Path], None]], Callabl
 
 def spelled_out(argument: str) -> list[str]:
     """Where a choice has an option `file`, a path is that option: mask=a.png is mask=file mask.path=a.png."""
+    if argument == "experiment=null":
+        return []
+    argument = with_none(argument)
     group, _, value = argument.partition("=")
     folder = ROOT / "conf" / group
     takes_path = group.isidentifier() and (folder / "file.yaml").is_file()
@@ -92,6 +95,22 @@ def spelled_out(argument: str) -> list[str]:
         return [argument]
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     return [f"{group}=file", f"{group}.path='{escaped}'"]
+
+
+def with_none(argument: str) -> str:
+    """Where a choice has an option `none`, null is that option, which Hydra would end with a trace: logger=null."""
+    key, _, value = argument.partition("=")
+    choices = value.split(",")
+    folder = ROOT / "conf" / key.partition("@")[0]
+    if "null" not in choices or not key or not folder.is_dir():
+        return argument
+    require(
+        (folder / "none.yaml").is_file(),
+        f"{key}= among {', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}",
+        argument,
+        "choose one",
+    )
+    return f"{key}={','.join('none' if choice == 'null' else choice for choice in choices)}"
 
 
 def message(error: BaseException) -> str:

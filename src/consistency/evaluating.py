@@ -35,7 +35,7 @@ from consistency.sampling import (
 )
 from consistency.tensors import Data, Denoise, Label, Time
 from consistency.training.launch import is_child, one_job
-from consistency.training.run import quiet
+from consistency.training.run import build_loggers, quiet
 
 
 def evaluate(config: DictConfig, output: Path) -> None:
@@ -246,7 +246,7 @@ class Report:
             path = find(config.checkpoint)
             self.head |= {"checkpoint": str(path), "sha256": fingerprint(path)}
         self.head["protocol"] = measure.protocol(config.num_samples)
-        self.loggers = [instantiate(node) for node in config.logger.values() if node]
+        self.loggers = build_loggers(config)
         for logger in self.loggers:
             logger.log_hyperparams(
                 {"evaluation": self.head, "config": OmegaConf.to_container(config, resolve=True)}

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from consistency.distances import Distance
 from consistency.errors import require
 from consistency.grids import KarrasGrid
-from consistency.pairs import Pairs, Times
+from consistency.pairs import Pairs, Times, require_scales
 from consistency.processes import variance_exploding
 from consistency.randomness import DropoutState, replayed_dropout
 from consistency.solvers import euler_step
@@ -189,6 +189,7 @@ class ProgressiveObjective(nn.Module):
         num_scales: int,
         generator: Generator,
     ) -> Losses:
+        require_scales(num_scales, 1)
         i = torch.randint(num_scales, (len(x_0),), generator=generator, device=generator.device)
         z = _normal_like(x_0, generator)
         return self.losses_at(online, target, x_0, label, i, num_scales, z)

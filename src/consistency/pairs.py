@@ -34,6 +34,17 @@ def _require_spread(p_std: float) -> None:
     require(p_std > 0, "p_std > 0", p_std, "it is the standard deviation of ln t")
 
 
+def require_scales(num_scales: int, least: int) -> None:
+    """Refuses an N(k) that leaves no pair, above all the 0 of a run in which nothing sets it."""
+    require(
+        num_scales >= least,
+        f"N(k) >= {least}, the number of scales",
+        f"N(k) = {num_scales}" + (", which nothing has set" if num_scales == 0 else ""),
+        "choose another schedule mode.callbacks.scale_schedule; in a script have the trainer call a ScaleSchedule, which "
+        "consistency.training.run.build_module(config) brings",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class UniformPairs:
     """(t_i, t_{i+1}) on the Karras grid of N(k) points, i uniform [Song et al. 2023, Algorithms 2 and 3]."""
@@ -41,6 +52,7 @@ class UniformPairs:
     grid: KarrasGrid
 
     def __call__(self, batch: int, num_scales: int, generator: Generator) -> tuple[Time, Time]:
+        require_scales(num_scales, 2)
         device = generator.device
         i = torch.randint(num_scales - 1, (batch,), generator=generator, device=device)
         return self.grid.neighbours(i, num_scales)
@@ -69,6 +81,7 @@ class DiscreteLognormalPairs:
         return gaps / gaps.sum()
 
     def __call__(self, batch: int, num_scales: int, generator: Generator) -> tuple[Time, Time]:
+        require_scales(num_scales, 2)
         weights = self.probabilities(num_scales).to(generator.device)
         i = torch.multinomial(weights, batch, replacement=True, generator=generator)
         return self.grid.neighbours(i, num_scales)
@@ -101,6 +114,7 @@ class RatioPairs:
         return t, self.ratio_map(t, num_scales)
 
     def __call__(self, batch: int, num_scales: float, generator: Generator) -> tuple[Time, Time]:
+        require_scales(num_scales, 1)
         n = torch.randn(batch, generator=generator, device=generator.device)
         return self.at(n, num_scales)
 

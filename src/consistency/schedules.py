@@ -6,6 +6,8 @@ really taken, starting at 0.
 
 import math
 
+from consistency.errors import require
+
 
 def constant(k: int, *, num_scales: int) -> int:
     """N(k) = num_scales [Song et al. 2023, arXiv:2303.01469, distillation]."""
@@ -15,9 +17,10 @@ def constant(k: int, *, num_scales: int) -> int:
 def square_root(k: int, *, s_0: int, s_1: int, total_steps: int) -> int:
     """N(k) = ceil(sqrt(k/K ((s_1+1)^2 - s_0^2) + s_0^2) - 1) + 1 [Song et al. 2023, Appendix C].
 
-    The released code bounds the bracket below by 1; total_steps is K.
+    The released code bounds the bracket below by 1; total_steps is K. A run longer than K goes on along the same root, as
+    the released code does, and passes s_1 + 1.
     """
-    root = math.sqrt(k / total_steps * ((s_1 + 1) ** 2 - s_0**2) + s_0**2)
+    root = math.sqrt(max(k / total_steps * ((s_1 + 1) ** 2 - s_0**2) + s_0**2, 0))
     return max(math.ceil(root - 1), 1) + 1
 
 
@@ -32,6 +35,12 @@ def doubling(k: int, *, s_0: int, s_1: int, total_steps: int) -> int:
 
 def doubling_stage_steps(*, s_0: int, s_1: int, total_steps: int) -> int:
     """K' of `doubling`, at least 1."""
+    require(
+        1 <= s_0 <= s_1,
+        "1 <= s_0 <= s_1 for scales that double from s_0 to s_1",
+        f"s_0={s_0}, s_1={s_1}",
+        "the published values are 10 and 1280",
+    )
     return max(math.floor(total_steps / (math.log2(s_1 // s_0) + 1)), 1)
 
 
@@ -57,6 +66,7 @@ def halving(k: int, *, s_0: int, total_steps: int) -> int:
 
 def _halving_stages(s_0: int, total_steps: int) -> tuple[int, float]:
     """K' and the step from which the doubled stages of N = 2 and N = 1 are counted."""
+    require(s_0 >= 2, "s_0 >= 2 scales to halve", s_0, "the published value is 4096")
     stage_steps = max(math.floor(total_steps / (math.log2(s_0) + 4)), 1)
     return stage_steps, stage_steps * (math.log2(s_0) - 1)
 
@@ -67,8 +77,10 @@ def fixed_decay(num_scales: int, *, mu: float) -> float:
 
 
 def decay_as_released(num_scales: int, *, s_0: int, mu_0: float) -> float:
-    """mu(k) = exp(s_0 ln mu_0 / (N(k) - 1)): the released code, which the published models were trained with."""
-    return math.exp(s_0 * math.log(mu_0) / (num_scales - 1))
+    """mu(k) = exp(s_0 ln mu_0 / (N(k) - 1)): the released code, which the published models were trained with; 0 at N = 1,
+    the limit.
+    """
+    return 0.0 if num_scales == 1 else math.exp(s_0 * math.log(mu_0) / (num_scales - 1))
 
 
 def decay_as_printed(num_scales: int, *, s_0: int, mu_0: float) -> float:
@@ -77,9 +89,11 @@ def decay_as_printed(num_scales: int, *, s_0: int, mu_0: float) -> float:
 
 
 def falling_rate(k: int, *, start: float, total_steps: int) -> float:
-    """1 until the share `start` of the run, then linearly down to 0 at total_steps: a factor of the learning rate."""
+    """1 until the share `start` of total_steps, then linearly down to 0 at total_steps, where it stays: a factor of the
+    learning rate. start = 1 keeps it at 1, however long the run goes on.
+    """
     done = k / total_steps
-    return 1.0 if done <= start else max(0.0, (1 - done) / (1 - start))
+    return 1.0 if start >= 1 or done <= start else max(0.0, (1 - done) / (1 - start))
 
 
 def constant_rate(k: int) -> float:
@@ -88,7 +102,10 @@ def constant_rate(k: int) -> float:
 
 
 def falling_in_stages(k: int, *, s_0: int, total_steps: int) -> float:
-    """Linearly from 1 to 0 in every stage of `halving` of the same arguments [released CIFAR-10 code, `progdist`]."""
+    """Linearly from 1 to 0 in every stage of `halving` of the same arguments [released CIFAR-10 code, `progdist`].
+
+    N = 1 goes on in stages of 2 K', at total_steps and after it.
+    """
     stage_steps, first_of_two = _halving_stages(s_0, total_steps)
     if k < first_of_two:
         return 1 - k % stage_steps / stage_steps

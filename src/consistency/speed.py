@@ -12,11 +12,12 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from consistency.command import require_fresh
 from consistency.data.module import DataModule
 from consistency.errors import require
+from consistency.training.arguments import require_taken
 from consistency.training.run import (
     build_callbacks,
     build_data,
@@ -44,6 +45,7 @@ def benchmark(config: DictConfig, output: Path) -> None:
     require(config.part in PARTS, f"part among {', '.join(PARTS)}", config.part, "choose one")
     require(config.seconds > 0, "seconds > 0", config.seconds, "give the time of a row")
     require(config.train_steps >= 1, "train_steps >= 1", config.train_steps, "give a number")
+    require_taken(config.trainer)
     config = measured(config)
     data = build_data(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,8 +154,6 @@ def training_speed(config: DictConfig, batch: int, steps: int) -> float:
     short.data.batch_size, short.data.device_batch_size = batch, None
     short.callbacks = {}
     short.trainer.max_steps, short.trainer.devices = steps + 1, 1
-    for option in ("enable_checkpointing", "enable_progress_bar"):
-        OmegaConf.update(short, f"trainer.{option}", False, force_add=True)
     data = build_data(short)
     module = build_module(short, data)
     clock = Clock()

@@ -67,6 +67,7 @@ OTHERS = frozenset(
         "consistency.training.callbacks.schedules.ScaleSchedule",
         "consistency.training.callbacks.stages.DistillationStages",
         "consistency.training.logging.MetricsFile",
+        "consistency.training.logging.PatientTensorBoardLogger",
         "consistency.training.logging.PatientWandbLogger",
         "datetime.timedelta",
         "lightning.Trainer",

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Generator, Tensor
 
+from consistency import caches
 from consistency.data.source import Classes, Image, Images
 from consistency.errors import UserError, require
 
@@ -108,7 +109,7 @@ class Stream:
         )
 
     def _cache_folder(self, cache: str | None) -> Path:
-        base = Path(cache or Path.home() / ".cache" / "consistency" / "shards").expanduser()
+        base = Path(cache).expanduser() if cache else caches.own() / "shards"
         folder = base / hashlib.blake2b(self.path.encode(), digest_size=8).hexdigest()
         folder.mkdir(parents=True, exist_ok=True)
         return folder

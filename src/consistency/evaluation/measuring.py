@@ -20,6 +20,7 @@ from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities import dim_zero_cat
 
+from consistency import caches
 from consistency.data.source import Source
 from consistency.errors import UserError, require
 from consistency.evaluation.clock import Clock
@@ -32,7 +33,6 @@ from consistency.evaluation.extractors import (
 )
 from consistency.evaluation.ranks import batches, gathered, place, tell
 from consistency.evaluation.reference import Reference, read_reference, reference_of
-from consistency.formats.released import cache
 from consistency.generation import generate, labels_of
 from consistency.samplers import Sampler
 from consistency.tensors import Denoise, sent
@@ -289,7 +289,7 @@ class Settings:
             extractor,
             described={"set": chosen},
             most_features=self.reference_features,
-            cache=Path(self.cache).expanduser() if self.cache else cache() / "references",
+            cache=Path(self.cache).expanduser() if self.cache else caches.own() / "references",
             batch_size=self.batch_size,
             num_workers=num_workers,
         )

@@ -6,6 +6,7 @@ them. Each file of ours says what its numbers depend on, and is refused where th
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,7 +210,7 @@ def reference_of(
     protocol = {**extractor.protocol, "reference": reference}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
     path = cache / f"{key[:32]}.npz"
-    if all(gathered(path.is_file())):
+    if all(gathered(os.path.isfile(path))):  # False also where the folder may not be read
         found = read_reference(path, extractor)
         require_same(found.protocol, protocol, path)
         return found
@@ -226,8 +227,11 @@ def reference_of(
     assert total == count and len(features) == len(kept)
     found = Reference(mu, sigma, count, features, protocol)
     if place()[0] == 0:
-        found.write(path)
-    tell(f"Reference of {count:,} images kept in {path}")
+        try:
+            found.write(path)
+            tell(f"Reference of {count:,} images kept in {path}")
+        except OSError as error:
+            tell(f"Reference of {count:,} images, not kept for the next time: {error}")
     return found
 
 

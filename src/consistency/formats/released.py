@@ -7,7 +7,6 @@ announces and with what the weights must take; its checksum is kept beside it an
 
 import fcntl
 import hashlib
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from consistency import caches
 from consistency.errors import UserError, require
 from consistency.formats.opened import Role
 
@@ -109,16 +109,10 @@ def find(name: str) -> Released:
     return RELEASED[name]
 
 
-def cache() -> Path:
-    """The folder of downloaded files."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "consistency"
-    return Path(os.environ.get("CONSISTENCY_CACHE", default)).expanduser()
-
-
 def fetch(name: str) -> Path:
     """Where the published file of that name stands, after fetching it if it is not there yet."""
     released = find(name)
-    path = cache() / name.split(":")[0] / Path(released.url).name
+    path = caches.own() / name.split(":")[0] / Path(released.url).name
     if released.url.startswith(JCM):
         path = path.with_name(f"{name.split(':')[1]}.flax")
     if not path.is_file():

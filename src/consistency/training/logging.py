@@ -1,20 +1,25 @@
-"""Loggers: a metrics.csv with one row a step, and W&B that needs no account and never stops a run."""
+"""Loggers: a metrics.csv with one row a step, W&B that needs no account, TensorBoard; none of them stops a run."""
 
 import csv
 import os
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
+import numpy as np
 import wandb
-from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.loggers.logger import Logger
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.errors import UsageError
 
 from consistency.checkpoint import write_text
+from consistency.errors import require
 from consistency.training.faults import tell
 
 FLUSH_SECONDS = 0.5
@@ -145,13 +150,34 @@ def key_configured() -> bool:
         return False
 
 
-class PatientWandbLogger(WandbLogger):
+class Patient:
+    """A logger that fails goes silent; one line says so, and the run goes on."""
+
+    service: str
+    failed = False
+
+    def _guard(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.failed:
+            return None
+        try:
+            return action(*args, **kwargs)
+        except Exception as error:
+            if not self.failed:
+                reason = " ".join(str(error).split())
+                tell(f"{self.service} failed and is off for the rest of this run: {reason}")
+            self.failed = True
+            return None
+
+
+class PatientWandbLogger(Patient, WandbLogger):
     """Lightning's W&B logger, offline where no key is configured, and silent from the moment W&B fails: one line says so.
 
     WANDB_MODE, where set, decides instead. A later `wandb sync <folder>` uploads an offline run. The id of the run stands in
     wandb_id.txt in `folder`, so that a run that goes on stays one run, offline too: every start of it then has a folder of
     its own, with the same id.
     """
+
+    service = "W&B"
 
     def __init__(self, *, project: str, folder: str, name: str | None) -> None:
         mode = os.environ.get("WANDB_MODE") or ("online" if key_configured() else "offline")
@@ -173,19 +199,6 @@ class PatientWandbLogger(WandbLogger):
         # WandbLogger passes an option that W&B now warns about.
         self._wandb_init.pop("anonymous", None)
         self.folder = Path(folder)
-        self.failed = False
-
-    def _guard(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.failed:
-            return None
-        try:
-            return action(*args, **kwargs)
-        except Exception as error:
-            if not self.failed:
-                reason = " ".join(str(error).split())
-                tell(f"W&B failed and is off for the rest of this run: {reason}")
-            self.failed = True
-            return None
 
     @property
     def experiment(self) -> Any:
@@ -233,3 +246,67 @@ class PatientWandbLogger(WandbLogger):
             with suppress(Exception):
                 wandb.teardown()  # or the end of the process tries, and says that it cannot
         self.failed = True
+
+
+class PatientTensorBoardLogger(Patient, TensorBoardLogger):
+    """Lightning's TensorBoard logger with all starts of a run as one history in `folder`, silent once it fails."""
+
+    service = "TensorBoard"
+
+    def __init__(self, *, folder: str) -> None:
+        require(
+            find_spec("tensorboard") is not None,
+            "the package tensorboard for logger=tensorboard",
+            "no such package",
+            "pip install tensorboard, or choose logger=csv",
+        )
+        super().__init__(save_dir=folder, name="", version="", default_hp_metric=False)
+
+    @property
+    def log_dir(self) -> str:
+        """Where the events lie: `folder` as it is, whatever characters it has."""
+        return self.save_dir
+
+    def cut(self, step: int) -> None:
+        """Has what earlier starts of the run wrote from `step` on left out: the run goes on there."""
+        self._kwargs["purge_step"] = step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer of events, or None once it has failed."""
+        return self._guard(TensorBoardLogger.experiment.fget, self)  # type: ignore[attr-defined]
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Logs numbers, or nothing once TensorBoard has failed."""
+        self._guard(super().log_metrics, metrics, step)
+
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        """Logs the configuration as text; its own config.yaml lies beside."""
+        self._guard(self._add_config, params)
+
+    @rank_zero_only
+    def _add_config(self, params: Any) -> None:
+        text = yaml.safe_dump(params, sort_keys=False)
+        self.experiment.add_text("config", indent(text, "    "), self._kwargs.get("purge_step", 0))
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        """Logs pictures, or nothing once TensorBoard has failed."""
+        self._guard(self._add_images, key, images, step)
+
+    @rank_zero_only
+    def _add_images(self, key: str, images: list[Any], step: int | None) -> None:
+        for image in images:
+            self.experiment.add_image(key, np.asarray(image), step, dataformats="HWC")
+
+    def save(self) -> None:
+        """Writes what waits."""
+        self._guard(self._flush)
+
+    @rank_zero_only
+    def _flush(self) -> None:
+        self.experiment.flush()
+
+    def finalize(self, status: str) -> None:
+        """Writes what waits and closes the file, so that the next job of a sweep begins one of its own."""
+        self._guard(super().finalize, status)

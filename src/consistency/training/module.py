@@ -1,14 +1,16 @@
 """The LightningModule around an objective: it moves data, draws keys, logs; the formula stays in the objective."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from consistency.data.feed import fed
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
@@ -16,6 +18,7 @@ from consistency.objectives import Losses, Objective
 from consistency.preconditioning import Preconditioning
 from consistency.randomness import generator, key
 from consistency.tensors import Data, Label
+from consistency.training.faults import tell
 from consistency.training.nonfinite import NonfiniteGuard
 
 OBJECTIVE = "objective."
@@ -27,7 +30,11 @@ class ConsistencyModule(L.LightningModule):
     online: the network under its training preconditioning; sampling_preconditioning: the one its samples are drawn
     with; card: the plain description of the denoiser that every checkpoint carries; config: the resolved plain config
     of the run; seed: of every draw; on_nonfinite: policy of `NonfiniteGuard`; sources: which files the run read its
-    teacher and initial weights from.
+    teacher and initial weights from; callbacks: builds what the method does beside the loss, for a trainer that has no
+    such callbacks yet.
+
+    Trains on a `DataModule`, whose images it mirrors where that says so, or on any loader of (images, labels), see
+    `consistency.data.feed`.
 
     k counts the optimizer steps that were really taken, which `trainer.global_step` does not under a gradient scaler.
     Callbacks publish N(k) as `num_scales` and, where the mode has them, set `target` and `averages`.
@@ -45,6 +52,7 @@ class ConsistencyModule(L.LightningModule):
         seed: int,
         on_nonfinite: str,
         sources: dict[str, dict[str, str]],
+        callbacks: Callable[[], Sequence[Callback]] = tuple,
     ) -> None:
         super().__init__()
         self.online, self.objective = online, objective.requires_grad_(False)
@@ -52,16 +60,27 @@ class ConsistencyModule(L.LightningModule):
         self.make_optimizer = optimizer
         self.card, self.config, self.seed = card, config, seed
         self.guard, self.sources = NonfiniteGuard(on_nonfinite), sources
+        self.make_callbacks = callbacks
         self.k = 0
         self.num_scales = 0
         self.target: Denoiser | None = None
         self.averages: dict[str, nn.Module] = {}
         self.step_started = 0.0
+        self._told_range = False
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The callbacks that come with the module, but for those of a kind that the trainer has."""
+        there = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [callback for callback in self.make_callbacks() if type(callback) not in there]
 
     # The optimizer and k
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.make_optimizer(self.online.parameters())
+        optimizer = self.make_optimizer(self.online.parameters())
+        # A fused one would leave out what overflows inside its kernel, where neither k nor an average notices.
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        return optimizer
 
     def on_fit_start(self) -> None:
         """Counts real steps; callbacks have registered their hooks before, so these see k before it grows."""
@@ -74,23 +93,26 @@ class ConsistencyModule(L.LightningModule):
 
     def on_fit_end(self) -> None:
         self._counter.remove()
+        self.guard.tell_overflows()
 
     # The step
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         """Dropout draws from the global generators: keyed by place, like every other draw. All callbacks are done by now."""
-        place = key(self.seed, "dropout", self.global_rank, batch_idx)
+        place = key(self.seed, "dropout", self.global_rank, self._position)
         torch.default_generator.manual_seed(place)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(place)
         self.step_started = time.perf_counter()
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        images, classes = batch
-        data = self.data
-        draw = generator(self.seed, "train", self.global_rank, batch_idx, device=self.device)
-        x_0 = data.augmented(images, draw)
-        label: Label = None if data.num_classes is None else classes
+    @property
+    def _position(self) -> int:
+        """Batches before this one: `batch_idx` in the one epoch of our runs, where a script has several."""
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready) - 1
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        draw = generator(self.seed, "train", self.global_rank, self._position, device=self.device)
+        x_0, label = self._seen(batch, draw)
         objective: Objective = self.objective
         losses = objective(
             self.online, self.target or self.online, x_0, label, self.num_scales, draw
@@ -99,6 +121,23 @@ class ConsistencyModule(L.LightningModule):
         self.guard.note(losses)
         self._log_losses(losses, loss.detach())
         return loss
+
+    def _seen(self, batch: Any, draw: torch.Generator) -> tuple[Data, Label]:
+        """Images in [-1, 1] and labels of a batch."""
+        if isinstance(data := self._datamodule, DataModule):
+            images, classes = batch
+            return data.augmented(images, draw), None if data.num_classes is None else classes
+        image = self.card.get("image")
+        shape = None if image is None else (image["channels"], image["size"], image["size"])
+        x_0, label = fed(batch, shape=shape, num_classes=self.card.get("num_classes"))
+        if not self._told_range:
+            self._told_range = True
+            if self.global_rank == 0 and float(x_0.min()) >= 0:
+                tell(
+                    "the first images lie between 0 and 1 and are taken as they are; the range is -1 to 1, "
+                    "so where 0 is black scale them: 2 * x - 1"
+                )
+        return x_0, label
 
     def optimizer_step(
         self,
@@ -110,14 +149,20 @@ class ConsistencyModule(L.LightningModule):
         """Computes the gradients first, so that the step can be left out where loss or gradients are not finite."""
         assert optimizer_closure is not None
         loss = optimizer_closure()
-        term = type(self.objective).__name__
+        term, k = type(self.objective).__name__, self.k
         strategy = self.trainer.strategy
-        if self.guard.allows(self._gradients(), strategy=strategy, term=term, k=self.k):
+        if self.guard.allows(self._gradients(), strategy=strategy, term=term, k=k):
             optimizer.step(closure=lambda: loss)
+            if (scaler := self._scaler) is not None:
+                self.guard.scaled(taken=self.k > k, scale=scaler.get_scale, term=term, k=k)
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _gradients(self) -> dict[str, Tensor]:
         """By parameter, for the guard; a gradient scaler looks for overflows itself."""
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        if self._scaler is not None:
             return {}
         return {n: p.grad for n, p in self.online.named_parameters() if p.grad is not None}
 
@@ -143,11 +188,21 @@ class ConsistencyModule(L.LightningModule):
         self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
     @property
+    def _datamodule(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    @property
     def data(self) -> DataModule:
-        """The run's data module."""
-        module = self.trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(module, DataModule)
-        return module
+        """The run's data module; `UserError` where it trains on a loader."""
+        data = self._datamodule
+        require(
+            isinstance(data, DataModule),
+            "the data module of a run, for a callback that looks at the training images",
+            "a loader" if data is None else type(data).__name__,
+            "say fit(module, datamodule=consistency.training.run.build_data(config)), or leave that callback out",
+        )
+        assert isinstance(data, DataModule)
+        return data
 
     # Samples
 
@@ -182,6 +237,7 @@ class ConsistencyModule(L.LightningModule):
         checkpoint["card"], checkpoint["config"], checkpoint["k"] = self.card, self.config, self.k
         checkpoint["sources"] = self.sources
         checkpoint["left_out_in_a_row"] = self.guard.in_a_row
+        checkpoint["overflows"] = [self.guard.overflows, self.guard.overflows_in_a_row]
         checkpoint["state_dict"] = {
             name: value
             for name, value in checkpoint["state_dict"].items()
@@ -191,5 +247,7 @@ class ConsistencyModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.k = checkpoint["k"]
         self.guard.in_a_row = checkpoint["left_out_in_a_row"]
+        # Those of older checkpoints were not counted.
+        self.guard.overflows, self.guard.overflows_in_a_row = checkpoint.get("overflows", (0, 0))
         own = {f"{OBJECTIVE}{name}": v for name, v in self.objective.state_dict().items()}
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}

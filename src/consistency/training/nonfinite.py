@@ -1,17 +1,28 @@
 """What a run does where a loss or a gradient is not finite."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from consistency.errors import require
 from consistency.objectives import Losses
+from consistency.training.faults import tell
 
 SHOWN = 4
+
+OVERFLOWS = 40
+"""Steps in a row that a gradient scaler may leave out, each of which halves its scale. It begins at 2^16, and a healthy run
+finds what fits within some twenty: at 2^-24, the smallest number of float16, what still overflows no scale can help.
+"""
+
+REMEDY = (
+    "lower optimizer.lr, use trainer.precision=32-true or bf16-mixed, or look at the data; "
+    "last.ckpt is the state before that step"
+)
 
 
 class NonfiniteGuard:
@@ -20,7 +31,8 @@ class NonfiniteGuard:
 
     policy: "stop" at the first one, or "skip:<n>" at the n-th in a row; a step that is left out changes no weight, no
     average and no schedule. An optimizer step may have several batches and several ranks; one bad sample in any of them
-    spoils it. Gradients that overflow under a gradient scaler are its matter and never count.
+    spoils it. Gradients that overflow under a gradient scaler are its matter and count apart: `OVERFLOWS` of them in a row
+    stop the run, under any policy.
     """
 
     def __init__(self, policy: str) -> None:
@@ -34,9 +46,12 @@ class NonfiniteGuard:
         assert form is not None
         self.limit = int(form[1] or 1)
         self.in_a_row = 0
+        self.overflows = self.overflows_in_a_row = 0
         self.verdict: str | None = None
         """Why the run must stop, the same on every rank, once it must."""
         self._batches: list[Losses] = []
+        self._newest: list[Losses] = []
+        """The losses of the last step that was allowed."""
 
     def note(self, losses: Losses) -> None:
         """Remembers the losses of one batch until its optimizer step."""
@@ -50,6 +65,7 @@ class NonfiniteGuard:
         gradients: by parameter, none where a scaler looks at them; term: what computed the losses.
         """
         batches, self._batches = self._batches, []
+        self._newest = batches
         place = f"in the term {term} at step k={k}"
         samples = modules = None
         # One look at the device for all losses and gradients of the step. A sum of squares may overflow where no
@@ -69,13 +85,39 @@ class NonfiniteGuard:
         if self.in_a_row >= self.limit:
             in_a_row = f", the last of {self.limit} such steps in a row" if self.limit > 1 else ""
             self.verdict = (
-                f"expected a finite loss and gradient\n  got: {report}{in_a_row}\n"
-                "  do: lower optimizer.lr, use trainer.precision=32-true or bf16-mixed, or look at the data; "
-                "last.ckpt is the state before that step"
+                f"expected a finite loss and gradient\n  got: {report}{in_a_row}\n  do: {REMEDY}"
             )
         else:
             rank_zero_warn(f"step left out ({self.in_a_row} in a row): {report}")
         return False
+
+    def scaled(self, *, taken: bool, scale: Callable[[], float], term: str, k: int) -> None:
+        """Counts the steps that a gradient scaler leaves out: an allowed step k was taken, or else overflowed.
+
+        scale: what it multiplies the loss with from now on.
+        """
+        if taken:
+            self.overflows_in_a_row = 0
+            return
+        self.overflows += 1
+        self.overflows_in_a_row += 1
+        place = f"in the term {term} at step k={k}"
+        if self.overflows == 1 and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            tell(
+                f"gradients overflowed half precision {place}: the scaler leaves the step out and goes on with scale "
+                f"{scale():g}; how many there are is said at the end"
+            )
+        if self.overflows_in_a_row >= OVERFLOWS:
+            self.verdict = (
+                "expected gradients that half precision holds at some scale\n"
+                f"  got: an overflow {place}, {_span(torch.cat([b.t for b in self._newest]))}, the last of "
+                f"{self.overflows_in_a_row} in a row, down to scale {scale():g}\n  do: {REMEDY}"
+            )
+
+    def tell_overflows(self) -> None:
+        """Says how many steps the scaler has left out, where it was more than the one that was told."""
+        if self.overflows > 1 and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            tell(f"the gradient scaler left out {self.overflows} steps whose gradients overflowed")
 
 
 def _bad_samples(batches: list[Losses], place: str) -> str | None:

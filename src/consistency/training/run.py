@@ -4,6 +4,7 @@ import logging
 import shlex
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -23,12 +25,17 @@ from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import require
 from consistency.masking import masked
+from consistency.training.arguments import plugins_of, require_taken, require_whole
 from consistency.training.callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.pictures import SampleGrids
 from consistency.training.faults import explained
 from consistency.training.launch import is_child, one_job
-from consistency.training.logging import MetricsFile, PatientWandbLogger
+from consistency.training.logging import (
+    MetricsFile,
+    PatientTensorBoardLogger,
+    PatientWandbLogger,
+)
 from consistency.training.module import ConsistencyModule
 from consistency.training.resuming import Start, begin, keep_config
 from consistency.training.rotation import settle
@@ -86,9 +93,15 @@ def named_classes(data: DataModule) -> dict[str, list[str]]:
     return {"class_names": names} if names and len(names) == data.num_classes else {}
 
 
-def build_module(config: DictConfig, data: DataModule) -> ConsistencyModule:
-    """Network, objective and optimizer of the configuration; loads teacher and initial weights."""
-    _require_fit(config, data)
+def build_module(config: DictConfig, data: DataModule | None = None) -> ConsistencyModule:
+    """Network, objective and optimizer of the configuration; loads teacher and initial weights.
+
+    Without `data` it trains on any loader of (images, labels) in a Lightning trainer of one's own, to which it brings its
+    schedules and averages:
+
+        L.Trainer(max_steps=1000).fit(build_module(config), loader)
+    """
+    _require_fit(config)
     network: nn.Module = instantiate(config.model.network, _convert_="all")
     optimizer = instantiate(config.optimizer, _convert_="all")
     _try_optimizer(optimizer)
@@ -106,11 +119,12 @@ def build_module(config: DictConfig, data: DataModule) -> ConsistencyModule:
         objective=instantiate(config.mode.objective, _convert_="all"),
         sampling_preconditioning=instantiate(config.mode.sampling_preconditioning),
         optimizer=optimizer,
-        card=describe(config) | named_classes(data),
+        card=describe(config) | (named_classes(data) if data is not None else {}),
         config=masked({str(key): value for key, value in plain.items()}),
         seed=config.seed,
         on_nonfinite=config.on_nonfinite,
         sources=_sources(config),
+        callbacks=tuple if data is not None else partial(method_callbacks, config),
     )
 
 
@@ -139,8 +153,9 @@ def _holds(node: Any, value: object) -> bool:
     return bool(node == value)
 
 
-def _require_fit(config: DictConfig, data: DataModule) -> None:
+def _require_fit(config: DictConfig) -> None:
     """Tries the network's shapes on the data's, without computing, so that a mismatch is told before anything is built."""
+    data = config.data
     image = (1, data.channels, data.image_size, data.image_size)
     shape, reason = None, ""
     with torch.device("meta"):
@@ -175,6 +190,12 @@ def _try_samplers(config: DictConfig) -> None:
 
 def build_callbacks(config: DictConfig) -> list[Callback]:
     """The mode's callbacks, then the run's; a null or empty node is switched off."""
+    require(
+        config.mode.total_steps >= 1,
+        "mode.total_steps >= 1, the length of the schedules",
+        config.mode.total_steps,
+        "leave it out: it is trainer.max_steps",
+    )
     named = {**config.mode.callbacks, **config.callbacks}
     for name, node in named.items():
         require(
@@ -186,11 +207,32 @@ def build_callbacks(config: DictConfig) -> list[Callback]:
     return [instantiate(node, _convert_="all") for node in named.values() if node]
 
 
+def method_callbacks(config: DictConfig) -> list[Callback]:
+    """What trains along with the weights: the mode's callbacks, the rate's schedule and the averages for samples."""
+    names = ("learning_rate", "evaluation_ema")
+    nodes = [*config.mode.callbacks.values(), *(config.callbacks.get(name) for name in names)]
+    return [instantiate(node, _convert_="all") for node in nodes if node]
+
+
+def build_loggers(config: DictConfig) -> list[Logger]:
+    """The loggers of the configuration, those of a person's own among them; a null node is switched off."""
+    loggers = [instantiate(node, _convert_="all") for node in config.logger.values() if node]
+    for logger in loggers:
+        require(
+            isinstance(logger, Logger),
+            "logger.<name> with the _target_ of one of Lightning's loggers, or null",
+            f"{type(logger).__name__}",
+            "choose logger=csv, wandb, tensorboard or none, or add +logger.<name>._target_=...",
+        )
+    return loggers
+
+
 def train(config: DictConfig, output: Path) -> None:
     """Trains as the configuration says and leaves everything in the folder `output`."""
     quiet()
     start = begin(config, output)
     config = start.config
+    require_taken(config.trainer)
     require(config.seed >= 0, "seed >= 0", config.seed, "give another seed")
     require(
         config.trainer.max_steps >= 1,
@@ -205,11 +247,11 @@ def train(config: DictConfig, output: Path) -> None:
         return
     L.seed_everything(config.seed, workers=True, verbose=False)
     with one_job(), explained():
+        loggers = build_loggers(config)
         data = build_data(config)
         module = build_module(config, data)
         _try_samplers(config)
         callbacks = build_callbacks(config)
-        loggers = [instantiate(node) for node in config.logger.values() if node]
         trainer = build_trainer(config, callbacks, loggers, data)
         if trainer.is_global_zero:
             output.mkdir(parents=True, exist_ok=True)
@@ -217,7 +259,7 @@ def train(config: DictConfig, output: Path) -> None:
             _announce(start, module, output)
             print(data.summary(trainer.world_size), flush=True)
             for logger in loggers:
-                if isinstance(logger, MetricsFile):
+                if isinstance(logger, MetricsFile | PatientTensorBoardLogger):
                     logger.cut(start.step)
         for logger in loggers:
             logger.log_hyperparams(module.config)
@@ -234,19 +276,16 @@ def build_trainer(
         config.trainer,
         callbacks=callbacks,
         logger=loggers or False,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[*plugins_of(config.trainer), AtomicCheckpointIO()],
         max_epochs=1,
+        # Where a callback is switched off, Lightning would put its own in its place.
+        enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
+        enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
         log_every_n_steps=min(config.trainer.log_every_n_steps, config.trainer.max_steps),
         use_distributed_sampler=False,
         _convert_="all",
     )
-    half = str(config.trainer.precision) in ("16-mixed", "16-true", "16")
-    require(
-        not half or trainer.strategy.root_device.type != "cpu",
-        "trainer.precision=32-true or bf16-mixed on a CPU",
-        f"trainer.precision={config.trainer.precision}, which a CPU run would silently replace",
-        "change trainer.precision",
-    )
+    require_whole(trainer.strategy)
     trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
     return trainer
 

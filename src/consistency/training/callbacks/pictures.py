@@ -13,6 +13,7 @@ from consistency.generation import generate
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
 from consistency.training.faults import spared
+from consistency.training.logging import PatientTensorBoardLogger
 from consistency.training.module import ConsistencyModule
 
 
@@ -66,9 +67,10 @@ class SampleGrids(Periodic):
         self._drawn = module.k
         if not trainer.is_global_zero:
             return
-        data, count = module.data, self.num_samples
-        columns = pictures.columns_for(count, data.num_classes)
-        labels = None if data.num_classes is None else torch.arange(count) % data.num_classes
+        image, num_classes = module.card["image"], module.card["num_classes"]
+        count = self.num_samples
+        columns = pictures.columns_for(count, num_classes)
+        labels = None if num_classes is None else torch.arange(count) % num_classes
         panels = []
         with module.sampling_denoiser(self.weights) as denoiser:
             for name, sampler in self.samplers.items():
@@ -77,7 +79,7 @@ class SampleGrids(Periodic):
                     sampler,
                     indices=range(count),
                     labels=labels,
-                    shape=(data.channels, data.image_size, data.image_size),
+                    shape=(image["channels"], image["size"], image["size"]),
                     seed=self.seed,
                     batch_size=self.batch_size,
                     device=module.device,
@@ -90,7 +92,7 @@ class SampleGrids(Periodic):
             sheet.save(self.folder / f"step_{module.k:08d}.png")
             sheet.save(self.newest)
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, WandbLogger | PatientTensorBoardLogger):
                 logger.log_image("samples", [sheet], step=module.k)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from torch import Tensor
 
 from consistency.training.module import ConsistencyModule
 
@@ -38,7 +39,8 @@ class Throughput(Callback):
         elapsed = time.perf_counter() - module.step_started
         self.total_seconds += elapsed
         self._seconds += elapsed
-        self._images += len(batch[0]) * trainer.world_size
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        self._images += len(images) * trainer.world_size
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             module.log("images_per_second", self._images / self._seconds, prog_bar=True)
             module.log("training_seconds", self.total_seconds)

@@ -1,0 +1,177 @@
+"""Which arguments of Lightning's Trainer a run takes, and what to give in the place of those that it sets itself."""
+
+import os
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    XLAStrategy,
+)
+from omegaconf import DictConfig, ListConfig
+
+from consistency.errors import require
+
+LENGTH = "trainer.max_steps=<optimizer steps>: a run has one length, and no epochs"
+MEASURED = (
+    "callbacks.evaluation.every_n_train_steps: there is no validation loop, samples are measured"
+)
+
+REFUSED = {
+    "accumulate_grad_batches": "data.device_batch_size=<images that a device holds at once>",
+    "barebones": "python src/benchmark.py part=train, which measures the speed of the training",
+    "callbacks": "+callbacks.<name>={_target_: ...}",
+    "check_val_every_n_epoch": MEASURED,
+    "enable_autolog_hparams": "nothing: loggers are given the run's configuration; logger=none has none",
+    "enable_checkpointing": "callbacks.checkpoint=null for a run without checkpoints",
+    "enable_progress_bar": "callbacks.progress=null for a run without a bar",
+    "fast_dev_run": "trainer.max_steps=1",
+    "inference_mode": "nothing: " + MEASURED,
+    "limit_predict_batches": "num_samples= of sample.py",
+    "limit_test_batches": "num_samples= of evaluate.py",
+    "limit_train_batches": LENGTH,
+    "limit_val_batches": "callbacks.evaluation.num_samples=<samples>",
+    "logger": "logger=csv, wandb, tensorboard or none, or +logger.<name>={_target_: ...}",
+    "max_epochs": LENGTH,
+    "max_time": "trainer.max_steps, or `timeout <time> python src/train.py ...`: its SIGTERM keeps last.ckpt",
+    "min_epochs": LENGTH,
+    "min_steps": LENGTH,
+    "model_registry": "nothing: checkpoints are files below output=",
+    "num_sanity_val_steps": MEASURED,
+    "overfit_batches": "a small data set, for example data=folder data.path=<a few images>",
+    "reload_dataloaders_every_n_epochs": "nothing: the images have one order, that of data.* and seed=",
+    "use_distributed_sampler": "nothing: every process gets its share of each batch of data.batch_size",
+    "val_check_interval": MEASURED,
+}
+"""By argument, what to say instead: the run sets it itself, or has nothing that it speaks of."""
+
+TAKEN = frozenset(
+    {
+        "accelerator",
+        "benchmark",
+        "default_root_dir",
+        "detect_anomaly",
+        "deterministic",
+        "devices",
+        "enable_model_summary",
+        "gradient_clip_algorithm",
+        "gradient_clip_val",
+        "log_every_n_steps",
+        "max_steps",
+        "num_nodes",
+        "plugins",
+        "precision",
+        "profiler",
+        "strategy",
+        "sync_batchnorm",
+    }
+)
+"""What is passed on as it is given. A test holds that the two are the whole signature."""
+
+STRATEGIES = (
+    "auto",
+    "ddp",
+    "ddp_find_unused_parameters_false",
+    "ddp_find_unused_parameters_true",
+)
+OTHERS = (DeepSpeedStrategy, XLAStrategy)
+"""What is a DDPStrategy to Lightning."""
+
+DDP = "say trainer=ddp, whose arguments are trainer.strategy.<name>, or one of those names"
+
+
+def require_taken(trainer: DictConfig) -> None:
+    """Refuses settings of `trainer` that a run cannot follow, before anything is opened or written."""
+    for name, remedy in REFUSED.items():
+        value = trainer.get(name)
+        require(
+            value is None,
+            f"no trainer.{name}, which the run sets itself",
+            f"trainer.{name}={value}",
+            f"say {remedy}",
+        )
+    _require_no_variables()
+    _require_strategy(trainer.get("strategy"))
+    steps = trainer.get("log_every_n_steps")
+    require(
+        isinstance(steps, int) and steps >= 1,
+        "trainer.log_every_n_steps >= 1",
+        steps,
+        "give the number of optimizer steps between two rows; logger=none logs nothing",
+    )
+    clip, algorithm = trainer.get("gradient_clip_val"), trainer.get("gradient_clip_algorithm")
+    require(
+        clip is None or clip >= 0,
+        "trainer.gradient_clip_val >= 0, or null",
+        clip,
+        "give the largest norm that a gradient may have",
+    )
+    require(
+        algorithm is None or clip is not None,
+        "trainer.gradient_clip_val with trainer.gradient_clip_algorithm",
+        f"trainer.gradient_clip_algorithm={algorithm} alone, which clips nothing",
+        "add trainer.gradient_clip_val=<number>",
+    )
+    precision, accelerator = str(trainer.get("precision")), trainer.get("accelerator")
+    cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    require(
+        not cpu or precision not in ("16-mixed", "16-true", "16"),
+        "trainer.precision=32-true or bf16-mixed on a CPU",
+        f"trainer.precision={precision}, which a CPU run would silently replace",
+        "change trainer.precision",
+    )
+    plugins_of(trainer)
+
+
+def plugins_of(trainer: DictConfig) -> list[Any]:
+    """The plugins that a person gives, built; `UserError` where one would write the checkpoints."""
+    given = trainer.get("plugins")
+    listed = given if isinstance(given, ListConfig) else [given] if given else []
+    built = [instantiate(p, _convert_="all") if isinstance(p, DictConfig) else p for p in listed]
+    for plugin in built:
+        require(
+            not isinstance(plugin, CheckpointIO),
+            "trainer.plugins without one that writes checkpoints",
+            type(plugin).__name__,
+            "leave it out: the run writes its checkpoints whole, with a checksum, and keeps the one before",
+        )
+    return built
+
+
+def _require_no_variables() -> None:
+    """Lightning reads arguments from the environment as well, where no config.yaml would show them."""
+    for name in sorted(TAKEN | REFUSED.keys()):
+        variable = f"PL_TRAINER_{name.upper()}"
+        require(
+            not os.environ.get(variable),
+            "Lightning's arguments as options of the command",
+            f"{variable}={os.environ.get(variable)} in the environment",
+            f"unset {variable}; say {REFUSED.get(name, f'trainer.{name}=<value>')}",
+        )
+
+
+def _require_strategy(given: Any) -> None:
+    if isinstance(given, DictConfig):
+        require_whole(instantiate(given, _convert_="all"))
+    else:
+        named = f"trainer.strategy among {', '.join(STRATEGIES)}"
+        require(given in STRATEGIES, named, f"trainer.strategy={given}", DDP)
+
+
+def require_whole(strategy: Strategy) -> None:
+    """Refuses what trains on several devices and leaves a process without the whole weights, or without the run's folder,
+    signals and end: sharded weights, and processes that are spawned or forked, as Lightning does in a notebook.
+    """
+    start = getattr(strategy, "_start_method", None) or "popen"
+    ours = isinstance(strategy, DDPStrategy) and not isinstance(strategy, OTHERS)
+    require(
+        (ours or isinstance(strategy, SingleDeviceStrategy)) and start == "popen",
+        "processes that each hold the whole network and are started by the command, Lightning's DDPStrategy",
+        type(strategy).__name__ + ("" if start == "popen" else f" with start_method={start}"),
+        f"{DDP}; in a notebook trainer.devices=1",
+    )
