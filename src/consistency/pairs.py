@@ -34,7 +34,7 @@ def _require_spread(p_std: float) -> None:
     require(p_std > 0, "p_std > 0", p_std, "it is the standard deviation of ln t")
 
 
-def require_scales(num_scales: int, least: int) -> None:
+def require_scales(num_scales: float, least: int) -> None:
     """Refuses an N(k) that leaves no pair, above all the 0 of a run in which nothing sets it."""
     require(
         num_scales >= least,
