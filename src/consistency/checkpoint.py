@@ -33,6 +33,7 @@ from consistency.formats import diffusers, reading, released
 from consistency.formats.opened import ContentError, Hints, Opened, Role
 from consistency.grids import KarrasGrid
 from consistency.networks.unet import UNet
+from consistency.paths import path_of
 from consistency.randomness import generator
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
@@ -228,7 +229,7 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     """
     if released.is_name(checkpoint):
         return released.fetch(str(checkpoint))
-    path = Path(checkpoint).expanduser()
+    path = path_of(checkpoint)
     if path.is_file() and path.name.startswith(diffusers.WEIGHTS):
         path = path.parent
         path = path.parent if (path.parent / "model_index.json").is_file() else path

@@ -12,6 +12,7 @@ from consistency.data.decoding import EXTENSIONS, MOST_BYTES, bad_image
 from consistency.data.encoded import Encoded, OnBad, PerProcess
 from consistency.data.folder import file_stamp, image_files, read_file
 from consistency.errors import UserError, require
+from consistency.paths import path_of
 
 LABELS = "dataset.json"
 MOST_LABEL_BYTES = 1 << 28
@@ -38,12 +39,12 @@ class Archive(Encoded):
         on_bad: OnBad = "stop",
     ) -> None:
         require(
-            path is not None and Path(path).expanduser().exists(),
+            path is not None and path_of(path).exists(),
             f"a zip or folder made by dataset_tool or prepare.py at data.path={path}",
             "nothing there" if path is not None else "data.path=null",
             "add data.path=<file>; make one with `python src/prepare.py source=<images> output=<file>.zip`",
         )
-        self.path = Path(str(path)).expanduser()
+        self.path = path_of(str(path))
         self.zip = None if self.path.is_dir() else PerProcess(partial(opened_zip, self.path))
         if self.zip is None:
             names, _ = image_files(self.path)

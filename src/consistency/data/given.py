@@ -13,6 +13,7 @@ from consistency.data.cropping import halving
 from consistency.data.decoding import MODES, MOST_BYTES, MOST_PIXELS
 from consistency.data.encoded import to_tensor
 from consistency.errors import require
+from consistency.paths import path_of
 
 FORMATS = {
     ".png": "PNG",
@@ -30,7 +31,7 @@ FORMATS = {
 
 def files_at(path: str) -> list[Path]:
     """The image that is meant, or the images directly in the folder that is meant, in the order of their names."""
-    place = Path(path).expanduser()
+    place = path_of(path)
     require(
         place.exists(),
         f"an image or a folder of images at {place}",

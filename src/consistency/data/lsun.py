@@ -10,6 +10,7 @@ from consistency.data.decoding import bad_image
 from consistency.data.encoded import Encoded, OnBad, PerProcess
 from consistency.data.folder import file_stamp
 from consistency.errors import UserError, require
+from consistency.paths import path_of
 
 FILE = "data.mdb"
 
@@ -30,7 +31,7 @@ class Database(Encoded):
         num_classes: int | None = None,
         on_bad: OnBad = "stop",
     ) -> None:
-        self.folder = Path(path).expanduser()
+        self.folder = path_of(path)
         self.environment = PerProcess(partial(_opened, self.folder))
         with self.environment().begin() as read:
             # latin-1 maps every byte to a character and back
@@ -82,7 +83,7 @@ class LSUN(Database):
         on_bad: OnBad = "stop",
     ) -> None:
         name = f"{category}_{split}_lmdb"
-        database = Path(str(path)).expanduser() / name
+        database = path_of(str(path)) / name
         require(
             path is not None and (database / FILE).is_file(),
             f"LSUN's own database {name}/{FILE} in the folder data.path={path}",

@@ -1,7 +1,6 @@
 """What lies at a path, whichever of the known forms it has."""
 
 import zipfile
-from pathlib import Path
 from typing import Any
 
 from consistency.data.archive import LABELS, Archive, labels_of
@@ -13,6 +12,7 @@ from consistency.data.huggingface import HuggingFace
 from consistency.data.idx import MNIST, PREFIXES, idx_folder
 from consistency.data.lsun import FILE, Database
 from consistency.errors import require
+from consistency.paths import path_of
 
 HUB = "hf:"
 
@@ -28,7 +28,7 @@ def opened(source: str, *, split: str, classes: bool) -> Encoded | Held:
     if source.startswith(HUB):
         return HuggingFace(name=source.removeprefix(HUB), split=split, **PLAIN, classes=classes)
     require(split in PREFIXES, "split=train, test or all", split, "choose one")
-    path = Path(source).expanduser()
+    path = path_of(source)
     require(
         path.exists(),
         f"images at source={source}",

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from consistency.errors import UserError, require
 from consistency.formats.opened import Role
+from consistency.paths import path_of
 
 OPENAI = "https://openaipublic.blob.core.windows.net/consistency"
 JCM = f"{OPENAI}/jcm_checkpoints"
@@ -112,7 +113,7 @@ def find(name: str) -> Released:
 def cache() -> Path:
     """The folder of downloaded files."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "consistency"
-    return Path(os.environ.get("CONSISTENCY_CACHE", default)).expanduser()
+    return path_of(os.environ.get("CONSISTENCY_CACHE", default))
 
 
 def fetch(name: str) -> Path:
