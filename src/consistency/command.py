@@ -56,13 +56,6 @@ def register_experiments(folder: Path = ROOT / "experiments") -> None:
         )
 
 
-def register() -> None:
-    """Makes what the files in conf/ refer to known to Hydra."""
-    schema.register()
-    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
-    register_experiments()
-
-
 def command(name: str) -> Callable[[Main], Callable[[], None]]:
     """Turns `main(config, output folder)` into a command configured by conf/<name>.yaml.
 
@@ -86,7 +79,7 @@ def command(name: str) -> Callable[[Main], Callable[[], None]]:
             asked = os.environ.get("HYDRA_FULL_ERROR") == "1" and INSIDE not in os.environ
             os.environ.update({"HYDRA_FULL_ERROR": "1", INSIDE: "1"})
             try:
-                register()
+                register_experiments()
                 sys.argv[1:] = taken(sys.argv[1:])
                 with masked_output():
                     entry(job)()
@@ -150,7 +143,7 @@ RECORD = "_composed"
 
 
 def _with_hydra(overrides: Sequence[str], verb: str) -> DictConfig:
-    register()
+    register_experiments()
     given = [overrides] if isinstance(overrides, str) else list(overrides)
     verbs = sorted(file.stem for file in (ROOT / "conf").glob("*.yaml"))
     require(verb in verbs, f"a verb among {', '.join(verbs)}", verb, "choose one")
@@ -369,3 +362,8 @@ def require_fresh(
         "a folder with content" if folder.is_dir() else "a file",
         remedy,
     )
+
+
+# With the module, because the processes of a launcher import nothing else, and Hydra's own `compose` is served as well.
+schema.register()
+OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
