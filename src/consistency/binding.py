@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from consistency.errors import UserError, require
 
@@ -24,23 +25,29 @@ def require_bound(config: DictConfig) -> None:
         target = OmegaConf.select(config, f"{place}._target_".strip("."))
         part = _part(place, target)
         try:
-            parameters = inspect.signature(part).parameters.values()
+            parameters = list(inspect.signature(part).parameters.values())
         except (TypeError, ValueError):  # a class in C that does not say what it takes
             continue
+        if getattr(part, "__init__", None) is nn.Module.__init__:
+            parameters = []  # it says that it takes anything, and refuses everything
         given = [str(name) for name in node if name not in HYDRAS]
         free = any(p.kind is p.VAR_KEYWORD for p in parameters)
         by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         known = [p.name for p in by_name]
         unknown = [] if free else [name for name in given if name not in known]
         needed = [p for p in by_name[len(node.get("_args_") or []) :] if p.default is p.empty]
+        shown = known
         if node.get("_partial_"):
+            shown = [
+                p.name for p in by_name if p.default is not p.empty or p.kind is p.KEYWORD_ONLY
+            ]
             needed = [p for p in needed if p.kind is p.KEYWORD_ONLY]
         lacking = [p.name for p in needed if p.name not in given]
         removals = shlex.join(f"~{place}.{name}" for name in unknown)
         additions = shlex.join(f"+{place}.{name}=..." for name in lacking)
         require(
             not unknown and not lacking,
-            f"arguments of {target} at {place}: {', '.join(known) or 'none'}",
+            f"arguments of {target} at {place}: {', '.join(shown) or 'none'}",
             "; ".join(
                 [f"{name}, which it does not take" for name in unknown]
                 + [f"no {name}, which it needs" for name in lacking]

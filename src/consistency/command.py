@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -147,11 +148,18 @@ def _with_hydra(overrides: Sequence[str], verb: str) -> DictConfig:
     given = [overrides] if isinstance(overrides, str) else list(overrides)
     verbs = sorted(file.stem for file in (ROOT / "conf").glob("*.yaml"))
     require(verb in verbs, f"a verb among {', '.join(verbs)}", verb, "choose one")
+    theirs, base = GlobalHydra.instance().hydra, hydra.version.getbase()
+    GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             return hydra.compose(verb, taken(given), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(message(error)) from error
+    finally:
+        # Another use of Hydra, around this one, goes on as it was.
+        GlobalHydra.instance().hydra = theirs
+        if theirs is not None:
+            hydra.version.setbase(str(base))
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:
@@ -174,7 +182,7 @@ def called(main: Main, config: DictConfig, verb: str) -> Any:
     with read_write(record), open_dict(record):
         record.output = str(output)
         record.hydra.mode = RunMode.RUN
-        record.hydra.overrides.task = [*record.hydra.overrides.task, *changes]
+        record.hydra.overrides.task = [*given_options(record.hydra), *changes]
         record.hydra.runtime.output_dir = str(output)
         if made is None:
             record.hydra.runtime.choices = {}
@@ -290,6 +298,13 @@ def _path(value: str) -> str:
 def quoted(text: str) -> str:
     """A text as it stands in an override, where Hydra takes every character of it for itself."""
     return QuotedString(text, Quote.single).with_quotes()
+
+
+def given_options(run: Any) -> list[str]:
+    """The options of a job as they were given; `run` is Hydra's part of its configuration, which would fill them in."""
+    options = OmegaConf.to_container(run.overrides.task, resolve=False)
+    assert isinstance(options, list)
+    return [str(option) for option in options]
 
 
 def spelled_out(argument: str) -> list[str]:

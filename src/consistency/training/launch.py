@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.strategies.launchers import subprocess_script as fabric_launcher
 from lightning.pytorch.strategies.launchers import subprocess_script as pytorch_launcher
 
-from consistency.command import ROOT, quoted
+from consistency.command import ROOT, given_options, quoted
 from consistency.errors import UserError
 from consistency.orphans import end_with
 
@@ -45,7 +45,7 @@ def _job_command(local_rank: int) -> tuple[list[str], str]:
         script,
         "--config-name",
         str(run.job.config_name),
-        *run.overrides.task,
+        *given_options(run),
         f"hydra.run.dir={quoted(run.runtime.output_dir)}",
         "hydra.mode=RUN",
         f"hydra.job.name=rank{local_rank}",

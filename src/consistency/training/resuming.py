@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from consistency import trusted
 from consistency.checkpoint import CHECKPOINTS, LAST, PREVIOUS, write_text
-from consistency.command import AUTO, require_fresh
+from consistency.command import AUTO, given_options, require_fresh
 from consistency.errors import UserError, require
 from consistency.masking import MASK, masked
 from consistency.paths import path_of
@@ -195,7 +195,7 @@ def _moved(node: Any, old: str, new: str) -> Any:
 def _named(hydra: Any, saved: DictConfig) -> list[str]:
     """The places in the configuration that the command line names; "" is all of it, which experiment= stands for."""
     places = []
-    for override in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
+    for override in OverridesParser.create().parse_overrides(given_options(hydra)):
         key, package = override.key_or_group, override.package
         place = (package or key).replace("/", ".")
         choice = key if package is None else f"{key}@{package}"
