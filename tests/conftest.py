@@ -61,7 +61,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """verb("train", "mode=ct", ...) runs src/train.py in this process, in an empty folder."""
-    from consistency import command, comparison, evaluating, retouching, sampling, searching, speed
+    from consistency import (
+        command,
+        comparison,
+        conversion,
+        evaluating,
+        retouching,
+        sampling,
+        searching,
+        speed,
+    )
     from consistency.data import preparation
     from consistency.training import run
 
@@ -72,6 +81,7 @@ def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
         "edit": retouching.edit,
         "search": searching.search,
         "compare": comparison.compare,
+        "convert": conversion.convert,
         "prepare": preparation.prepare,
         "benchmark": speed.benchmark,
     }

@@ -16,7 +16,8 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 4, paragraph  objectives
     the shell           checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
-                        orphans (no process outlives its parent), caches (where there is no home),
+                        orphans (no process outlives its parent), caches (where there is no home), paths (as people give
+                        them), binding (do parts take the arguments beside them),
                         masking (no secrets in what is written), trusted (what a configuration from elsewhere may name),
                         sampling, evaluating, retouching, searching, page, comparison, conversion and speed (the commands)
       formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
@@ -43,6 +44,8 @@ from consistency import caches
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from os import PathLike
+
+    from omegaconf import DictConfig
 
     from consistency.checkpoint import Loaded
 
@@ -77,3 +80,28 @@ def load(
         image_size, num_head_channels, attention_resolutions, num_heads, num_heads_upsample
     )
     return checkpoint.load(path, weights=weights, role=role, hints=hints)
+
+
+def compose(overrides: Sequence[str] = (), verb: str = "train") -> DictConfig:
+    """The checked configuration of src/<verb>.py with these options, as its command line takes them.
+
+    config = compose(["mode=ct", "data=digits", "trainer.max_steps=100"])
+    config.optimizer.lr = 1e-3
+    train(config)
+    """
+    from consistency import command
+
+    return command.composed(overrides, verb)
+
+
+def train(config: DictConfig) -> float:
+    """Trains as a configuration of `compose` says, which may be changed before. Leaves the run in `config.output`: a dated
+    folder that is made now where none is named.
+
+    Returns what a sweeper minimises: the lowest value of what callbacks.checkpoint.monitor names, by default the Fréchet
+    distance of the run's evaluation; without an evaluation, the mean of the last 100 losses.
+    """
+    from consistency import command
+    from consistency.training import run
+
+    return command.called(run.train, config, "train")

@@ -33,6 +33,7 @@ from consistency.formats import diffusers, reading, released
 from consistency.formats.opened import ContentError, Hints, Opened, Role
 from consistency.grids import KarrasGrid
 from consistency.networks.unet import UNet
+from consistency.paths import path_of
 from consistency.randomness import generator
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
@@ -263,7 +264,7 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     """
     if released.is_name(checkpoint):
         return released.fetch(str(checkpoint))
-    path = snapshot(Path(checkpoint).expanduser())
+    path = snapshot(path_of(checkpoint))
     if path.is_file() and path.name.startswith(diffusers.WEIGHTS):
         path = diffusers.folder_of(path)
     if path.is_dir() and ((path / reading.SEALED).is_file() or diffusers.is_diffusers(path)):

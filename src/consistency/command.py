@@ -1,27 +1,46 @@
-"""The shape that all commands share: Hydra in front, one clear error message behind."""
+"""The shape that all commands share: Hydra in front, one clear error message behind; and the same without a command line."""
 
+import multiprocessing
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from consistency import schema
+from consistency.binding import require_bound
 from consistency.errors import UserError, require
 from consistency.masking import masked_output, masked_text
+from consistency.paths import expanded, path_of
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = "_CONSISTENCY_COMMAND"
 AUTO = "auto"
 """resume=auto: goes on with what is at output=, or begins there."""
+
+Main: TypeAlias = Callable[[DictConfig, Path], Any]
+"""What a command does with its configuration and output folder; a number that it returns is what a sweeper minimises."""
+
+METHODS = multiprocessing.get_all_start_methods()
+OVERRIDE = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+SWEEP = re.compile(r"(choice|glob|interval|range|shuffle|sort|tag)\s*\(.*\)", re.DOTALL)
 
 
 def register_experiments(folder: Path = ROOT / "experiments") -> None:
@@ -38,28 +57,22 @@ def register_experiments(folder: Path = ROOT / "experiments") -> None:
         )
 
 
-def command(name: str) -> Callable[[Callable[[DictConfig, Path], None]], Callable[[], None]]:
+def command(name: str) -> Callable[[Main], Callable[[], None]]:
     """Turns `main(config, output folder)` into a command configured by conf/<name>.yaml.
 
     Whatever a person can mend ends in one message and exit status 2, without a stack trace; HYDRA_FULL_ERROR=1 brings
     the trace back.
     """
 
-    def decorate(main: Callable[[DictConfig, Path], None]) -> Callable[[], None]:
-        schema.register()
-        OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
-
-        def job(config: DictConfig) -> None:
-            output = Path(HydraConfig.get().runtime.output_dir)
-            missing = sorted(OmegaConf.missing_keys(config))
-            require(
-                not missing,
-                f"a value for {', '.join(missing)}",
-                "none",
-                f"add {' '.join(f'{key}=...' for key in missing)} to the command",
-            )
-            config.output = str(output)
-            main(config, output)
+    def decorate(main: Main) -> Callable[[], None]:
+        def job(config: DictConfig) -> Any:
+            run = HydraConfig.get()
+            try:
+                return _done(main, config, Path(run.runtime.output_dir))
+            except Exception as error:
+                if run.mode == RunMode.MULTIRUN:
+                    _tell_failure(run, error)
+                raise
 
         entry = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)
 
@@ -68,7 +81,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig, Path], None]], Callabl
             os.environ.update({"HYDRA_FULL_ERROR": "1", INSIDE: "1"})
             try:
                 register_experiments()
-                sys.argv[1:] = [part for given in sys.argv[1:] for part in spelled_out(given)]
+                sys.argv[1:] = taken(sys.argv[1:])
                 with masked_output():
                     entry(job)()
             except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -83,6 +96,217 @@ def command(name: str) -> Callable[[Callable[[DictConfig, Path], None]], Callabl
     return decorate
 
 
+def _done(main: Main, config: DictConfig, output: Path) -> Any:
+    """Checks the configuration and hands it to a command's own function."""
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *METHODS):
+        # joblib's processes have one of their own by default, which starts nobody else's processes.
+        multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]
+    _require_whole(config)
+    config.output = str(output)
+    return main(config, output)
+
+
+def _require_whole(config: DictConfig) -> None:
+    missing = sorted(OmegaConf.missing_keys(config))
+    require(
+        not missing,
+        f"a value for {', '.join(missing)}",
+        "none",
+        f"add {' '.join(f'{key}=...' for key in missing)} to the command",
+    )
+    require_bound(config)
+
+
+def _tell_failure(run: Any, error: Exception) -> None:
+    """Says at once which job of a sweep fails, and why: of all that fail a sweeper raises one, without what caused it."""
+    job = f"error: job {run.job.num} of the sweep ({run.job.override_dirname})"
+    if isinstance(error, UserError | HydraException | OmegaConfBaseException):
+        print(f"{job}: {masked_text(message(error))}", file=sys.stderr, flush=True)
+    else:
+        trace = "".join(traceback.format_exception(error))
+        print(f"{job}:\n{masked_text(trace)}", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------ without a command line
+
+
+def composed(overrides: Sequence[str], verb: str) -> DictConfig:
+    """The checked configuration of a verb, with Hydra's own part of it out of sight; see `consistency.compose`."""
+    config = _with_hydra(overrides, verb)
+    shown = _without_hydra(config)
+    _require_whole(shown)
+    vars(shown)[RECORD] = config
+    return shown
+
+
+RECORD = "_composed"
+"""The attribute of a configuration under which it keeps what Hydra composed: lost in a copy, and then made anew."""
+
+
+def _with_hydra(overrides: Sequence[str], verb: str) -> DictConfig:
+    register_experiments()
+    given = [overrides] if isinstance(overrides, str) else list(overrides)
+    verbs = sorted(file.stem for file in (ROOT / "conf").glob("*.yaml"))
+    require(verb in verbs, f"a verb among {', '.join(verbs)}", verb, "choose one")
+    theirs, base = GlobalHydra.instance().hydra, hydra.version.getbase()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return hydra.compose(verb, taken(given), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(message(error)) from error
+    finally:
+        # Another use of Hydra, around this one, goes on as it was.
+        GlobalHydra.instance().hydra = theirs
+        if theirs is not None:
+            hydra.version.setbase(str(base))
+
+
+def _without_hydra(config: DictConfig) -> DictConfig:
+    shown = deepcopy(config)
+    with open_dict(shown):
+        del shown["hydra"]
+    return shown
+
+
+def called(main: Main, config: DictConfig, verb: str) -> Any:
+    """Does what the command `verb` does, with a configuration that was composed, and perhaps changed, in Python.
+
+    What was changed counts as named on the command line: where the run is resumed, and in further processes of it.
+    Where nobody has said `output`, it is a fresh dated folder, and stands in `config.output` afterwards.
+    """
+    made = vars(config).get(RECORD)
+    record = deepcopy(made) if made is not None else _with_hydra([], verb)
+    changes = list(_changes(_plain(_without_hydra(record)), _plain(config)))
+    output = _folder_of(config, verb)
+    with read_write(record), open_dict(record):
+        record.output = str(output)
+        record.hydra.mode = RunMode.RUN
+        record.hydra.overrides.task = [*given_options(record.hydra), *changes]
+        record.hydra.runtime.output_dir = str(output)
+        if made is None:
+            record.hydra.runtime.choices = {}
+    before = HydraConfig.instance().cfg
+    try:
+        HydraConfig.instance().set_config(record)
+        return _done(main, config, output)
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+MADE: dict[str, str] = {}
+"""The folders that were made because nobody said `output`, and what stood there."""
+
+
+def _folder_of(config: DictConfig, verb: str) -> Path:
+    """The folder at `output`; where nobody has said it, one that is made now, so that no two calls get the same."""
+    written = str(_plain(config)["output"])
+    config.output = MADE.get(written, written)
+    folder = path_of(config.output).absolute()
+    default = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{verb}.yaml"), resolve=False)
+    assert isinstance(default, dict)
+    if _plain(config)["output"] != default["output"] or config.get("resume") not in (None, AUTO):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for fresh in (folder, *(folder.with_name(f"{folder.name}_{n}") for n in range(2, 1000))):
+        with suppress(FileExistsError):
+            fresh.mkdir()
+            break
+    MADE[str(fresh)] = str(default["output"])
+    return fresh
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], above: str = "") -> Iterator[str]:
+    """The overrides that make the one configuration of the other."""
+    for key in dict.fromkeys([*old, *new]):
+        place = f"{above}.{key}" if above else key
+        if place == "output" or (key in old and key in new and old[key] == new[key]):
+            continue
+        if key not in new:
+            yield f"~{place}"
+        elif isinstance(old.get(key), dict) and isinstance(new[key], dict):
+            yield from _changes(old[key], new[key], place)
+        else:
+            yield f"++{place}={_spelled(new[key])}"
+
+
+def _spelled(value: Any) -> str:
+    """A plain value as Hydra's command line has it."""
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_spelled(each)}' for key, each in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_spelled, value))}]"
+    return quoted(value) if isinstance(value, str) else "null" if value is None else str(value)
+
+
+# ------------------------------------------------------------------------ paths, to Hydra and to a shell
+
+
+def taken(arguments: Sequence[str]) -> list[str]:
+    """The arguments with every path in them quoted for Hydra, whose grammar then takes it as it is."""
+    sweep = any(flag in arguments for flag in ("-m", "--multirun", "hydra.mode=MULTIRUN"))
+    options = [option for argument in arguments for option in spelled_out(argument)]
+    return [_taken(option, sweep=sweep) for option in options]
+
+
+def _taken(argument: str, *, sweep: bool) -> str:
+    found = OVERRIDE.fullmatch(argument)
+    if found is None or not schema.is_path(found[2]):
+        return argument
+    prefix, key, value = found.groups()
+    whole = not sweep or key in ("output", "hydra.run.dir", "hydra.sweep.dir") or _is_there(value)
+    if not whole and SWEEP.fullmatch(value):
+        return argument
+    pieces = [value] if whole else list(_pieces(value))
+    return f"{prefix}{key}={','.join(map(_path, pieces))}"
+
+
+def _pieces(value: str) -> Iterator[str]:
+    """The paths of a sweep, cut at commas: the longest that are there, else as short as possible."""
+    parts = value.split(",")
+    while parts:
+        starts = [",".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        whole = [piece for piece in starts if piece.count("${") <= piece.count("}")]
+        piece = next((p for p in starts[::-1] if _is_one(p.strip())), (whole or starts[-1:])[0])
+        yield piece if _is_there(piece) else piece.strip()
+        parts = parts[starts.index(piece) + 1 :]
+
+
+def _is_one(piece: str) -> bool:
+    return QUOTED.fullmatch(piece) is not None or _is_there(piece)
+
+
+def _is_there(value: str) -> bool:
+    return bool(value) and os.path.lexists(expanded(value))
+
+
+def _path(value: str) -> str:
+    """A path as Hydra has to be given it; null and what is empty keep their meaning, as an interpolation does in quotes."""
+    if QUOTED.fullmatch(value) and not _is_there(value):
+        value = str(OverridesParser.create().parse_override(f"x={value}").value())
+    elif value.lower() in ("", "null"):
+        return value
+    return quoted(expanded(value))
+
+
+def quoted(text: str) -> str:
+    """A text as it stands in an override, where Hydra takes every character of it for itself."""
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def given_options(run: Any) -> list[str]:
+    """The options of a job as they were given; `run` is Hydra's part of its configuration, which would fill them in."""
+    options = OmegaConf.to_container(run.overrides.task, resolve=False)
+    assert isinstance(options, list)
+    return [str(option) for option in options]
+
+
 def spelled_out(argument: str) -> list[str]:
     """Where a choice has an option `file`, a path is that option: mask=a.png is mask=file mask.path=a.png."""
     if argument == "experiment=null":
@@ -91,10 +315,18 @@ def spelled_out(argument: str) -> list[str]:
     group, _, value = argument.partition("=")
     folder = ROOT / "conf" / group
     takes_path = group.isidentifier() and (folder / "file.yaml").is_file()
-    if not takes_path or not Path(value).suffix or (folder / f"{value}.yaml").is_file():
+    if not takes_path or (folder / f"{value}.yaml").is_file():
         return [argument]
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return [f"{group}=file", f"{group}.path='{escaped}'"]
+    named = bool(Path(value).suffix) or path_of(value).is_file()
+    return [f"{group}=file", f"{group}.path={value}"] if named else [argument]
+
+
+def shell_line(verb: str, *options: str) -> str:
+    """The command line of a verb, to be pasted into a shell as it is."""
+    return shlex.join([sys.executable, str(ROOT / "src" / f"{verb}.py"), *options])
+
+
+# ------------------------------------------------------------------------ messages and folders
 
 
 def with_none(argument: str) -> str:
@@ -140,7 +372,7 @@ def output_path(folder: Path) -> Path:
     hydra = HydraConfig.get()
     if hydra.mode == RunMode.MULTIRUN:
         return folder
-    return Path(hydra.runtime.cwd) / Path(hydra.sweep.dir).expanduser()
+    return Path(hydra.runtime.cwd) / path_of(hydra.sweep.dir)
 
 
 def run_folder(resume: str | None, fresh: str) -> str:
@@ -150,7 +382,7 @@ def run_folder(resume: str | None, fresh: str) -> str:
     """
     if resume in (None, AUTO):
         return fresh
-    folder = Path(str(resume)).expanduser()
+    folder = path_of(str(resume))
     return str(folder) if folder.is_dir() else "."
 
 
@@ -164,3 +396,8 @@ def require_fresh(
         "a folder with content" if folder.is_dir() else "a file",
         remedy,
     )
+
+
+# With the module, because the processes of a launcher import nothing else, and Hydra's own `compose` is served as well.
+schema.register()
+OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from consistency import checkpoint
 from consistency.checkpoint import Loaded
-from consistency.command import output_path, require_fresh
+from consistency.command import output_path, require_fresh, shell_line
 from consistency.errors import UserError, require
 from consistency.formats.diffusers import write_diffusers
 from consistency.formats.openai import require_openai, write_openai
@@ -55,7 +55,7 @@ def convert(config: DictConfig, folder: Path) -> None:
         return
     written = write(loaded, config.to, target)
     print(f"written     {written} ({config.to})")
-    print(f"check it    python src/convert.py verify={target}")
+    print(f"check it    {shell_line('convert', f'verify={target}')}")
 
 
 def require_target(target: Path, to: str) -> None:

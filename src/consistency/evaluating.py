@@ -25,6 +25,7 @@ from consistency.data.source import Source
 from consistency.errors import UserError, require
 from consistency.evaluation.measuring import Measure, Numbered, Settings, drawn
 from consistency.evaluation.ranks import batches, place
+from consistency.paths import path_of
 from consistency.sampling import (
     bound_sampler,
     chosen_device,
@@ -38,9 +39,9 @@ from consistency.training.launch import is_child, one_job
 from consistency.training.run import build_loggers, quiet
 
 
-def evaluate(config: DictConfig, output: Path) -> None:
+def evaluate(config: DictConfig, output: Path) -> float:
     """Measures config.num_samples samples of every sampler and every set of weights, or images already drawn, against a
-    data set; writes evaluation.json and evaluation.md into `output`, and to the loggers.
+    data set; writes evaluation.json and evaluation.md into `output`, and to the loggers. Returns the first value measured.
     """
     quiet()
     if not is_child():
@@ -66,10 +67,10 @@ def evaluate(config: DictConfig, output: Path) -> None:
         fabric.launch()
         if several and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.devices))
-        _evaluate(config, fabric.device, output)
+        return _evaluate(config, fabric.device, output)
 
 
-def _evaluate(config: DictConfig, device: torch.device, output: Path) -> None:
+def _evaluate(config: DictConfig, device: torch.device, output: Path) -> float:
     # What can be wrong with models, samplers and images is told before a reference is computed.
     data, settings = config.data, Settings(**config.evaluation, batch_size=config.batch_size)
     wanted = (data.channels, data.image_size, data.image_size)
@@ -101,14 +102,14 @@ def _evaluate(config: DictConfig, device: torch.device, output: Path) -> None:
         num_workers=data.num_workers,
     )
     if config.export is not None and place()[0] == 0:
-        measure.reference.write(Path(config.export).expanduser())
+        measure.reference.write(path_of(config.export))
     report = Report(config, measure, output)
     shares = batches(config.num_samples, config.batch_size)
     if config.samples is not None:
         numbered = ((numbers, images[numbers.start : numbers.stop]) for numbers in shares)
         report.add({"samples": config.samples}, measure(numbered, config.num_samples))
         report.end()
-        return
+        return report.values[0]
     for loaded in models:
         loaded.denoiser.to(device)
         denoise = in_precision(loaded, config.precision, device)
@@ -130,6 +131,7 @@ def _evaluate(config: DictConfig, device: torch.device, output: Path) -> None:
             report.add({"sampler": title, "weights": loaded.weights, "nfe": nfe}, found)
         loaded.denoiser.cpu()
     report.end()
+    return report.values[0]
 
 
 def watched(samples: Iterator[Numbered], title: str, total: int) -> Iterator[Numbered]:
@@ -154,7 +156,7 @@ def given_samples(
     path: str, shape: Sequence[int], count: int, background: str | None = None
 ) -> UInt8[Tensor, "n c h w"]:
     """The first `count` images, of that shape, of all below a folder, by name, or of the arr_0 of an .npz."""
-    file = Path(path).expanduser()
+    file = path_of(path)
     if file.suffix == ".npz" and file.is_file():
         images = _stored_samples(file)
         there = len(images)
@@ -237,6 +239,7 @@ class Report:
         self.measure, self.output = measure, output
         self.head: dict[str, Any] = {"seed": config.seed, "precision": config.precision}
         self.results: list[dict[str, Any]] = []
+        self.values: list[float] = []
         self.loggers: list[Any] = []
         measure.clock.read()
         if place()[0] > 0:
@@ -256,6 +259,7 @@ class Report:
         """Takes in one result."""
         seconds = self.measure.clock.read()
         self.results.append({**what, **found, "seconds": seconds})
+        self.values += found.values()
         if place()[0] > 0:
             return
         text = json.dumps({**self.head, "results": self.results}, indent=2)

@@ -32,6 +32,7 @@ from consistency.editing import (
 from consistency.errors import require
 from consistency.generation import edits, labels_of_edits
 from consistency.grids import KarrasGrid
+from consistency.paths import path_of
 from consistency.preconditioning import TrigFlow
 from consistency.randomness import SampleNoise, generator
 from consistency.samplers import heun, indexed_times
@@ -50,7 +51,7 @@ class MaskFile:
 
     def __call__(self, height: int, width: int, draw: Generator) -> Float[Tensor, "h w"]:
         black = (0, 0, 0)  # what is transparent has not been painted
-        picture = read_picture(Path(self.path).expanduser(), "L", black)
+        picture = read_picture(path_of(self.path), "L", black)
         picture = picture.point(lambda v: 255 * (v >= 128))
         square = picture
         if picture.size != (width, height):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from consistency import pictures
 from consistency.checkpoint import Loaded, fingerprint, load
-from consistency.command import require_fresh
+from consistency.command import require_fresh, shell_line
 from consistency.data.module import to_uint8
 from consistency.errors import require
 from consistency.generation import generate, labels_of
@@ -76,7 +76,7 @@ def bound_sampler(node: DictConfig, config: DictConfig, loaded: Loaded) -> Sampl
         not asked or config.process.searched is not None,
         f"the time points that a search found, in {place}",
         "nothing there",
-        f"run `python src/search.py checkpoint={config.checkpoint}` first, or choose sampler=multistep",
+        f"choose sampler=multistep, or first run\n      {shell_line('search', f'checkpoint={config.checkpoint}')}",
     )
     return instantiate(node, _convert_="all")
 

@@ -3,11 +3,32 @@
 Nodes typed `Any` are built by their `_target_`, whose own signature refuses unknown arguments.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
+
+PATHS = (
+    "checkpoint",
+    "export",
+    "init",
+    "input",
+    "mode.init",
+    "output",
+    "resume",
+    "samples",
+    "source",
+    "teacher",
+    "verify",
+)
+PATH_WORDS = ("cache", "dir", "dirpath", "extractor", "file", "folder", "metrics", "path", "picture", "reference")  # fmt: skip
+
+
+def is_path(key: str) -> bool:
+    """Whether an option takes a path: one of `PATHS`, or one below the top whose last word is among `PATH_WORDS`."""
+    return key in PATHS or ("." in key and re.split(r"[._]", key)[-1] in PATH_WORDS)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from consistency import checkpoint
 from consistency.checkpoint import Loaded
-from consistency.command import require_fresh
+from consistency.command import require_fresh, shell_line
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.measuring import Measure, Numbered, Settings
@@ -33,11 +33,12 @@ SIGNS = {"frechet": 1, "kernel": 1, "class_score": -1, "precision": -1, "recall"
 """The metrics, and with which sign the smallest value is the best."""
 
 
-def search(config: DictConfig, output: Path) -> None:
+def search(config: DictConfig, output: Path) -> float:
     """Finds config.points time points below t_max for a checkpoint of a run, each with the ones before it in place.
 
     Keeps every measured value in `output`/measured.json, from which a stopped search goes on, draws
     `output`/curve.png anew after each, and leaves the result beside the checkpoint, where sampler=searched finds it.
+    Returns the value of the metric at the points found.
     """
     require(config.metric in SIGNS, f"metric among {', '.join(SIGNS)}", config.metric, "choose one")
     for name in ("points", "batch_size", "devices"):
@@ -94,7 +95,8 @@ def search(config: DictConfig, output: Path) -> None:
     place = searched_path(path)
     place.write_text(json.dumps(result, indent=2) + "\n")
     print(f"Result:  {place}\nCurve:   {log.picture}")
-    print(f"Sample:  python src/sample.py checkpoint={config.checkpoint} sampler=searched")
+    print(f"Sample:  {shell_line('sample', f'checkpoint={config.checkpoint}', 'sampler=searched')}")
+    return float(result["value"])
 
 
 def settings_of(config: DictConfig, path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from consistency.data.encoded import Encoded, OnBad, PerProcess
 from consistency.data.folder import file_stamp, read_file
 from consistency.data.listing import LABELS, UNREADABLE, Listing, in_folder, in_zip
 from consistency.errors import UserError, require
+from consistency.paths import path_of
 
 MOST_LABEL_BYTES = 1 << 28
 MOST_NAMED = 3
@@ -42,12 +43,12 @@ class Archive(Encoded):
         background: str | None = None,
     ) -> None:
         require(
-            path is not None and Path(path).expanduser().exists(),
+            path is not None and path_of(path).exists(),
             f"a zip or folder made by dataset_tool or prepare.py at data.path={path}",
             "nothing there" if path is not None else "data.path=null",
             "add data.path=<file>; make one with `python src/prepare.py source=<images> output=<file>.zip`",
         )
-        self.path = Path(str(path)).expanduser()
+        self.path = path_of(str(path))
         self.zip = None if self.path.is_dir() else PerProcess(partial(opened_zip, self.path))
         found = (
             in_folder(self.path) if self.zip is None else in_zip(self.zip(), where=str(self.path))

@@ -16,6 +16,7 @@ from consistency.data.download import fetched
 from consistency.data.held import Held
 from consistency.errors import UserError, require
 from consistency.formats.pickles import CALLS, Machine, Object
+from consistency.paths import path_of
 
 Split: TypeAlias = Literal["train", "test", "all"]
 FOLDER = datasets.CIFAR10.base_folder
@@ -40,7 +41,7 @@ class CIFAR10(Held):
         require(
             path is not None, "a folder in data.path", "data.path=null", "add data.path=<folder>"
         )
-        root = Path(str(path)).expanduser()
+        root = path_of(str(path))
         if cifar_folder(root) is None:
             fetched(
                 root,

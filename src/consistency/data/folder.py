@@ -7,6 +7,7 @@ from consistency.data.decoding import EXTENSIONS, bad_image
 from consistency.data.encoded import Encoded, OnBad
 from consistency.data.listing import in_folder
 from consistency.errors import require
+from consistency.paths import path_of
 
 
 class Folder(Encoded):
@@ -34,7 +35,7 @@ class Folder(Encoded):
             "data.path=null",
             "add data.path=<folder>; any mix of " + ", ".join(EXTENSIONS),
         )
-        self.folder = Path(str(path)).expanduser()
+        self.folder = path_of(str(path))
         require(
             self.folder.is_dir(),
             f"a folder of images at data.path={self.folder}",

@@ -22,11 +22,12 @@ from consistency.data.encoded import to_tensor
 from consistency.data.folder import read_file
 from consistency.data.listing import in_folder
 from consistency.errors import UserError, require
+from consistency.paths import path_of
 
 
 def files_at(path: str) -> list[Path]:
     """The image that is meant, or the images below the folder that is meant, in the order of their names."""
-    place = Path(path).expanduser()
+    place = path_of(path)
     require(
         place.exists(),
         f"an image or a folder of images at {place}",

@@ -15,6 +15,7 @@ from torchvision import datasets
 from consistency.data.download import fetched
 from consistency.data.held import Held
 from consistency.errors import UserError, require
+from consistency.paths import path_of
 
 Split: TypeAlias = Literal["train", "test", "all"]
 PREFIXES = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
@@ -36,7 +37,7 @@ class MNIST(Held):
         require(
             path is not None, "a folder in data.path", "data.path=null", "add data.path=<folder>"
         )
-        root = Path(str(path)).expanduser()
+        root = path_of(str(path))
         name = self.origin.__name__
         found = idx_folder(root, name)
         if found is None:

@@ -10,6 +10,7 @@ from consistency.data.decoding import bad_image
 from consistency.data.encoded import Encoded, OnBad, PerProcess
 from consistency.data.folder import file_stamp
 from consistency.errors import UserError, require
+from consistency.paths import path_of
 
 FILE = "data.mdb"
 
@@ -31,7 +32,7 @@ class Database(Encoded):
         on_bad: OnBad = "stop",
         background: str | None = None,
     ) -> None:
-        self.folder = Path(path).expanduser()
+        self.folder = path_of(path)
         self.environment = PerProcess(partial(_opened, self.folder))
         with self.environment().begin() as read:
             # latin-1 maps every byte to a character and back
@@ -85,7 +86,7 @@ class LSUN(Database):
         background: str | None = None,
     ) -> None:
         name = f"{category}_{split}_lmdb"
-        database = Path(str(path)).expanduser() / name
+        database = path_of(str(path)) / name
         require(
             path is not None and (database / FILE).is_file(),
             f"LSUN's own database {name}/{FILE} in the folder data.path={path}",

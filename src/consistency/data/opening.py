@@ -1,7 +1,6 @@
 """What lies at a path, whichever of the known forms it has."""
 
 import zipfile
-from pathlib import Path
 from typing import Any
 
 from consistency.data.archive import Archive
@@ -14,6 +13,7 @@ from consistency.data.idx import MNIST, PREFIXES, idx_folder
 from consistency.data.listing import has_labels
 from consistency.data.lsun import FILE, Database
 from consistency.errors import require
+from consistency.paths import path_of
 
 HUB = "hf:"
 
@@ -42,7 +42,7 @@ def _opened(source: str, split: str, classes: bool, settings: dict[str, Any]) ->
     if source.startswith(HUB):
         return HuggingFace(name=source.removeprefix(HUB), split=split, **settings, classes=classes)
     require(split in PREFIXES, "split=train, test or all", split, "choose one")
-    path = Path(source).expanduser()
+    path = path_of(source)
     require(
         path.exists(),
         f"images at source={source}",

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from consistency.command import output_path
+from consistency.command import output_path, shell_line
 from consistency.data.archive import Archive
 from consistency.data.cropping import Crop
 from consistency.data.decoding import MODES, ImageError
@@ -385,8 +385,9 @@ def _tell_result(target: Path, facts: dict[str, Any]) -> None:
     print(f"means       {means} (of 0 to 255, by channel)")
     print(f"written     {target}")
     kind = "zip" if target.is_file() else "stream"
-    options = f"data={kind} data.path={target} data.image_size={size} data.channels={channels}"
+    options = [f"data={kind}", f"data.path={target}"]
+    options += [f"data.image_size={size}", f"data.channels={channels}"]
     if classes:
-        labelled = " data.source.classes=true" if kind == "zip" else ""
-        options += f" data.num_classes={classes}{labelled}"
-    print(f"train on it python src/train.py {options}")
+        options += [f"data.num_classes={classes}"]
+        options += ["data.source.classes=true"] if kind == "zip" else []
+    print(f"train on it {shell_line('train', *options)}")

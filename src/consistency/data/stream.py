@@ -23,6 +23,7 @@ from torch import Generator, Tensor
 from consistency import caches
 from consistency.data.source import Classes, Image, Images
 from consistency.errors import UserError, require
+from consistency.paths import path_of
 
 INDEX = "index.json"
 FORMATS = {"tensor", "int"}
@@ -78,7 +79,7 @@ class Stream:
         self.path, self.mixing = str(path), mixing
         self.options = dict(storage_options or {})
         self.remote = self.path.startswith(ELSEWHERE)
-        self.folder = self._cache_folder(cache) if self.remote else Path(self.path).expanduser()
+        self.folder = self._cache_folder(cache) if self.remote else path_of(self.path)
         self._opened: tuple[int, Any, Any] | None = None
         index = self._index()
         shards = index["chunks"]
@@ -109,7 +110,7 @@ class Stream:
         )
 
     def _cache_folder(self, cache: str | None) -> Path:
-        base = Path(cache).expanduser() if cache else caches.own() / "shards"
+        base = path_of(cache) if cache else caches.own() / "shards"
         folder = base / hashlib.blake2b(self.path.encode(), digest_size=8).hexdigest()
         folder.mkdir(parents=True, exist_ok=True)
         return folder

@@ -26,6 +26,7 @@ from consistency.data.download import PATIENCE
 from consistency.errors import UserError, require
 from consistency.evaluation.classifier import digits_classifier
 from consistency.evaluation.ranks import gathered, tell
+from consistency.paths import path_of
 
 INCEPTION = "inception"
 CLASSIFIER = "classifier"
@@ -121,7 +122,7 @@ def extractor_of(name: str) -> Extractor:
         return dinov2(name)
     if name in torchvision.models.list_models(module=torchvision.models):
         return torchvision_model(name)
-    path = Path(name).expanduser()
+    path = path_of(name)
     require(
         path.is_file(),
         f"{INCEPTION}, {CLASSIFIER}, a file of Inception's weights, a classifier of torchvision or one of {', '.join(DINOV2)} "

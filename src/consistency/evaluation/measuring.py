@@ -6,7 +6,6 @@ together from all ranks, in the order of the samples' numbers: these measures dr
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -34,6 +33,7 @@ from consistency.evaluation.extractors import (
 from consistency.evaluation.ranks import batches, gathered, place, tell
 from consistency.evaluation.reference import Reference, read_reference, reference_of
 from consistency.generation import generate, labels_of
+from consistency.paths import path_of
 from consistency.samplers import Sampler
 from consistency.tensors import Denoise, sent
 
@@ -275,7 +275,7 @@ class Settings:
         own = "held_out" if extractor.unseen and held_out is not None else "train"
         chosen = self.reference or own
         if chosen not in images:
-            return Measure(extractor, read_reference(Path(chosen).expanduser(), extractor))
+            return Measure(extractor, read_reference(path_of(chosen), extractor))
         builder = images[chosen]
         require(
             builder is not None,
@@ -289,7 +289,7 @@ class Settings:
             extractor,
             described={"set": chosen},
             most_features=self.reference_features,
-            cache=Path(self.cache).expanduser() if self.cache else caches.own() / "references",
+            cache=path_of(self.cache) if self.cache else caches.own() / "references",
             batch_size=self.batch_size,
             num_workers=num_workers,
         )

@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.strategies.launchers import subprocess_script as fabric_launcher
 from lightning.pytorch.strategies.launchers import subprocess_script as pytorch_launcher
 
+from consistency.command import ROOT, given_options, quoted
 from consistency.errors import UserError
 from consistency.orphans import end_with
 
@@ -38,14 +39,14 @@ def is_child() -> bool:
 
 def _job_command(local_rank: int) -> tuple[list[str], str]:
     run = HydraConfig.get()
-    script = str(Path(sys.argv[0]).resolve())
+    script = str(ROOT / "src" / f"{run.job.config_name}.py")
     command = [
         sys.executable,
         script,
         "--config-name",
         str(run.job.config_name),
-        *run.overrides.task,
-        f'hydra.run.dir="{run.runtime.output_dir}"',
+        *given_options(run),
+        f"hydra.run.dir={quoted(run.runtime.output_dir)}",
         "hydra.mode=RUN",
         f"hydra.job.name=rank{local_rank}",
     ]

@@ -1,5 +1,7 @@
 """Where a run begins: at step 0 of a fresh folder, or where the run in a folder stood, with the configuration saved there."""
 
+import math
+import shlex
 from collections.abc import Collection, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -13,9 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from consistency import trusted
 from consistency.checkpoint import CHECKPOINTS, LAST, PREVIOUS, write_text
-from consistency.command import AUTO, require_fresh
+from consistency.command import AUTO, given_options, require_fresh
 from consistency.errors import UserError, require
 from consistency.masking import MASK, masked
+from consistency.paths import path_of
 from consistency.schema import Train
 from consistency.training.launch import is_child
 from consistency.training.rotation import newest
@@ -33,8 +36,8 @@ ABSENT = "nothing"
 class Start:
     """The configuration of the run, and where it begins: `checkpoint` None and `step` 0 where none has been kept.
 
-    resumed: the folder holds a run already; step: optimizer steps done; sources: the files that the run began with, as
-    its checkpoint has them.
+    resumed: the folder holds a run already; step: optimizer steps done; sources: the files that the run began with, and
+    value: the best monitored value, as its checkpoint has them.
     """
 
     config: DictConfig
@@ -42,6 +45,7 @@ class Start:
     checkpoint: Path | None = None
     step: int = 0
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    value: float = math.nan
 
 
 def begin(config: DictConfig, output: Path) -> Start:
@@ -51,12 +55,20 @@ def begin(config: DictConfig, output: Path) -> Start:
     """
     if config.resume is None:
         if not is_child():
-            require_fresh(output, f"choose another output=, or go on with resume={output}")
+            again = shlex.quote(f"resume={output}")
+            require_fresh(output, f"choose another output=, or go on with {again}")
         return Start(config)
     if config.resume == AUTO and _is_fresh(output):
         _say(f"No run at {output} to go on with: it begins there.")
         return Start(config)
-    folder = output if config.resume == AUTO else Path(config.resume).expanduser().absolute()
+    folder = output if config.resume == AUTO else path_of(config.resume).absolute()
+    run = next((f for f in (folder, *folder.parents[:2]) if (f / CONFIG).is_file()), folder)
+    require(
+        run == folder or not folder.exists(),
+        f"the folder of a run at resume={config.resume}",
+        f"something inside of the run {run}",
+        f"say {shlex.quote(f'resume={run}')}",
+    )
     require(
         folder.is_dir(),
         f"a run folder at resume={config.resume}",
@@ -86,7 +98,9 @@ def begin(config: DictConfig, output: Path) -> Start:
         _say(f"{path.with_name(LAST)} is {state}: {PREVIOUS} is taken instead.")
     step = int(content["global_step"])
     _say(f"Going on with {folder} at step {step}.")
-    return Start(resumed, True, path, step, content["sources"])
+    kept = [state["best_value"] for state in content["callbacks"].values() if "best_value" in state]
+    value = next(filter(math.isfinite, kept), math.nan)
+    return Start(resumed, True, path, step, content["sources"], value)
 
 
 def keep_config(config: dict[str, Any], folder: Path) -> None:
@@ -181,7 +195,7 @@ def _moved(node: Any, old: str, new: str) -> Any:
 def _named(hydra: Any, saved: DictConfig) -> list[str]:
     """The places in the configuration that the command line names; "" is all of it, which experiment= stands for."""
     places = []
-    for override in OverridesParser.create().parse_overrides(list(hydra.overrides.task)):
+    for override in OverridesParser.create().parse_overrides(given_options(hydra)):
         key, package = override.key_or_group, override.package
         place = (package or key).replace("/", ".")
         choice = key if package is None else f"{key}@{package}"

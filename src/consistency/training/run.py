@@ -1,9 +1,11 @@
 """From a configuration to a finished run."""
 
 import logging
+import math
 import shlex
 import sys
 import warnings
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,16 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from consistency.checkpoint import find, fingerprint, load_initial
-from consistency.command import ROOT
+from consistency.command import ROOT, called, shell_line
 from consistency.data.held import kept
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
@@ -227,8 +230,11 @@ def build_loggers(config: DictConfig) -> list[Logger]:
     return loggers
 
 
-def train(config: DictConfig, output: Path) -> None:
-    """Trains as the configuration says and leaves everything in the folder `output`."""
+def train(config: DictConfig, output: Path) -> float:
+    """Trains as the configuration says and leaves everything in the folder `output`; returns `value_of` the run."""
+    if not HydraConfig.initialized():  # a configuration of Hydra's own `compose`
+        config.output = str(output)
+        return called(train, config, "train")
     quiet()
     start = begin(config, output)
     config = start.config
@@ -244,14 +250,14 @@ def train(config: DictConfig, output: Path) -> None:
         if not is_child():
             settle(start.checkpoint)
             print("All its steps are done; trainer.max_steps=<more> makes it longer.")
-        return
+        return start.value
     L.seed_everything(config.seed, workers=True, verbose=False)
     with one_job(), explained():
         loggers = build_loggers(config)
         data = build_data(config)
         module = build_module(config, data)
         _try_samplers(config)
-        callbacks = build_callbacks(config)
+        callbacks = [*build_callbacks(config), losses := LastLosses()]
         trainer = build_trainer(config, callbacks, loggers, data)
         if trainer.is_global_zero:
             output.mkdir(parents=True, exist_ok=True)
@@ -264,8 +270,39 @@ def train(config: DictConfig, output: Path) -> None:
         for logger in loggers:
             logger.log_hyperparams(module.config)
         trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint and str(start.checkpoint))
+        value, name = value_of(trainer, losses)
         if trainer.is_global_zero:
             _conclude(config, trainer, output)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                print(f"Value of this job: {value:.6g}, {name}", flush=True)
+        return value
+
+
+class LastLosses(Callback):
+    """The losses of the last optimizer steps of this process, up to 100 micro-batches."""
+
+    def __init__(self) -> None:
+        self.values: deque[Tensor] = deque(maxlen=100)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *rest: Any
+    ) -> None:
+        self.values.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
+
+
+def value_of(trainer: L.Trainer, losses: LastLosses) -> tuple[float, str]:
+    """What a sweeper minimises, and its name: the lowest value of what the checkpoints monitor, else the last one of the
+    evaluation's own metric; where nothing is measured, the mean of the last losses. NaN where there is no number.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RunCheckpoints) and callback.monitor is not None:
+            best = callback.best_value
+            return best if math.isfinite(best) else math.nan, f"the lowest {callback.monitor}"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Evaluation):
+            return float(trainer.callback_metrics[callback.monitor]), f"the last {callback.monitor}"
+    found = torch.stack(list(losses.values)).mean().item() if losses.values else math.nan
+    return found, f"the mean of the last {len(losses.values)} losses, as nothing is evaluated"
 
 
 def build_trainer(
@@ -299,9 +336,10 @@ def _announce(start: Start, module: ConsistencyModule, output: Path) -> None:
     if start.resumed:
         print(size)
     else:
-        print(f"mode={choices.mode} data={choices.data} model={choices.model}: {size}")
-        pair = f"{choices.data}_{choices.mode}"
-        if not (ROOT / "conf" / "recipe" / f"{pair}.yaml").is_file():
+        named = [f"{name}={choices[name]}" for name in ("mode", "data", "model") if name in choices]
+        print(f"{' '.join(named)}: {size}" if named else size)
+        pair = f"{choices.get('data')}_{choices.get('mode')}"
+        if named and not (ROOT / "conf" / "recipe" / f"{pair}.yaml").is_file():
             print(f"No recipe conf/recipe/{pair}.yaml: the mode's own defaults are used.")
         if config.init != config.mode.init:
             print(f"init={config.init}: the published choice for this mode is {config.mode.init}.")
@@ -332,14 +370,14 @@ def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:
             print(f"Samples:    {callback.newest}")
         if isinstance(callback, Evaluation):
             print(callback.table())
-    line = [sys.executable, str(ROOT / "src" / "sample.py"), f"checkpoint={output}"]
-    line += [
+    options = [
+        f"checkpoint={output}",
         f"sampler={_sampler_choice(config)}",
         "num_samples=64",
         f"output={output / 'samples_64'}",
     ]
     for logger in trainer.loggers:
         if isinstance(logger, PatientWandbLogger) and logger.offline_folders:
-            folders = shlex.join(map(str, logger.offline_folders))
-            print(f"W&B:        offline; upload with `wandb sync {folders}`")
-    print(f"Continue with:\n  {shlex.join(line)}")
+            sync = [sys.executable, "-m", "wandb", "sync", *map(str, logger.offline_folders)]
+            print(f"W&B:        offline; upload with\n  {shlex.join(sync)}")
+    print(f"Continue with:\n  {shell_line('sample', *options)}")

@@ -1,0 +1,139 @@
+"""Sweepers and launchers: a run returns its value, and its failure is told."""
+
+import math
+import multiprocessing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import originals
+from conftest import TINY, Run
+from consistency import command
+from consistency.errors import UserError
+from consistency.training.callbacks.checkpoints import RunCheckpoints
+from consistency.training.callbacks.evaluation import Evaluation
+from consistency.training.run import LastLosses, value_of
+
+SHORT = [*TINY, "mode=ect", "trainer.max_steps=1", "callbacks.curves=null"]
+
+
+def values(out: str) -> list[float]:
+    return [float(t.split()[4].rstrip(",")) for t in out.splitlines() if "Value of this job" in t]
+
+
+@pytest.mark.filterwarnings("ignore")  # of optuna's own imports
+def test_optuna_finds_the_best_value(verb: Run, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    output = tmp_path / "sweep, with (1)"
+    sweep = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2"]
+    outcome = verb("train", *sweep, *SHORT, "optimizer.lr=interval(1e-4,1e-2)", f"output={output}")
+    assert outcome.status == 0, outcome.err
+    found = OmegaConf.load(output / "optimization_results.yaml")
+    assert len(values(outcome.out)) == 2
+    assert found.best_value == pytest.approx(min(values(outcome.out)), rel=1e-5)
+    assert "mean of the last" in outcome.out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_other_verbs_return_what_they_measure(
+    verb: Run, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    sweep = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "seed=choice(0,1)"]
+    few = ["num_samples=64", "evaluation.extractor=classifier", "logger=csv", "samplers=onestep"]
+    output = tmp_path / "sweep"
+    given = [f"checkpoint={trained['ect']}", "weights=ema", f"output={output}"]
+    outcome = verb("evaluate", *sweep, *given, *few)
+    assert outcome.status == 0, outcome.err
+    found = OmegaConf.load(output / "optimization_results.yaml")
+    (result,) = OmegaConf.load(output / "0" / "evaluation.json").results
+    assert found.best_value == pytest.approx(result["frechet_classifier"])
+
+
+def stand_in(kind: type, **attributes: Any) -> Any:
+    made = kind.__new__(kind)
+    vars(made).update(attributes)
+    return made
+
+
+def test_the_value_of_a_run_is_the_best_of_what_is_monitored() -> None:
+    best = stand_in(RunCheckpoints, monitor="fid/x", best_value=3.0)
+    never = stand_in(RunCheckpoints, monitor="fid/x", best_value=math.inf)
+    nothing = stand_in(RunCheckpoints, monitor=None, best_value=math.inf)
+    evaluation = stand_in(Evaluation)
+    losses = LastLosses()
+    cases = [
+        ([evaluation, best], 3.0),
+        ([never], math.nan),
+        ([nothing], 1.5),
+        ([], 1.5),
+    ]
+    trainer: Any = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert math.isnan(value_of(trainer, losses)[0])
+    for loss in (1.0, 2.0):
+        losses.on_train_batch_end(trainer, L.LightningModule(), {"loss": torch.tensor(loss)})
+    for callbacks, value in cases:
+        trainer.callbacks = callbacks
+        assert value_of(trainer, losses)[0] == pytest.approx(value, nan_ok=True)
+
+
+def test_every_job_that_fails_is_told(verb: Run, tmp_path: Path) -> None:
+    outcome = verb("train", "-m", *SHORT, "seed=-1,-2,3", f"output={tmp_path / 'sweep'}")
+    assert outcome.status == 2
+    for number, seed in ((0, -1), (1, -2)):
+        told = next(t for t in outcome.err.split("error: ") if f"job {number} of the sweep" in t)
+        assert f"got: {seed}" in told
+    assert "job 2 of the sweep" not in outcome.err
+    assert (tmp_path / "sweep" / "2_digits_ect" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_failure_is_told_with_its_cause(capfd: pytest.CaptureFixture[str]) -> None:
+    run = SimpleNamespace(job=SimpleNamespace(num=3, override_dirname="seed=1"))
+    try:
+        try:
+            raise ValueError("the true cause")
+        finally:
+            raise RuntimeError("what came of it")
+    except RuntimeError as error:
+        command._tell_failure(run, error)
+    told = capfd.readouterr().err
+    assert "job 3 of the sweep (seed=1)" in told
+    assert "the true cause" in told and "what came of it" in told
+    command._tell_failure(run, UserError("expected x\n  got: y"))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_job_in_a_process_of_joblib_can_start_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the way to start processes is joblib's own by default."""
+    chosen = []
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none=False: "loky")
+    monkeypatch.setattr(
+        multiprocessing, "set_start_method", lambda method, force: chosen.append((method, force))
+    )
+    config = OmegaConf.create({"output": "x"})
+    assert command._done(lambda config, output: 5, config, tmp_path) == 5
+    assert chosen == [(None, True)]
+
+
+@pytest.mark.slow
+def test_jobs_of_joblib_train_with_loader_processes(process: Run, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(16):
+        Image.fromarray(originals.noise(16, 16, 3) + np.uint8(0)).save(images / f"{number}.png")
+    data = ["data=folder", f"data.path={images}", "data.image_size=16", "data.num_workers=1"]
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "optimizer.lr=1e-3,2e-3"]
+    outcome = process("train", "-m", *SHORT, *data, *launcher, f"output={tmp_path / 'sweep'}")
+    assert outcome.status == 0, outcome.err
+    for job in ("0_folder_ect", "1_folder_ect"):
+        assert (tmp_path / "sweep" / job / "checkpoints" / "last.ckpt").is_file()
