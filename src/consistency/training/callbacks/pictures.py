@@ -92,8 +92,11 @@ class SampleGrids(Periodic):
             sheet.save(self.folder / f"step_{module.k:08d}.png")
             sheet.save(self.newest)
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger | PatientTensorBoardLogger):
+            if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [sheet], step=module.k)
+            if isinstance(logger, PatientTensorBoardLogger):
+                # With the metrics of the step, which a run that goes on after it keeps.
+                logger.log_image("samples", [sheet], step=trainer.global_step - 1)
 
 
 class Curves(Periodic):
