@@ -2,26 +2,35 @@
 
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from consistency import schema
 from consistency.errors import UserError, require
 from consistency.masking import masked_output, masked_text
+from consistency.runtime import files, interrupt, meeting
+from consistency.runtime.ranks import here, is_started_here, require_alone
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = "_CONSISTENCY_COMMAND"
 AUTO = "auto"
 """resume=auto: goes on with what is at output=, or begins there."""
+
+PATIENCE = 300.0
+"""Seconds that the processes of a job wait for each other at its start, where trainer.strategy.timeout is not given."""
 
 
 def register_experiments(folder: Path = ROOT / "experiments") -> None:
@@ -47,10 +56,10 @@ def command(name: str) -> Callable[[Callable[[DictConfig, Path], None]], Callabl
 
     def decorate(main: Callable[[DictConfig, Path], None]) -> Callable[[], None]:
         schema.register()
+        files.register()
         OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
         def job(config: DictConfig) -> None:
-            output = Path(HydraConfig.get().runtime.output_dir)
             missing = sorted(OmegaConf.missing_keys(config))
             require(
                 not missing,
@@ -58,8 +67,8 @@ def command(name: str) -> Callable[[Callable[[DictConfig, Path], None]], Callabl
                 "none",
                 f"add {' '.join(f'{key}=...' for key in missing)} to the command",
             )
-            config.output = str(output)
-            main(config, output)
+            with placed(name, config) as output:
+                main(config, output)
 
         entry = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)
 
@@ -69,18 +78,103 @@ def command(name: str) -> Callable[[Callable[[DictConfig, Path], None]], Callabl
             try:
                 register_experiments()
                 sys.argv[1:] = [part for given in sys.argv[1:] for part in spelled_out(given)]
-                with masked_output():
+                _require_no_sweep(sys.argv[1:])
+                with masked_output(), interrupt.stoppable(files.remove_unused):
                     entry(job)()
+            except interrupt.Interrupted:
+                interrupt.say(stopped(name))
+                raise
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 if asked:
                     raise
-                if "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] == "0":
-                    print(f"error: {masked_text(message(error))}", file=sys.stderr)
-                sys.exit(2)
+                text = masked_text(message(error))
+                if not is_started_here():
+                    print(f"error: {text}", file=sys.stderr, flush=True)
+                meeting.tell_early(error, text)
+                sys.exit(error.status if isinstance(error, meeting.EndedError) else 2)
+            except Exception as error:
+                meeting.tell_early(error, f"{type(error).__name__}: {error}")
+                raise
 
         return guarded
 
     return decorate
+
+
+SEVERAL = {"train": "trainer.", "evaluate": ""}
+"""The commands that work in several processes, and what stands before `devices` and `num_nodes` in their options."""
+
+CONTINUED = ("sample", "search", "prepare")
+"""The commands that go on with what is there, where they are run again."""
+
+_output: Path | None = None
+
+
+@contextmanager
+def placed(verb: str, config: DictConfig) -> Iterator[Path]:
+    """The folder or file that the command writes, for all its processes as the first of them has decided.
+
+    Stands in `config.output` too. What was made for the command alone, and is empty at the end, is removed.
+    """
+    try:
+        if verb in SEVERAL:
+            devices, nodes, seconds = _asked(config.trainer if SEVERAL[verb] else config)
+            with meeting.together(devices, nodes, seconds, _words, SEVERAL[verb]):
+                plain = OmegaConf.to_container(config, resolve=False)
+                assert isinstance(plain, dict)
+                meeting.agreed({str(k): v for k, v in plain.items() if k != "output"})
+                yield _settled(config, Path(meeting.decided(lambda: str(output_path(config)))))
+        else:
+            require_alone(verb)
+            yield _settled(config, output_path(config))
+    finally:
+        files.remove_unused()
+
+
+def _asked(node: DictConfig) -> tuple[int | None, int, float]:
+    """Devices of a machine, None where only the machine can say; machines; seconds that they wait for each other."""
+    devices: Any = node.devices
+    if isinstance(devices, str):
+        devices = [part for part in devices.split(",") if part] if "," in devices else devices
+        devices = int(devices) if str(devices).isdigit() else devices
+    count = len(devices) if isinstance(devices, list | ListConfig) else devices
+    timeout = OmegaConf.select(node, "strategy.timeout") if "strategy" in node else None
+    seconds = instantiate(timeout).total_seconds() if timeout else PATIENCE
+    return count if isinstance(count, int) and count > 0 else None, node.num_nodes, seconds
+
+
+def _settled(config: DictConfig, output: Path) -> Path:
+    global _output
+    config.output, _output = str(output), output
+    known: Any = HydraConfig.instance().cfg
+    with read_write(known.hydra.runtime), open_dict(known.hydra.runtime):
+        known.hydra.runtime.output_dir = str(output)
+    return output
+
+
+def _words(error: BaseException) -> str:
+    return masked_text(message(error))
+
+
+def _require_no_sweep(arguments: Sequence[str]) -> None:
+    sweep = {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments)
+    place = here()
+    require(
+        not sweep or place.rank is None or (place.processes or 1) == 1,
+        "one process that runs a sweep, and starts the processes of each job itself",
+        f"{place.processes}, started by {place.launcher}",
+        f"leave {place.launcher} out, or leave -m out and start every job by itself",
+    )
+
+
+def stopped(verb: str) -> str:
+    """The line about a command that Ctrl-C has ended."""
+    again = ""
+    if verb in CONTINUED and _output is not None and not files.is_claimed(_output):
+        again = "; the same command again goes on"
+    elif verb in CONTINUED and _output is not None and _output.exists():
+        again = f"; the same command with {shlex.quote(f'output={_output}')} goes on"
+    return f"stopped by Ctrl-C{again}"
 
 
 def spelled_out(argument: str) -> list[str]:
@@ -116,12 +210,13 @@ def message(error: BaseException) -> str:
     return "\n  ".join(dict.fromkeys(lines[:8]))
 
 
-def output_path(folder: Path) -> Path:
-    """The path `output=`. Hydra makes the folder of a job, and `output` may be a file: so it is taken from the sweep."""
+def output_path(config: DictConfig) -> Path:
+    """The path `output=`, whose folder is made here where nobody says it; in a sweep the folder of the job."""
     hydra = HydraConfig.get()
-    if hydra.mode == RunMode.MULTIRUN:
+    cwd, folder = Path(hydra.runtime.cwd), Path(hydra.runtime.output_dir)
+    if hydra.mode == RunMode.MULTIRUN or folder != cwd:
         return folder
-    return Path(hydra.runtime.cwd) / Path(hydra.sweep.dir).expanduser()
+    return files.claimed(config.output, cwd)
 
 
 def run_folder(resume: str | None, fresh: str) -> str:

@@ -25,6 +25,7 @@ from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.measuring import Measure, Numbered, Settings, drawn
 from consistency.evaluation.ranks import batches, place
+from consistency.runtime.ranks import is_first
 from consistency.sampling import (
     bound_sampler,
     chosen_device,
@@ -34,7 +35,7 @@ from consistency.sampling import (
     require_suited,
 )
 from consistency.tensors import Data, Denoise, Label, Time
-from consistency.training.launch import is_child, one_job
+from consistency.training.launch import one_job
 from consistency.training.run import quiet
 
 
@@ -43,7 +44,7 @@ def evaluate(config: DictConfig, output: Path) -> None:
     data set; writes evaluation.json and evaluation.md into `output`, and to the loggers.
     """
     quiet()
-    if not is_child():
+    if is_first():
         require_fresh(output)
     for name in ("num_samples", "batch_size", "devices", "num_nodes"):
         require(config[name] >= 1, f"{name} >= 1", config[name], "give a positive number")

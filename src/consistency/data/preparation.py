@@ -27,7 +27,6 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from consistency.command import output_path
 from consistency.data.archive import LABELS, Archive
 from consistency.data.cropping import Crop
 from consistency.data.decoding import MODES, ImageError
@@ -91,7 +90,7 @@ class Chunk:
     bad: list[str]
 
 
-def prepare(config: DictConfig, folder: Path) -> None:
+def prepare(config: DictConfig, target: Path) -> None:
     """Makes the set `output` from `source`; see conf/prepare.yaml."""
     require(config.to in TARGETS, f"to= among {', '.join(TARGETS)}", config.to, "choose one")
     require(config.on_bad in ("stop", "skip"), "on_bad=stop or skip", config.on_bad, "choose one")
@@ -99,7 +98,6 @@ def prepare(config: DictConfig, folder: Path) -> None:
     size, workers = config.resolution, config.num_workers
     require(size is None or size > 0, "a resolution of at least 1 pixel, or null", size, "set it")
     require(workers is None or workers > 0, "num_workers >= 1, or null", workers, "set it")
-    target = output_path(folder)
     require(
         (target.suffix == ".zip") == (config.to == "zip"),
         "a file *.zip at output=" if config.to == "zip" else "a folder at output=",

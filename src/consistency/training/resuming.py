@@ -16,8 +16,8 @@ from consistency.checkpoint import CHECKPOINTS, LAST, PREVIOUS, write_text
 from consistency.command import AUTO, require_fresh
 from consistency.errors import UserError, require
 from consistency.masking import MASK, masked
+from consistency.runtime.meeting import decided
 from consistency.schema import Train
-from consistency.training.launch import is_child
 from consistency.training.rotation import newest
 
 CONFIG = "config.yaml"
@@ -45,17 +45,26 @@ class Start:
 
 
 def begin(config: DictConfig, output: Path) -> Start:
-    """What `resume=` means for the folder `output`. Changes no file, so that every process of a run finds the same.
+    """What `resume=` means for the folder `output`, as the first process of the job finds it. Changes no file.
 
     Raises `UserError` where the folder is not fresh, is no run, or was begun with other settings than those given.
     """
+    found = decided(lambda: _found(config, output))
+    if not found["resumed"]:
+        return Start(config)
+    path = found["checkpoint"] and Path(found["checkpoint"])
+    return Start(resumed_config(config, output), True, path, found["step"], found["sources"])
+
+
+def _found(config: DictConfig, output: Path) -> dict[str, Any]:
+    """The fields of a `Start` but for its configuration, in plain values."""
+    nothing: dict[str, Any] = {"resumed": False, "checkpoint": None, "step": 0, "sources": {}}
     if config.resume is None:
-        if not is_child():
-            require_fresh(output, f"choose another output=, or go on with resume={output}")
-        return Start(config)
+        require_fresh(output, f"choose another output=, or go on with resume={output}")
+        return nothing
     if config.resume == AUTO and _is_fresh(output):
-        _say(f"No run at {output} to go on with: it begins there.")
-        return Start(config)
+        print(f"No run at {output} to go on with: it begins there.", flush=True)
+        return nothing
     folder = output if config.resume == AUTO else Path(config.resume).expanduser().absolute()
     require(
         folder.is_dir(),
@@ -75,18 +84,23 @@ def begin(config: DictConfig, output: Path) -> Start:
         "a folder without one",
         "check the path, or begin a run in another folder",
     )
-    resumed = resumed_config(config, folder)
+    resumed_config(config, folder)
     found = newest(folder / CHECKPOINTS)
     if found is None:
-        _say(f"{folder} has no checkpoint yet: the run begins again at step 0.")
-        return Start(resumed, resumed=True)
+        print(f"{folder} has no checkpoint yet: the run begins again at step 0.", flush=True)
+        return nothing | {"resumed": True}
     path, content = found
     if path.name == PREVIOUS:
         state = "damaged" if path.with_name(LAST).is_file() else "missing"
-        _say(f"{path.with_name(LAST)} is {state}: {PREVIOUS} is taken instead.")
+        print(f"{path.with_name(LAST)} is {state}: {PREVIOUS} is taken instead.", flush=True)
     step = int(content["global_step"])
-    _say(f"Going on with {folder} at step {step}.")
-    return Start(resumed, True, path, step, content["sources"])
+    print(f"Going on with {folder} at step {step}.", flush=True)
+    return {
+        "resumed": True,
+        "checkpoint": str(path),
+        "step": step,
+        "sources": content["sources"],
+    }
 
 
 def keep_config(config: dict[str, Any], folder: Path) -> None:
@@ -144,11 +158,6 @@ def _targets(tree: Any) -> set[str]:
 def _is_fresh(folder: Path) -> bool:
     """Whether nothing has begun: a process that died first of all may have left a piece of its configuration."""
     return not folder.exists() or all(path.name == f"{CONFIG}.part" for path in folder.iterdir())
-
-
-def _say(text: str) -> None:
-    if not is_child():
-        print(text, flush=True)
 
 
 def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:

@@ -23,11 +23,12 @@ from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import require
 from consistency.masking import masked
+from consistency.runtime.ranks import is_first, require_launched
 from consistency.training.callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.pictures import SampleGrids
 from consistency.training.faults import explained
-from consistency.training.launch import is_child, one_job
+from consistency.training.launch import one_job
 from consistency.training.logging import MetricsFile, PatientWandbLogger
 from consistency.training.module import ConsistencyModule
 from consistency.training.resuming import Start, begin, keep_config
@@ -199,7 +200,7 @@ def train(config: DictConfig, output: Path) -> None:
         "give the number of optimizer steps",
     )
     if start.checkpoint is not None and start.step >= config.trainer.max_steps:
-        if not is_child():
+        if is_first():
             settle(start.checkpoint)
             print("All its steps are done; trainer.max_steps=<more> makes it longer.")
         return
@@ -211,6 +212,7 @@ def train(config: DictConfig, output: Path) -> None:
         callbacks = build_callbacks(config)
         loggers = [instantiate(node) for node in config.logger.values() if node]
         trainer = build_trainer(config, callbacks, loggers, data)
+        require_launched(trainer.num_devices, trainer.num_nodes, "trainer.")
         if trainer.is_global_zero:
             output.mkdir(parents=True, exist_ok=True)
             keep_config(module.config, output)
