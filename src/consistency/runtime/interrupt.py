@@ -4,6 +4,7 @@ Processes that a command starts by multiprocessing leave Ctrl-C to it, and it en
 started ends without a line: that one speaks for it.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,9 @@ SAME = 0.3
 
 DEAF = 2.0
 """Seconds after which a process that cannot notice, because it waits in other code than Python's, is ended."""
+
+
+AGAIN = "stopped at once by another Ctrl-C"
 
 
 class Interrupted(SystemExit):
@@ -49,7 +53,7 @@ class _Listener:
         now = time.monotonic()
         if self.first:
             if now - self.first > SAME:
-                self.exit()
+                self.exit(AGAIN)
             return
         self.first = now
         if self.note is not None:
@@ -68,7 +72,7 @@ class _Listener:
             for _ in range(content.count(signal.SIGINT)):
                 now = time.monotonic()
                 if first and now - first > SAME:
-                    self.exit()
+                    self.exit(AGAIN)
                 first = first or now
                 if self.note is None:
                     threading.Thread(target=self._end_if_deaf, daemon=True).start()
@@ -78,10 +82,9 @@ class _Listener:
         if not self.noticed.wait(DEAF):
             self.exit("stopped by Ctrl-C")
 
-    def exit(self, words: str | None = None) -> None:
+    def exit(self, words: str) -> None:
         """Ends the process at once."""
-        if words is not None:
-            say(words)
+        say(words)
         self.last_words()
         os._exit(STOPPED)
 
@@ -101,6 +104,8 @@ def listen() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _listener.handle)
+        # The first to be registered is the last to be called: from there on Python itself ends.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
@@ -113,7 +118,8 @@ def stoppable(last_words: Callable[[], None]) -> Iterator[None]:
     if not main or before is signal.SIG_IGN:
         yield
         return
-    _listener.__init__()  # type: ignore[misc]
+    _listener.first = 0.0
+    _listener.noticed.clear()
     _listener.raises, _listener.last_words = True, last_words
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -126,7 +132,7 @@ def stoppable(last_words: Callable[[], None]) -> Iterator[None]:
         signal.set_wakeup_fd(woken)
         signal.signal(signal.SIGINT, before)
         os.close(writing)
-        _listener.__init__()  # type: ignore[misc]
+        _listener.raises, _listener.note, _listener.last_words = False, None, _nothing
 
 
 def call_instead(note: Callable[[], None] | None) -> None:

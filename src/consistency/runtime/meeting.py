@@ -183,7 +183,10 @@ class Near(Protocol):
         """Whether it is one of them."""
 
     def account(self, name: str) -> str:
-        """What became of it."""
+        """A message with what became of it."""
+
+    def expected(self, got: str) -> str:
+        """The message about ranks that do not work together any more."""
 
 
 class Host(Meeting):
@@ -225,8 +228,12 @@ class Host(Meeting):
 
     def _over(self, end: End) -> None:
         if self.near is not None and self.near.has(end.who):
-            told = end.status not in (1, STOPPED)
-            why = f"{end.why}\n  on: {end.who}" if told else self.near.account(end.who)
+            if end.why == SILENT:
+                why = self.near.account(end.who)
+            elif end.status == 1:  # its trace stands above
+                why = self.near.expected(f"{end.who} ended with status 1")
+            else:
+                why = f"{end.why}\n  on: {end.who}"
             end = End(end.who, why, end.status, near=True)
         self.report(end)
 
@@ -418,8 +425,8 @@ def tell_early(error: BaseException, text: str) -> None:
     machine = place.launcher == "" and place.node > 0 and "MASTER_PORT" in os.environ
     if tried or is_started_here() or not (known or machine):
         return
-    with suppress(UserError), together(None, place.nodes or 2, EARLY, lambda _: text):
-        raise error
+    with suppress(UserError), together(None, place.nodes or 2, EARLY, str):
+        raise UserError(text) from error
 
 
 def _others(place: Place, devices: int | None, nodes: int) -> int:
