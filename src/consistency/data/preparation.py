@@ -37,6 +37,7 @@ from consistency.data.opening import opened
 from consistency.data.shards import write_shards
 from consistency.data.stream import engine
 from consistency.errors import UserError, require
+from consistency.runtime import interrupt
 
 TARGETS = ("zip", "shards")
 PREPARED = "prepared.json"
@@ -264,7 +265,9 @@ def _make(
         initializer=Worker.start,
         initargs=(source, settings),
     ) as pool:
-        yield from pool.map(Worker.work, missing.values(), missing)
+        with interrupt.held():
+            made = pool.map(Worker.work, missing.values(), missing)
+        yield from made
 
 
 def _require_alike(first: Written, image: Written) -> None:

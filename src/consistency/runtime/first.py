@@ -2,13 +2,13 @@
 rank ends with the process that has started it.
 """
 
-import multiprocessing
 import os
 
 from consistency.orphans import end_with
-from consistency.runtime.interrupt import listen
+from consistency.runtime.interrupt import is_worker, let_go, listen
 from consistency.runtime.ranks import PARENT, is_started_here
 
 listen()
-if is_started_here() and multiprocessing.parent_process() is None:
+let_go()
+if is_started_here() and not is_worker():
     end_with(int(os.environ[PARENT]))

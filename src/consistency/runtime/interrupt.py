@@ -98,9 +98,14 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def is_worker() -> bool:
+    """Whether multiprocessing has started this process; also true while it still imports the script of the command."""
+    return multiprocessing.current_process().name != "MainProcess"
+
+
 def listen() -> None:
     """Takes Ctrl-C over, for a process that is nothing but a command."""
-    if multiprocessing.parent_process() is not None:
+    if is_worker():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _listener.handle)
@@ -133,6 +138,28 @@ def stoppable(last_words: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         os.close(writing)
         _listener.raises, _listener.note, _listener.last_words = False, None, _nothing
+
+
+def hold() -> None:
+    """Keeps Ctrl-C back until `let_go`, here and in the processes that are started meanwhile: a new one would answer with
+    a stack trace, before it has imported anything of ours.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def let_go() -> None:
+    """Lets Ctrl-C come, also one that was kept back."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Around what starts processes by multiprocessing."""
+    hold()
+    try:
+        yield
+    finally:
+        let_go()
 
 
 def call_instead(note: Callable[[], None] | None) -> None:

@@ -540,7 +540,9 @@ def agreed(settings: Mapping[str, Any]) -> None:
     """Refuses settings of this process that are not those of the first."""
     mine = {place: _digest(value) for place, value in _leaves("", settings)}
     first = decided(lambda: mine)
-    if is_started_here():  # its command is that of the process that started it, with all values filled in
+    if (
+        is_started_here()
+    ):  # its command is that of the process that started it, with all values filled in
         return
     values = dict(_leaves("", settings))
     other = [

@@ -22,7 +22,7 @@ from lightning.fabric.strategies.launchers import subprocess_script as fabric_la
 from lightning.pytorch.strategies.launchers import subprocess_script as pytorch_launcher
 
 from consistency.orphans import end_with
-from consistency.runtime import meeting
+from consistency.runtime import interrupt, meeting
 from consistency.runtime.meeting import GRACE
 from consistency.runtime.ranks import PARENT, here, is_started_here
 
@@ -30,6 +30,7 @@ RENDEZVOUS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PO
 
 
 def _job_command(local_rank: int) -> tuple[list[str], str]:
+    interrupt.hold()  # until `Ranks.watch`, when all are started
     run = HydraConfig.get()
     script = str(Path(sys.argv[0]).resolve())
     command = [
@@ -54,6 +55,7 @@ class Ranks:
 
     def watch(self, started: Sequence[subprocess.Popen[Any]]) -> None:
         """Has all processes of the job told where one of these dies, which may be before it has met the others."""
+        interrupt.let_go()
         self.started = started
         if isinstance(meeting.current, meeting.Host):
             meeting.current.near = self
