@@ -279,6 +279,9 @@ class Host(Meeting):
 
     def close(self) -> None:
         self._tell({"bye": True})
+        with self._lock:
+            for connection in self.guests.values():
+                _end(connection)
         self._server.shutdown()
         self._server.server_close()
 
@@ -329,6 +332,7 @@ class Visitor(Meeting):
                     self._bye = True
         if not self._bye:
             self.conclude(End("rank 0", SILENT, 1))
+        self._connection.close()
 
     def decided(self, decide: Callable[[], T]) -> T:
         until = time.monotonic() + self._seconds
@@ -350,10 +354,17 @@ class Visitor(Meeting):
     def close(self) -> None:
         self._bye = True
         self._say({"bye": True})
+        _end(self._connection)
 
     def forget(self) -> None:
         """In a process that was forked off: holds no connection open that is not its own."""
         _drop(self._connection)
+
+
+def _end(connection: socket.socket) -> None:
+    """Nothing more comes from here; what was sent arrives."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
 
 
 def _drop(connection: socket.socket) -> None:
