@@ -78,7 +78,9 @@ def test_the_place_is_the_one_that_lightning_finds(
     found = next((k for k in kinds if k.detect()), LightningEnvironment)
     assert found is kind
     theirs, ours = kind(), here()
-    if kind is LightningEnvironment:  # what the strategy does, with two processes on each of two machines
+    if (
+        kind is LightningEnvironment
+    ):  # what the strategy does, with two processes on each of two machines
         theirs.set_global_rank(theirs.node_rank() * 2 + theirs.local_rank())
         theirs.set_world_size(4)
     assert ours.number(2) == theirs.global_rank()
