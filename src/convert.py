@@ -2,6 +2,7 @@
 has the options.
 """
 
+import consistency.runtime.first  # noqa: F401  (before all else, for its effect)
 from consistency.command import command
 from consistency.conversion import convert
 

@@ -1,5 +1,6 @@
 """Serves a page for trying a checkpoint: `python src/demo.py checkpoint=<run or file>`; conf/demo.yaml has the options."""
 
+import consistency.runtime.first  # noqa: F401  (before all else, for its effect)
 from consistency.command import command
 from consistency.page import demo
 

@@ -2,6 +2,7 @@
 the options.
 """
 
+import consistency.runtime.first  # noqa: F401  (before all else, for its effect)
 from consistency.command import command
 from consistency.searching import search
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,7 +20,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from consistency import schema
@@ -28,6 +29,8 @@ from consistency.binding import require_bound
 from consistency.errors import UserError, require
 from consistency.masking import masked_output, masked_text
 from consistency.paths import expanded, path_of
+from consistency.runtime import files, interrupt, meeting
+from consistency.runtime.ranks import here, is_started_here, require_alone
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = "_CONSISTENCY_COMMAND"
@@ -41,6 +44,9 @@ METHODS = multiprocessing.get_all_start_methods()
 OVERRIDE = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 SWEEP = re.compile(r"(choice|glob|interval|range|shuffle|sort|tag)\s*\(.*\)", re.DOTALL)
+
+PATIENCE = 300.0
+"""Seconds that the processes of a job wait for each other at its start, where trainer.strategy.timeout is not given."""
 
 
 def register_experiments(folder: Path = ROOT / "experiments") -> None:
@@ -68,7 +74,7 @@ def command(name: str) -> Callable[[Main], Callable[[], None]]:
         def job(config: DictConfig) -> Any:
             run = HydraConfig.get()
             try:
-                return _done(main, config, Path(run.runtime.output_dir))
+                return _done(name, main, config)
             except Exception as error:
                 if run.mode == RunMode.MULTIRUN:
                     _tell_failure(run, error)
@@ -82,28 +88,113 @@ def command(name: str) -> Callable[[Main], Callable[[], None]]:
             try:
                 register_experiments()
                 sys.argv[1:] = taken(sys.argv[1:])
-                with masked_output():
+                _require_no_sweep(sys.argv[1:])
+                with masked_output(), interrupt.stoppable(files.remove_unused):
                     entry(job)()
+            except interrupt.Interrupted:
+                interrupt.say(stopped(name))
+                raise
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 if asked:
                     raise
-                if "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] == "0":
-                    print(f"error: {masked_text(message(error))}", file=sys.stderr)
-                sys.exit(2)
+                text = masked_text(message(error))
+                if not is_started_here():
+                    print(f"error: {text}", file=sys.stderr, flush=True)
+                meeting.tell_early(error, text)
+                sys.exit(error.status if isinstance(error, meeting.EndedError) else 2)
+            except Exception as error:
+                meeting.tell_early(error, f"{type(error).__name__}: {error}")
+                raise
 
         return guarded
 
     return decorate
 
 
-def _done(main: Main, config: DictConfig, output: Path) -> Any:
+SEVERAL = {"train": "trainer.", "evaluate": ""}
+"""The commands that work in several processes, and what stands before `devices` and `num_nodes` in their options."""
+
+CONTINUED = ("sample", "search", "prepare")
+"""The commands that go on with what is there, where they are run again."""
+
+_output: Path | None = None
+
+
+@contextmanager
+def placed(verb: str, config: DictConfig) -> Iterator[Path]:
+    """The folder or file that the command writes, for all its processes as the first of them has decided.
+
+    Stands in `config.output` too. What was made for the command alone, and is empty at the end, is removed.
+    """
+    try:
+        if verb in SEVERAL:
+            devices, nodes, seconds = _asked(config.trainer if SEVERAL[verb] else config)
+            with meeting.together(devices, nodes, seconds, _words, SEVERAL[verb]):
+                plain = OmegaConf.to_container(config, resolve=False)
+                assert isinstance(plain, dict)
+                meeting.agreed({str(k): v for k, v in plain.items() if k != "output"})
+                yield _settled(config, Path(meeting.decided(lambda: str(output_path(config)))))
+        else:
+            require_alone(verb)
+            yield _settled(config, output_path(config))
+    finally:
+        files.remove_unused()
+
+
+def _asked(node: DictConfig) -> tuple[int | None, int, float]:
+    """Devices of a machine, None where only the machine can say; machines; seconds that they wait for each other."""
+    devices: Any = node.devices
+    if isinstance(devices, str):
+        devices = [part for part in devices.split(",") if part] if "," in devices else devices
+        devices = int(devices) if str(devices).isdigit() else devices
+    count = len(devices) if isinstance(devices, list | ListConfig) else devices
+    timeout = OmegaConf.select(node, "strategy.timeout") if "strategy" in node else None
+    seconds = instantiate(timeout).total_seconds() if timeout else PATIENCE
+    return count if isinstance(count, int) and count > 0 else None, node.num_nodes, seconds
+
+
+def _settled(config: DictConfig, output: Path) -> Path:
+    global _output
+    config.output, _output = str(output), output
+    known: Any = HydraConfig.instance().cfg
+    with read_write(known.hydra.runtime), open_dict(known.hydra.runtime):
+        known.hydra.runtime.output_dir = str(output)
+    return output
+
+
+def _words(error: BaseException) -> str:
+    return masked_text(message(error))
+
+
+def _require_no_sweep(arguments: Sequence[str]) -> None:
+    sweep = {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments)
+    place = here()
+    require(
+        not sweep or place.rank is None or (place.processes or 1) == 1,
+        "one process that runs a sweep, and starts the processes of each job itself",
+        f"{place.processes}, started by {place.launcher}",
+        f"leave {place.launcher} out, or leave -m out and start every job by itself",
+    )
+
+
+def stopped(verb: str) -> str:
+    """The line about a command that Ctrl-C has ended."""
+    again = ""
+    if verb in CONTINUED and _output is not None and not files.is_claimed(_output):
+        again = "; the same command again goes on"
+    elif verb in CONTINUED and _output is not None and _output.exists():
+        again = f"; the same command with {shlex.quote(f'output={_output}')} goes on"
+    return f"stopped by Ctrl-C{again}"
+
+
+def _done(verb: str, main: Main, config: DictConfig) -> Any:
     """Checks the configuration and hands it to a command's own function."""
     if multiprocessing.get_start_method(allow_none=True) not in (None, *METHODS):
         # joblib's processes have one of their own by default, which starts nobody else's processes.
         multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]
     _require_whole(config)
-    config.output = str(output)
-    return main(config, output)
+    with placed(verb, config) as output:
+        return main(config, output)
 
 
 def _require_whole(config: DictConfig) -> None:
@@ -178,42 +269,26 @@ def called(main: Main, config: DictConfig, verb: str) -> Any:
     made = vars(config).get(RECORD)
     record = deepcopy(made) if made is not None else _with_hydra([], verb)
     changes = list(_changes(_plain(_without_hydra(record)), _plain(config)))
-    output = _folder_of(config, verb)
+    written = str(_plain(config)["output"])
+    config.output = written = MADE.get(written, written)
     with read_write(record), open_dict(record):
-        record.output = str(output)
         record.hydra.mode = RunMode.RUN
         record.hydra.overrides.task = [*given_options(record.hydra), *changes]
-        record.hydra.runtime.output_dir = str(output)
+        record.hydra.runtime.cwd = record.hydra.runtime.output_dir = str(Path.cwd())
         if made is None:
             record.hydra.runtime.choices = {}
     before = HydraConfig.instance().cfg
     try:
         HydraConfig.instance().set_config(record)
-        return _done(main, config, output)
+        return _done(verb, main, config)
     finally:
+        if files.is_claimed(Path(config.output)):
+            MADE[config.output] = written
         HydraConfig.instance().cfg = before
 
 
 MADE: dict[str, str] = {}
 """The folders that were made because nobody said `output`, and what stood there."""
-
-
-def _folder_of(config: DictConfig, verb: str) -> Path:
-    """The folder at `output`; where nobody has said it, one that is made now, so that no two calls get the same."""
-    written = str(_plain(config)["output"])
-    config.output = MADE.get(written, written)
-    folder = path_of(config.output).absolute()
-    default = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{verb}.yaml"), resolve=False)
-    assert isinstance(default, dict)
-    if _plain(config)["output"] != default["output"] or config.get("resume") not in (None, AUTO):
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for fresh in (folder, *(folder.with_name(f"{folder.name}_{n}") for n in range(2, 1000))):
-        with suppress(FileExistsError):
-            fresh.mkdir()
-            break
-    MADE[str(fresh)] = str(default["output"])
-    return fresh
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -367,12 +442,13 @@ def message(error: BaseException) -> str:
     return "\n  ".join(dict.fromkeys(lines[:8]))
 
 
-def output_path(folder: Path) -> Path:
-    """The path `output=`. Hydra makes the folder of a job, and `output` may be a file: so it is taken from the sweep."""
+def output_path(config: DictConfig) -> Path:
+    """The path `output=`, whose folder is made here where nobody says it; in a sweep the folder of the job."""
     hydra = HydraConfig.get()
-    if hydra.mode == RunMode.MULTIRUN:
+    cwd, folder = Path(hydra.runtime.cwd), Path(hydra.runtime.output_dir)
+    if hydra.mode == RunMode.MULTIRUN or folder != cwd:
         return folder
-    return Path(hydra.runtime.cwd) / path_of(hydra.sweep.dir)
+    return files.claimed(config.output, cwd)
 
 
 def run_folder(resume: str | None, fresh: str) -> str:
@@ -400,4 +476,5 @@ def require_fresh(
 
 # With the module, because the processes of a launcher import nothing else, and Hydra's own `compose` is served as well.
 schema.register()
+files.register()
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from consistency import checkpoint
 from consistency.checkpoint import Loaded
-from consistency.command import output_path, require_fresh, shell_line
+from consistency.command import require_fresh, shell_line
 from consistency.errors import UserError, require
 from consistency.formats.diffusers import write_diffusers
 from consistency.formats.openai import require_openai, write_openai
@@ -24,7 +24,7 @@ TIMES = 9
 """Noise levels at which `verify` looks at the outputs."""
 
 
-def convert(config: DictConfig, folder: Path) -> None:
+def convert(config: DictConfig, target: Path) -> None:
     """Converts `source` to the format `to` at `output`, or checks `verify`."""
     require(
         (config.source is None) != (config.verify is None),
@@ -44,7 +44,6 @@ def convert(config: DictConfig, folder: Path) -> None:
         config.num_heads_upsample,
     )
     source = config.verify if config.source is None else config.source
-    target = output_path(folder)
     if config.source is not None:
         require_target(target, config.to)
     loaded = checkpoint.load(source, weights=config.weights, role=config.role, hints=hints)

@@ -26,6 +26,7 @@ from consistency.errors import UserError, require
 from consistency.evaluation.measuring import Measure, Numbered, Settings, drawn
 from consistency.evaluation.ranks import batches, place
 from consistency.paths import path_of
+from consistency.runtime.ranks import is_first
 from consistency.sampling import (
     bound_sampler,
     chosen_device,
@@ -35,7 +36,7 @@ from consistency.sampling import (
     require_suited,
 )
 from consistency.tensors import Data, Denoise, Label, Time
-from consistency.training.launch import is_child, one_job
+from consistency.training.launch import one_job
 from consistency.training.run import build_loggers, quiet
 
 
@@ -44,7 +45,7 @@ def evaluate(config: DictConfig, output: Path) -> float:
     data set; writes evaluation.json and evaluation.md into `output`, and to the loggers. Returns the first value measured.
     """
     quiet()
-    if not is_child():
+    if is_first():
         require_fresh(output)
     for name in ("num_samples", "batch_size", "devices", "num_nodes"):
         require(config[name] >= 1, f"{name} >= 1", config[name], "give a positive number")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from consistency.errors import require
 from consistency.generation import generate, labels_of
 from consistency.preconditioning import TrigFlow
 from consistency.randomness import SampleNoise
+from consistency.runtime import interrupt
 from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
 from consistency.tensors import Data, Denoise, Label, Time
 
@@ -158,7 +160,12 @@ def sample(config: DictConfig, output: Path) -> None:
     text = OmegaConf.to_yaml(config, resolve=True)
     processes = min(config.devices, len(batches))
     if processes > 1:
-        torch.multiprocessing.spawn(draw, (processes, text, output, batches), nprocs=processes)
+        with interrupt.held():
+            drawing = torch.multiprocessing.spawn(
+                draw, (processes, text, output, batches), nprocs=processes, join=False
+            )
+        while not drawing.join():
+            pass
     else:
         draw(0, 1, text, output, batches)
     images = shelf.collect(len(indices), labels)
@@ -207,6 +214,10 @@ def draw(
     rank: int, processes: int, text: str, output: Path, batches: Sequence[Sequence[int]]
 ) -> None:
     """Draws every batch that falls to this process, and puts it on the shelf."""
+    if processes > 1:
+        tqdm.set_lock(
+            RLock()
+        )  # its own is shared by processes, and one that is killed leaves it behind
     config = OmegaConf.create(text)
     device = chosen_device(config.device)
     if processes > 1 and device.type == "cpu":

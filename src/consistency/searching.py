@@ -24,6 +24,7 @@ from consistency.errors import require
 from consistency.evaluation.measuring import Measure, Numbered, Settings
 from consistency.generation import drawn_labels, generate
 from consistency.grids import KarrasGrid
+from consistency.runtime import interrupt
 from consistency.samplers import multistep
 from consistency.sampling import chosen_device, searched_path
 from consistency.timepoints import Found, ternary_search
@@ -194,7 +195,8 @@ def artists(config: DictConfig) -> Any:
         Artist.here = Artist(text, 0, 1)
         return nullcontext()
     context = get_context("spawn")
-    numbers = context.Manager().Queue()
+    with interrupt.held():
+        numbers = context.Manager().Queue()
     for number in range(config.devices):
         numbers.put(number)
     arguments = (text, numbers, config.devices)
@@ -207,7 +209,8 @@ def drawn(config: DictConfig, pool: Any, times: Sequence[float], count: int) -> 
     if pool is None:
         found = [Artist.work(list(times), share) for share in shares]
     else:
-        jobs = [pool.submit(Artist.work, list(times), share) for share in shares]
+        with interrupt.held():
+            jobs = [pool.submit(Artist.work, list(times), share) for share in shares]
         found = [job.result() for job in jobs]
     size = config.batch_size
     for share, images in zip(shares, found, strict=True):

@@ -55,6 +55,7 @@ def _belong_to(run: int, worker: int) -> None:
     end_with(run)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(FAREWELL_SECONDS))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class DataModule(L.LightningDataModule):

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from consistency.command import output_path, shell_line
+from consistency.command import shell_line
 from consistency.data.archive import Archive
 from consistency.data.cropping import Crop
 from consistency.data.decoding import MODES, ImageError
@@ -39,6 +39,7 @@ from consistency.data.shards import write_shards
 from consistency.data.stream import engine
 from consistency.errors import UserError, require
 from consistency.orphans import end_with
+from consistency.runtime import interrupt
 
 TARGETS = ("zip", "shards")
 PREPARED = "prepared.json"
@@ -93,7 +94,7 @@ class Chunk:
     bad: list[str]
 
 
-def prepare(config: DictConfig, folder: Path) -> None:
+def prepare(config: DictConfig, target: Path) -> None:
     """Makes the set `output` from `source`; see conf/prepare.yaml."""
     require(config.to in TARGETS, f"to= among {', '.join(TARGETS)}", config.to, "choose one")
     require(config.on_bad in ("stop", "skip"), "on_bad=stop or skip", config.on_bad, "choose one")
@@ -101,7 +102,6 @@ def prepare(config: DictConfig, folder: Path) -> None:
     size, workers = config.resolution, config.num_workers
     require(size is None or size > 0, "a resolution of at least 1 pixel, or null", size, "set it")
     require(workers is None or workers > 0, "num_workers >= 1, or null", workers, "set it")
-    target = output_path(folder)
     require(
         (target.suffix == ".zip") == (config.to == "zip"),
         "a file *.zip at output=" if config.to == "zip" else "a folder at output=",
@@ -274,7 +274,9 @@ def _make(
         initargs=(source, settings, os.getpid()),
     ) as pool:
         try:
-            yield from pool.map(Worker.work, missing.values(), missing)
+            with interrupt.held():
+                made = pool.map(Worker.work, missing.values(), missing)
+            yield from made
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # what waits is not begun
             raise

@@ -12,8 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch.distributed
@@ -22,22 +21,16 @@ from lightning.fabric.strategies.launchers import subprocess_script as fabric_la
 from lightning.pytorch.strategies.launchers import subprocess_script as pytorch_launcher
 
 from consistency.command import ROOT, given_options, quoted
-from consistency.errors import UserError
 from consistency.orphans import end_with
+from consistency.runtime import interrupt, meeting
+from consistency.runtime.meeting import GRACE
+from consistency.runtime.ranks import PARENT, here, is_started_here
 
 RENDEZVOUS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PARENT = "_CONSISTENCY_PARENT"
-
-GRACE = 40.0
-"""Seconds that the other processes have to end by themselves, once one has; W&B may take most of them."""
-
-
-def is_child() -> bool:
-    """Whether another process started this one as a further rank, or a cluster's launcher started all of them."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("RANK", "0") != "0"
 
 
 def _job_command(local_rank: int) -> tuple[list[str], str]:
+    interrupt.hold()  # until `Ranks.watch`, when all are started
     run = HydraConfig.get()
     script = str(ROOT / "src" / f"{run.job.config_name}.py")
     command = [
@@ -61,39 +54,49 @@ class Ranks:
         self._over = threading.Event()
 
     def watch(self, started: Sequence[subprocess.Popen[Any]]) -> None:
-        """Ends everything where one has died and this process, which may wait for it inside a kernel, has not noticed."""
+        """Has all processes of the job told where one of these dies, which may be before it has met the others."""
+        interrupt.let_go()
         self.started = started
+        if isinstance(meeting.current, meeting.Host):
+            meeting.current.near = self
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while not self._over.wait(1.0):
-            if self._dead() and not self._over.wait(GRACE):
-                print(f"error: {self.account()}", file=sys.stderr, flush=True)
-                self._kill()
-                os._exit(1)
+        while not self._over.wait(0.5):
+            for local in range(1, len(self.started) + 1):
+                status = self.started[local - 1].poll()
+                if status is not None and (status < 0 or status in (1, 2)):
+                    # Its own words, where it has left any, are on their way.
+                    if not self._over.wait(1.0):
+                        name = self._name(local)
+                        end = meeting.End(name, self.account(name), 1, near=True)
+                        meeting.current.report(end)
+                    return
 
-    def _dead(self) -> list[str]:
-        """What became of those that ended alone: by a signal, or by an error that is no stop all ranks agreed on."""
-        fates = []
-        for rank, process in enumerate(self.started, start=1):
-            status = process.poll()
-            if status is not None and status < 0:
-                fates.append(f"rank {rank} was killed by {signal.Signals(-status).name}")
-            elif status in (1, 2):
-                fates.append(f"rank {rank} ended with status {status}")
-        return fates
+    def _name(self, local: int) -> str:
+        return f"rank {here().node * (len(self.started) + 1) + local}"
 
-    def account(self) -> str:
-        """Why a connection to another rank was lost, in the words of that rank where it left any; waits a moment for it."""
-        until = time.monotonic() + 5
-        while not (dead := self._dead()) and time.monotonic() < until:
-            time.sleep(0.1)
-        for rank in range(1, len(self.started) + 1):
-            if _last_words(rank).is_file():
-                return f"{_last_words(rank).read_text()}\n  on: rank {rank}"
-        got = ", ".join(dead) or "one that hangs, no answer within trainer.strategy.timeout"
+    def has(self, name: str) -> bool:
+        """Whether a rank was started here."""
+        return name in map(self._name, range(1, len(self.started) + 1))
+
+    def account(self, name: str) -> str:
+        """What became of a rank that was started here and has ended, in a message."""
+        names = map(self._name, range(1, len(self.started) + 1))
+        process = dict(zip(names, self.started, strict=True))[name]
+        try:
+            status = process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            return self.expected(f"{name} is lost")
+        fate = f"ended with status {status}"
+        if status < 0:
+            fate = f"was killed by {signal.Signals(-status).name}"
+        return self.expected(f"{name} {fate}")
+
+    def expected(self, got: str) -> str:
+        """The message about ranks that do not work together any more."""
         return (
-            f"expected {len(self.started) + 1} processes that train together\n  got: {got}\n"
+            f"expected {len(self.started) + 1} processes that work together\n  got: {got}\n"
             "  do: look at what it said above and at the memory of the machine; resume= continues the last checkpoint"
         )
 
@@ -107,29 +110,23 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for rank in range(1, len(self.started) + 1):
-            with suppress(OSError):
-                _last_words(rank).unlink(missing_ok=True)
-
-    def _kill(self) -> None:
-        for process in self.started:
-            process.kill()
 
 
-def _last_words(rank: int) -> Path:
-    """Where a rank that alone finds something wrong leaves its message for the first, which speaks for all."""
-    return Path(HydraConfig.get().runtime.output_dir) / f".rank_{rank}"
+HANGS = "no answer within trainer.strategy.timeout"
 
 
-def _wait_for_parent() -> NoReturn:
-    """Lost the others: the one that started this process knows why and says so. Where it hangs itself, ends it."""
+def _leave_quietly() -> NoReturn:
+    """Lost the others: the process that started this one knows why and says so. Where that one hangs, ends it."""
+    _close()
     parent, until = int(os.environ[PARENT]), time.monotonic() + GRACE
-    while os.getppid() == parent and time.monotonic() < until:
+    while (
+        os.getppid() == parent and time.monotonic() < until and not meeting.current.ended.is_set()
+    ):
         time.sleep(0.1)
-    if os.getppid() != parent:
+    if os.getppid() != parent or meeting.current.ended.is_set():
         os._exit(1)
     print(
-        "error: expected rank 0 to go on\n  got: no answer within trainer.strategy.timeout\n"
+        f"error: expected rank 0 to go on\n  got: {HANGS}\n"
         "  do: look what it waits for; resume= continues the last checkpoint",
         file=sys.stderr,
         flush=True,
@@ -150,11 +147,12 @@ def _is_lost_connection(error: Exception) -> bool:
 def one_job() -> Iterator[None]:
     """Launches further ranks as this job, and leaves no process and no process group behind for the next job of a sweep.
 
-    Raises UserError on the rank that launched them, where one of them died or hangs; the others then end as well, at the
-    latest `GRACE` seconds later.
+    Where another rank has died, hangs or has ended the job, raises UserError with its reason; those that were started
+    here end as well, at the latest `GRACE` seconds later.
     """
-    launched_here = not any(name in os.environ for name in ("LOCAL_RANK", "WORLD_SIZE"))
+    launched_here = here().launcher == "" and not is_started_here()
     ranks, patience = Ranks(), GRACE
+    before = {name: os.environ.get(name) for name in (*RENDEZVOUS, PARENT)}
     for launcher in (fabric_launcher, pytorch_launcher):
         launcher._hydra_subprocess_cmd = _job_command  # type: ignore[attr-defined]
         launcher._launch_process_observer = ranks.watch  # type: ignore[attr-defined]
@@ -166,22 +164,23 @@ def one_job() -> Iterator[None]:
         yield
     except Exception as error:
         patience = 5.0
+        meeting.current.leaving.set()
         if _is_lost_connection(error):
-            if ranks.started:
-                raise UserError(ranks.account()) from error
-            if PARENT in os.environ:
-                _close()
-                _wait_for_parent()
-        if isinstance(error, UserError) and not launched_here and PARENT in os.environ:
-            with suppress(OSError):
-                _last_words(int(os.environ["LOCAL_RANK"])).write_text(str(error))
+            if is_started_here():
+                _leave_quietly()
+            lost = meeting.current.account(ranks.expected(f"one that hangs, {HANGS}"))
+            meeting.current.failed(lost)
+            raise lost from error
+        meeting.current.failed(error)
         raise
     finally:
         if launched_here:
             _close()
             ranks.end(patience)
-            for name in (*RENDEZVOUS, PARENT):
+            for name, value in before.items():
                 os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def _close() -> None:

@@ -19,8 +19,8 @@ from consistency.command import AUTO, given_options, require_fresh
 from consistency.errors import UserError, require
 from consistency.masking import MASK, masked
 from consistency.paths import path_of
+from consistency.runtime.meeting import decided
 from consistency.schema import Train
-from consistency.training.launch import is_child
 from consistency.training.rotation import newest
 
 CONFIG = "config.yaml"
@@ -49,18 +49,29 @@ class Start:
 
 
 def begin(config: DictConfig, output: Path) -> Start:
-    """What `resume=` means for the folder `output`. Changes no file, so that every process of a run finds the same.
+    """What `resume=` means for the folder `output`, as the first process of the job finds it. Changes no file.
 
     Raises `UserError` where the folder is not fresh, is no run, or was begun with other settings than those given.
     """
+    found = decided(lambda: _found(config, output))
+    if not found["resumed"]:
+        return Start(config)
+    path = found["checkpoint"] and Path(found["checkpoint"])
+    resumed = resumed_config(config, output)
+    return Start(resumed, True, path, found["step"], found["sources"], found["value"])
+
+
+def _found(config: DictConfig, output: Path) -> dict[str, Any]:
+    """The fields of a `Start` but for its configuration, in plain values."""
+    nothing: dict[str, Any] = {"resumed": False, "checkpoint": None, "step": 0, "sources": {}}
+    nothing["value"] = math.nan
     if config.resume is None:
-        if not is_child():
-            again = shlex.quote(f"resume={output}")
-            require_fresh(output, f"choose another output=, or go on with {again}")
-        return Start(config)
+        again = shlex.quote(f"resume={output}")
+        require_fresh(output, f"choose another output=, or go on with {again}")
+        return nothing
     if config.resume == AUTO and _is_fresh(output):
-        _say(f"No run at {output} to go on with: it begins there.")
-        return Start(config)
+        print(f"No run at {output} to go on with: it begins there.", flush=True)
+        return nothing
     folder = output if config.resume == AUTO else path_of(config.resume).absolute()
     run = next((f for f in (folder, *folder.parents[:2]) if (f / CONFIG).is_file()), folder)
     require(
@@ -87,20 +98,25 @@ def begin(config: DictConfig, output: Path) -> Start:
         "a folder without one",
         "check the path, or begin a run in another folder",
     )
-    resumed = resumed_config(config, folder)
+    resumed_config(config, folder)
     found = newest(folder / CHECKPOINTS)
     if found is None:
-        _say(f"{folder} has no checkpoint yet: the run begins again at step 0.")
-        return Start(resumed, resumed=True)
+        print(f"{folder} has no checkpoint yet: the run begins again at step 0.", flush=True)
+        return nothing | {"resumed": True}
     path, content = found
     if path.name == PREVIOUS:
         state = "damaged" if path.with_name(LAST).is_file() else "missing"
-        _say(f"{path.with_name(LAST)} is {state}: {PREVIOUS} is taken instead.")
+        print(f"{path.with_name(LAST)} is {state}: {PREVIOUS} is taken instead.", flush=True)
     step = int(content["global_step"])
-    _say(f"Going on with {folder} at step {step}.")
+    print(f"Going on with {folder} at step {step}.", flush=True)
     kept = [state["best_value"] for state in content["callbacks"].values() if "best_value" in state]
-    value = next(filter(math.isfinite, kept), math.nan)
-    return Start(resumed, True, path, step, content["sources"], value)
+    return {
+        "resumed": True,
+        "checkpoint": str(path),
+        "step": step,
+        "sources": content["sources"],
+        "value": next(filter(math.isfinite, kept), math.nan),
+    }
 
 
 def keep_config(config: dict[str, Any], folder: Path) -> None:
@@ -158,11 +174,6 @@ def _targets(tree: Any) -> set[str]:
 def _is_fresh(folder: Path) -> bool:
     """Whether nothing has begun: a process that died first of all may have left a piece of its configuration."""
     return not folder.exists() or all(path.name == f"{CONFIG}.part" for path in folder.iterdir())
-
-
-def _say(text: str) -> None:
-    if not is_child():
-        print(text, flush=True)
 
 
 def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:

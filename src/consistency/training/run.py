@@ -28,12 +28,13 @@ from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import require
 from consistency.masking import masked
+from consistency.runtime.ranks import is_first, require_launched
 from consistency.training.arguments import plugins_of, require_taken, require_whole
 from consistency.training.callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.pictures import SampleGrids
 from consistency.training.faults import explained
-from consistency.training.launch import is_child, one_job
+from consistency.training.launch import one_job
 from consistency.training.logging import (
     MetricsFile,
     PatientTensorBoardLogger,
@@ -247,7 +248,7 @@ def train(config: DictConfig, output: Path) -> float:
         "give the number of optimizer steps",
     )
     if start.checkpoint is not None and start.step >= config.trainer.max_steps:
-        if not is_child():
+        if is_first():
             settle(start.checkpoint)
             print("All its steps are done; trainer.max_steps=<more> makes it longer.")
         return start.value
@@ -259,6 +260,7 @@ def train(config: DictConfig, output: Path) -> float:
         _try_samplers(config)
         callbacks = [*build_callbacks(config), losses := LastLosses()]
         trainer = build_trainer(config, callbacks, loggers, data)
+        require_launched(trainer.num_devices, trainer.num_nodes, "trainer.")
         if trainer.is_global_zero:
             output.mkdir(parents=True, exist_ok=True)
             keep_config(module.config, output)

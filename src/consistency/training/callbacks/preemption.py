@@ -1,4 +1,6 @@
-"""What a run does where it is told to go: SIGTERM and SIGUSR1, as schedulers send them before they take a machine away."""
+"""What a run does where it is told to go: SIGTERM and SIGUSR1, as schedulers send them before they take a machine away,
+and Ctrl-C.
+"""
 
 import signal
 import threading
@@ -9,17 +11,20 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from consistency.runtime import interrupt, meeting
 from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.faults import tell
 from consistency.training.module import ConsistencyModule
 
 
 class Preempted(SystemExit):
-    """The end of a run by a signal; its status is 128 + the signal's number, 143 for SIGTERM and 138 for SIGUSR1."""
+    """The end of a run by a signal; its status is 128 + the signal's number: 143 for SIGTERM, 138 for SIGUSR1, 130 for
+    Ctrl-C.
+    """
 
 
 class Preemption(Callback):
-    """At SIGTERM or SIGUSR1, to any rank: finishes the optimizer step, writes `last.ckpt`, ends every rank with
+    """At SIGTERM, SIGUSR1 or Ctrl-C (SIGINT), to any rank: finishes the optimizer step, writes `last.ckpt`, ends every rank with
     `Preempted`.
 
     Under SLURM with requeueing, Lightning's own answer to its signal (SIGUSR1, or another) follows the checkpoint: it
@@ -42,7 +47,10 @@ class Preemption(Callback):
         epoch._broadcast_sigterm_tensor = lambda: None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Adds SIGUSR1, where nobody listens to it; Lightning restores all handlers at the end."""
+        """Adds SIGUSR1, where nobody listens to it; Lightning restores all handlers at the end. From here to the end of
+        the training a command's first Ctrl-C is a signal as the others.
+        """
+        interrupt.call_instead(lambda: self._note(signal.SIGINT, requeue=False))
         free = signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
         if free and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, self._handle)
@@ -71,6 +79,13 @@ class Preemption(Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._leave(trainer, module)
+        interrupt.call_instead(None)
+
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
+        interrupt.call_instead(None)
+        meeting.current.leaving.set()
 
     def _leave(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ConsistencyModule)
