@@ -148,7 +148,12 @@ def k_of(run: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "receiver"), [("SIGTERM", 143, "rank 1"), ("SIGUSR1", 138, "all processes")]
+    ("name", "status", "receiver"),
+    [
+        ("SIGTERM", 143, "rank 1"),
+        ("SIGUSR1", 138, "all processes"),
+        pytest.param("SIGINT", 130, "all processes", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_all_ranks_at_the_same_step(
     name: str, status: int, receiver: str, started: Callable[..., Running], record_property: Report

@@ -82,7 +82,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("batch", [4, 5])
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGUSR1", 138)])
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     name: str,
     status: int,
@@ -93,7 +93,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     record_property: Callable[[str, object], None],
 ) -> None:
     """Sent in the first or second half of step 3, it leaves the state of an undisturbed run of three steps."""
-    run, handlers = tmp_path / "run", (signal.SIGTERM, signal.SIGUSR1)
+    run, handlers = tmp_path / "run", (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(number) for number in handlers]
     start, output = time.perf_counter(), f"output={run}"
     outcome = verb("train", *TINY, *LONG, output, probe("Signal", name=name, batch=batch))

@@ -100,10 +100,12 @@ def command(name: str) -> Callable[[Main], Callable[[], None]]:
                 text = masked_text(message(error))
                 if not is_started_here():
                     print(f"error: {text}", file=sys.stderr, flush=True)
-                meeting.tell_early(error, text)
+                if name in SEVERAL:
+                    meeting.tell_early(error, text)
                 sys.exit(error.status if isinstance(error, meeting.EndedError) else 2)
             except Exception as error:
-                meeting.tell_early(error, f"{type(error).__name__}: {error}")
+                if name in SEVERAL:
+                    meeting.tell_early(error, f"{type(error).__name__}: {error}")
                 raise
 
         return guarded

@@ -436,7 +436,7 @@ def tell_early(error: BaseException, text: str) -> None:
     machine = place.launcher == "" and place.node > 0 and "MASTER_PORT" in os.environ
     if tried or is_started_here() or not (known or machine):
         return
-    with suppress(UserError), together(None, place.nodes or 2, EARLY, str):
+    with suppress(UserError), together(None, place.nodes or place.node + 1, EARLY, str):
         raise UserError(text) from error
 
 
