@@ -215,9 +215,8 @@ def draw(
 ) -> None:
     """Draws every batch that falls to this process, and puts it on the shelf."""
     if processes > 1:
-        tqdm.set_lock(
-            RLock()
-        )  # its own is shared by processes, and one that is killed leaves it behind
+        # Its own is shared by processes, and one that is killed leaves it behind.
+        tqdm.set_lock(RLock())
     config = OmegaConf.create(text)
     device = chosen_device(config.device)
     if processes > 1 and device.type == "cpu":

@@ -97,6 +97,9 @@ class Meeting:
         """What the first process decides, on every process; all call, in the same order. Plain values only."""
         return decide()
 
+    def confirm(self) -> None:
+        """Agrees with what was decided; the first goes on when all that it has waited for do."""
+
     def failed(self, error: BaseException) -> None:
         """Tells all others of an error that ends this process, unless they know it or end at the same step."""
         self.leaving.set()
@@ -197,6 +200,8 @@ class Host(Meeting):
         self.token = secrets.token_hex(16)
         self._told: list[bytes] = []
         self.guests: dict[str, socket.socket] = {}
+        self._awaited = 0
+        self._agreed: set[str] = set()
         self.near: Near | None = None
         self._server = _Server((interface, 0), _Guest)
         self._server.host = self
@@ -218,6 +223,8 @@ class Host(Meeting):
             for line in words:
                 word = json.loads(line)
                 gone = gone or "bye" in word
+                if "agrees" in word:
+                    self._agreed.add(name)
                 if "end" in word:
                     gone = True
                     self._over(End(**word["end"]))
@@ -257,6 +264,7 @@ class Host(Meeting):
 
     def gather(self, count: int, seconds: float) -> None:
         """Waits until so many others are there."""
+        self._awaited = count
         start, said = time.monotonic(), False
         while len(self.guests) < count and self.end is None:
             waited = time.monotonic() - start
@@ -276,6 +284,11 @@ class Host(Meeting):
             time.sleep(0.05)
         if self.end is not None:
             raise EndedError(self.end)
+
+    def confirm(self) -> None:
+        while len(self._agreed) < self._awaited:
+            if self.ended.wait(0.02) and self.end is not None:
+                raise EndedError(self.end)
 
     def close(self) -> None:
         self._tell({"bye": True})
@@ -345,6 +358,9 @@ class Visitor(Meeting):
         raise UserError(
             f"expected a decision of rank 0\n  got: none in {self._seconds:.0f} s\n  do: look what it waits for"
         )
+
+    def confirm(self) -> None:
+        self._say({"agrees": True})
 
     def report(self, end: End) -> None:
         if self.end is None:
@@ -548,17 +564,15 @@ def _wait_for(address: str, port: int, seconds: float) -> None:
 
 
 def agreed(settings: Mapping[str, Any]) -> None:
-    """Refuses settings of this process that are not those of the first."""
-    mine = {place: _digest(value) for place, value in _leaves("", settings)}
-    first = decided(lambda: mine)
-    if (
-        is_started_here()
-    ):  # its command is that of the process that started it, with all values filled in
-        return
+    """Refuses settings of this process that are not those of the first, before that one decides anything else.
+
+    A process that was started from inside the job has its command from there, with all values filled in.
+    """
     values = dict(_leaves("", settings))
-    other = [
-        place for place in dict.fromkeys([*mine, *first]) if mine.get(place) != first.get(place)
-    ]
+    mine = {place: _digest(value) for place, value in values.items()}
+    first = decided(lambda: mine)
+    places = [] if is_started_here() else dict.fromkeys([*mine, *first])
+    other = [place for place in places if mine.get(place) != first.get(place)]
     require(
         not other,
         "the same settings on every process of the job",
@@ -566,6 +580,7 @@ def agreed(settings: Mapping[str, Any]) -> None:
         + f" on {current.name}, and something else on rank 0",
         "give every process the same command",
     )
+    current.confirm()
 
 
 def _leaves(place: str, node: Any) -> Iterator[tuple[str, Any]]:
