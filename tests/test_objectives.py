@@ -23,6 +23,7 @@ from consistency.objectives import (
 )
 from consistency.pairs import LognormalTimes, RatioPairs, UniformPairs, UniformTimes
 from consistency.preconditioning import Boundary
+from consistency.randomness import Share
 from consistency.solvers import euler_step, heun_step
 from consistency.steps import DataStep, DataVelocity, Step, TeacherStep, TeacherVelocity
 from consistency.tangents import HessianTangent, L1Tangent, L2Tangent
@@ -118,6 +119,21 @@ def test_an_objective_is_a_function_of_its_arguments(build: Callable[[], nn.Modu
     for name in ("loss", "t", "r"):
         assert getattr(first, name).shape == (32,)
         assert getattr(first, name).dtype == torch.float32
+
+
+@every
+def test_a_share_of_a_batch_meets_the_times_and_noise_of_its_rows(
+    build: Callable[[], nn.Module],
+) -> None:
+    objective, online, target = build(), network(), network(1)
+    x_0 = 0.5 * normal(*SHAPE)
+    whole = objective(online, target, x_0, None, 18, generator())
+    for number, part in enumerate(x_0.split(8)):
+        share = Share(number, 4)
+        found = objective(online, target, part, None, 18, generator(), share)
+        for name in ("loss", "t", "r"):
+            expected = getattr(whole, name)[share.rows(8)]
+            torch.testing.assert_close(getattr(found, name), expected, rtol=1e-5, atol=1e-6)
 
 
 @every

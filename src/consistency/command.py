@@ -191,12 +191,16 @@ def stopped(verb: str) -> str:
 
 def _done(verb: str, main: Main, config: DictConfig) -> Any:
     """Checks the configuration and hands it to a command's own function."""
-    if multiprocessing.get_start_method(allow_none=True) not in (None, *METHODS):
-        # joblib's processes have one of their own by default, which starts nobody else's processes.
-        multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]
+    _allow_processes()
     _require_whole(config)
     with placed(verb, config) as output:
         return main(config, output)
+
+
+def _allow_processes() -> None:
+    """Lets a job in a process of joblib start processes: the start method there is joblib's own, which starts no others."""
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *METHODS):
+        multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]
 
 
 def _require_whole(config: DictConfig) -> None:

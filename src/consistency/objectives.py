@@ -1,6 +1,7 @@
 """Objectives: the loss of one batch, per sample, as its formula.
 
-An objective draws times and noise from the generator given, so that it is a function of its arguments.
+An objective draws times and noise from the generator given, so that it is a function of its arguments. x_0 is `share` of
+the optimizer step's batch: times and noise are drawn for all of it, and the rows of the share are kept.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -14,7 +15,7 @@ from consistency.errors import require
 from consistency.grids import KarrasGrid
 from consistency.pairs import Pairs, Times, require_scales
 from consistency.processes import variance_exploding
-from consistency.randomness import DropoutState, replayed_dropout
+from consistency.randomness import WHOLE, DropoutState, Share, replayed_dropout
 from consistency.solvers import euler_step
 from consistency.steps import Step, Velocity
 from consistency.tangents import TangentLength, TangentMetric, derivative_along
@@ -32,7 +33,7 @@ class Losses(NamedTuple):
 
 @runtime_checkable
 class Objective(Protocol):
-    """(online, target, x_0, label, N(k), generator) -> losses of the batch."""
+    """(online, target, x_0, label, N(k), generator, share) -> losses of the batch."""
 
     def __call__(
         self,
@@ -42,12 +43,15 @@ class Objective(Protocol):
         label: Label,
         num_scales: int,
         generator: Generator,
+        share: Share = WHOLE,
     ) -> Losses: ...
 
 
-def _normal_like(x_0: Data, generator: Generator) -> Data:
+def _normal_like(x_0: Data, generator: Generator, share: Share) -> Data:
     """Unit normal noise z of the shape of the images."""
-    return torch.randn(x_0.shape, generator=generator, device=generator.device)
+    shape = (share.parts * len(x_0), *x_0.shape[1:])
+    z = torch.randn(shape, generator=generator, device=generator.device)
+    return z[share.rows(len(x_0))]
 
 
 class ConsistencyObjective(nn.Module):
@@ -79,9 +83,11 @@ class ConsistencyObjective(nn.Module):
         label: Label,
         num_scales: int,
         generator: Generator,
+        share: Share = WHOLE,
     ) -> Losses:
-        t, r = self.pairs(len(x_0), num_scales, generator)
-        return self.losses_at(online, target, x_0, label, t, r, _normal_like(x_0, generator))
+        rows = share.rows(len(x_0))
+        t, r = (time[rows] for time in self.pairs(share.parts * len(x_0), num_scales, generator))
+        return self.losses_at(online, target, x_0, label, t, r, _normal_like(x_0, generator, share))
 
     def losses_at(
         self,
@@ -145,9 +151,10 @@ class ContinuousObjective(nn.Module):
         label: Label,
         num_scales: int,
         generator: Generator,
+        share: Share = WHOLE,
     ) -> Losses:
-        t = self.times(len(x_0), generator)
-        return self.losses_at(online, target, x_0, label, t, _normal_like(x_0, generator))
+        t = self.times(share.parts * len(x_0), generator)[share.rows(len(x_0))]
+        return self.losses_at(online, target, x_0, label, t, _normal_like(x_0, generator, share))
 
     def losses_at(
         self, online: Denoise, target: Denoise, x_0: Data, label: Label, t: Time, z: Data
@@ -188,10 +195,13 @@ class ProgressiveObjective(nn.Module):
         label: Label,
         num_scales: int,
         generator: Generator,
+        share: Share = WHOLE,
     ) -> Losses:
         require_scales(num_scales, 1)
-        i = torch.randint(num_scales, (len(x_0),), generator=generator, device=generator.device)
-        z = _normal_like(x_0, generator)
+        total = share.parts * len(x_0)
+        i = torch.randint(num_scales, (total,), generator=generator, device=generator.device)
+        i = i[share.rows(len(x_0))]
+        z = _normal_like(x_0, generator, share)
         return self.losses_at(online, target, x_0, label, i, num_scales, z)
 
     def losses_at(
@@ -231,9 +241,10 @@ class DenoisingObjective(nn.Module):
         label: Label,
         num_scales: int,
         generator: Generator,
+        share: Share = WHOLE,
     ) -> Losses:
-        t = self.times(len(x_0), generator)
-        return self.losses_at(online, x_0, label, t, _normal_like(x_0, generator))
+        t = self.times(share.parts * len(x_0), generator)[share.rows(len(x_0))]
+        return self.losses_at(online, x_0, label, t, _normal_like(x_0, generator, share))
 
     def losses_at(self, online: Denoise, x_0: Data, label: Label, t: Time, z: Data) -> Losses:
         """The losses for given times and noise."""

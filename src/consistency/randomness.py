@@ -1,12 +1,13 @@
 """Randomness as a function of place: what a generator draws depends on its key alone, never on what was drawn before.
 
-A key is (seed, purpose, place ...), for example (0, "noise", rank, step). A resumed run therefore draws what an
+A key is (seed, purpose, place ...), for example (0, "train", 0, step). A resumed run therefore draws what an
 uninterrupted one would have drawn, and a sample does not depend on the batch it stands in.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,24 @@ def generator(
 ) -> torch.Generator:
     """A generator on `device`, seeded by the key."""
     return torch.Generator(device).manual_seed(key(seed, purpose, *place))
+
+
+class Share(NamedTuple):
+    """Part `number` of `parts` equal parts of an optimizer step's batch: what a device holds at once.
+
+    Draw for all parts and keep the rows of one, so that an image meets the same noise on any number of devices.
+    """
+
+    number: int = 0
+    parts: int = 1
+
+    def rows(self, size: int) -> slice:
+        """Where a part of `size` rows stands in the whole batch."""
+        return slice(self.number * size, (self.number + 1) * size)
+
+
+WHOLE = Share()
+"""The whole batch at once."""
 
 
 class SampleNoise:

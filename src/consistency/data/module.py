@@ -18,6 +18,7 @@ from consistency.data.batches import PositionedBatches, Split, split
 from consistency.data.source import Classes, Images, OrderedSource, Source, batch_of
 from consistency.errors import require
 from consistency.orphans import end_with
+from consistency.randomness import WHOLE, Share
 from consistency.tensors import Data
 
 FAREWELL_SECONDS = 60
@@ -241,10 +242,13 @@ class DataModule(L.LightningDataModule):
 
     # What happens on the device
 
-    def augmented(self, images: UInt8[Tensor, "b c h w"], draw: Generator) -> Data:
-        """The batch in [-1, 1], mirrored where the generator says so."""
+    def augmented(
+        self, images: UInt8[Tensor, "b c h w"], draw: Generator, share: Share = WHOLE
+    ) -> Data:
+        """The images in [-1, 1], mirrored where the generator says so; they are `share` of the optimizer step's batch."""
         x_0 = to_unit(images)
         if not self.flip:
             return x_0
-        coin = torch.rand(len(x_0), generator=draw, device=draw.device) < 0.5
+        coin = torch.rand(share.parts * len(x_0), generator=draw, device=draw.device) < 0.5
+        coin = coin[share.rows(len(x_0))]
         return torch.where(coin[:, None, None, None], x_0.flip(-1), x_0)

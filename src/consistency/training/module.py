@@ -16,7 +16,7 @@ from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.objectives import Losses, Objective
 from consistency.preconditioning import Preconditioning
-from consistency.randomness import generator, key
+from consistency.randomness import WHOLE, Share, generator, key
 from consistency.tensors import Data, Label
 from consistency.training.faults import tell
 from consistency.training.nonfinite import NonfiniteGuard
@@ -111,22 +111,31 @@ class ConsistencyModule(L.LightningModule):
         return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready) - 1
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        draw = generator(self.seed, "train", self.global_rank, self._position, device=self.device)
-        x_0, label = self._seen(batch, draw)
+        accumulated = self.trainer.accumulate_grad_batches
+        step, micro = divmod(self._position, accumulated)
+        draw = generator(self.seed, "train", 0, step, device=self.device)
+        share = Share(
+            micro * self.trainer.world_size + self.global_rank,
+            accumulated * self.trainer.world_size,
+        )
+        # An objective of one's own needs to know nothing of shares where the batch is whole.
+        part = {} if share == WHOLE else {"share": share}
+        x_0, label = self._seen(batch, draw, **part)
         objective: Objective = self.objective
         losses = objective(
-            self.online, self.target or self.online, x_0, label, self.num_scales, draw
+            self.online, self.target or self.online, x_0, label, self.num_scales, draw, **part
         )
         loss = losses.loss.mean()
         self.guard.note(losses)
         self._log_losses(losses, loss.detach())
         return loss
 
-    def _seen(self, batch: Any, draw: torch.Generator) -> tuple[Data, Label]:
+    def _seen(self, batch: Any, draw: torch.Generator, **part: Share) -> tuple[Data, Label]:
         """Images in [-1, 1] and labels of a batch."""
         if isinstance(data := self._datamodule, DataModule):
             images, classes = batch
-            return data.augmented(images, draw), None if data.num_classes is None else classes
+            label = None if data.num_classes is None else classes
+            return data.augmented(images, draw, **part), label
         image = self.card.get("image")
         shape = None if image is None else (image["channels"], image["size"], image["size"])
         x_0, label = fed(batch, shape=shape, num_classes=self.card.get("num_classes"))
