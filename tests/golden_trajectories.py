@@ -75,9 +75,7 @@ class Run:
 
     @property
     def rates(self) -> list[float]:
-        given = self.spec.get("ema_rate", "")
-        listed = given if isinstance(given, list) else str(given).split(",")
-        return [float(rate) for rate in listed if str(rate).strip()]
+        return rates_of(self.spec)
 
     @property
     def boundary(self) -> Boundary:
@@ -128,6 +126,13 @@ class Run:
         for role, module in self.roles.items():
             state = {name: p.detach().clone() for name, p in module.named_parameters()}
             self.weights[role].append(state)
+
+
+def rates_of(spec: dict) -> list[float]:
+    """The decays of the averages of a run."""
+    given = spec.get("ema_rate", "")
+    listed = given if isinstance(given, list) else str(given).split(",")
+    return [float(rate) for rate in listed if str(rate).strip()]
 
 
 def optimizer_of(spec: dict) -> Callable[..., torch.optim.Optimizer]:

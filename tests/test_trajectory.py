@@ -4,7 +4,6 @@
 reads N(k) and mu(k) at the step before it is counted, and updates optimizer, averages and target in that order.
 """
 
-from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -18,21 +17,25 @@ from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.objectives import ConsistencyObjective, Losses
 from consistency.pairs import UniformPairs
+from consistency.preconditioning import EDM, Boundary
 from consistency.solvers import heun_step
 from consistency.steps import DataStep, Step, TeacherStep
 from consistency.tensors import Data, Denoise, Label
 from consistency.training.callbacks.averages import EvaluationEMA, TargetEMA
 from consistency.training.callbacks.schedules import ScaleSchedule
 from consistency.training.module import ConsistencyModule
-from golden_formulas import GRID, weighting
+from golden_formulas import GRID, SIGMA_DATA, T_MIN, weighting
 from golden_harness import FOLDER, Archive, read_json
 from golden_losses import OPENAI_DISTANCES
-from golden_networks import small_network
-from golden_trajectories import BOUNDARY, PLAIN, functions_of_k
+from golden_networks import OPENAI, small_network
+from golden_trajectories import functions_of_k, optimizer_of, rates_of
 
 SPECS = read_json(FOLDER / "openai_trajectory" / "specs.json")
 # Runs from the first step whose weights move far enough to tell one order of updates from another.
 RUNS = [n for n, s in SPECS.items() if s.get("start_global_step") == 0 and s["lr"] > 1e-3]
+
+BOUNDARY = Boundary(sigma_data=SIGMA_DATA, t_min=T_MIN, c_noise_scale=OPENAI)
+PLAIN = EDM(sigma_data=SIGMA_DATA, c_noise_scale=OPENAI)
 
 
 class Recorded(DataModule):
@@ -128,14 +131,14 @@ def train(name: str, archive: Archive, watched: Weights) -> tuple[RecordedDraws,
         online=Denoiser(small_network(folder, spec["init"].split(".")[0]), BOUNDARY),
         objective=draws,
         sampling_preconditioning=BOUNDARY,
-        optimizer=partial(torch.optim.RAdam, lr=spec["lr"]),
+        optimizer=optimizer_of(spec),
         card={},
         config={},
         seed=0,
         on_nonfinite="stop",
         sources={},
     )
-    rates = [float(rate) for rate in spec["ema_rate"].split(",")]
+    rates = rates_of(spec)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=spec["steps"],
