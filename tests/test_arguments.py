@@ -72,7 +72,7 @@ def test_an_argument_in_the_environment_is_refused(
         ("trainer.precision=16-mixed", "bf16-mixed on a CPU"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("command", ["train", "benchmark"])
+@pytest.mark.parametrize("command", ["train", pytest.param("benchmark", marks=pytest.mark.slow)])
 def test_a_run_that_is_refused_has_opened_and_written_nothing(
     given: str, said: str, command: str, verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

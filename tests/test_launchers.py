@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, TINY, Run
 from consistency import command
 from consistency.checkpoint import read
+from consistency.training.run import train
 
 JOB = [
     *TINY,
@@ -119,18 +120,12 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """The weights of the same run in one process."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "src" / "train.py"),
-            *JOB,
-            "trainer.devices=1",
-            f"output={run}",
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-    )
+    arguments = [*(a for a in JOB if a != "trainer=ddp"), f"output={run}"]
+    before, sys.argv = sys.argv, [str(ROOT / "src" / "train.py"), *arguments]
+    try:
+        command.command("train")(train)()
+    finally:
+        sys.argv = before
     return read(run / "checkpoints" / "last.ckpt")["state_dict"]
 
 

@@ -91,7 +91,12 @@ def test_one_process_resumes_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["files", pytest.param("shards", marks=pytest.mark.slow), "store"]
+    "source",
+    [
+        pytest.param("files", marks=pytest.mark.slow),
+        pytest.param("shards", marks=pytest.mark.slow),
+        "store",
+    ],
 )
 def test_two_processes_share_every_epoch_and_resume(
     source: str, shards: Path, tmp_path: Path

@@ -89,6 +89,7 @@ def test_a_search_ends_in_samples_and_goes_on_where_it_stopped(verb: Run, tmp_pa
     assert sampled.status == 0, sampled.err
 
 
+@pytest.mark.slow
 def test_two_processes_measure_the_same(process: Run, verb: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert verb("train", *SHORT_RUN, f"output={run}").status == 0
