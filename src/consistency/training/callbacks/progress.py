@@ -67,6 +67,11 @@ class StepBar(TQDMProgressBar):
         super().on_train_epoch_start(trainer, *_)
         self.train_progress_bar.set_description("Training")
 
+    def on_exception(self, *_: Any) -> None:
+        """Closes the bar, or it is drawn once more below the message that tells why the run has ended."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
+
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
