@@ -168,6 +168,7 @@ def test_commands_work_from_any_folder(process: Run, tmp_path: Path) -> None:
     assert ROOT not in written.parents
 
 
+@pytest.mark.slow
 def test_the_line_to_continue_with_works_when_pasted(process: Run, tmp_path: Path) -> None:
     import shlex
     import subprocess

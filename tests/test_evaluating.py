@@ -96,6 +96,7 @@ def test_the_numbers_are_those_of_exactly_these_samples(
                 assert found[name] == pytest.approx(value, rel=1e-6), name
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(
     verb: Run,
     process: Run,

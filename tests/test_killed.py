@@ -71,7 +71,7 @@ ALL = ["measured", *MODES, "two processes", "other workers", "shards"]
 @pytest.mark.parametrize(
     ("kills", "names"),
     [
-        pytest.param(3, ["measured"], id="some"),
+        pytest.param(3, ["measured"], id="some", marks=pytest.mark.slow),
         pytest.param(20, ALL, id="many", marks=pytest.mark.slow),
         pytest.param(100, ALL, id="a hundred", marks=pytest.mark.kill),
     ],

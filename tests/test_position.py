@@ -95,7 +95,7 @@ def test_one_process_resumes_where_it_was(tmp_path: Path) -> None:
     [
         pytest.param("files", marks=pytest.mark.slow),
         pytest.param("shards", marks=pytest.mark.slow),
-        "store",
+        pytest.param("store", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_share_every_epoch_and_resume(

@@ -333,6 +333,7 @@ def test_an_unknown_policy_is_told(policy: str, verb: Run, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_sample_that_is_not_finite_on_the_other_rank_stops_both(
     process: Run, tmp_path: Path
 ) -> None:

@@ -169,6 +169,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "set", "stopped.zip", "whole.zip"]
 
 
+@pytest.mark.slow
 def test_shards_of_a_folder_of_classes(process: Run, tmp_path: Path) -> None:
     """Every image and class once, in the mixed order of shards; what is printed trains; run again, nothing is done."""
     pytest.importorskip("litdata")

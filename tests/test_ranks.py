@@ -150,7 +150,7 @@ def k_of(run: Path) -> int:
 @pytest.mark.parametrize(
     ("name", "status", "receiver"),
     [
-        ("SIGTERM", 143, "rank 1"),
+        pytest.param("SIGTERM", 143, "rank 1", marks=pytest.mark.slow),
         ("SIGUSR1", 138, "all processes"),
         pytest.param("SIGINT", 130, "all processes", marks=pytest.mark.slow),
     ],
@@ -184,7 +184,7 @@ def test_a_signal_ends_all_ranks_at_the_same_step(
     )
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_death_of_a_rank_is_the_end_of_all(
     rank: int, started: Callable[..., Running], record_property: Report
 ) -> None:

@@ -83,6 +83,7 @@ class Breaking(Digits):
         return super().__getitem__(index)
 
 
+@pytest.mark.slow
 def test_an_interrupted_writing_goes_on(shards: Path, tmp_path: Path) -> None:
     """What was written stays; the shards end as those written in one go."""
     source, folder = Breaking(tmp_path / "mended"), tmp_path / "shards"

@@ -297,7 +297,11 @@ def test_a_folder_that_is_removed_is_made_again(verb: Run, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "wrong", [["metrics.csv"], ["curves.png", "evaluation.json", "samples/step_00000001.png"]]
+    "wrong",
+    [
+        pytest.param(["metrics.csv"], marks=pytest.mark.slow),
+        ["curves.png", "evaluation.json", "samples/step_00000001.png"],
+    ],
 )
 def test_what_is_not_the_model_never_stops_a_run(
     wrong: list[str], verb: Run, tmp_path: Path

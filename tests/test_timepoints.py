@@ -56,6 +56,7 @@ def test_small_ranges() -> None:
         ternary_search(float, 3, 2)
 
 
+@pytest.mark.slow
 def test_a_search_ends_in_samples_and_goes_on_where_it_stopped(verb: Run, tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "search"
     assert verb("train", *SHORT_RUN, f"output={run}").status == 0

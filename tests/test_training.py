@@ -161,6 +161,7 @@ def test_checkpoints_rotate_and_are_whole(verb: Run, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_has_the_lowest_measured_distance(verb: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tiny = [
@@ -218,6 +219,7 @@ def test_sample_grids_show_every_sampler_large_enough_to_see(trained: dict[str, 
     assert width >= 2 * (4 * cell)
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_both_modes_each_in_its_own_folder(process: Run, tmp_path: Path) -> None:
     outcome = process(
         "train", "-m", "mode=ct,ect", *TINY, "trainer.max_steps=1", f"output={tmp_path / 'sweep'}"

@@ -8,11 +8,10 @@ import atexit
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from consistency.runtime.ranks import is_started_here
@@ -93,9 +92,10 @@ _listener = _Listener()
 
 
 def say(text: str) -> None:
-    """One line to the person who watches."""
+    """One line to the person who watches. Python's own streams refuse what a signal's handler writes while they write."""
     if not is_started_here():
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            os.write(2, f"{text}\n".encode())
 
 
 def is_worker() -> bool:
