@@ -6,6 +6,7 @@ been told its number (NODE_RANK). The variables are read in the order in which L
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def require_launched(devices: int | None, nodes: int, option: str = "") -> None:
 
 
 def _require_srun(place: Place, devices: int | None, nodes: int) -> None:
-    line = " ".join(["python", *sys.argv])[:200]
+    line = shlex.join(["python", *sys.argv])
     several = (place.processes or 1) > 1 or (devices or 1) * nodes > 1
     require(
         place.rank is not None or not several,
