@@ -58,6 +58,7 @@ def test_two_processes_train_inside_a_sweep(process: Run, tmp_path: Path) -> Non
     assert not list((tmp_path / "process_cwd").iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_measure_as_one(process: Run, tmp_path: Path) -> None:
     """Nobody waits for anybody, with two sets of weights and uneven shares, and numbers of images that no network made do
     not depend on the number of processes.

@@ -34,6 +34,7 @@ def lr_of(run: Path) -> float:
 def test_a_configuration_trains_twice_each_time_in_a_folder_of_its_own(
     here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    before = HydraConfig.instance().cfg
     config = consistency.compose(SMALL)
     config.optimizer.lr = 0.25
     value = consistency.train(config)
@@ -48,7 +49,7 @@ def test_a_configuration_trains_twice_each_time_in_a_folder_of_its_own(
     for run in (first, second):
         assert (run / "checkpoints" / "last.ckpt").is_file()
         assert lr_of(run) == 0.25
-    assert not HydraConfig.initialized()
+    assert HydraConfig.instance().cfg is before
 
 
 def test_a_folder_that_is_named_is_used_once(here: Path) -> None:
