@@ -29,11 +29,12 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
                         loaders); held in memory:
                         held digits mixture cifar idx (MNIST); encoded (as image files): folder archive (NVlabs' zips) lsun
                         huggingface; listing (which files are images); stream (shards far away), shards (writes them);
-                        decoding and cropping of one image, download, opening (what lies at a path), given (the images of a person), preparation (the command)
+                        decoding and cropping of one image, download, opening (what lies at a path), given (the images of
+                        a person), preparation (the command)
       evaluation        measuring (the measures), extractors (whose features), reference (what is compared with), classifier,
                         ranks, clock
-      training          run (configuration -> finished run), arguments (of Lightning), resuming (where it begins), module (the LightningModule),
-                        nonfinite, launch (DDP), rotation (of checkpoints), logging, faults (of disks and
+      training          run (configuration -> finished run), arguments (of Lightning), resuming (where it begins), module
+                        (the LightningModule), nonfinite, launch (DDP), rotation (of checkpoints), logging, faults (of disks and
                         folders); callbacks: schedules averages stages periodic checkpoints preemption evaluation pictures progress
 """
 
