@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from consistency.data.module import to_uint8
 from consistency.denoiser import Denoiser
 from consistency.grids import KarrasGrid
 from consistency.networks.dhariwal import DhariwalUNet
 from consistency.networks.song import SongUNet
+from consistency.pixels import to_uint8
 from consistency.preconditioning import EDM, Boundary
 from consistency.samplers import (
     Noise,

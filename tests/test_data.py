@@ -14,8 +14,9 @@ from consistency.data.digits import Digits
 from consistency.data.folder import Folder
 from consistency.data.held import Held, hold, kept
 from consistency.data.lsun import LSUN
-from consistency.data.module import DataModule, to_uint8, to_unit
+from consistency.data.module import DataModule
 from consistency.errors import UserError
+from consistency.pixels import to_uint8, to_unit
 
 
 def batches(**changes: int) -> PositionedBatches:

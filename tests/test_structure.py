@@ -20,7 +20,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "src" / "consistency"
 FLOORS = [
-    ["errors", "tensors", "schedules", "grids", "preconditioning", "averaging", "randomness", "timepoints", "networks"],
+    ["errors", "tensors", "pixels", "schedules", "grids", "preconditioning", "averaging", "randomness", "timepoints", "networks"],
     ["processes", "solvers", "pairs", "distances", "weightings", "denoiser", "tangents"],
     ["steps", "samplers", "editing"],
     ["objectives"],

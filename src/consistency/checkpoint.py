@@ -135,7 +135,7 @@ class Loaded:
         None for the published grid; labels: a class for each image in turn, None for drawn ones.
         """
         from consistency import generation
-        from consistency.data.module import to_uint8, to_unit
+        from consistency.pixels import to_uint8, to_unit
 
         require(
             tuple(images.shape[1:]) == self.shape,

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from consistency.data.module import quantised
 from consistency.editing import Start, Task, edit
 from consistency.errors import require
 from consistency.grids import KarrasGrid
+from consistency.pixels import quantised
 from consistency.randomness import SampleNoise, generator
 from consistency.samplers import Sampler, heun, multistep, trigflow_multistep
 from consistency.tensors import Data, Denoise, Label, sent

@@ -19,7 +19,6 @@ from consistency.checkpoint import Loaded, load
 from consistency.command import require_fresh
 from consistency.data.cropping import halving
 from consistency.data.given import read_images, read_picture
-from consistency.data.module import to_uint8, to_unit
 from consistency.editing import (
     Pairing,
     Pixels,
@@ -33,6 +32,7 @@ from consistency.errors import require
 from consistency.generation import edits, labels_of_edits
 from consistency.grids import KarrasGrid
 from consistency.paths import path_of
+from consistency.pixels import to_uint8, to_unit
 from consistency.preconditioning import TrigFlow
 from consistency.randomness import SampleNoise, generator
 from consistency.samplers import heun, indexed_times

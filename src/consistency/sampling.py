@@ -22,9 +22,9 @@ from tqdm import tqdm
 from consistency import pictures
 from consistency.checkpoint import Loaded, fingerprint, load
 from consistency.command import require_fresh, shell_line
-from consistency.data.module import to_uint8
 from consistency.errors import require
 from consistency.generation import generate, labels_of
+from consistency.pixels import to_uint8
 from consistency.preconditioning import TrigFlow
 from consistency.randomness import SampleNoise
 from consistency.runtime import interrupt

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.data.module import to_unit
 from consistency.errors import require
+from consistency.pixels import to_unit
 from consistency.tensors import Data, Label
 
 ROUNDING = 1e-4

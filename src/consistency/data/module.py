@@ -18,25 +18,11 @@ from consistency.data.batches import PositionedBatches, Split, split
 from consistency.data.source import Classes, Images, OrderedSource, Source, batch_of
 from consistency.errors import require
 from consistency.orphans import end_with
+from consistency.pixels import to_unit
 from consistency.randomness import WHOLE, Share
 from consistency.tensors import Data
 
 FAREWELL_SECONDS = 60
-
-
-def to_unit(images: UInt8[Tensor, "b c h w"]) -> Data:
-    """Grey values 0 ... 255 -> [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def quantised(x: Data) -> UInt8[Tensor, "b c h w"]:
-    """[-1, 1] -> the nearest of the grey values 0 ... 255."""
-    return (x.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
-
-
-def to_uint8(x: Data) -> UInt8[Tensor, "b c h w"]:
-    """`quantised`, on the CPU."""
-    return quantised(x).cpu()
 
 
 class WholeBatches(Dataset[tuple[Images, Classes]]):
