@@ -9,7 +9,7 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
 
     src/train.py sample.py evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py benchmark.py
                         the verbs, each with conf/<verb>.yaml
-    floor 1, words      errors tensors schedules grids preconditioning averaging randomness timepoints
+    floor 1, words      errors tensors pixels schedules grids preconditioning averaging randomness timepoints
                         networks: adm song dhariwal (with their unet and layers) mlp
     floor 2, phrases    processes solvers pairs distances weightings denoiser tangents
     floor 3, sentences  steps samplers editing
