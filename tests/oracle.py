@@ -147,7 +147,7 @@ def train(name: str, oracle: Oracle, steps: int) -> ConsistencyModule:
         objective=instantiate(config.mode.objective, _convert_="all"),
         sampling_preconditioning=instantiate(config.mode.sampling_preconditioning),
         optimizer=partial(torch.optim.RAdam, lr=oracle.lr),
-        card={},
+        card=None,
         config={},
         seed=0,
         on_nonfinite="stop",

@@ -67,7 +67,7 @@ def build_all(config: DictConfig, folder: Path, teacher: Path) -> None:
     instantiate(config.optimizer, _convert_="all")([torch.nn.Parameter(torch.zeros(1))])
     for node in config.logger.values():
         instantiate(node)
-    assert training.describe(config)["role"] in ("teacher", "consistency")
+    assert training.describe(config).role in ("teacher", "consistency")
 
 
 def tolerate(node: Any, hint: str) -> None:

@@ -236,7 +236,7 @@ def test_a_teacher_from_nvlabs(verb: Run, tmp_path: Path) -> None:
         f"output={output}",
     )
     assert outcome.status == 0, outcome.err
-    assert consistency.load(output).card["role"] == "consistency"
+    assert consistency.load(output).card.role == "consistency"
 
 
 def test_samples_from_a_foreign_file(verb: Run, files: dict[str, Path], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def check(run: Path) -> dict[str, object]:
     for mine, other in zip(first["images"], second["images"], strict=True):
         assert len(mine) == len(other) == 4
         assert not set(mine) & set(other)
-    assert load(run).card["role"] == "consistency"
+    assert load(run).card.role == "consistency"
     return first["same"]
 
 

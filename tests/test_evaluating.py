@@ -289,7 +289,7 @@ def test_samples_of_a_teacher_are_measured_with_its_own_sampler(
     )
     assert outcome.status == 0, outcome.err
     assert results(tmp_path / "out")["results"][0]["nfe"] == 5
-    assert load(trained["edm"]).card["role"] == "teacher"
+    assert load(trained["edm"]).card.role == "teacher"
     assert torch.isfinite(
         torch.tensor(results(tmp_path / "out")["results"][0]["frechet_classifier"])
     )

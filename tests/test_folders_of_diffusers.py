@@ -18,7 +18,7 @@ from consistency.errors import UserError
 from consistency.formats import diffusers as diffusers_format
 from golden_harness import read_json
 from test_conversion import convert
-from test_formats import tiny_adm, tiny_card, write_config
+from test_formats import tiny, tiny_adm, tiny_card, write_config
 
 __all__ = ["convert"]
 NAME = "diffusion_pytorch_model"
@@ -127,7 +127,7 @@ def test_a_checkpoint_of_accelerate_holds_both_sets(role: str, tmp_path: Path) -
 
 
 def write_pipeline(folder: Path, name: str = f"{NAME}.safetensors") -> Path:
-    diffusers_format.write_diffusers(folder, tiny_card(), ONLINE)
+    diffusers_format.write_diffusers(folder, tiny(), ONLINE)
     (folder / "unet" / f"{NAME}.safetensors").unlink()
     put(folder / "unet", ONLINE, name)
     return folder

@@ -25,6 +25,7 @@ from consistency.errors import UserError
 from consistency.formats import diffusers as diffusers_format
 from consistency.formats import jcm, nvlabs, openai, sealed
 from consistency.formats.opened import Hints
+from consistency.inference.card import ModelCard
 from golden_harness import FOLDER, OUTPUT, Archive, read_json, read_safetensors
 from golden_networks import model_configurations, openai_arguments
 
@@ -72,7 +73,7 @@ def test_openai(openai_case: tuple[Archive, Path, dict[str, Any]]) -> None:
     label = archive.tensor("y") if "y" in archive else None
     for role, name in (("teacher", "edm"), ("consistency", "boundary")):
         loaded = consistency.load(path, role, **hints)
-        assert loaded.card["role"] == role
+        assert loaded.card.role == role
         network = loaded.denoiser.network
         agrees(archive, "output", network(archive.tensor("x"), archive.tensor("timesteps"), label))
         if f"denoise_{name}.denoised" in archive:
@@ -129,7 +130,7 @@ def test_nvlabs(name: str, tmp_path: Path) -> None:
     ]
     for path in paths:
         loaded = consistency.load(path)
-        assert loaded.card["role"] == "teacher"
+        assert loaded.card.role == "teacher"
         assert loaded.denoiser.preconditioning.c_noise_scale == 0.25
         assert not any("augment" in key for key in loaded.denoiser.network.state_dict())
         if "D_x_nolabels_noaug" in archive:
@@ -148,7 +149,7 @@ def test_ect_is_a_consistency_model(tmp_path: Path) -> None:
         tmp_path / "ecm.pkl", config["ECMPrecond_kwargs"], weights_of("ect", "net"), "ECMPrecond"
     )
     loaded = consistency.load(path)
-    assert loaded.card["role"] == "consistency"
+    assert loaded.card.role == "consistency"
     if not config["ECMPrecond_kwargs"]["label_dim"]:
         found = loaded.denoise(archive.tensor("precond.x"), archive.tensor("precond.sigma"))
         agrees(archive, "precond.eval_mode", found)
@@ -221,7 +222,7 @@ def test_released_jcm_network_is_recognised() -> None:
 def test_an_unknown_role_is_asked_for(kind: str, files: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"role=teacher .* role=consistency") as error:
         consistency.load(files[kind])
-    assert "does not say" in str(error.value)
+    assert "does not record one" in str(error.value)
 
 
 def test_importing_stays_cheap() -> None:
@@ -292,9 +293,13 @@ def tiny_card(**changes: Any) -> dict[str, Any]:
     return card | {"image": {"channels": 3, "size": 8}} | changes
 
 
+def tiny(**changes: Any) -> ModelCard:
+    return ModelCard.parse(tiny_card(**changes), "a test")
+
+
 def write_files(folder: Path) -> dict[str, Path]:
     """One small valid checkpoint of every format."""
-    weights, card = tiny_adm(), tiny_card()
+    weights, card = tiny_adm(), tiny()
     song = nvlabs.settings("SongUNet", TINY_SONG | {"in_channels": 3, "out_channels": 3})
     state = randomised(checkpoint.build(song, checkpoint.NETWORKS, torch.nn.Module))
     prefixed = {f"model.{name}": value for name, value in state.items()}
@@ -305,7 +310,7 @@ def write_files(folder: Path) -> dict[str, Path]:
         "diffusers": folder / "pipeline",
         "unet": folder / "pipeline_of_others" / "unet",
     }
-    checkpoint.write({"card": card, "weights": weights}, files["ours"])
+    checkpoint.write({"card": card.saved(), "weights": weights}, files["ours"])
     checkpoint.checksum_path(files["ours"]).unlink()
     sealed.write_sealed(files["sealed"], card, weights)
     openai.write_openai(files["openai_card"], card, weights)
@@ -368,13 +373,13 @@ def our_images(loaded: checkpoint.Loaded, label: list[int] | None, times: list[f
     """The same draws through our sampler."""
     from consistency.samplers import multistep
 
-    draw, side = torch.Generator().manual_seed(3), loaded.card["image"]["size"]
+    draw, side = torch.Generator().manual_seed(3), loaded.card.image_size
     return multistep(
         loaded.denoise,
-        lambda: torch.randn(2, loaded.card["image"]["channels"], side, side, generator=draw),
+        lambda: torch.randn(2, loaded.card.channels, side, side, generator=draw),
         None if label is None else torch.tensor(label),
         times=times,
-        t_min=loaded.card["preconditioning"]["t_min"],
+        t_min=loaded.card.preconditioning["t_min"],
         t_max=times[0],
         clip=True,
     )
@@ -484,7 +489,9 @@ def test_what_diffusers_cannot_express_is_refused(
     }
     network = checkpoint.build(card["network"], checkpoint.NETWORKS, torch.nn.Module)
     with pytest.raises(UserError, match=hint):
-        diffusers_format.write_diffusers(tmp_path / "folder", card, network.state_dict())
+        diffusers_format.write_diffusers(
+            tmp_path / "folder", ModelCard.parse(card, ""), network.state_dict()
+        )
     assert not (tmp_path / "folder").exists()
 
 
@@ -564,7 +571,7 @@ def write_weights(path: Path, change: Callable[[dict[str, Tensor]], None]) -> Pa
 
 def write_config(folder: Path, **changes: Any) -> Path:
     """A UNet of diffusers with a changed configuration."""
-    diffusers_format.write_diffusers(folder, tiny_card(role="teacher"), tiny_adm())
+    diffusers_format.write_diffusers(folder, tiny(role="teacher"), tiny_adm())
     unsealed(folder / "diffusion_pytorch_model.safetensors")
     config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps(config | changes))

@@ -95,7 +95,7 @@ def test_a_snapshot_in_dictionaries_of_nvlabs_opens(
         )
         (tmp_path / "snapshot.pkl").write_bytes(pickle.dumps(content, protocol))
     loaded = consistency.load(tmp_path / "snapshot.pkl")
-    assert loaded.card["role"] == "teacher"
+    assert loaded.card.role == "teacher"
     found = loaded.denoiser.network.state_dict()
     assert all(torch.equal(found[name], weights[f"model.{name}"]) for name in found)
 

@@ -87,7 +87,7 @@ def run(
         ),
         sampling_preconditioning=preconditioning,
         optimizer=optimizer,
-        card={},
+        card=None,
         config={},
         seed=0,
         on_nonfinite=on_nonfinite,

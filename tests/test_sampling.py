@@ -1,6 +1,7 @@
 """Samples depend on (seed, index) alone; outputs are in the forms that others read."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,10 @@ from conftest import TINY, Run
 from consistency import load, sampling
 from consistency.editing import Box, colorize, inpaint
 from consistency.errors import UserError
-from consistency.generation import (
-    drawn_labels,
-    generate,
-    labels_of,
-    labels_of_edits,
-    sampler_of,
-)
+from consistency.inference.card import ModelCard, random_labels
 from consistency.randomness import SampleNoise
 from consistency.samplers import multistep, onestep, trigflow_multistep
+from test_formats import tiny_card
 
 
 def arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -100,10 +96,10 @@ def test_noise_is_standard_normal_and_independent_over_calls() -> None:
 
 
 def test_labels_are_uniform_and_numbered() -> None:
-    labels = drawn_labels(0, range(10_000), 10)
+    labels = random_labels(0, range(10_000), 10)
     counts = torch.bincount(labels, minlength=10)
     assert counts.min() > 850
-    assert torch.equal(labels[500:600], drawn_labels(0, range(500, 600), 10))
+    assert torch.equal(labels[500:600], random_labels(0, range(500, 600), 10))
 
 
 def test_generate_rounds_to_the_nearest_grey_value() -> None:
@@ -279,15 +275,16 @@ def test_the_way_of_the_samples_is_shown(
 
 
 def test_a_class_goes_by_index_or_by_name() -> None:
-    card = {"num_classes": 3, "class_names": ["cat", "dog", "eel"]}
-    assert labels_of(["eel", 0], 0, range(3), card).tolist() == [2, 0, 2]
-    assert labels_of("dog", 0, range(2), card).tolist() == [1, 1]
-    assert labels_of_edits(["eel", 0], 0, 2, 2, card).tolist() == [2, 2, 0, 0]
-    assert torch.equal(labels_of_edits(None, 0, 2, 3, card), drawn_labels(0, range(6), 3))
-    assert labels_of(None, 0, range(2), {"num_classes": None}) is None
+    saved = tiny_card(num_classes=3, class_names=["cat", "dog", "eel"])
+    card = ModelCard.parse(saved, "a test")
+    assert card.labels(["eel", 0], 0, range(3)).tolist() == [2, 0, 2]
+    assert card.labels("dog", 0, range(2)).tolist() == [1, 1]
+    assert card.edit_labels(["eel", 0], 0, 2, 2).tolist() == [2, 2, 0, 0]
+    assert torch.equal(card.edit_labels(None, 0, 2, 3), random_labels(0, range(6), 3))
+    assert replace(card, num_classes=None).labels(None, 0, range(2)) is None
     for wrong in ("cow", 3, -1, [], 1.0, True, ["cat", None]):
         with pytest.raises(UserError, match="labels"):
-            labels_of(wrong, 0, range(2), card)
+            card.labels(wrong, 0, range(2))
 
 
 def test_the_names_of_classes_come_from_the_folders(verb: Run, tmp_path: Path) -> None:
@@ -303,7 +300,7 @@ def test_the_names_of_classes_come_from_the_folders(verb: Run, tmp_path: Path) -
         "train", *TINY, *data, "model.network.attention_resolutions=[4]", f"output={run}"
     )
     assert outcome.status == 0, outcome.err
-    assert load(run).card["class_names"] == ["cats", "dogs"]
+    assert load(run).card.class_names == ("cats", "dogs")
     output = tmp_path / "out"
     arguments = [f"checkpoint={run}", "labels=[dogs,cats,dogs]", "num_samples=4"]
     outcome = verb("sample", *arguments, f"output={output}")
@@ -338,7 +335,7 @@ def test_steps_choose_a_sampler_that_suits_the_model(
     mode: str, steps: int, trained: dict[str, Path]
 ) -> None:
     model, calls = load(trained[mode]), []
-    sampler = sampler_of(model.card, steps)
+    sampler = model.card.sampler(steps)
 
     def watched(
         x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None
@@ -351,5 +348,6 @@ def test_steps_choose_a_sampler_that_suits_the_model(
     assert calls[0] == 80.0
     if (mode, steps) == ("ect", 2):
         assert calls[1] == pytest.approx(0.821)
-    trig = model.card | {"preconditioning": {"_target_": "consistency.preconditioning.TrigFlow"}}
-    assert sampler_of(trig | {"role": "consistency"}, 1).func is trigflow_multistep
+    scalings = {"_target_": "consistency.preconditioning.TrigFlow"}
+    trig = replace(model.card, preconditioning=scalings, role="consistency")
+    assert trig.sampler(1).func is trigflow_multistep

@@ -83,7 +83,7 @@ def train(teacher: Denoiser, student: Denoiser) -> Seen:
         objective=ProgressiveObjective(grid=grid, distance=L2(), weighting=truncated_snr),
         sampling_preconditioning=SCALINGS,
         optimizer=partial(torch.optim.Adam, lr=1e-2),
-        card={},
+        card=None,
         config={},
         seed=0,
         on_nonfinite="stop",

@@ -259,7 +259,7 @@ def test_a_disk_that_runs_full(until: int | None, verb: Run, small_disk: Path) -
     outcome = verb("train", *TINY, *arguments)
     assert "k=4 could not be written: [Errno 28] No space left on device" in outcome.err
     assert "the picture of step k=4 could not be written" in outcome.err
-    assert load(run).card["role"] == "consistency"
+    assert load(run).card.role == "consistency"
     with (run / "metrics.csv").open(newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == [str(step) for step in range(8)]
     if until is None:

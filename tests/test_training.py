@@ -155,7 +155,7 @@ def test_checkpoints_rotate_and_are_whole(verb: Run, tmp_path: Path) -> None:
         for name in ("last", "previous")
     }
     assert steps == {"last": 5, "previous": 4}
-    assert load(run / "checkpoints" / "previous.ckpt").card["role"] == "consistency"
+    assert load(run / "checkpoints" / "previous.ckpt").card.role == "consistency"
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
         "last.ckpt", "last.ckpt.sha256", "previous.ckpt", "previous.ckpt.sha256",
     ]  # fmt: skip
@@ -228,4 +228,4 @@ def test_a_sweep_runs_both_modes_each_in_its_own_folder(process: Run, tmp_path: 
     folders = sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir())
     assert folders == ["0_digits_ct", "1_digits_ect"]
     for folder in folders:
-        assert load(tmp_path / "sweep" / folder).card["role"] == "consistency"
+        assert load(tmp_path / "sweep" / folder).card.role == "consistency"

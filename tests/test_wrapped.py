@@ -258,7 +258,7 @@ def test_state_dicts_of_nvlabs_networks_open(tmp_path: Path) -> None:
         torch.save({"net": under("module.model.", weights)}, tmp_path / "net.pt")
         loaded = consistency.load(tmp_path / "net.pt", "teacher")
         assert same(loaded.denoiser.network.state_dict(), weights)
-        assert loaded.card["network"] == settings | {"dropout": 0.0}
+        assert loaded.card.network == settings | {"dropout": 0.0}
         assert loaded.denoiser.preconditioning.c_noise_scale == 0.25
         with pytest.raises(UserError, match="does not say"):
             consistency.load(tmp_path / "net.pt")
@@ -292,7 +292,7 @@ def test_state_dicts_in_the_names_of_diffusers_open(tmp_path: Path) -> None:
             tmp_path / "unet.ckpt", "teacher", image_size=8, num_head_channels=32
         )
         assert same(loaded.denoiser.network.state_dict(), weights)
-        assert loaded.card["network"] == node
+        assert loaded.card.network == node
 
 
 # ------------------------------------------------------------------------- heads, outputs
@@ -307,7 +307,7 @@ def test_heads_that_a_state_dict_does_not_hold_can_be_given(convert: Run, tmp_pa
     target = tmp_path / "ours"
     outcome = convert(f"source={tmp_path / 'model.pt'}", "role=teacher", *heads, f"output={target}")
     assert outcome.status == 0, outcome.err
-    assert consistency.load(target).card["network"] == node
+    assert consistency.load(target).card.network == node
     for to, hint in (("diffusers", "4 attention heads on the way up"), ("openai", None)):
         outcome = convert(f"source={target}", f"to={to}", f"output={tmp_path / to}")
         assert outcome.status == (2 if hint else 0), outcome.err

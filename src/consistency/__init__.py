@@ -14,7 +14,7 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 2, phrases    processes solvers pairs distances weightings denoiser tangents
     floor 3, sentences  steps samplers editing
     floor 4, paragraph  objectives
-    the shell           checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
+    the shell           inference: card (what a model is); checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
                         orphans (no process outlives its parent), caches (where there is no home), paths (as people give
                         them), binding (do parts take the arguments beside them),

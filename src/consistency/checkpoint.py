@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,8 +30,8 @@ from consistency.denoiser import Denoiser
 from consistency.editing import Pairing, Start, grid_times
 from consistency.errors import UserError, require
 from consistency.formats import diffusers, reading, released
-from consistency.formats.opened import ContentError, Hints, Opened, Role
-from consistency.grids import KarrasGrid
+from consistency.formats.opened import ContentError, Hints, Opened
+from consistency.inference.card import ModelCard, Role, is_plain
 from consistency.networks.unet import UNet
 from consistency.paths import path_of
 from consistency.randomness import generator
@@ -58,7 +58,7 @@ class Loaded:
     """A denoiser read from a file, with its card, the path and weights it came from, and the format of the file."""
 
     denoiser: Denoiser
-    card: dict[str, Any]
+    card: ModelCard
     path: Path
     weights: str
     format: str = reading.OURS
@@ -84,8 +84,7 @@ class Loaded:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the images."""
-        image = self.card["image"]
-        return image["channels"], image["size"], image["size"]
+        return self.card.shape
 
     def sample(
         self,
@@ -107,9 +106,9 @@ class Loaded:
         require(count >= 1, "at least one image", count, "ask for more")
         batches = generation.generate(
             self,
-            sampler or generation.sampler_of(self.card, steps),
+            sampler or self.card.sampler(steps),
             indices=range(count),
-            labels=generation.labels_of(labels, seed, range(count), self.card),
+            labels=self.card.labels(labels, seed, range(count)),
             shape=self.shape,
             seed=seed,
             batch_size=batch_size,
@@ -143,14 +142,13 @@ class Loaded:
             tuple(images.shape),
             "resize them first",
         )
-        process = self.card["process"]
-        grid = KarrasGrid(t_min=process["t_min"], t_max=process["t_max"], rho=process["rho"])
+        grid = self.card.process.grid
         x_0 = generation.edits(
             self,
             pairing(self.shape, generator(seed, "edit")),
             to_unit(images),
             outputs=outputs,
-            labels=generation.labels_of_edits(labels, seed, len(images), outputs, self.card),
+            labels=self.card.edit_labels(labels, seed, len(images), outputs),
             times=grid_times(grid) if times is None else times,
             t_min=grid.t_min,
             start=start,
@@ -339,48 +337,6 @@ def build(node: dict[str, Any], package: str, base: type) -> Any:
     return found(**arguments)
 
 
-def is_plain(value: object) -> bool:
-    """Whether a value of a card is a number of sensible size, a short text, nothing, or a short list of such."""
-    if isinstance(value, list | tuple):
-        flat = len(value) <= 64 and not any(isinstance(v, list | tuple) for v in value)
-        return flat and all(is_plain(v) for v in value)
-    if isinstance(value, str):
-        return len(value) <= 256 and "${" not in value
-    return value is None or (isinstance(value, int | float) and abs(value) <= 1 << 20)
-
-
-def require_card(card: dict[str, Any], path: object) -> None:
-    """Refuses a card without the parts that every command relies on."""
-    image, process = card.get("image"), card.get("process")
-    parts = [
-        card.get("role") in ("teacher", "consistency", None),
-        isinstance(card.get("network"), dict),
-        isinstance(card.get("preconditioning"), dict | None),
-        isinstance(image, dict) and all(_is_count(image.get(k)) for k in ("channels", "size")),
-        card.get("num_classes") is None or _is_count(card["num_classes"]),
-        _is_names(card.get("class_names"), card.get("num_classes")),
-        isinstance(process, dict) and all(is_plain(k) and is_plain(v) for k, v in process.items()),
-    ]
-    require(
-        all(parts),
-        f"a card with role, network, preconditioning, process, image and num_classes in {path}",
-        "one in which a part is missing or makes no sense",
-        "take another checkpoint, or convert the original file again",
-    )
-
-
-def _is_names(names: object, count: object) -> bool:
-    return names is None or (
-        isinstance(names, list)
-        and len(names) == count
-        and all(isinstance(name, str) and len(name) <= 256 for name in names)
-    )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and 1 <= value <= 1 << 20
-
-
 def weights_in(content: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
     """All weights of the network by name: online, target, ema:<decay>, and ema for the first average."""
     available: dict[str, dict[str, Tensor]] = {}
@@ -452,15 +408,11 @@ def open_sets(path: Path, weights: Sequence[str] | None, hints: Hints) -> dict[s
     content = reading.open_path(path, first, hints)
     if isinstance(content, Opened):
         found = {first: content} | {name: _foreign(path, name, hints) for name in others}
-        for opened in found.values():
-            require_card(opened.card, path)
         return found
-    require_card(content["card"], path)
+    card = ModelCard.parse(content["card"], path)
     names = weights or [name for name in weights_in(content) if name != "ema"] or ["ema"]
     return {
-        name: Opened(
-            format=reading.OURS, weights=select_weights(content, name), card=content["card"]
-        )
+        name: Opened(format=reading.OURS, weights=select_weights(content, name), card=card)
         for name in names
     }
 
@@ -521,13 +473,12 @@ def _built(
     weights: str,
     role: Role | None,
 ) -> Loaded:
-    if released.is_name(checkpoint) and opened.card["role"] is None:
-        known = released.find(str(checkpoint)).role
-        opened = replace(opened, card={**opened.card, "role": known})
-    card = opened.with_role(role, path)
-    require_card(card, path)
-    network = assemble(card["network"], opened.weights)
-    denoiser = Denoiser(network, build(card["preconditioning"], PRECONDITIONING, object))
+    card = opened.card
+    if released.is_name(checkpoint) and card.role is None:
+        card = card.with_role(released.find(str(checkpoint)).role, path)
+    card = card.with_role(role, path)
+    network = assemble(card.network, opened.weights)
+    denoiser = Denoiser(network, build(card.preconditioning, PRECONDITIONING, object))
     return Loaded(denoiser.eval().requires_grad_(False), card, path, weights, opened.format)
 
 
@@ -552,9 +503,8 @@ def load_initial(
     path = find(checkpoint)
     try:
         opened = open_checkpoint(path, weights, Hints())
-        card = opened.card if opened.card["role"] else opened.with_role("teacher", path)
-        found = assemble(card["network"], opened.weights).state_dict()
-        scale = opened.c_noise_scale or card["preconditioning"].get("c_noise_scale")
+        found = assemble(opened.card.network, opened.weights).state_dict()
+        scale = opened.card.preconditioning.get("c_noise_scale")
     except UserError:
         raise
     except Exception as error:

@@ -125,7 +125,7 @@ def picture(runs: list[Trained], seed: int) -> Image.Image:
     for run in runs:
         loaded = load(run.folder)
         config: Any = OmegaConf.load(run.folder / "config.yaml")
-        image, classes = loaded.card["image"], loaded.card["num_classes"]
+        classes = loaded.card.num_classes
         labels = None if classes is None else torch.arange(STRIP) % classes
         for name, node in config.mode.samplers.items():
             batches = generate(
@@ -133,7 +133,7 @@ def picture(runs: list[Trained], seed: int) -> Image.Image:
                 instantiate(node, _convert_="all"),
                 indices=range(STRIP),
                 labels=labels,
-                shape=(image["channels"], image["size"], image["size"]),
+                shape=loaded.shape,
                 seed=seed,
                 batch_size=STRIP,
                 device="cpu",

@@ -80,7 +80,7 @@ def write(loaded: Loaded, to: str, target: Path) -> Path:
         write_openai(target, loaded.card, weights)
         return target
     if target.suffix in TORCH:
-        checkpoint.write({"card": loaded.card, "weights": dict(weights)}, target)
+        checkpoint.write({"card": loaded.card.saved(), "weights": dict(weights)}, target)
         return target
     file = target if target.suffix == ".safetensors" else target / SEALED
     write_sealed(file, loaded.card, weights)
@@ -93,14 +93,14 @@ def write(loaded: Loaded, to: str, target: Path) -> Path:
 def facts(loaded: Loaded) -> list[str]:
     """Format, role, network, keys and parameters, a line each."""
     card, network = loaded.card, loaded.denoiser.network
-    image, classes = card["image"], card["num_classes"] or "no"
+    classes = card.num_classes or "no"
     count = sum(p.numel() for p in network.parameters())
-    shape = f"{image['channels']} x {image['size']} x {image['size']}"
+    shape = " x ".join(map(str, card.shape))
     kind = type(loaded.denoiser.preconditioning).__name__
     return [
         f"source      {loaded.path}",
         f"format      {loaded.format}",
-        f"role        {card['role']} ({kind} scalings)",
+        f"role        {card.role} ({kind} scalings)",
         f"network     {type(network).__name__}, images {shape}, {classes} classes",
         f"keys        {len(network.state_dict())}, all expected, finite and of the right shapes",
         f"parameters  {count:,}",
@@ -111,7 +111,7 @@ def verify(loaded: Loaded) -> None:
     """Prints what a use of the model would show; raises `UserError` where it is not what it says it is."""
     error, scale = boundary_error(loaded)
     levels = finite_outputs(loaded)
-    student = loaded.card["role"] == "consistency"
+    student = loaded.card.role == "consistency"
     kept = error <= 1e-6 * scale
     note = "" if student else " (a denoiser has no boundary condition)"
     print(f"boundary    max |f(x, t_min) - x| = {error:.3g}{note}")
@@ -127,7 +127,7 @@ def verify(loaded: Loaded) -> None:
 
 def _failed(loaded: Loaded, got: str) -> str:
     return (
-        f"expected a {loaded.card['role']} model that keeps its definition at {loaded.path}\n"
+        f"expected a {loaded.card.role} model that keeps its definition at {loaded.path}\n"
         f"  got: {got}\n"
         "  do: check role=, and that the file is the one you mean"
     )
@@ -135,17 +135,16 @@ def _failed(loaded: Loaded, got: str) -> str:
 
 def boundary_time(loaded: Loaded) -> float:
     """The time at which the model should be the identity: t_min of its scalings, 0 for scalings without one."""
-    if loaded.card["role"] == "teacher":
-        return float(loaded.card["process"]["t_min"])
+    if loaded.card.role == "teacher":
+        return float(loaded.card.process.t_min)
     return float(getattr(loaded.denoiser.preconditioning, "t_min", 0.0))
 
 
 def _noisy(loaded: Loaded, t: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """Images of the size at noise level t, the same at every call: x_t, t, label."""
-    image, classes = loaded.card["image"], loaded.card["num_classes"]
-    draw = generator(0, "verify", 0)
-    shape = (1, image["channels"], image["size"], image["size"])
-    deviation = (t**2 + loaded.card["process"]["sigma_data"] ** 2) ** 0.5
+    draw, classes = generator(0, "verify", 0), loaded.card.num_classes
+    shape = (1, *loaded.shape)
+    deviation = (t**2 + loaded.card.process.sigma_data**2) ** 0.5
     label = None if classes is None else torch.zeros(1, dtype=torch.long)
     return deviation * torch.randn(shape, generator=draw), torch.full((1,), t), label
 
@@ -160,11 +159,8 @@ def boundary_error(loaded: Loaded) -> tuple[float, float]:
 @torch.no_grad()
 def finite_outputs(loaded: Loaded) -> dict[float, bool]:
     """Whether the outputs are finite, by noise level from t_min to t_max."""
-    process = loaded.card["process"]
-    low, high = (process[name] ** (1 / 7) for name in ("t_min", "t_max"))
     found = {}
-    for i in range(TIMES):
-        t = (low + i / (TIMES - 1) * (high - low)) ** 7
+    for t in loaded.card.process.grid.points(TIMES).flip(0).tolist():
         x, level, label = _noisy(loaded, t)
         found[t] = bool(torch.isfinite(loaded.denoise(x, level, label)).all())
     return found
@@ -173,6 +169,6 @@ def finite_outputs(loaded: Loaded) -> dict[float, bool]:
 @torch.no_grad()
 def sample_hash(loaded: Loaded) -> str:
     """SHA-256, shortened, of the grey values of the estimate from fixed noise at t_max: equal for equal models."""
-    x, t, label = _noisy(loaded, loaded.card["process"]["t_max"])
+    x, t, label = _noisy(loaded, loaded.card.process.t_max)
     grey = (loaded.denoise(x, t, label).clamp(-1, 1) * 127.5).round().to(torch.int16)
     return hashlib.sha256(grey.contiguous().numpy().tobytes()).hexdigest()[:16]

@@ -202,8 +202,8 @@ class Actions:
     @property
     def labels(self) -> list[str]:
         """The classes by name, and none in particular."""
-        count = self.model.card["num_classes"] or 0
-        names = self.model.card.get("class_names") or [str(n) for n in range(count)]
+        count = self.model.card.num_classes or 0
+        names = self.model.card.class_names or [str(n) for n in range(count)]
         return ["any", *names]
 
     def label_of(self, label: str) -> int | None:
@@ -230,7 +230,7 @@ def page(gradio: ModuleType, model: Loaded, uploads: Path, background: str | Non
     with gradio.Blocks(title="Consistency model") as blocks:
         name = "/".join(model.path.parts[-3:])
         gradio.Markdown(
-            f"## Consistency model\n`{name}`, {model.card['role']}, weights {model.weights}"
+            f"## Consistency model\n`{name}`, {model.card.role}, weights {model.weights}"
         )
         with gradio.Row():
             seed = gradio.Number(0, label="Seed", precision=0, elem_id="seed")

@@ -29,7 +29,7 @@ from consistency.editing import (
     invert,
 )
 from consistency.errors import require
-from consistency.generation import edits, labels_of_edits
+from consistency.generation import edits
 from consistency.grids import KarrasGrid
 from consistency.paths import path_of
 from consistency.pixels import to_uint8, to_unit
@@ -83,7 +83,7 @@ class Request:
 
     def labels_for(self, count: int, each: int = 1) -> Label:
         """The class of each of count x each images."""
-        return labels_of_edits(self.labels, self.seed, count, each, self.model.card)
+        return self.model.card.edit_labels(self.labels, self.seed, count, each)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,20 +283,20 @@ def edit(config: DictConfig, output: Path) -> None:
     device = chosen_device(config.device)
     model = opened(config.checkpoint, config.weights, config.role, device)
     fill_process(config, model)
-    image, process = model.card["image"], config.process
+    shape, process = model.shape, config.process
     teacher = None
     if config.teacher is not None:
         teacher = opened(config.teacher, config.weights, "teacher", device)
         require(
-            teacher.card["image"] == image,
-            f"a teacher of images of {image}",
-            teacher.card["image"],
+            teacher.shape == shape,
+            f"a teacher of images of shape {shape}",
+            teacher.shape,
             "choose the teacher of this model",
         )
     errand: Errand = instantiate(config.task, _convert_="all")
     images = None
     if config.input is not None:
-        images = read_images(config.input, image["channels"], image["size"], config.background)
+        images = read_images(config.input, *shape[:2], config.background)
     edited = errand(
         Request(
             model=model,

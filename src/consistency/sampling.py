@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -23,7 +23,7 @@ from consistency import pictures
 from consistency.checkpoint import Loaded, fingerprint, load
 from consistency.command import require_fresh, shell_line
 from consistency.errors import require
-from consistency.generation import generate, labels_of
+from consistency.generation import generate
 from consistency.pixels import to_uint8
 from consistency.preconditioning import TrigFlow
 from consistency.randomness import SampleNoise
@@ -62,9 +62,9 @@ def plain(value: object) -> object:
 
 def fill_process(config: DictConfig, loaded: Loaded) -> None:
     """Puts the time range and points of the checkpoint's own process where the configuration has null."""
-    for name, value in loaded.card["process"].items():
+    for name, value in asdict(loaded.card.process).items():
         if config.process[name] is None:
-            config.process[name] = value
+            config.process[name] = list(value) if isinstance(value, tuple) else value
 
 
 def bound_sampler(node: DictConfig, config: DictConfig, loaded: Loaded) -> Sampler:
@@ -102,7 +102,7 @@ def require_suited(sampler: Sampler, loaded: Loaded, *, force: bool) -> None:
     """Refuses a sampler that asks the model for what it has not learnt, unless that is what is wanted."""
     function = sampler.func if isinstance(sampler, partial) else sampler
     require(
-        force or loaded.card["role"] != "consistency" or function not in NEED_DENOISER,
+        force or loaded.card.role != "consistency" or function not in NEED_DENOISER,
         "a sampler for consistency functions: onestep or multistep",
         "one that follows the PF-ODE of a denoiser, with a consistency checkpoint",
         "choose sampler=onestep, or add force=true to draw all the same",
@@ -147,7 +147,7 @@ def sample(config: DictConfig, output: Path) -> None:
     sampler = bound_sampler(config.sampler, config, loaded)
     require_suited(sampler, loaded, force=config.force)
     indices = range(config.num_samples)
-    labels = labels_of(plain(config.labels), config.seed, indices, loaded.card)
+    labels = loaded.card.labels(plain(config.labels), config.seed, indices)
     shelf = Shelf(output)
     there = shelf.claim(settings_of(config, loaded), config.num_samples)
     missing = [i for i in indices if i not in there]
@@ -235,7 +235,7 @@ def draw(
             denoise,
             sampler,
             indices=numbers,
-            labels=labels_of(plain(config.labels), config.seed, numbers, loaded.card),
+            labels=loaded.card.labels(plain(config.labels), config.seed, numbers),
             shape=loaded.shape,
             seed=config.seed,
             batch_size=len(numbers),

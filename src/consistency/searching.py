@@ -22,8 +22,7 @@ from consistency.command import require_fresh, shell_line
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.measuring import Measure, Numbered, Settings
-from consistency.generation import drawn_labels, generate
-from consistency.grids import KarrasGrid
+from consistency.generation import generate
 from consistency.runtime import interrupt
 from consistency.samplers import multistep
 from consistency.sampling import chosen_device, searched_path
@@ -56,9 +55,7 @@ def search(config: DictConfig, output: Path) -> float:
     measure = measure_of(config, path)
     metric = measure.extractor.named(config.metric)
     count = measure.count(config.num_samples)
-    process = loaded.card["process"]
-    grid = KarrasGrid(t_min=process["t_min"], t_max=process["t_max"], rho=process["rho"])
-    times = grid.points(config.num_scales).tolist()
+    times = loaded.card.process.grid.points(config.num_scales).tolist()
     with artists(config) as pool:
 
         def measured(chosen: Sequence[float]) -> float:
@@ -168,18 +165,23 @@ class Artist:
     def draw(self, times: list[float], indices: range) -> UInt8[Tensor, "n c h w"]:
         """The samples number `indices`, evaluated at the times."""
         config, card = self.config, self.loaded.card
-        classes = card["num_classes"]
-        process = card["process"]
 
         def sampler(denoise: Any, noise: Any, label: Any = None) -> Tensor:
-            bounds = {"t_min": process["t_min"], "t_max": process["t_max"]}
-            return multistep(denoise, noise, label, times=times, clip=True, **bounds)
+            return multistep(
+                denoise,
+                noise,
+                label,
+                times=times,
+                clip=True,
+                t_min=card.process.t_min,
+                t_max=card.process.t_max,
+            )
 
         batches = generate(
             self.loaded,
             sampler,
             indices=indices,
-            labels=None if classes is None else drawn_labels(config.seed, indices, classes),
+            labels=card.labels(None, config.seed, indices),
             shape=self.loaded.shape,
             seed=config.seed,
             batch_size=config.batch_size,

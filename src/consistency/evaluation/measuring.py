@@ -4,7 +4,7 @@ FID by torchmetrics; inception score, KID, precision and recall by torch-fidelit
 together from all ranks, in the order of the samples' numbers: these measures draw subsets by position.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -32,7 +32,8 @@ from consistency.evaluation.extractors import (
 )
 from consistency.evaluation.ranks import batches, gathered, place, tell
 from consistency.evaluation.reference import Reference, read_reference, reference_of
-from consistency.generation import generate, labels_of
+from consistency.generation import generate
+from consistency.inference.card import ModelCard
 from consistency.paths import path_of
 from consistency.samplers import Sampler
 from consistency.tensors import Denoise, sent
@@ -208,7 +209,7 @@ def precision_recall(samples: Tensor, reference: Tensor) -> dict[str, float]:
 def drawn(
     denoise: Denoise,
     sampler: Sampler,
-    card: Mapping[str, Any],
+    card: ModelCard,
     *,
     count: int,
     labels: object,
@@ -218,16 +219,15 @@ def drawn(
 ) -> Iterator[Numbered]:
     """This rank's share of `count` samples, with their numbers, a batch at a time.
 
-    card: the model's, as checkpoints have it; labels: as `consistency.generation.labels_of` takes them.
+    labels: as `ModelCard.labels` takes them.
     """
-    image = card["image"]
     for numbers in batches(count, batch_size):
         (images,) = generate(
             denoise,
             sampler,
             indices=numbers,
-            labels=labels_of(labels, seed, numbers, card),
-            shape=(image["channels"], image["size"], image["size"]),
+            labels=card.labels(labels, seed, numbers),
+            shape=card.shape,
             seed=seed,
             batch_size=len(numbers),
             device=device,

@@ -8,6 +8,7 @@ boundary scalings, so it is a consistency model; a UNet alone does not say what 
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from consistency.formats.opened import (
     ContentError,
     Hints,
     Opened,
-    Role,
     chosen,
     describe,
     process,
@@ -30,6 +30,7 @@ from consistency.formats.pickles import read_pickle, read_zip, told
 from consistency.formats.sealed import read_sealed, write_sealed
 from consistency.formats.timetable import LAYERS, restored, rewritten, width
 from consistency.grids import KarrasGrid
+from consistency.inference.card import ModelCard, Process, Role
 
 FORMAT = "diffusers"
 PIPELINE, UNET, SCHEDULER = (
@@ -185,7 +186,7 @@ def _open(folder: Path, unet: Path, file: Path, hints: Hints) -> Opened:
                 require_pipeline(above)
     config = read_json(unet / "config.json")
     theirs, card = read_weights(file)
-    network = settings(config, hints) if card is None else card["network"]
+    network = settings(config, hints) if card is None else card.network
     weights = {ours: take(theirs, names) for ours, names in parameters(network)}
     if theirs:
         raise ContentError(f"weights without a place in {UNET}, such as {min(theirs)[:80]}")
@@ -207,13 +208,15 @@ def _open(folder: Path, unet: Path, file: Path, hints: Hints) -> Opened:
 def _described(
     role: Role | None,
     network: dict[str, Any],
-    noise: dict[str, Any],
+    noise: Process,
     weights: dict[str, Tensor],
     notes: tuple[str, ...] = (),
 ) -> Opened:
     classes = network["num_classes"]
-    card = describe(role=role, network=network, process=noise, num_classes=classes)
-    return Opened(format=FORMAT, weights=weights, card=card, c_noise_scale=OPENAI, notes=notes)
+    card = describe(
+        role=role, network=network, process=noise, c_noise_scale=OPENAI, num_classes=classes
+    )
+    return Opened(format=FORMAT, weights=weights, card=card, notes=notes)
 
 
 def require_pipeline(folder: Path) -> None:
@@ -270,7 +273,7 @@ def sets(folder: Path) -> dict[str, tuple[Path, Path]]:
     return found
 
 
-def scheduled(folder: Path) -> dict[str, Any]:
+def scheduled(folder: Path) -> Process:
     """The noise process of a scheduler; the second time is that of the pipeline's own two steps."""
     config = read_json(folder / SETTINGS)
     given = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0, "s_noise": 1.0}
@@ -299,10 +302,10 @@ def scheduled(folder: Path) -> dict[str, Any]:
     found = process(
         sigma_data=float(given["sigma_data"]), t_min=t_min, t_max=t_max, second_time=float(second)
     )
-    return {**found, "rho": rho}
+    return replace(found, rho=rho)
 
 
-def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_weights(file: Path) -> tuple[dict[str, Tensor], ModelCard | None]:
     """The weights in a file or in the files that an index names, and our card if we wrote them."""
     if file.suffix == ".json":
         return read_shards(file), None
@@ -572,17 +575,17 @@ def give(value: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------- writing
 
 
-def write_diffusers(folder: Path, card: dict[str, Any], weights: dict[str, Tensor]) -> None:
+def write_diffusers(folder: Path, card: ModelCard, weights: dict[str, Tensor]) -> None:
     """Writes a pipeline for a consistency model, a UNet alone for a teacher, which diffusers has no pipeline for."""
     config = unet_settings(card, weights)
-    student = card["role"] == "consistency"
+    student = card.role == "consistency"
     unet = folder / "unet" if student else folder
     unet.mkdir(parents=True, exist_ok=True)
     if needs_timetable(card):
         write_sealed(unet / TIMETABLE, card, {name: weights[name] for name in LAYERS})
-        weights = rewritten(weights, grid(card), card["preconditioning"]["c_noise_scale"])
+        weights = rewritten(weights, grid(card), card.preconditioning["c_noise_scale"])
     theirs: dict[str, Tensor] = {}
-    for ours, names in parameters(card["network"]):
+    for ours, names in parameters(card.network):
         theirs |= give(weights[ours], names)
     if student:
         index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": VERSION}
@@ -598,38 +601,38 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def needs_timetable(card: dict[str, Any]) -> bool:
+def needs_timetable(card: ModelCard) -> bool:
     """Whether the network has another time input than the one that diffusers computes."""
-    return card["preconditioning"]["c_noise_scale"] != OPENAI
+    return card.preconditioning["c_noise_scale"] != OPENAI
 
 
-def grid(card: dict[str, Any]) -> Tensor:
+def grid(card: ModelCard) -> Tensor:
     """The noise levels at which the pipeline evaluates its network, in float64."""
     noise = scheduler_settings(card)
     karras = KarrasGrid(t_min=noise["sigma_min"], t_max=noise["sigma_max"], rho=noise["rho"])
     return karras.points(POINTS)
 
 
-def scheduler_settings(card: dict[str, Any]) -> dict[str, Any]:
+def scheduler_settings(card: ModelCard) -> dict[str, Any]:
     """The settings of the pipeline's scheduler."""
-    scalings, noise = card["preconditioning"], card["process"]
+    scalings, noise = card.preconditioning, card.process
     return {
         "_class_name": SCHEDULER,
         "_diffusers_version": VERSION,
         "num_train_timesteps": POINTS,
         "sigma_min": scalings["t_min"],
-        "sigma_max": noise["t_max"],
+        "sigma_max": noise.t_max,
         "sigma_data": scalings["sigma_data"],
-        "rho": noise["rho"],
+        "rho": noise.rho,
         "s_noise": 1.0,
         "clip_denoised": True,
     }
 
 
-def unet_settings(card: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+def unet_settings(card: ModelCard, weights: dict[str, Tensor]) -> dict[str, Any]:
     """The settings of `UNet2DModel` for our model. Refuses one that it cannot be."""
-    network, scalings = card["network"], card["preconditioning"]
-    scale, student = scalings.get("c_noise_scale"), card["role"] == "consistency"
+    network, scalings = card.network, card.preconditioning
+    scale, student = scalings.get("c_noise_scale"), card.role == "consistency"
     require_diffusers(
         network["_target_"] == ADM, "a network other than ADM", "it is one of its own"
     )
@@ -664,7 +667,7 @@ def unet_settings(card: dict[str, Any], weights: dict[str, Tensor]) -> dict[str,
         "_diffusers_version": VERSION,
         **FIXED,
         "time_embedding_dim": None if scale == OPENAI else width(widths[0], POINTS),
-        "sample_size": card["image"]["size"],
+        "sample_size": card.image_size,
         "in_channels": network["in_channels"],
         "out_channels": network.get("out_channels") or network["in_channels"],
         "block_out_channels": widths,

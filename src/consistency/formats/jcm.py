@@ -34,9 +34,11 @@ def open_state(state: dict[str, Any], weights: str, hints: Hints) -> Opened:
         arguments = {key: value for key, value in network.items() if key != "_target_"}
         shape = SongUNet(**arguments)
     noise = process(second_time=0.58535)
-    card = describe(role=None, network=network, process=noise, num_classes=None)
+    card = describe(
+        role=None, network=network, process=noise, c_noise_scale=NVLABS, num_classes=None
+    )
     moved = song_weights(params, shape)
-    return Opened(format=FORMAT, weights=moved, card=card, c_noise_scale=NVLABS, notes=notes)
+    return Opened(format=FORMAT, weights=moved, card=card, notes=notes)
 
 
 def flattened(tree: object, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from consistency.formats.opened import NVLABS, ContentError, Hints, Opened, Role, describe, process
+from consistency.formats.opened import NVLABS, ContentError, Hints, Opened, describe, process
 from consistency.formats.pickles import Object, told
+from consistency.inference.card import Role
 from consistency.networks.unet import fir_filter
 
 FORMAT = "NVlabs"
@@ -105,8 +106,14 @@ def open_module(module: Object) -> Opened:
     role, second_time = ROLES[module.kind], 1.526 if network["image_size"] == 64 else 0.821
     t_min = float(state["sigma_min"]) if role == "consistency" else 0.002
     noise = process(sigma_data=float(state["sigma_data"]), t_min=t_min, second_time=second_time)
-    card = describe(role=role, network=network, process=noise, num_classes=network["num_classes"])
-    return Opened(format=FORMAT, weights=weights, card=card, c_noise_scale=NVLABS)
+    card = describe(
+        role=role,
+        network=network,
+        process=noise,
+        c_noise_scale=NVLABS,
+        num_classes=network["num_classes"],
+    )
+    return Opened(format=FORMAT, weights=weights, card=card)
 
 
 def settings(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -148,10 +155,14 @@ def open_state(weights: dict[str, Tensor], hints: Hints) -> Opened:
     }
     own = {name: value for name, value in weights.items() if name != "map_augment.weight"}
     noise = process(second_time=1.526 if network["image_size"] == 64 else 0.821)
-    card = describe(role=None, network=network, process=noise, num_classes=network["num_classes"])
-    return Opened(
-        format=FORMAT, weights=own | filters, card=card, c_noise_scale=NVLABS, notes=tuple(notes)
+    card = describe(
+        role=None,
+        network=network,
+        process=noise,
+        c_noise_scale=NVLABS,
+        num_classes=network["num_classes"],
     )
+    return Opened(format=FORMAT, weights=own | filters, card=card, notes=tuple(notes))
 
 
 def settings_of(weights: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any], list[str]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from consistency.errors import require
 from consistency.formats.opened import OPENAI, ContentError, Hints, Opened, describe, process
 from consistency.formats.pickles import CARD
+from consistency.inference.card import ModelCard
 
 FORMAT = "OpenAI"
 ADM = "consistency.networks.adm.ADM"
@@ -43,8 +44,9 @@ def open_state(weights: dict[str, Tensor], hints: Hints) -> Opened:
         network=network,
         process=process(second_time=RELEASED[known][1] if known in RELEASED else 0.821),
         num_classes=network["num_classes"],
+        c_noise_scale=OPENAI,
     )
-    return Opened(format=FORMAT, weights=weights, card=card, c_noise_scale=OPENAI, notes=notes)
+    return Opened(format=FORMAT, weights=weights, card=card, notes=notes)
 
 
 def settings(weights: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -123,7 +125,7 @@ def settings(weights: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any], 
     return network, tuple(notes)
 
 
-def write_openai(path: Path, card: dict[str, Any], weights: dict[str, Tensor]) -> None:
+def write_openai(path: Path, card: ModelCard, weights: dict[str, Tensor]) -> None:
     """Writes a .pt file that the published code loads: a flat state dict, and our card as a record that torch skips."""
     require_openai(card)
     part = path.with_name(f"{path.name}.part")
@@ -131,13 +133,13 @@ def write_openai(path: Path, card: dict[str, Any], weights: dict[str, Tensor]) -
     torch.save(dict(weights), part)
     with zipfile.ZipFile(part, "a") as archive:
         root = archive.namelist()[0].split("/")[0]
-        archive.writestr(f"{root}/{CARD}", json.dumps(card, sort_keys=True))
+        archive.writestr(f"{root}/{CARD}", json.dumps(card.saved(), sort_keys=True))
     part.replace(path)
 
 
-def require_openai(card: dict[str, Any]) -> None:
+def require_openai(card: ModelCard) -> None:
     """Refuses a model that `UNetModel` cannot be."""
-    network, scalings = card["network"], card["preconditioning"]
+    network, scalings = card.network, card.preconditioning
     reasons = {
         "a network other than ADM": network["_target_"] != ADM,
         "another time input than c_noise = 250 ln t": scalings.get("c_noise_scale") != OPENAI,

@@ -15,6 +15,7 @@ from consistency.formats.messagepack import read_messagepack
 from consistency.formats.opened import ContentError, Hints, Opened, chosen
 from consistency.formats.pickles import read_pickle, read_zip
 from consistency.formats.sealed import read_sealed
+from consistency.inference.card import ModelCard
 
 OURS = "ours"
 SEALED = "model.safetensors"
@@ -43,7 +44,7 @@ def read_content(path: Path) -> tuple[str, Any, Any]:
         raise ContentError("an empty file")
     if first[:4] == b"PK\x03\x04":
         content, card = read_zip(path)
-        return "zip", content, None if card is None else json.loads(card)
+        return "zip", content, None if card is None else ModelCard.parse(json.loads(card), path)
     if first[:1] == b"\x80" and first[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "pickle", read_pickle(path), None
     if first[8:9] == b"{" and int.from_bytes(first[:8], "little") <= size - 8:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from consistency import caches
 from consistency.errors import UserError, require
-from consistency.formats.opened import Role
+from consistency.inference.card import Role
 
 OPENAI = "https://openaipublic.blob.core.windows.net/consistency"
 JCM = f"{OPENAI}/jcm_checkpoints"

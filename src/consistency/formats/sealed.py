@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from consistency.formats.opened import ContentError
+from consistency.inference.card import ModelCard
 
 CARD, DIGEST = "consistency", "sha256"
 
@@ -31,11 +32,11 @@ def digest(card: str, weights: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def write_sealed(path: Path, card: dict[str, Any], weights: dict[str, Tensor]) -> None:
+def write_sealed(path: Path, card: ModelCard, weights: dict[str, Tensor]) -> None:
     """Writes weights with their card: complete under another name first, then renamed into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-    text = json.dumps(card, sort_keys=True)
+    text = json.dumps(card.saved(), sort_keys=True)
     part = path.with_name(f"{path.name}.part")
     save_file(own, part, metadata={"format": "pt", CARD: text, DIGEST: digest(text, own)})
     with part.open("rb+") as file:
@@ -43,7 +44,7 @@ def write_sealed(path: Path, card: dict[str, Any], weights: dict[str, Tensor]) -
     part.replace(path)
 
 
-def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_sealed(path: Path) -> tuple[dict[str, Tensor], ModelCard | None]:
     """The tensors of a safetensors file and its card, None for a file of others. Refuses what has changed."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
@@ -55,4 +56,4 @@ def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     card = json.loads(metadata[CARD])
     if not isinstance(card, dict):
         raise ContentError("a card that is not one")
-    return weights, card
+    return weights, ModelCard.parse(card, path)

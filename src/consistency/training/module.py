@@ -14,6 +14,7 @@ from consistency.data.feed import fed
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
+from consistency.inference.card import ModelCard
 from consistency.objectives import Losses, Objective
 from consistency.preconditioning import Preconditioning
 from consistency.randomness import WHOLE, Share, generator, key
@@ -47,7 +48,7 @@ class ConsistencyModule(L.LightningModule):
         objective: nn.Module,
         sampling_preconditioning: Preconditioning,
         optimizer: Callable[..., torch.optim.Optimizer],
-        card: dict[str, Any],
+        card: ModelCard | None,
         config: dict[str, Any],
         seed: int,
         on_nonfinite: str,
@@ -136,9 +137,12 @@ class ConsistencyModule(L.LightningModule):
             images, classes = batch
             label = None if data.num_classes is None else classes
             return data.augmented(images, draw, **part), label
-        image = self.card.get("image")
-        shape = None if image is None else (image["channels"], image["size"], image["size"])
-        x_0, label = fed(batch, shape=shape, num_classes=self.card.get("num_classes"))
+        card = self.card
+        x_0, label = fed(
+            batch,
+            shape=None if card is None else card.shape,
+            num_classes=None if card is None else card.num_classes,
+        )
         if not self._told_range:
             self._told_range = True
             if self.global_rank == 0 and float(x_0.min()) >= 0:
@@ -243,7 +247,8 @@ class ConsistencyModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds card, config, k and sources; leaves out teacher and perceptual weights, which come from files of their own."""
-        checkpoint["card"], checkpoint["config"], checkpoint["k"] = self.card, self.config, self.k
+        checkpoint["card"] = {} if self.card is None else self.card.saved()
+        checkpoint["config"], checkpoint["k"] = self.config, self.k
         checkpoint["sources"] = self.sources
         checkpoint["left_out_in_a_row"] = self.guard.in_a_row
         checkpoint["overflows"] = [self.guard.overflows, self.guard.overflows_in_a_row]

@@ -27,6 +27,7 @@ from consistency.data.held import kept
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import require
+from consistency.inference.card import ModelCard
 from consistency.masking import masked
 from consistency.runtime.ranks import is_first, require_launched
 from consistency.training.arguments import plugins_of, require_taken, require_whole
@@ -77,24 +78,21 @@ def build_data(config: DictConfig) -> DataModule:
     )
 
 
-def describe(config: DictConfig) -> dict[str, Any]:
-    """The card of the denoiser that this configuration trains, as `consistency.checkpoint` reads it."""
+def describe(config: DictConfig, data: DataModule | None = None) -> ModelCard:
+    """The card of the denoiser that this configuration trains, with the names of the classes in `data`."""
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    return {
+    names = [] if data is None else list(getattr(data.train_source, "class_names", []))
+    saved = {
         "role": plain["mode"]["role"],
         "network": plain["model"]["network"],
         "preconditioning": plain["mode"]["sampling_preconditioning"],
         "process": plain["mode"]["process"],
         "image": {"channels": plain["data"]["channels"], "size": plain["data"]["image_size"]},
         "num_classes": plain["data"]["num_classes"],
+        "class_names": names if len(names) == plain["data"]["num_classes"] else [],
     }
-
-
-def named_classes(data: DataModule) -> dict[str, list[str]]:
-    """What the card says of the classes' names, where the data has names and the model is told classes."""
-    names = list(getattr(data.train_source, "class_names", []))
-    return {"class_names": names} if names and len(names) == data.num_classes else {}
+    return ModelCard.parse(saved, "this configuration")
 
 
 def build_module(config: DictConfig, data: DataModule | None = None) -> ConsistencyModule:
@@ -123,7 +121,7 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
         objective=instantiate(config.mode.objective, _convert_="all"),
         sampling_preconditioning=instantiate(config.mode.sampling_preconditioning),
         optimizer=optimizer,
-        card=describe(config) | (named_classes(data) if data is not None else {}),
+        card=describe(config, data),
         config=masked({str(key): value for key, value in plain.items()}),
         seed=config.seed,
         on_nonfinite=config.on_nonfinite,

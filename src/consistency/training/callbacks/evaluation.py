@@ -158,6 +158,7 @@ class Evaluation(Periodic):
     def _drawn(
         self, module: ConsistencyModule, weights: str, sampler: Sampler, seed: int
     ) -> Iterator[Numbered]:
+        assert module.card is not None
         with module.sampling_denoiser(weights) as denoiser:
             yield from drawn(
                 denoiser,

@@ -67,7 +67,9 @@ class SampleGrids(Periodic):
         self._drawn = module.k
         if not trainer.is_global_zero:
             return
-        image, num_classes = module.card["image"], module.card["num_classes"]
+        card = module.card
+        assert card is not None
+        num_classes = card.num_classes
         count = self.num_samples
         columns = pictures.columns_for(count, num_classes)
         labels = None if num_classes is None else torch.arange(count) % num_classes
@@ -79,7 +81,7 @@ class SampleGrids(Periodic):
                     sampler,
                     indices=range(count),
                     labels=labels,
-                    shape=(image["channels"], image["size"], image["size"]),
+                    shape=card.shape,
                     seed=self.seed,
                     batch_size=self.batch_size,
                     device=module.device,

@@ -1,0 +1,234 @@
+"""The card of a model: everything about it but its weights, as every checkpoint carries it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from consistency.errors import require
+from consistency.grids import KarrasGrid
+from consistency.randomness import generator
+from consistency.samplers import Sampler, heun, multistep, trigflow_multistep
+
+Role: TypeAlias = Literal["teacher", "consistency"]
+"""A denoiser D (EDM scalings), or a consistency function f (boundary scalings)."""
+
+SCALINGS = {
+    "teacher": "consistency.preconditioning.EDM",
+    "consistency": "consistency.preconditioning.Boundary",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """The noise process of a model.
+
+    sigma_data: standard deviation of the data in [-1, 1].
+    t_min, t_max: range of the noise level t.
+    rho: exponent of the Karras grid.
+    times: time points of two-step sampling, the first of them t_max; None if none are published.
+    """
+
+    sigma_data: float
+    t_min: float
+    t_max: float
+    rho: float
+    times: tuple[float, ...] | None = None
+
+    @property
+    def grid(self) -> KarrasGrid:
+        """The Karras grid from t_min to t_max."""
+        return KarrasGrid(t_min=self.t_min, t_max=self.t_max, rho=self.rho)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a model is.
+
+    role: teacher or consistency; None if the file does not record it.
+    network, preconditioning: `_target_` and arguments; without a role, preconditioning has no `_target_`.
+    process: the noise process.
+    channels, image_size: of the images, which are square.
+    num_classes: number of classes; None for an unconditional model.
+    class_names: names of the classes; empty if unknown.
+    """
+
+    role: Role | None
+    network: dict[str, Any]
+    preconditioning: dict[str, Any]
+    process: Process
+    channels: int
+    image_size: int
+    num_classes: int | None
+    class_names: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, saved: Mapping[str, Any], origin: object) -> "ModelCard":
+        """Check the saved form of a card. Raise `UserError` that names `origin`, the file, if a part is wrong."""
+        image, process = saved.get("image"), saved.get("process")
+        names, classes = saved.get("class_names") or [], saved.get("num_classes")
+        scalars = ("sigma_data", "t_min", "t_max", "rho")
+        require(
+            saved.get("role") in ("teacher", "consistency", None)
+            and isinstance(saved.get("network"), dict)
+            and isinstance(saved.get("preconditioning"), dict)
+            and isinstance(image, Mapping)
+            and all(_is_count(image.get(name)) for name in ("channels", "size"))
+            and (classes is None or _is_count(classes))
+            and isinstance(names, list | tuple)
+            and len(names) in (0, classes)
+            and all(isinstance(name, str) and len(name) <= 256 for name in names)
+            and isinstance(process, Mapping)
+            and set(process) <= {*scalars, "times"}
+            and all(_is_number(process.get(name)) for name in scalars)
+            and _are_times(process.get("times")),
+            f"a card with role, network, preconditioning, process, image and num_classes in {origin}",
+            "a card with a missing or impossible part",
+            "take another checkpoint, or convert the original file again",
+        )
+        assert isinstance(process, Mapping) and isinstance(image, Mapping)
+        times = process.get("times")
+        return cls(
+            role=saved.get("role"),
+            network=saved["network"],
+            preconditioning=saved["preconditioning"],
+            process=Process(**{**process, "times": times if times is None else tuple(times)}),
+            channels=image["channels"],
+            image_size=image["size"],
+            num_classes=classes,
+            class_names=tuple(names),
+        )
+
+    def saved(self) -> dict[str, Any]:
+        """Return the form in which checkpoints hold the card: plain dictionaries, lists and scalars."""
+        times = self.process.times
+        return {
+            "role": self.role,
+            "network": dict(self.network),
+            "preconditioning": dict(self.preconditioning),
+            "process": asdict(self.process) | ({} if times is None else {"times": list(times)}),
+            "image": {"channels": self.channels, "size": self.image_size},
+            "num_classes": self.num_classes,
+        } | ({"class_names": list(self.class_names)} if self.class_names else {})
+
+    def with_role(self, role: Role | None, origin: object) -> "ModelCard":
+        """Return the card with its role settled; `role` counts only if the file does not record one.
+
+        Raise `UserError` if both are known and differ, or neither is.
+        """
+        require(
+            role is None or self.role in (None, role),
+            f"a {role} checkpoint",
+            f"{origin}, a {self.role} checkpoint",
+            "train a teacher with mode=edm" if role == "teacher" else "give a consistency model",
+        )
+        known = self.role or role
+        require(
+            known is not None,
+            "role=teacher (a denoiser, EDM scalings) or role=consistency (boundary scalings)",
+            f"no role, and {origin} does not record one",
+            "add the one that the file is: the keys and shapes of both are the same",
+        )
+        assert known is not None
+        if "_target_" in self.preconditioning:
+            return replace(self, role=known)
+        boundary = {"t_min": self.process.t_min} if known == "consistency" else {}
+        scalings = {"_target_": SCALINGS[known], **boundary, **self.preconditioning}
+        return replace(self, role=known, preconditioning=scalings)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
+        return self.channels, self.image_size, self.image_size
+
+    @property
+    def is_trigflow(self) -> bool:
+        """Whether the network works on TrigFlow's angles."""
+        return str(self.preconditioning.get("_target_")).endswith(".TrigFlow")
+
+    def sampler(self, steps: int) -> Sampler:
+        """Return Heun's sampler for a teacher, else Algorithm 1 of Song et al. 2023 with `steps` evaluations.
+
+        The time points are those of the process if it has as many, else the first of the Karras grid with one more.
+        """
+        require(steps >= 1, "steps >= 1", steps, "1 or 2 suit a consistency model, 18 a denoiser")
+        process = self.process
+        if self.role == "teacher":
+            return partial(heun, grid=process.grid, steps=max(steps, 2), clip=False)
+        times = [process.t_max] if steps == 1 else list(process.times or ())
+        if len(times) != steps:
+            times = process.grid.points(steps + 1)[:-1].tolist()
+        if self.is_trigflow:
+            angles = [math.atan(t / process.sigma_data) for t in times]
+            return partial(
+                trigflow_multistep, times=angles, sigma_data=process.sigma_data, clip=True
+            )
+        return partial(multistep, times=times, t_min=process.t_min, t_max=process.t_max, clip=True)
+
+    def labels(self, labels: object, seed: int, numbers: Sequence[int]) -> Int[Tensor, "n"] | None:
+        """Return the class index of each sample number; None for an unconditional model.
+
+        labels: an index or a class name, or several that are repeated in turn; None draws them at random.
+        """
+        if self.num_classes is None:
+            require(
+                labels is None, "labels=null for a model without classes", labels, "leave it out"
+            )
+            return None
+        if labels is None:
+            return random_labels(seed, numbers, self.num_classes)
+        choices = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]  # fmt: skip
+        names = list(self.class_names)
+        indices = [names.index(c) if isinstance(c, str) and c in names else c for c in choices]
+        known = f", or of {', '.join(names[:9])}{' ...' if len(names) > 9 else ''}" if names else ""
+        require(
+            bool(indices) and all(type(i) is int and 0 <= i < self.num_classes for i in indices),
+            f"labels from 0 to {self.num_classes - 1}{known}",
+            labels,
+            "for example labels=[0,1,2]",
+        )
+        return torch.tensor([indices[number % len(indices)] for number in numbers])
+
+    def edit_labels(
+        self, labels: object, seed: int, images: int, outputs: int
+    ) -> Int[Tensor, "m"] | None:
+        """Return the class index of each of images x outputs results: given ones by image, random ones by result."""
+        if labels is None:
+            return self.labels(None, seed, range(images * outputs))
+        by_image = self.labels(labels, seed, range(images))
+        return None if by_image is None else by_image.repeat_interleave(outputs)
+
+
+def random_labels(seed: int, numbers: Sequence[int], num_classes: int) -> Int[Tensor, "n"]:
+    """Draw the class of each sample number uniformly; number i depends on (seed, i) alone."""
+    draws = [torch.randint(num_classes, (), generator=generator(seed, "label", i)) for i in numbers]
+    return torch.stack(draws)
+
+
+def is_plain(value: object) -> bool:
+    """Return whether a value is a number up to 2^20, a short text, None, or a short flat list of such."""
+    if isinstance(value, list | tuple):
+        flat = len(value) <= 64 and not any(isinstance(v, list | tuple) for v in value)
+        return flat and all(is_plain(v) for v in value)
+    if isinstance(value, str):
+        return len(value) <= 256 and "${" not in value
+    return value is None or (isinstance(value, int | float) and abs(value) <= 1 << 20)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 1 <= value <= 1 << 20
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and is_plain(value)
+
+
+def _are_times(value: object) -> bool:
+    return value is None or (
+        isinstance(value, list | tuple) and len(value) <= 64 and all(map(_is_number, value))
+    )
