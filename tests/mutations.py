@@ -177,10 +177,10 @@ MUTATIONS = [
         "a(y) * omega + a(x) * (1 - omega)",
     ),
     Mutation(
-        "the known part not given back at first",
+        "the known part not given back",
         f"{SOURCE}/editing.py",
-        "x_0 = task.imposed(y, estimate(x, at(times[0], x), label))",
-        "x_0 = estimate(x, at(times[0], x), label)",
+        "return refined(imposed, x,",
+        "return refined(estimate, x,",
     ),
     Mutation(
         "strokes forgotten where all is free",

@@ -22,13 +22,13 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from consistency.errors import require
 from consistency.grids import KarrasGrid
 from consistency.processes import variance_exploding
-from consistency.samplers import Noise, at, bounded, require_falling
+from consistency.samplers import Noise, at, bounded, refined, require_falling
 from consistency.solvers import heun_step
-from consistency.tensors import Data, Denoise, Label, PerSample
+from consistency.tensors import Data, Denoise, Label, PerSample, Time
 
 Start = Literal["reference", "noise", "input"]
-"""Where the loop begins: at N(y, t_1^2), the known part of y under noise, as in Algorithm 4; at N(0, t_1^2), as in the
-released code; or at the input itself, which is noisy already.
+"""Start of the loop: N(y, t_1^2) with the known part of y, as in Algorithm 4; N(0, t_1^2), as in the released code; or
+the input itself, which is noisy already.
 """
 
 Transformed: TypeAlias = Float[Tensor, "b k i j"]
@@ -36,9 +36,6 @@ Transformed: TypeAlias = Float[Tensor, "b k i j"]
 
 LUMINANCE = (0.2989, 0.5870, 0.1140)
 """Share of red, green and blue in the brightness of a colour [Song et al. 2023, Appendix D]."""
-
-
-# ------------------------------------------------------------------------ transforms A
 
 
 @runtime_checkable
@@ -75,7 +72,7 @@ def orthonormal_basis(first: Sequence[float]) -> Float[Tensor, "n n"]:
 
 @dataclass(frozen=True)
 class ColourBasis:
-    """A changes the basis of the three colours: channel 0 of A x is the brightness [Song et al. 2023, Appendix D]."""
+    """Change the basis of the three colours: channel 0 of A x is the brightness [Song et al. 2023, Appendix D]."""
 
     def __call__(self, x: Data) -> Transformed:
         return torch.einsum("bchw,ck->bkhw", x, self.matrix.to(x))
@@ -91,7 +88,7 @@ class ColourBasis:
 
 @dataclass(frozen=True)
 class PatchBasis:
-    """A changes the basis of the p x p pixels of every patch; component 0 is their sum over p, the mean times p.
+    """Change the basis of the p x p pixels of every patch; component 0 is their sum over p, the mean times p.
 
     [Song et al. 2023, Appendix D.] A x has c p^2 channels, those of channel c at c p^2 ... (c + 1) p^2 - 1.
     """
@@ -109,15 +106,11 @@ class PatchBasis:
         return torch.einsum(product, x.unflatten(1, (-1, self.patch**2)), matrix).flatten(1, 2)
 
 
-# ------------------------------------------------------------------------ tasks
-
-
 @dataclass(frozen=True)
 class Task:
     """A transform A and the mask Omega in its space, 1 where the image is free and 0 where it is known.
 
-    guided: whether the loop begins at y as it is, though all of it is free. Algorithm 4 as printed sets the free part
-    to 0 first, and nothing would be left of a drawing.
+    guided: start from y itself (SDEdit) instead of its known part, which is 0 if all of it is free.
     """
 
     transform: Transform
@@ -125,12 +118,12 @@ class Task:
     guided: bool = False
 
     def imposed(self, y: Data, x: Data) -> Data:
-        """x with what is known of y: A^-1[(A y) (1 - Omega) + (A x) Omega]."""
+        """Return x with the known part of y: A^-1[(A y) (1 - Omega) + (A x) Omega]."""
         omega, a = self.omega.to(x), self.transform
         return a.inverse(a(y) * (1 - omega) + a(x) * omega)
 
     def reference(self, y: Data) -> Data:
-        """What Algorithm 4 begins with: what is known of y and 0 for the rest, or all of a guide."""
+        """Return the start of Algorithm 4: the known part of y and 0 for the rest; y itself if guided."""
         return y if self.guided else self.imposed(y, torch.zeros_like(y))
 
 
@@ -143,7 +136,7 @@ class Mask(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
-    """Free is the box [x, y, w, h]: its left and upper edge, width and height, in pixels."""
+    """The pixels of the box [x, y, w, h] are free: left and upper edge, width and height."""
 
     box: Sequence[int]
 
@@ -163,7 +156,7 @@ class Box:
 
 @dataclass(frozen=True, kw_only=True)
 class Center:
-    """Free is the square of `size` pixels in the middle; None is half the image's side."""
+    """The central square of side `size` pixels is free; None is half the image's side."""
 
     size: int | None = None
 
@@ -181,7 +174,7 @@ class Center:
 
 @dataclass(frozen=True, kw_only=True)
 class Random:
-    """Free is that share of all pixels, drawn at random."""
+    """A random share of the pixels is free; 0 < share <= 1."""
 
     share: float
 
@@ -232,11 +225,8 @@ def superres(shape: tuple[int, int, int], draw: Generator, *, patch: int) -> Tas
 
 
 def regenerate(shape: tuple[int, int, int], draw: Generator) -> Task:
-    """All is free: the image is where the loop begins, and no more."""
+    """Everything is free: the image is only the start of the loop."""
     return Task(Pixels(), torch.ones(1, 1, 1, 1), guided=True)
-
-
-# ------------------------------------------------------------------------ the loop
 
 
 def edit(
@@ -253,24 +243,21 @@ def edit(
 ) -> Data:
     """Algorithm 4 of Song et al. 2023 at the falling points of evaluation `times`; NFE len(times).
 
-    Between two points the noise of `samplers.multistep` is added. The released code differs in `start` alone, and in
-    what it shows for the free part of y.
+    The loop is that of `samplers.multistep`, with the known part of y imposed on every estimate. The released code
+    differs in `start`, and in the picture of the free part of y.
     """
     require_falling(times, t_min)
     estimate = bounded(denoise, clip)
+
+    def imposed(x_t: Data, t: Time, label: Label = None) -> Data:
+        return task.imposed(y, estimate(x_t, t, label))
+
     if start == "input":
         x = y
     else:
         origin = task.reference(y) if start == "reference" else torch.zeros_like(y)
         x = variance_exploding(origin, noise(), at(times[0], y))
-    x_0 = task.imposed(y, estimate(x, at(times[0], x), label))
-    for t in times[1:]:
-        x = variance_exploding(x_0, noise(), at((t**2 - t_min**2) ** 0.5, x_0))
-        x_0 = task.imposed(y, estimate(x, at(t, x), label))
-    return x_0
-
-
-# ------------------------------------------------------------------------ interpolation
+    return refined(imposed, x, noise, label, times, t_min)
 
 
 def spherical(z_0: Data, z_1: Data, share: float) -> Data:

@@ -1,7 +1,7 @@
-"""Randomness as a function of place: what a generator draws depends on its key alone, never on what was drawn before.
+"""Random numbers as a function of a key, never of earlier draws.
 
-A key is (seed, purpose, place ...), for example (0, "train", 0, step). A resumed run therefore draws what an
-uninterrupted one would have drawn, and a sample does not depend on the batch it stands in.
+A key is (seed, purpose, indices ...), for example (0, "train", 0, step). A resumed run therefore draws the numbers of an
+uninterrupted one, and a sample does not depend on its batch.
 """
 
 import hashlib
@@ -14,17 +14,17 @@ import torch
 from consistency.tensors import Data, sent
 
 
-def key(seed: int, purpose: str, *place: int) -> int:
-    """A 63-bit seed from the key, the same on every machine."""
-    text = "/".join(str(part) for part in (seed, purpose, *place))
+def key(seed: int, purpose: str, *indices: int) -> int:
+    """Return a 63-bit seed for the key, the same on every machine."""
+    text = "/".join(str(part) for part in (seed, purpose, *indices))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator(
-    seed: int, purpose: str, *place: int, device: torch.device | str = "cpu"
+    seed: int, purpose: str, *indices: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A generator on `device`, seeded by the key."""
-    return torch.Generator(device).manual_seed(key(seed, purpose, *place))
+    """Return a generator on `device`, seeded by the key."""
+    return torch.Generator(device).manual_seed(key(seed, purpose, *indices))
 
 
 class Share(NamedTuple):
@@ -37,7 +37,7 @@ class Share(NamedTuple):
     parts: int = 1
 
     def rows(self, size: int) -> slice:
-        """Where a part of `size` rows stands in the whole batch."""
+        """Return the rows of this part, of `size` rows, in the whole batch."""
         return slice(self.number * size, (self.number + 1) * size)
 
 
@@ -68,7 +68,7 @@ class SampleNoise:
 
 @contextmanager
 def replayed_dropout(state: "DropoutState") -> Iterator[None]:
-    """Runs the body with the random state of `state` and leaves the present state as it was."""
+    """Run the body with the random state `state`; restore the present one afterwards."""
     now = DropoutState.snapshot(state.device)
     state.restore()
     try:
@@ -89,13 +89,13 @@ class DropoutState:
 
     @classmethod
     def snapshot(cls, device: torch.device) -> "DropoutState":
-        """The state now."""
+        """Return the present state."""
         if device.type == "cuda":
             return cls(device, torch.cuda.get_rng_state(device))
         return cls(device, torch.get_rng_state())
 
     def restore(self) -> None:
-        """Makes this state the present one."""
+        """Set this state."""
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(self.state, self.device)
         else:

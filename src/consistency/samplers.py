@@ -47,9 +47,6 @@ def bounded(denoise: Denoise, clip: bool) -> Denoise:
     return clipped if clip else denoise
 
 
-# ------------------------------------------------------------------------ consistency functions
-
-
 def onestep(
     denoise: Denoise, noise: Noise, label: Label = None, *, t_max: float, clip: bool
 ) -> Data:
@@ -85,8 +82,13 @@ def multistep(
         list(times),
         f"for example sampler.times=[{t_max},0.821]",
     )
-    estimate = bounded(denoise, clip)
-    x = times[0] * noise()
+    return refined(bounded(denoise, clip), times[0] * noise(), noise, label, times, t_min)
+
+
+def refined(
+    estimate: Denoise, x: Data, noise: Noise, label: Label, times: Sequence[float], t_min: float
+) -> Data:
+    """Estimate x_0 from x at times[0]; at each later time add noise to the estimate and estimate anew."""
     x_0 = estimate(x, at(times[0], x), label)
     for t in times[1:]:
         x = variance_exploding(x_0, noise(), at((t**2 - t_min**2) ** 0.5, x_0))
@@ -173,9 +175,6 @@ def trigflow_multistep(
         x = trigflow(x_0, sigma_data * (z if n == 0 else noise()), at(t, x_0))
         x_0 = estimate(x, at(t, x), label)
     return x_0
-
-
-# ------------------------------------------------------------------------ denoisers: the PF-ODE
 
 
 def heun(
