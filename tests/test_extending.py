@@ -21,7 +21,8 @@ RUN = """
 import sys, consistency
 for number, line in enumerate(sys.stdin.read().splitlines()):
     options = [*line.split(), f"output=runs/{number}", "logger=none"]
-    options += ["evaluation@callbacks.evaluation=none"]
+    options += ["evaluation@callbacks.evaluation=none", "callbacks.samples.num_samples=4"]
+    options += ["data.batch_size=8"]  # small, so that it is quick
     config = consistency.compose(options)
     consistency.train(config)
     assert consistency.load(config.output).sample(2).shape[0] == 2
