@@ -241,7 +241,7 @@ def edit(
     start: Start,
     clip: bool,
 ) -> Data:
-    """Algorithm 4 of Song et al. 2023 at the falling points of evaluation `times`; NFE len(times).
+    """Algorithm 4 of Song et al. 2023 at the falling time points `times`; NFE len(times).
 
     The loop is that of `samplers.multistep`, with the known part of y imposed on every estimate. The released code
     differs in `start`, and in the picture of the free part of y.

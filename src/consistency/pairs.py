@@ -35,13 +35,13 @@ def _require_spread(p_std: float) -> None:
 
 
 def require_scales(num_scales: float, least: int) -> None:
-    """Refuses an N(k) that leaves no pair, above all the 0 of a run in which nothing sets it."""
+    """Refuse an N(k) without a pair, such as the 0 of a run without a ScaleSchedule."""
     require(
         num_scales >= least,
         f"N(k) >= {least}, the number of scales",
-        f"N(k) = {num_scales}" + (", which nothing has set" if num_scales == 0 else ""),
-        "choose another schedule mode.callbacks.scale_schedule; in a script have the trainer call a ScaleSchedule, which "
-        "consistency.training.run.build_module(config) brings",
+        f"N(k) = {num_scales}" + (", which no callback has set" if num_scales == 0 else ""),
+        "choose another schedule mode.callbacks.scale_schedule; in a script add a ScaleSchedule to the trainer, as "
+        "consistency.training.run.build_module(config) does",
     )
 
 

@@ -39,7 +39,7 @@ def at(time: float, x: Data) -> Time:
 
 
 def bounded(denoise: Denoise, clip: bool) -> Denoise:
-    """The denoiser with its estimates clipped to [-1, 1], if `clip` says so."""
+    """Return the denoiser; with `clip`, its estimates are clipped to [-1, 1]."""
 
     def clipped(x_t: Data, t: Time, label: Label = None) -> Data:
         return denoise(x_t, t, label).clamp(-1, 1)
@@ -68,10 +68,10 @@ def multistep(
     num_scales: int | None = None,
     rho: float = 7.0,
 ) -> Data:
-    """Alternates estimate and renewed noise, x = x_0 + sqrt(t^2 - t_min^2) z, at falling points of evaluation t.
+    """Alternate estimate and renewed noise, x = x_0 + sqrt(t^2 - t_min^2) z, at falling time points t.
 
-    NFE len(times) [Song et al. 2023, Algorithm 1]. The points begin with t_max; they are the list `times`, or, where
-    `indices` is given, those of the grid with `num_scales` points at all indices but the last, NFE len(indices) - 1.
+    NFE len(times) [Song et al. 2023, Algorithm 1]. The first time point is t_max. `indices`, if given, replaces `times` by the
+    points of the grid with `num_scales` points at all indices but the last, NFE len(indices) - 1.
     """
     if indices is not None:
         times = indexed_times(indices, num_scales, KarrasGrid(t_min=t_min, t_max=t_max, rho=rho))
@@ -99,9 +99,9 @@ def refined(
 def indexed_times(
     indices: Sequence[int], num_scales: int | None, grid: KarrasGrid
 ) -> Sequence[float]:
-    """The points of evaluation that a list of indices of the grid means, as in the released code of Song et al. 2023.
+    """Return the time points at `indices` of the grid, as in the released code of Song et al. 2023.
 
-    0 is t_max and N - 1 is t_min: there the list ends, for the last entry only says that no noise is added any more.
+    Index 0 is t_max and N - 1 is t_min, the end: no noise is added there and the model is not evaluated.
     """
     require(
         num_scales is not None and num_scales >= 2,
@@ -121,7 +121,7 @@ def indexed_times(
 
 
 def require_falling(times: Sequence[float], t_min: float) -> None:
-    """Refuses points of evaluation that do not fall, or that go below t_min."""
+    """Refuse time points that do not fall, or that go below t_min."""
     falling = all(t > r for t, r in itertools.pairwise(times))
     require(
         bool(times) and falling and times[-1] >= t_min,

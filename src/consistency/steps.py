@@ -39,7 +39,7 @@ class DataVelocity:
 
 
 class Frozen(nn.Module):
-    """Holds a teacher denoiser in eval mode and without gradient, whatever the training loop asks for."""
+    """A teacher denoiser that stays in eval mode and without gradient."""
 
     def __init__(self, teacher: Denoise) -> None:
         super().__init__()

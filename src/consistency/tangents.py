@@ -1,4 +1,4 @@
-"""How long a tangent is: what a distance becomes when the two times of a pair fall together.
+"""Lengths of tangents: the limits of the distances when the two times of a pair coincide.
 
 A tangent g = d/dt f(x_t, t) is the derivative of the consistency function along the PF-ODE; it vanishes for the exact
 one. For a distance d the length is that of its metric tensor, g^T H g with H the Hessian of d(., f) at f

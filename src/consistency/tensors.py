@@ -37,7 +37,7 @@ class Network(Protocol):
 
 
 def broadcast_time(per_sample: Shaped[Tensor, "b"], x: Data) -> Shaped[Tensor, "b 1 1 1"]:
-    """Reshapes one number per sample so that it multiplies the images `x`."""
+    """Reshape one number per sample so that it multiplies the images `x`."""
     if per_sample.shape != x.shape[:1]:
         raise ValueError(
             f"expected one value per sample, shape {tuple(x.shape[:1])}, for images of shape "
@@ -47,7 +47,7 @@ def broadcast_time(per_sample: Shaped[Tensor, "b"], x: Data) -> Shaped[Tensor, "
 
 
 def sent(x: Tensor, device: torch.device | str) -> Tensor:
-    """x on `device`; a GPU is not waited for, whatever it is doing."""
+    """Move x to `device`, without waiting for a GPU."""
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)

@@ -76,13 +76,13 @@ def attend(
 
 
 def check_attention(kind: str) -> None:
-    """Refuses an unknown kind of attention where the value enters, at construction."""
+    """Refuse an unknown kind of attention."""
     if kind not in ("sdpa", "plain"):
         raise ValueError(f'expected attention to be "sdpa" or "plain"; got "{kind}"')
 
 
 def check_label(label: Label, num_classes: int | None) -> None:
-    """Refuses a label that an unconditional network cannot use, and a missing one."""
+    """Refuse a label for an unconditional network, and a missing label for a conditional one."""
     if num_classes is None and label is not None:
         raise ValueError(
             "expected no label, because the network is unconditional (num_classes=null); got class "
@@ -96,7 +96,7 @@ def check_label(label: Label, num_classes: int | None) -> None:
 
 
 def check_images(x: Data, *, channels: int, divisor: int) -> None:
-    """Refuses a wrong number of channels, and sides that cannot be halved often enough."""
+    """Refuse a wrong number of channels, and sides that cannot be halved often enough."""
     if x.shape[1] != channels:
         raise ValueError(
             f"expected images of {channels} channels; got shape {tuple(x.shape)}. "

@@ -100,7 +100,7 @@ def group_norm(channels: int, eps: float) -> GroupNorm:
 
 @dataclass(frozen=True)
 class BlockStyle:
-    """What all blocks of one network have in common.
+    """Settings shared by all blocks of a network.
 
     `head_channels` None means one attention head; otherwise there are channels // head_channels,
     and no attention where that is zero. `project` gives resampled skips a 1x1 convolution always.
@@ -186,7 +186,7 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """What both networks share: blocks named by resolution, and skips from encoder to decoder."""
+    """Base of both networks: blocks named by resolution, and skips from encoder to decoder."""
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
