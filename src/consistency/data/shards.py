@@ -5,7 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from consistency.data.stream import INDEX, engine
 from consistency.errors import require
 from consistency.orphans import end_with
 from consistency.randomness import generator
+from consistency.runtime.files import write_text
 
 UNFINISHED = "unfinished.json"
+"""In a folder of incomplete shards: the settings they are written with."""
 
 
 def write_shards(
@@ -29,74 +32,103 @@ def write_shards(
     seed: int = 0,
     show: bool = True,
 ) -> int:
-    """Writes all images of `source` into `folder` and returns their number.
+    """Write all images of a source, which must be picklable, and return their number.
 
-    In an order drawn from `seed`, the same for any number of workers: a stream mixes only neighbouring shards, so a set
-    sorted by class must not stay sorted. Pixels are stored as they are, height x width x channels bytes an image.
-    shard_bytes: size of a shard at most; num_workers: processes that read and write; show: a progress bar. Complete
-    shards of as many images are left as they are, and what an interrupted call with the same settings has written is
-    kept; a folder with anything else is a UserError. The source must be picklable. Must be called under
-    `if __name__ == "__main__"`, as anything that starts processes.
+    The order is drawn from `seed`, the same for any number of workers: a stream mixes only neighbouring shards, so a
+    set sorted by class must not stay sorted. Pixels are stored as they are, height x width x channels bytes an image.
+    Complete shards of as many images stay, and an interrupted call with the same settings is continued; other
+    folders are refused. As this starts processes, call it under `if __name__ == "__main__"`.
+
+    folder: of the shards.
+    num_workers: processes that read and write.
+    shard_bytes: largest size of a shard.
+    show: whether to show a progress bar.
     """
-    litdata = engine()
-    from litdata.processing.data_processor import DataProcessor
-
     require(len(source) >= 1, "a source with images", "none", "check its path")
-    present = written(folder)
-    if present == len(source):
-        return present
-    begun = folder / UNFINISHED
-    settings = json.dumps([len(source), num_workers, shard_bytes, seed])
-    ours = begun.is_file() and begun.read_text() == settings
-    require(
-        present is None and (ours or not folder.exists() or not any(folder.iterdir())),
-        f"a new or empty folder for the shards of {len(source)} images at {folder}",
-        f"shards of {present} images"
-        if present is not None
-        else "an interrupted writing with other settings"
-        if begun.is_file()
-        else "a folder with content",
-        "choose another output=, or move the old one away",
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    begun.write_text(settings)
-    order = torch.randperm(len(source), generator=generator(seed, "shards")).tolist()
-    if _counted(folder) is None:
-        # at Ctrl-C it would end this process with status 0
-        DataProcessor._signal_handler = staticmethod(signal.default_int_handler)
-        before = signal.getsignal(signal.SIGINT)
-        try:
-            with redirect_stdout(io.StringIO()):  # an advertisement and the diary of its workers
-                litdata.optimize(
-                    Items(source),
-                    order,
-                    str(folder),
-                    chunk_bytes=shard_bytes,
-                    num_workers=num_workers,
-                    keep_data_ordered=True,
-                    reorder_files=False,
-                    use_checkpoint=True,
-                    verbose=show,
-                )
-        except KeyboardInterrupt:
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            raise
-        finally:
-            signal.signal(signal.SIGINT, before)
-    count = _counted(folder)
+    if count_images(folder) == len(source):
+        return len(source)
+    _begin(folder, [len(source), num_workers, shard_bytes, seed])
+    if _count_indexed(folder) is None:
+        order = torch.randperm(len(source), generator=generator(seed, "shards")).tolist()
+        with _killable():
+            engine().optimize(
+                Items(source),
+                order,
+                str(folder),
+                chunk_bytes=shard_bytes,
+                num_workers=num_workers,
+                keep_data_ordered=True,
+                reorder_files=False,
+                use_checkpoint=True,
+                verbose=show,
+            )
+    count = _count_indexed(folder)
     require(
         count == len(source),
         f"{len(source)} images in the shards at {folder}",
         count,
         "see the messages above; delete the folder and write again",
     )
-    begun.unlink()
+    (folder / UNFINISHED).unlink()
     return len(source)
 
 
+def count_images(folder: Path) -> int | None:
+    """Return the number of images in a folder of complete shards, None for other folders."""
+    return None if (folder / UNFINISHED).exists() else _count_indexed(folder)
+
+
+def _count_indexed(folder: Path) -> int | None:
+    file = folder / INDEX
+    if not file.is_file():
+        return None
+    shards: list[dict[str, Any]] = json.loads(file.read_text())["chunks"]
+    return sum(int(shard["chunk_size"]) for shard in shards)
+
+
+def _begin(folder: Path, settings: list[int]) -> None:
+    """Make the folder and note the settings in it; refuse a folder with other content."""
+    unfinished, count = folder / UNFINISHED, count_images(folder)
+    if unfinished.is_file():
+        before = json.loads(unfinished.read_text())
+        require_same_settings(before, settings, folder, "an interrupted writing of shards")
+    elif folder.exists() and any(folder.iterdir()):
+        content = "a folder with content" if count is None else f"shards of {count} images"
+        require_same_settings(count, settings, folder, content)
+    write_text(unfinished, json.dumps(settings))
+
+
+def require_same_settings(before: object, now: object, output: Path, content: str) -> None:
+    """Refuse to continue the work at `output`, which has this content, with other settings than before."""
+    require(
+        before == now,
+        f"output={output} to be new, or begun from the same images with the same settings",
+        f"{content}, from others",
+        "choose another output=, or move the old one away",
+    )
+
+
+@contextmanager
+def _killable() -> Iterator[None]:
+    """Let Ctrl-C end litdata with all its processes, and hide what it prints."""
+    from litdata.processing.data_processor import DataProcessor
+
+    # its own handler ends this process with status 0
+    DataProcessor._signal_handler = staticmethod(signal.default_int_handler)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Items:
-    """The images of a source by number, as litdata stores them; a worker that is sent this ends with who sends it."""
+    """The images of a source by number, as litdata stores them. A worker that receives this dies with its sender."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.sender = source, os.getpid()
@@ -111,32 +143,16 @@ class Items:
             end_with(self.sender)
             from litdata.processing import data_processor
 
-            data_processor.Process = (
-                Belonging  # what the worker starts itself waits for it for ever
-            )
+            data_processor.Process = ChildProcess  # otherwise its own children wait for it for ever
 
 
-class Belonging(multiprocessing.Process):
-    """A process that ends with the one that makes it."""
+class ChildProcess(multiprocessing.Process):
+    """A process that dies with its parent."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.maker = os.getpid()
 
     def run(self) -> None:
-        """Does its work, for as long as its maker lives."""
         end_with(self.maker)
         super().run()
-
-
-def written(folder: Path) -> int | None:
-    """The number of images in a folder of complete shards, None where there are none."""
-    return None if (folder / UNFINISHED).exists() else _counted(folder)
-
-
-def _counted(folder: Path) -> int | None:
-    file = folder / INDEX
-    if not file.is_file():
-        return None
-    shards: list[dict[str, Any]] = json.loads(file.read_text())["chunks"]
-    return sum(int(shard["chunk_size"]) for shard in shards)

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from consistency.data.feed import fed
+from consistency.data.feed import unpack_batch
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
@@ -138,7 +138,7 @@ class ConsistencyModule(L.LightningModule):
             return data.augmented(images, draw, **part), label
         image = self.card.get("image")
         shape = None if image is None else (image["channels"], image["size"], image["size"])
-        x_0, label = fed(batch, shape=shape, num_classes=self.card.get("num_classes"))
+        x_0, label = unpack_batch(batch, shape=shape, num_classes=self.card.get("num_classes"))
         if not self._told_range:
             self._told_range = True
             if self.global_rank == 0 and float(x_0.min()) >= 0:
