@@ -87,7 +87,7 @@ class Breaking(Digits):
 def test_an_interrupted_writing_goes_on(shards: Path, tmp_path: Path) -> None:
     """What was written stays; the shards end as those written in one go."""
     source, folder = Breaking(tmp_path / "mended"), tmp_path / "shards"
-    with pytest.raises(RuntimeError):
+    with pytest.raises(OSError, match="broken"):
         write_shards(source, folder, shard_bytes=8000, show=False)
     assert count_images(folder) is None
     with pytest.raises(UserError, match="interrupted"):

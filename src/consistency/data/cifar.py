@@ -1,10 +1,7 @@
 """CIFAR-10 in its original form: Python pickles, read as data and never run."""
 
-import math
 import tarfile
-from collections.abc import Callable, Mapping, Set
 from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -16,7 +13,7 @@ from consistency.data.download import find_or_download
 from consistency.data.held import InMemory
 from consistency.data.source import Split, require_split, required_path
 from consistency.errors import UserError
-from consistency.formats.pickles import CALLS, Machine, Object
+from consistency.formats.pickles import Machine
 
 FOLDER = datasets.CIFAR10.base_folder
 TRAIN, TEST = (
@@ -72,12 +69,14 @@ def read_batch(file: Path) -> tuple[UInt8[Tensor, "n 3 32 32"], Int64[Tensor, "n
     """Read images and class indices of one batch: the rows of b"data" are 1,024 red, green and blue values each."""
     try:
         content = file.read_bytes()
-        table = ArrayMachine(len(content)).run(content)
-        plain = {k.decode() if isinstance(k, bytes) else k: v for k, v in table.items()}
-        rows, labels = _array(plain["data"]), plain["labels"]
+        table = Machine(len(content)).run(content)
+        entries = {k.decode() if isinstance(k, bytes) else k: v for k, v in table.items()}
+        rows, labels = entries["data"].state, entries["labels"]
+        if rows.dtype != torch.uint8:
+            raise ValueError(f"pixels of type {rows.dtype}")
         images = rows.reshape(-1, *SHAPE)
-        whole = all(type(label) is int and 0 <= label < len(CLASSES) for label in labels)
-        if not whole or len(labels) != len(images):
+        known = all(type(label) is int and 0 <= label < len(CLASSES) for label in labels)
+        if not known or len(labels) != len(images):
             raise ValueError(f"{len(images):,} images and other labels than as many classes")
     except Exception as error:  # a damaged pickle fails in any way
         raise UserError(
@@ -86,39 +85,3 @@ def read_batch(file: Path) -> tuple[UInt8[Tensor, "n 3 32 32"], Int64[Tensor, "n
             f"get {datasets.CIFAR10.url} and unpack it there",
         ) from error
     return images, torch.tensor(labels, dtype=torch.int64)
-
-
-def _blank(*_: object) -> Object:
-    """Stand in for an array, whose content comes later, as its state."""
-    return Object("numpy.ndarray", None)
-
-
-class ArrayMachine(Machine):
-    """A reader of pickles of numpy's arrays: each becomes an `Object` with its description."""
-
-    calls: ClassVar[Mapping[str, Callable[..., Any]]] = {
-        "numpy.core.multiarray._reconstruct": _blank,
-        "numpy._core.multiarray._reconstruct": _blank,
-        "numpy.dtype": CALLS["numpy.dtype"],
-        "_codecs.encode": CALLS["_codecs.encode"],
-    }
-    known: ClassVar[Set[str]] = {*calls, "numpy.ndarray"}
-
-    def op_build(self, argument: None) -> None:
-        """Store the description of an array; treat all else as in checkpoints."""
-        target = self.stack[-2]
-        if isinstance(target, Object) and target.kind == "numpy.ndarray":
-            target.state = self.stack.pop()
-        else:
-            super().op_build(argument)
-
-
-def _array(stored: Object) -> UInt8[Tensor, "..."]:
-    """Return an array of bytes in row order; Python 2 wrote the bytes as text."""
-    _, shape, kind, by_column, content = stored.state
-    if kind.state != "u1" or by_column or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError("an array of something else than bytes")
-    flat = content.encode("latin-1") if isinstance(content, str) else content
-    if math.prod(shape) != len(flat):
-        raise ValueError(f"{len(flat):,} bytes for shape {shape}")
-    return torch.frombuffer(bytearray(flat), dtype=torch.uint8).reshape(shape)

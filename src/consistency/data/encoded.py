@@ -3,13 +3,11 @@
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from tqdm import tqdm
 
 from consistency.data.cropping import Crop, halving
 from consistency.data.decoding import (
@@ -21,14 +19,12 @@ from consistency.data.decoding import (
     decode,
     to_tensor,
 )
+from consistency.data.parallel import in_threads
 from consistency.data.source import Image, Source
 from consistency.errors import require
 
 OnBad: TypeAlias = Literal["stop", "skip"]
 T = TypeVar("T")
-
-IMAGES_PER_TASK = 64
-"""Images that a thread takes at once."""
 
 MOST_LISTED = 20
 """Unusable images that are named; the rest is counted."""
@@ -155,27 +151,6 @@ class ImageFiles(Source):
         self.left_out = len(reasons)
         self.names = [self.names[i] for i in usable]
         self.labels = self.labels[usable]
-
-
-def in_threads(do: Callable[[int], None], count: int, title: str) -> None:
-    """Run do(0) ... do(count-1) on all cores, with a progress bar if there are many.
-
-    Decoding releases the interpreter's lock, so threads suffice.
-    """
-
-    def run(first: int) -> int:
-        last = min(first + IMAGES_PER_TASK, count)
-        for index in range(first, last):
-            do(index)
-        return last - first
-
-    silent = getattr(rank_zero_only, "rank", 0) != 0 or count < 1000
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=count, desc=title, unit="img", disable=silent, leave=False) as bar,
-    ):
-        for done in pool.map(run, range(0, count, IMAGES_PER_TASK)):
-            bar.update(done)
 
 
 def _report_left_out(lines: Sequence[str], total: int) -> None:

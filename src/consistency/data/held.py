@@ -7,7 +7,7 @@ from jaxtyping import Int64, UInt8
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from consistency.data.encoded import in_threads
+from consistency.data.parallel import in_threads
 from consistency.data.source import Classes, Image, Images, Source
 from consistency.errors import require
 from consistency.randomness import generator

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import zipfile
 from collections import Counter
@@ -89,7 +88,7 @@ def _write(chunks: Sequence[Chunk], facts: dict[str, Any], target: Path, parts: 
     file, folder = parts / "joined.zip", parts / "shards"
     join(chunks, file, labelled=labelled, facts=facts)
     source = Archive(path=str(file), classes=labelled)
-    write_shards(source, folder, num_workers=os.cpu_count() or 1)
+    write_shards(source, folder)
     (folder / PREPARED).write_text(json.dumps(facts, sort_keys=True))
     folder.replace(target)
 

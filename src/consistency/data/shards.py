@@ -1,21 +1,21 @@
 """Writes any source of images as the shards that `consistency.data.stream` reads."""
 
-import io
 import json
-import multiprocessing
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
+from consistency.data.parallel import in_processes
 from consistency.data.source import Source
 from consistency.data.stream import INDEX, engine
 from consistency.errors import require
-from consistency.orphans import end_with
 from consistency.randomness import generator
 from consistency.runtime.files import write_text
 
@@ -27,63 +27,51 @@ def write_shards(
     source: Source,
     folder: Path,
     *,
-    num_workers: int = 1,
+    num_workers: int | None = None,
     shard_bytes: int = 64_000_000,
     seed: int = 0,
     show: bool = True,
 ) -> int:
     """Write all images of a source, which must be picklable, and return their number.
 
-    The order is drawn from `seed`, the same for any number of workers: a stream mixes only neighbouring shards, so a
-    set sorted by class must not stay sorted. Pixels are stored as they are, height x width x channels bytes an image.
-    Complete shards of as many images stay, and an interrupted call with the same settings is continued; other
-    folders are refused. As this starts processes, call it under `if __name__ == "__main__"`.
+    The order is drawn from `seed`: a stream mixes only neighbouring shards, so a set sorted by class must not stay
+    sorted. Pixels are stored as they are, height x width x channels bytes an image. The shards do not depend on the
+    number of workers. Complete shards of as many images stay, and an interrupted call with the same settings is
+    continued; other folders are refused. As this starts processes, call it under `if __name__ == "__main__"`.
 
     folder: of the shards.
-    num_workers: processes that read and write.
+    num_workers: processes that read and write; None for as many as there are cores and enough images for.
     shard_bytes: largest size of a shard.
     show: whether to show a progress bar.
     """
-    require(len(source) >= 1, "a source with images", "none", "check its path")
-    if count_images(folder) == len(source):
-        return len(source)
-    _begin(folder, [len(source), num_workers, shard_bytes, seed])
-    if _count_indexed(folder) is None:
-        order = torch.randperm(len(source), generator=generator(seed, "shards")).tolist()
-        with _killable():
-            engine().optimize(
-                Items(source),
-                order,
-                str(folder),
-                chunk_bytes=shard_bytes,
-                num_workers=num_workers,
-                keep_data_ordered=True,
-                reorder_files=False,
-                use_checkpoint=True,
-                verbose=show,
-            )
-    count = _count_indexed(folder)
-    require(
-        count == len(source),
-        f"{len(source)} images in the shards at {folder}",
-        count,
-        "see the messages above; delete the folder and write again",
-    )
-    (folder / UNFINISHED).unlink()
-    return len(source)
+    engine()
+    count = len(source)
+    require(count >= 1, "a source with images", "none", "check its path")
+    if count_images(folder) == count:
+        return count
+    _begin(folder, [count, shard_bytes, seed])
+    order = torch.randperm(count, generator=generator(seed, "shards")).tolist()
+    writer = ShardWriter(source, order, folder, shard_bytes)
+    files = writer.files()
+    missing = [(span, file) for file, span in files.items() if not file.is_file()]
+    images = sum(len(span) for span, _ in missing)
+    with tqdm(total=count, initial=count - images, unit="img", disable=not show) as bar:
+        for done in in_processes(writer.write, missing, images=images, workers=num_workers):
+            bar.update(done)
+    indices = [json.loads(file.read_text()) for file in files]
+    shards = [shard for index in indices for shard in index["chunks"]]
+    write_text(folder / INDEX, json.dumps({"chunks": shards, "config": indices[0]["config"]}))
+    for file in [*files, folder / UNFINISHED]:
+        file.unlink()
+    return count
 
 
 def count_images(folder: Path) -> int | None:
     """Return the number of images in a folder of complete shards, None for other folders."""
-    return None if (folder / UNFINISHED).exists() else _count_indexed(folder)
-
-
-def _count_indexed(folder: Path) -> int | None:
     file = folder / INDEX
-    if not file.is_file():
+    if (folder / UNFINISHED).exists() or not file.is_file():
         return None
-    shards: list[dict[str, Any]] = json.loads(file.read_text())["chunks"]
-    return sum(int(shard["chunk_size"]) for shard in shards)
+    return sum(int(shard["chunk_size"]) for shard in json.loads(file.read_text())["chunks"])
 
 
 def _begin(folder: Path, settings: list[int]) -> None:
@@ -96,6 +84,8 @@ def _begin(folder: Path, settings: list[int]) -> None:
         content = "a folder with content" if count is None else f"shards of {count} images"
         require_same_settings(count, settings, folder, content)
     write_text(unfinished, json.dumps(settings))
+    for part in folder.glob(f"{PART}*"):
+        shutil.rmtree(part)
 
 
 def require_same_settings(before: object, now: object, output: Path, content: str) -> None:
@@ -108,51 +98,44 @@ def require_same_settings(before: object, now: object, output: Path, content: st
     )
 
 
-@contextmanager
-def _killable() -> Iterator[None]:
-    """Let Ctrl-C end litdata with all its processes, and hide what it prints."""
-    from litdata.processing.data_processor import DataProcessor
-
-    # its own handler ends this process with status 0
-    DataProcessor._signal_handler = staticmethod(signal.default_int_handler)
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with redirect_stdout(io.StringIO()):
-            yield
-    except KeyboardInterrupt:
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        raise
-    finally:
-        signal.signal(signal.SIGINT, before)
+PART = "part_"
+"""Begins the names of folders of shards that are being written."""
 
 
-class Items:
-    """The images of a source by number, as litdata stores them. A worker that receives this dies with its sender."""
+@dataclass(frozen=True)
+class ShardWriter:
+    """Images of a source in an order, written as shards. As all images have one shape, so have all shards but the last."""
 
-    def __init__(self, source: Source) -> None:
-        self.source, self.sender = source, os.getpid()
+    source: Source
+    order: Sequence[int]
+    folder: Path
+    shard_bytes: int
 
-    def __call__(self, index: int) -> dict[str, Any]:
-        image, label = self.source[index]
+    def files(self) -> dict[Path, range]:
+        """Return the file that describes each shard, written after it, with the positions of its images."""
+        with TemporaryDirectory(dir=self.folder, prefix=PART) as part:
+            item, _ = self._writer(part, 0).serialize(self._item(0))
+        count, total = max(1, self.shard_bytes // len(item)), len(self.order)
+        spans = [range(n, min(n + count, total)) for n in range(0, total, count)]
+        return {self.folder / f"{number}.json": span for number, span in enumerate(spans)}
+
+    def write(self, span: range, file: Path) -> int:
+        """Write a shard and its description; return its number of images."""
+        with TemporaryDirectory(dir=self.folder, prefix=PART) as part:
+            writer = self._writer(part, int(file.stem))
+            for position in span:
+                writer.add_item(position, self._item(position))
+            writer.done()
+            (shard,), (index,) = Path(part).glob("*.bin"), Path(part).glob("*.json")
+            os.replace(shard, self.folder / shard.name)
+            os.replace(index, file)
+        return len(span)
+
+    def _item(self, position: int) -> dict[str, Any]:
+        image, label = self.source[self.order[position]]
         return {"image": image.contiguous(), "label": int(label)}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if os.getpid() != self.sender:
-            end_with(self.sender)
-            from litdata.processing import data_processor
+    def _writer(self, folder: str, number: int) -> Any:
+        from litdata.streaming.writer import BinaryWriter
 
-            data_processor.Process = ChildProcess  # otherwise its own children wait for it for ever
-
-
-class ChildProcess(multiprocessing.Process):
-    """A process that dies with its parent."""
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.maker = os.getpid()
-
-    def run(self) -> None:
-        end_with(self.maker)
-        super().run()
+        return BinaryWriter(folder, chunk_bytes=self.shard_bytes, chunk_index=number)

@@ -9,11 +9,8 @@ processes or interruptions.
 import hashlib
 import io
 import json
-import multiprocessing
-import os
 import zipfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -30,16 +27,12 @@ from consistency.data.decoding import MODES, ImageError, to_picture
 from consistency.data.encoded import ImageFiles
 from consistency.data.held import InMemory
 from consistency.data.listing import LABELS
+from consistency.data.parallel import in_processes
 from consistency.errors import require
-from consistency.orphans import end_with
-from consistency.runtime import interrupt
 from consistency.runtime.files import written_whole
 
 CHUNK = 500
 """Images in a chunk: as many as each process may lose when it is stopped."""
-
-IMAGES_PER_PROCESS = 2000
-"""Images for which starting another process pays."""
 
 FACTS = "facts.json"
 """The entry of a chunk that describes its images."""
@@ -142,12 +135,14 @@ class ChunkWriter:
     def write_all(self, files: Mapping[Path, range], workers: int | None) -> Iterator[Chunk]:
         """Yield all chunks in order, written if they are missing; stop at the first image of another size or mode."""
         missing = {file: span for file, span in files.items() if not file.is_file()}
-        done = len(self.source) - sum(len(span) for span in missing.values())
+        images = sum(len(span) for span in missing.values())
+        done = len(self.source) - images
         if done > 0:
             print(f"continued   {done:,} images are done already")
+        tasks = [(span, file) for file, span in missing.items()]
         first: ImageFacts | None = None
         with (
-            closing(self._write_missing(missing, workers)) as written,
+            closing(in_processes(self.write, tasks, images=images, workers=workers)) as written,
             tqdm(total=len(self.source), initial=done, unit="img", desc="preparing") as bar,
         ):
             for file in files:
@@ -158,47 +153,6 @@ class ChunkWriter:
                     first = first or image
                     _require_alike(first, image)
                 yield chunk
-
-    def _write_missing(
-        self, missing: Mapping[Path, range], workers: int | None
-    ) -> Generator[int, None, None]:
-        """Write chunks; yield the number of images of each, in order.
-
-        Processes are spawned, because threads do not survive a fork. That takes seconds, so that small sets are written
-        in this process unless `workers` is given.
-        """
-        images = sum(len(span) for span in missing.values())
-        wanted = workers or min(os.cpu_count() or 1, images // IMAGES_PER_PROCESS)
-        if min(wanted, len(missing)) <= 1:
-            yield from map(self.write, missing.values(), missing)
-            return
-        with ProcessPoolExecutor(
-            min(wanted, len(missing)),
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_process,
-            initargs=(self, os.getpid()),
-        ) as pool:
-            try:
-                with interrupt.held():
-                    written = pool.map(_write_chunk, missing.values(), missing)
-                yield from written
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-
-_writer: ChunkWriter
-"""Of this process, so that the source is sent to each process once."""
-
-
-def _start_process(writer: ChunkWriter, parent: int) -> None:
-    global _writer
-    end_with(parent)
-    _writer = writer
-
-
-def _write_chunk(span: range, file: Path) -> int:
-    return _writer.write(span, file)
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
