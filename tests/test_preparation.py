@@ -150,12 +150,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     assert verb("prepare", source, f"output={whole}").status == 0
     write, made = write_zip.ChunkWriter.write, []
 
-    def break_off(self: write_zip.ChunkWriter, span: range, file: Path) -> int:
+    def break_off(self: write_zip.ChunkWriter, span: range, file: Path) -> None:
         if len(made) == 3:
             part_path(file).write_bytes(b"half a chunk")
             raise KeyboardInterrupt
         made.append(file)
-        return write(self, span, file)
+        write(self, span, file)
 
     with monkeypatch.context() as patch:
         patch.setattr(write_zip.ChunkWriter, "write", break_off)

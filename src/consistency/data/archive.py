@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from consistency.data.decoding import MOST_BYTES, UNREADABLE, require_size
-from consistency.data.encoded import ImageFiles, Index, PerProcess
+from consistency.data.encoded import ImageFiles, Index
 from consistency.data.folder import FolderFiles
 from consistency.data.listing import LABELS, Listing, in_zip, slashed
+from consistency.data.parallel import PerProcess
 from consistency.data.source import required_path
 from consistency.errors import UserError, require
 

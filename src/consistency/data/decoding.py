@@ -4,8 +4,9 @@ import io
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -98,13 +99,18 @@ def require_size(size: int, most: int = MOST_BYTES) -> None:
 def read_picture(file: Path, mode: Mode, background: Colour | None = None) -> PILImage.Image:
     """Return the image in a file as `mode`, by the rules of `decode`."""
     require_existing(file, f"an image file at {file}")
+    return read_image(partial(read_bounded, file), str(file), mode, background)
+
+
+def read_image(
+    read: Callable[[], bytes], name: str, mode: Mode | None, background: Colour | None
+) -> PILImage.Image:
+    """Return the image whose bytes `read` returns, by the rules of `decode`."""
     try:
-        content = read_bounded(file)
-    except OSError as error:
-        raise bad_image(str(file), f"a file that cannot be read ({error})") from error
-    except ValueError as error:
-        raise bad_image(str(file), str(error), "make the image smaller") from error
-    return decode(content, str(file), mode, background)
+        content = read()
+    except UNREADABLE as error:
+        raise bad_image(name, f"a file that cannot be read ({error})") from error
+    return decode(content, name, mode, background)
 
 
 def to_tensor(image: PILImage.Image) -> UInt8[Tensor, "c h w"]:

@@ -1,50 +1,23 @@
 """Sources whose images are files of an image format: in a folder, a zip or a database."""
 
-import os
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
+from functools import partial
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from consistency.data.cropping import Crop, halving
-from consistency.data.decoding import (
-    MODES,
-    UNREADABLE,
-    ImageError,
-    bad_image,
-    colour_of,
-    decode,
-    to_tensor,
-)
+from consistency.data.decoding import MODES, ImageError, colour_of, read_image, to_tensor
 from consistency.data.parallel import in_threads
 from consistency.data.source import Image, Source
 from consistency.errors import require
 
 OnBad: TypeAlias = Literal["stop", "skip"]
-T = TypeVar("T")
-
 MOST_LISTED = 20
 """Unusable images that are named; the rest is counted."""
-
-
-class PerProcess(Generic[T]):
-    """A handle that each process opens for itself: open files survive neither a fork nor a pickle."""
-
-    def __init__(self, opening: Callable[[], T]) -> None:
-        self.opening = opening
-        self.handle: tuple[int, T] | None = None
-
-    def __call__(self) -> T:
-        if self.handle is None or self.handle[0] != os.getpid():
-            self.handle = None  # a parent's first: LMDB refuses to open a database twice
-            self.handle = (os.getpid(), self.opening())
-        return self.handle[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"opening": self.opening, "handle": None}
 
 
 class Index(NamedTuple):
@@ -101,12 +74,8 @@ class ImageFiles(Source):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Image, int]:
-        name = self.name_of(index)
-        try:
-            content = self.read(self.names[index])
-        except UNREADABLE as error:
-            raise bad_image(name, f"a file that cannot be read ({error})") from error
-        image = decode(content, name, self.mode, self.colour)
+        read = partial(self.read, self.names[index])
+        image = read_image(read, self.name_of(index), self.mode, self.colour)
         if self.image_size is not None:
             image = self.crop(image, self.image_size)
         return to_tensor(image), int(self.labels[index])

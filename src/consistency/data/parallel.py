@@ -1,10 +1,12 @@
-"""Work on many images at once, in threads or in processes."""
+"""Work on many images at once, in threads or in processes, and handles that each process opens for itself."""
 
 import multiprocessing
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from typing import Any
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
@@ -12,11 +14,30 @@ from tqdm import tqdm
 from consistency.orphans import end_with
 from consistency.runtime import interrupt
 
+T = TypeVar("T")
+
 IMAGES_PER_TASK = 64
 """Images that a thread takes at once."""
 
 IMAGES_PER_PROCESS = 2000
 """Images for which starting another process pays."""
+
+
+class PerProcess(Generic[T]):
+    """A handle that each process opens for itself: open files survive neither a fork nor a pickle."""
+
+    def __init__(self, opening: Callable[[], T]) -> None:
+        self.opening = opening
+        self.handle: tuple[int, T] | None = None
+
+    def __call__(self) -> T:
+        if self.handle is None or self.handle[0] != os.getpid():
+            self.handle = None  # a parent's first: LMDB refuses to open a database twice
+            self.handle = (os.getpid(), self.opening())
+        return self.handle[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"opening": self.opening, "handle": None}
 
 
 def in_threads(work: Callable[[int], None], count: int, title: str) -> None:
@@ -40,41 +61,69 @@ def in_threads(work: Callable[[int], None], count: int, title: str) -> None:
             bar.update(done)
 
 
-def in_processes(
-    work: Callable[..., int], tasks: Sequence[tuple[Any, ...]], *, images: int, workers: int | None
-) -> Generator[int, None, None]:
-    """Yield the results of work(*task), in order, from processes that die with this one.
+def write_missing(
+    files: Mapping[Path, range],
+    write: Callable[[range, Path], None],
+    *,
+    workers: int | None,
+    title: str,
+    show: bool = True,
+) -> Generator[Path, None, None]:
+    """Yield `files` in order, written by `write` in several processes if they are missing.
 
-    Processes are spawned, because threads do not survive a fork. That takes seconds, so that few images are worked
-    on in this process unless `workers` is given. Each process receives `work` once.
+    The processes die with this one. They are spawned, because threads do not survive a fork. That takes seconds, so
+    that few images are written in this process unless `workers` is given.
+
+    files: with the numbers of their images.
+    write: writes a file whole; it is sent to each process once.
+    show: whether to show progress.
     """
+    missing = {file: span for file, span in files.items() if not file.is_file()}
+    total, images = (sum(map(len, spans)) for spans in (files.values(), missing.values()))
+    if show and images < total:
+        print(f"continued   {total - images:,} images are done already")
     wanted = workers or min(os.cpu_count() or 1, images // IMAGES_PER_PROCESS)
-    if min(wanted, len(tasks)) <= 1:
-        yield from (work(*task) for task in tasks)
+    with (
+        closing(_write(missing, write, min(wanted, len(missing)))) as written,
+        tqdm(total=total, initial=total - images, unit="img", desc=title, disable=not show) as bar,
+    ):
+        for file, span in files.items():
+            if file in missing:
+                next(written)
+                bar.update(len(span))
+            yield file
+
+
+def _write(
+    files: Mapping[Path, range], write: Callable[[range, Path], None], workers: int
+) -> Generator[None, None, None]:
+    """Write files in order, yielding after each."""
+    if workers <= 1:
+        yield from map(write, files.values(), files)
         return
     with ProcessPoolExecutor(
-        min(wanted, len(tasks)),
+        workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start,
-        initargs=(work, os.getpid()),
+        initargs=(write, os.getpid()),
     ) as pool:
         try:
             with interrupt.held():
-                results = pool.map(_run, tasks)
-            yield from results
+                written = pool.map(_write_in_process, files.values(), files)
+            yield from written
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-_work: Callable[..., int]
+_write_here: Callable[[range, Path], None]
 
 
-def _start(work: Callable[..., int], parent: int) -> None:
-    global _work
+def _start(write: Callable[[range, Path], None], parent: int) -> None:
+    global _write_here
     end_with(parent)
-    _work = work
+    _write_here = write
 
 
-def _run(task: tuple[Any, ...]) -> int:
-    return _work(*task)
+def _write_in_process(span: range, file: Path) -> None:
+    _write_here(span, file)

@@ -10,9 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from consistency.data.parallel import in_processes
+from consistency.data.parallel import write_missing
 from consistency.data.source import Source
 from consistency.data.stream import INDEX, engine
 from consistency.errors import require
@@ -52,12 +51,9 @@ def write_shards(
     _begin(folder, [count, shard_bytes, seed])
     order = torch.randperm(count, generator=generator(seed, "shards")).tolist()
     writer = ShardWriter(source, order, folder, shard_bytes)
-    files = writer.files()
-    missing = [(span, file) for file, span in files.items() if not file.is_file()]
-    images = sum(len(span) for span, _ in missing)
-    with tqdm(total=count, initial=count - images, unit="img", disable=not show) as bar:
-        for done in in_processes(writer.write, missing, images=images, workers=num_workers):
-            bar.update(done)
+    files = list(
+        write_missing(writer.files(), writer.write, workers=num_workers, title="writing", show=show)
+    )
     indices = [json.loads(file.read_text()) for file in files]
     shards = [shard for index in indices for shard in index["chunks"]]
     write_text(folder / INDEX, json.dumps({"chunks": shards, "config": indices[0]["config"]}))
@@ -119,8 +115,8 @@ class ShardWriter:
         spans = [range(n, min(n + count, total)) for n in range(0, total, count)]
         return {self.folder / f"{number}.json": span for number, span in enumerate(spans)}
 
-    def write(self, span: range, file: Path) -> int:
-        """Write a shard and its description; return its number of images."""
+    def write(self, span: range, file: Path) -> None:
+        """Write a shard and its description."""
         with TemporaryDirectory(dir=self.folder, prefix=PART) as part:
             writer = self._writer(part, int(file.stem))
             for position in span:
@@ -129,7 +125,6 @@ class ShardWriter:
             (shard,), (index,) = Path(part).glob("*.bin"), Path(part).glob("*.json")
             os.replace(shard, self.folder / shard.name)
             os.replace(index, file)
-        return len(span)
 
     def _item(self, position: int) -> dict[str, Any]:
         image, label = self.source[self.order[position]]

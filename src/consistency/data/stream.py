@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 
 from consistency import caches
 from consistency.data.download import locked
-from consistency.data.encoded import PerProcess
+from consistency.data.parallel import PerProcess
 from consistency.data.source import Classes, Image, Images, Source, required_path
 from consistency.errors import UserError, require
 from consistency.paths import path_of

@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 from hydra.utils import instantiate
 from PIL import Image as PILImage
-from tqdm import tqdm
 
 from consistency.data.cropping import Crop
 from consistency.data.decoding import MODES, ImageError, to_picture
 from consistency.data.encoded import ImageFiles
 from consistency.data.held import InMemory
 from consistency.data.listing import LABELS
-from consistency.data.parallel import in_processes
+from consistency.data.parallel import write_missing
 from consistency.errors import require
 from consistency.runtime.files import written_whole
 
@@ -102,8 +101,8 @@ class ChunkWriter:
             digest.update(head.encode(errors="surrogateescape") + stamp)
         return digest.hexdigest()[:32]
 
-    def write(self, span: range, file: Path) -> int:
-        """Write one chunk, as PNG without compression, and its facts; return its number of images."""
+    def write(self, span: range, file: Path) -> None:
+        """Write one chunk, as PNG without compression, and its facts."""
         images, bad = [], []
         with written_whole(file) as whole, zipfile.ZipFile(whole, "w") as archive:
             for index in span:
@@ -121,7 +120,6 @@ class ChunkWriter:
                 images.append(ImageFacts(index, name, label, image.height, image.width, means))
             facts = {"images": [asdict(image) for image in images], "bad": bad}
             archive.writestr(_entry(FACTS), json.dumps(facts))
-        return len(span)
 
     def _image(self, index: int) -> tuple[PILImage.Image, int]:
         pixels, label = self.source[index]
@@ -134,20 +132,9 @@ class ChunkWriter:
 
     def write_all(self, files: Mapping[Path, range], workers: int | None) -> Iterator[Chunk]:
         """Yield all chunks in order, written if they are missing; stop at the first image of another size or mode."""
-        missing = {file: span for file, span in files.items() if not file.is_file()}
-        images = sum(len(span) for span in missing.values())
-        done = len(self.source) - images
-        if done > 0:
-            print(f"continued   {done:,} images are done already")
-        tasks = [(span, file) for file, span in missing.items()]
         first: ImageFacts | None = None
-        with (
-            closing(in_processes(self.write, tasks, images=images, workers=workers)) as written,
-            tqdm(total=len(self.source), initial=done, unit="img", desc="preparing") as bar,
-        ):
-            for file in files:
-                if file in missing:
-                    bar.update(next(written))
+        with closing(write_missing(files, self.write, workers=workers, title="preparing")) as done:
+            for file in done:
                 chunk = _read_chunk(file)
                 for image in chunk.images:
                     first = first or image
