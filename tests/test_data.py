@@ -15,6 +15,7 @@ from consistency.data.folder import Folder
 from consistency.data.held import InMemory, load_into_memory
 from consistency.data.lsun import LSUN
 from consistency.data.module import DataModule
+from consistency.data.source import Source
 from consistency.errors import UserError
 from consistency.pixels import to_uint8, to_unit
 
@@ -218,3 +219,25 @@ def test_another_order_is_refused_unless_allowed(capsys: pytest.CaptureFixture[s
             digits(**change).load_state_dict(saved)
         digits(allow_reorder=True, **change).load_state_dict(saved)
         assert "another order than before" in capsys.readouterr().out
+
+
+class Unrelated:
+    """A data set that does not derive from `Source`."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(1, 8, 8, dtype=torch.uint8), 0
+
+
+class Plain(Unrelated, Source):
+    """A source with nothing but the two methods that it needs."""
+
+
+def test_a_source_derives_from_the_base_and_needs_two_methods() -> None:
+    with pytest.raises(UserError, match="derive the class from Source"):
+        digits(source=Unrelated)
+    module = digits(source=Plain)
+    assert (module.train_source.class_names, module.train_source.left_out) == ((), 0)
+    assert sorted(i for batch in module.batches(split=module.split(1), total=1) for i in batch) == list(range(64))  # fmt: skip

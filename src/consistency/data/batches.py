@@ -30,12 +30,8 @@ def split_batch(batch_size: int, *, devices: int, at_most: int | None) -> BatchS
 
     A device holds as many images at once as divide its share and are at most `at_most` (None: its whole share).
     """
-    require(
-        at_most is None or at_most >= 1,
-        "data.device_batch_size >= 1, or null",
-        at_most,
-        "give the number of images that a device holds at once",
-    )
+    valid = at_most is None or at_most >= 1
+    require(valid, "data.device_batch_size >= 1, or null", at_most, "give a number of images")
     require(
         batch_size % devices == 0,
         f"data.batch_size to be a multiple of the {devices} devices",

@@ -359,12 +359,7 @@ def read_images(
     path: str, channels: int, size: int, background: str | None = None
 ) -> UInt8[Tensor, "n c h w"]:
     """Read the image or all images at a path, for a model of images of so many channels and pixels."""
-    require(
-        channels in MODES,
-        "a model of grey or colour images",
-        f"one of images with {channels} channels",
-        "files hold 1 or 3 channels",
-    )
+    require(channels in MODES, "a model of images of 1 or 3 channels", channels, "choose another")
     mode, colour = MODES[channels], colour_of(background)
     pictures = (read_picture(file, mode, colour) for file in files_at(path))
     return torch.stack([to_tensor(fit(picture, size)) for picture in pictures])

@@ -88,7 +88,7 @@ class DataModule(L.LightningDataModule):
         images = source()
         require(
             isinstance(images, Source),
-            "a subclass of consistency.data.source.Source at data.source",
+            "a consistency.data.source.Source at data.source",
             type(images).__name__,
             "derive the class from Source, which needs only __len__ and __getitem__",
         )

@@ -75,7 +75,7 @@ def _begin(folder: Path, settings: list[int]) -> None:
     unfinished, count = folder / UNFINISHED, count_images(folder)
     if unfinished.is_file():
         before = json.loads(unfinished.read_text())
-        require_same_settings(before, settings, folder, "an interrupted writing of shards")
+        require_same_settings(before, settings, folder, "interrupted shards")
     elif folder.exists() and any(folder.iterdir()):
         content = "a folder with content" if count is None else f"shards of {count} images"
         require_same_settings(count, settings, folder, content)
@@ -89,7 +89,7 @@ def require_same_settings(before: object, now: object, output: Path, content: st
     require(
         before == now,
         f"output={output} to be new, or begun from the same images with the same settings",
-        f"{content}, from others",
+        f"{content}, made otherwise",
         "choose another output=, or move the old one away",
     )
 
