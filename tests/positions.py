@@ -21,7 +21,7 @@ from consistency.data.stream import Stream
 from consistency.training.run import quiet
 
 
-class Numbered:
+class Numbered(Source):
     """Images of 1x2x2 pixels whose first two grey values are their number, in base 256."""
 
     def __init__(self, size: int) -> None:

@@ -16,7 +16,7 @@ from conftest import Run
 from consistency.data import encoded as encoded_module
 from consistency.data.archive import Archive
 from consistency.data.decoding import ImageError, decode
-from consistency.data.encoded import PLAIN, Encoded
+from consistency.data.encoded import ImageFiles
 from consistency.data.folder import Folder
 from consistency.data.lsun import Database
 from consistency.errors import UserError
@@ -171,8 +171,8 @@ def test_a_bad_image_is_named_with_its_reason(kind: str) -> None:
             assert len(str(caught.value).splitlines()) == 3
 
 
-def source_of(kind: str, root: Path, files: dict[str, bytes], **settings: Any) -> Encoded:
-    settings = PLAIN | {"channels": 3, "image_size": 8} | settings
+def source_of(kind: str, root: Path, files: dict[str, bytes], **settings: Any) -> ImageFiles:
+    settings = {"channels": 3, "image_size": 8} | settings
     if kind == "folder":
         originals.write_files(root / "folder", files)
         return Folder(path=str(root / "folder"), classes=False, **settings)
@@ -198,7 +198,7 @@ def test_skipping_leaves_out_the_bad_and_nothing_else(
     assert {source[i][0].numpy().tobytes() for i in range(len(source))} == expected
     told = capsys.readouterr().out
     assert f"{len(bad)} of {len(mixed)} images cannot be used and are left out" in told
-    assert f"and {len(bad) - encoded_module.MOST_TOLD} more" in told
+    assert f"and {len(bad) - encoded_module.MOST_LISTED} more" in told
 
 
 def test_stopping_names_the_image_that_was_asked_for(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_labels_stay_with_their_images_when_some_are_left_out(tmp_path: Path) ->
     }
     files |= {f"{c}/{i}.png": b"" for c, i in (("a", 1), ("b", 0), ("b", 3))}
     originals.write_files(tmp_path, files)
-    source = Folder(path=str(tmp_path), **PLAIN | {"on_bad": "skip"}, classes=True)
+    source = Folder(path=str(tmp_path), **{"on_bad": "skip"}, classes=True)
     assert source.names == ["a/0.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png"]
     assert source.labels.tolist() == [0, 0, 0, 1, 1]
 
@@ -228,7 +228,7 @@ def test_labels_stay_with_their_images_when_some_are_left_out(tmp_path: Path) ->
 def test_a_set_of_nothing_but_bad_images_is_an_error(tmp_path: Path) -> None:
     originals.write_files(tmp_path, {"a.png": b"", "b.png": b"x"})
     with pytest.raises(UserError, match="can be read"):
-        Folder(path=str(tmp_path), **PLAIN | {"on_bad": "skip"}, classes=False)
+        Folder(path=str(tmp_path), **{"on_bad": "skip"}, classes=False)
 
 
 # ------------------------------------------------------------------------------ written rules
@@ -314,7 +314,7 @@ def test_a_damaged_zip_gives_the_right_images_or_an_error_with_its_name(tmp_path
             damaged[draw.randrange(len(whole))] ^= draw.randint(1, 255)
         target.write_bytes(damaged)
         try:
-            source = Archive(path=str(target), classes=False, **PLAIN)
+            source = Archive(path=str(target), classes=False)
         except UserError as error:
             assert "damaged.zip" in str(error)
             refused += 1
@@ -350,14 +350,14 @@ def test_labels_that_do_not_match_are_refused(content: str, zipped: bool, tmp_pa
     else:
         (path / "dataset.json").write_text(content)
     with pytest.raises(UserError, match=r"dataset\.json") as caught:
-        Archive(path=str(path), classes=True, **PLAIN)
+        Archive(path=str(path), classes=True)
     assert str(path) in str(caught.value)
 
 
 def test_a_folder_without_images_says_what_would_do(tmp_path: Path) -> None:
     originals.write_files(tmp_path, {"notes.txt": b"x", "sub/film.mp4": b"x"})
     with pytest.raises(UserError, match=r"\.png"):
-        Folder(path=str(tmp_path), classes=False, **PLAIN)
+        Folder(path=str(tmp_path), classes=False)
 
 
 # --------------------------------------------------------------------------- while training

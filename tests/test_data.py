@@ -12,17 +12,19 @@ from PIL import Image
 from consistency.data.batches import PositionedBatches
 from consistency.data.digits import Digits
 from consistency.data.folder import Folder
-from consistency.data.held import Held, hold, kept
+from consistency.data.held import InMemory, load_into_memory
 from consistency.data.lsun import LSUN
 from consistency.data.module import DataModule
+from consistency.data.source import Source
 from consistency.errors import UserError
 from consistency.pixels import to_uint8, to_unit
 
 
 def batches(**changes: int) -> PositionedBatches:
     settings = dict(
-        size=103, batch_size=12, accumulate=1, rank=0, world_size=1, seed=0, start=0, total=20
-    )
+        size=103, batch_size=12, accumulate=1, rank=0, world_size=1, seed=0, start=0, total=20,
+        order=lambda draw: torch.randperm(103, generator=draw),
+    )  # fmt: skip
     return PositionedBatches(**{**settings, **changes})
 
 
@@ -198,15 +200,15 @@ def test_a_source_held_in_memory_is_the_source(tmp_path: Path) -> None:
     for number in range(5):
         Image.new("L", (8, 8), 50 * number).save(tmp_path / f"{number}.png")
     folder = Folder(path=str(tmp_path), image_size=8, channels=1, classes=False)
-    held = hold(folder)
-    assert isinstance(held, Held)
+    held = load_into_memory(folder)
+    assert isinstance(held, InMemory)
     images, classes = held.batch([4, 0, 2])
     assert torch.equal(images, torch.stack([folder[i][0] for i in (4, 0, 2)]))
     assert classes.tolist() == [0, 0, 0]
-    module = digits(source=kept(lambda: folder, True), num_classes=None, batch_size=4)
-    assert isinstance(module.train_source, Held)
+    module = digits(source=lambda: folder, in_memory=True, num_classes=None, batch_size=4)
+    assert isinstance(module.train_source, InMemory)
     source = Digits(split="train")
-    assert hold(source) is source
+    assert load_into_memory(source) is source
 
 
 def test_another_order_is_refused_unless_allowed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,3 +219,25 @@ def test_another_order_is_refused_unless_allowed(capsys: pytest.CaptureFixture[s
             digits(**change).load_state_dict(saved)
         digits(allow_reorder=True, **change).load_state_dict(saved)
         assert "another order than before" in capsys.readouterr().out
+
+
+class Unrelated:
+    """A data set that does not derive from `Source`."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(1, 8, 8, dtype=torch.uint8), 0
+
+
+class Plain(Unrelated, Source):
+    """A source with nothing but the two methods that it needs."""
+
+
+def test_a_source_derives_from_the_base_and_needs_two_methods() -> None:
+    with pytest.raises(UserError, match="derive the class from Source"):
+        digits(source=Unrelated)
+    module = digits(source=Plain)
+    assert (module.train_source.class_names, module.train_source.left_out) == ((), 0)
+    assert sorted(i for batch in module.batches(split=module.split(1), total=1) for i in batch) == list(range(64))  # fmt: skip

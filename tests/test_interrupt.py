@@ -138,7 +138,7 @@ def test_samples_say_how_they_go_on(
 def test_a_set_that_is_prepared_says_that_it_goes_on(
     verb: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(preparation, "opened", interrupts)
+    monkeypatch.setattr(preparation, "detect_source", interrupts)
     outcome = verb("prepare", "source=x", f"output={tmp_path / 'a.zip'}")
     assert outcome.status == 130
     assert outcome.err == "stopped by Ctrl-C; the same command again goes on\n"

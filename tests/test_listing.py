@@ -15,9 +15,9 @@ from PIL import Image
 import originals
 from conftest import TINY, Run
 from consistency.data.archive import Archive
-from consistency.data.encoded import PLAIN, Encoded
+from consistency.data.encoded import ImageFiles
 from consistency.data.folder import Folder
-from consistency.data.opening import opened
+from consistency.data.opening import detect_source
 from consistency.errors import UserError
 from originals import encoded, noise
 
@@ -34,14 +34,14 @@ def pets(root: Path, *names: str) -> Path:
 
 
 def folder(path: Path, classes: bool = True, **settings: Any) -> Folder:
-    return Folder(path=str(path), classes=classes, **PLAIN | settings)
+    return Folder(path=str(path), classes=classes, **settings)
 
 
 def prepared(path: Path, classes: bool = True) -> Any:
-    return opened(str(path), split="train", classes=classes)
+    return detect_source(str(path), split="train", classes=classes)
 
 
-def per_class(source: Encoded) -> dict[str, int]:
+def per_class(source: ImageFiles) -> dict[str, int]:
     return {source.class_names[n]: count for n, count in Counter(source.labels.tolist()).items()}
 
 
@@ -97,7 +97,7 @@ def test_a_loop_of_links_ends_and_each_file_is_taken_once(tmp_path: Path, capsys
     os.symlink("../dog", tmp_path / "cat" / "dog")
     os.symlink("../cat", tmp_path / "dog" / "cat")
     assert len(folder(tmp_path, classes=False)) == 4
-    assert "4 links to what is there already" in capsys.readouterr().out
+    assert "4 links to files listed already" in capsys.readouterr().out
     assert per_class(folder(tmp_path)) == {"cat": 4, "dog": 4}
 
 
@@ -200,7 +200,7 @@ def write_zip(path: Path, *names: str, labels: dict[str, Any] | None = None) -> 
 
 
 def archive(path: Path, classes: bool | None = True, **settings: Any) -> Archive:
-    return Archive(path=str(path), classes=classes, **PLAIN | settings)
+    return Archive(path=str(path), classes=classes, **settings)
 
 
 LAYOUTS = {

@@ -19,12 +19,12 @@ from PIL import Image
 
 import originals
 from conftest import ROOT, Run
-from consistency.data import preparation
+from consistency.data import write_zip
 from consistency.data.archive import Archive
 from consistency.data.cropping import box
-from consistency.data.encoded import PLAIN
 from consistency.data.folder import Folder
 from consistency.data.stream import Stream
+from consistency.runtime.files import part_path
 from originals import encoded, noise
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -35,7 +35,7 @@ real = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "CHUNK", 4)
+    monkeypatch.setattr(write_zip, "CHUNK", 4)
 
 
 def digest(file: Path) -> str:
@@ -148,23 +148,23 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     source = f"source={tmp_path / 'set'}"
     whole, stopped = tmp_path / "whole.zip", tmp_path / "stopped.zip"
     assert verb("prepare", source, f"output={whole}").status == 0
-    make, made = preparation.Worker.make, []
+    write, made = write_zip.ChunkWriter.write, []
 
-    def break_off(self: preparation.Worker, span: range, file: Path) -> None:
+    def break_off(self: write_zip.ChunkWriter, span: range, file: Path) -> None:
         if len(made) == 3:
-            file.with_suffix(".1").write_bytes(b"half a chunk")
+            part_path(file).write_bytes(b"half a chunk")
             raise KeyboardInterrupt
         made.append(file)
-        make(self, span, file)
+        write(self, span, file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparation.Worker, "make", break_off)
+        patch.setattr(write_zip.ChunkWriter, "write", break_off)
         with pytest.raises(KeyboardInterrupt):
             verb("prepare", source, "num_workers=1", f"output={stopped}")
     assert not stopped.exists()
     done = verb("prepare", source, "num_workers=1", f"output={stopped}")
     assert done.status == 0, done.err
-    assert "12 images are there already" in done.out
+    assert "12 images are done already" in done.out
     assert digest(stopped) == digest(whole)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "set", "stopped.zip", "whole.zip"]
 
@@ -186,7 +186,7 @@ def test_shards_of_a_folder_of_classes(process: Run, tmp_path: Path) -> None:
     done = process("prepare", *options)
     assert done.status == 0, done.err
     assert not list(tmp_path.glob(".shards.parts"))
-    source = Folder(path=str(tmp_path / "set"), classes=True, **PLAIN)
+    source = Folder(path=str(tmp_path / "set"), classes=True)
     found = Stream(path=str(tmp_path / "shards"), mixing=2, cache=None, cache_gigabytes=1.0)
     expected = sorted(
         (image.numpy().tobytes(), label) for image, label in map(source.__getitem__, range(14))
@@ -279,12 +279,12 @@ def test_a_mended_image_is_taken_up_when_it_goes_on(verb: Run, tmp_path: Path) -
     assert verb("prepare", *options).status == 2
     originals.write_files(tmp_path / "set", {"004.png": colours(14)["004.png"]})
     done = verb("prepare", *options)
-    assert "10 images are there already" in done.out
+    assert "10 images are done already" in done.out
     assert len(content(tmp_path / "a.zip")[0]) == 14
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    ("source=/nowhere", "nothing there"), ("to=tar", "to= among"), ("to=shards", "a folder at output="), ("output=a", r"a file \*\.zip"),
+    ("source=/nowhere", "missing"), ("to=tar", "to= among"), ("to=shards", "a folder at output="), ("output=a", r"a file \*\.zip"),
     ("resolution=0", "at least 1 pixel"), ("channels=2", "channels=1, 3 or null"), ("on_bad=drop", "on_bad=stop or skip"),
     ("num_workers=0", "num_workers"), ("split=dev", "split"), ("resolutoin=3", "resolutoin"),
 ])  # fmt: skip
@@ -351,7 +351,7 @@ def test_fashion_mnist_killed_half_way_and_run_again(process: Run, tmp_path: Pat
     assert not killed.exists()
     done = process("prepare", *options, f"output={killed}")
     assert done.status == 0, done.err
-    assert f"{there * 500:,} images are there already" in done.out
+    assert f"{there * 500:,} images are done already" in done.out
     assert process("prepare", *options, f"output={whole}").status == 0
     assert digest(killed) == digest(whole)
     assert not parts.exists()

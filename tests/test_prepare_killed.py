@@ -12,7 +12,7 @@ from PIL import Image
 
 import originals
 from conftest import ROOT
-from consistency.data.shards import written
+from consistency.data.shards import count_images
 from originals import encoded, noise
 
 pytestmark = [
@@ -79,10 +79,10 @@ def test_writing_shards_ends_with_all_its_processes_and_goes_on(
     assert running.wait(SECONDS) != 0
     wait(lambda: not group(running.pid), SECONDS)
     assert len(list(read.iterdir())) < 899
-    assert written(folder) is None
+    assert count_images(folder) is None
     again = start(str(script), str(folder), str(read))
     assert again.wait(180) == 0
-    assert written(folder) == 899
+    assert count_images(folder) == 899
 
 
 def test_preparing_ends_with_all_its_processes_and_goes_on(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from consistency.data.held import Held
+from consistency.data.held import InMemory
 from consistency.errors import UserError
 from consistency.evaluation.extractors import INCEPTION, Extractor, Seen
 from consistency.evaluation.reference import read_reference, reference_of
@@ -39,13 +39,13 @@ def extractor_of(seed: int = 0, name: str = "counting") -> Extractor:
     return Extractor(Counting(seed), see, name=name, resize="none")
 
 
-def images(count: int = 30, seed: int = 1) -> Held:
+def images(count: int = 30, seed: int = 1) -> InMemory:
     draw = torch.Generator().manual_seed(seed)
     pixels = torch.randint(256, (count, 3, 4, 4), generator=draw, dtype=torch.uint8)
-    return Held(pixels, torch.zeros(count, dtype=torch.long))
+    return InMemory(pixels, torch.zeros(count, dtype=torch.long))
 
 
-def made(source: Held, extractor: Extractor, cache: Path, **given: Any) -> Any:
+def made(source: InMemory, extractor: Extractor, cache: Path, **given: Any) -> Any:
     settings = {"most_features": 12, "batch_size": 7, "num_workers": 0, "described": {"set": "train"}}  # fmt: skip
     return reference_of(source, extractor, cache=cache, **(settings | given))
 

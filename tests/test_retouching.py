@@ -15,7 +15,7 @@ from PIL import Image
 from conftest import ROOT, Run
 from consistency import checkpoint, schema
 from consistency.command import spelled_out, taken
-from consistency.data.given import read_images
+from consistency.data.listing import read_images
 from consistency.editing import Box, Center, Random
 from consistency.errors import UserError
 from consistency.randomness import generator

@@ -22,9 +22,9 @@ from consistency.data.archive import Archive
 from consistency.data.cifar import CIFAR10, read_batch
 from consistency.data.cropping import box, halving, lanczos
 from consistency.data.digits import Digits
-from consistency.data.encoded import PLAIN, Encoded
+from consistency.data.encoded import ImageFiles
 from consistency.data.folder import Folder
-from consistency.data.held import Held, hold, kept
+from consistency.data.held import load_into_memory
 from consistency.data.huggingface import HuggingFace
 from consistency.data.idx import MNIST, FashionMNIST
 from consistency.data.lsun import LSUN
@@ -203,7 +203,7 @@ def test_labels_null_is_a_set_without_classes(tmp_path: Path) -> None:
         Archive(path=str(tmp_path / "a.zip"), image_size=8, channels=3, classes=True)
 
 
-def three_sources(root: Path) -> list[Encoded]:
+def three_sources(root: Path) -> list[ImageFiles]:
     """The same five images as folder, zip and LMDB."""
     _, files = coloured(5, 16)
     named = {f"{i}.png": file for i, file in enumerate(files)}
@@ -227,15 +227,14 @@ def test_folder_zip_and_lmdb_agree_here_in_workers_and_in_memory(tmp_path: Path)
         assert torch.equal(all_of(copy)[0], first)
         loader = DataLoader(source, batch_size=2, num_workers=2)  # type: ignore[arg-type]
         assert torch.equal(torch.cat([images for images, _ in loader]), first)
-        held = kept(lambda s=source: s, True)()  # type: ignore[misc]
-        assert isinstance(held, Held)
+        held = load_into_memory(source)
         assert torch.equal(held.images, first)
         assert held.batch([3, 1])[0].equal(first[[3, 1]])
 
 
 def test_what_is_held_already_is_not_copied() -> None:
     digits = Digits(split="train")
-    assert hold(digits) is digits
+    assert load_into_memory(digits) is digits
     images, labels = digits.batch([5, 0])
     assert torch.equal(images, digits.images[[5, 0]])
     assert labels.tolist() == [digits[5][1], digits[0][1]]
@@ -244,7 +243,7 @@ def test_what_is_held_already_is_not_copied() -> None:
 def test_classes_and_their_number_must_agree(tmp_path: Path) -> None:
     _, files = coloured(3)
     originals.write_files(tmp_path, {"a/1.png": files[0], "b/1.png": files[1], "c/1.png": files[2]})
-    settings: dict[str, Any] = {**PLAIN, "path": str(tmp_path)}
+    settings: dict[str, Any] = {"path": str(tmp_path)}
     assert Folder(**{**settings, "num_classes": 3}, classes=True).labels.tolist() == [0, 1, 2]
     with pytest.raises(UserError, match=r"below data\.num_classes=2"):
         Folder(**{**settings, "num_classes": 2}, classes=True)
@@ -306,7 +305,7 @@ def test_the_mixture_follows_its_law() -> None:
 def test_a_set_of_the_hub_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="huggingface"):
-        HuggingFace(name="x", split="train", **PLAIN, classes=False)
+        HuggingFace(name="x", split="train", classes=False)
 
 
 class Table:
@@ -363,7 +362,7 @@ def test_a_set_of_the_hub_is_read_by_its_columns(
     stub: Any = ModuleType("datasets")
     stub.load_dataset, stub.Image, stub.ClassLabel = load, Picture, Names
     monkeypatch.setitem(sys.modules, "datasets", stub)
-    settings: dict[str, Any] = {**PLAIN, "num_classes": 2}
+    settings: dict[str, Any] = {"num_classes": 2}
     source = HuggingFace(name="pets", split="train", subset="small", **settings, classes=True)
     assert asked == [(("pets", "small"), {"split": "train", "cache_dir": None})]
     images, labels = all_of(source)
@@ -371,6 +370,6 @@ def test_a_set_of_the_hub_is_read_by_its_columns(
     assert labels == [1, 0, 1]
     assert source.class_names == ["cat", "dog"]
     with pytest.raises(UserError, match="no route to the hub"):
-        HuggingFace(name="absent", split="train", **PLAIN, classes=False)
+        HuggingFace(name="absent", split="train", classes=False)
     with pytest.raises(UserError, match=r"data\.source\.images"):
-        HuggingFace(name="pets", split="train", images="photo", **PLAIN, classes=False)
+        HuggingFace(name="pets", split="train", images="photo", classes=False)

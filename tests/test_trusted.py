@@ -115,7 +115,7 @@ OWN_TARGETS = [
     "consistency.training.run.train",
     "consistency.formats.released.download",
     "consistency.formats.released.fetch",
-    "consistency.data.download.fetched",
+    "consistency.data.download.find_or_download",
     "consistency.data.preparation.prepare",
     "consistency.page.demo",
     "consistency.page.library",

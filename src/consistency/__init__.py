@@ -29,8 +29,8 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
                         loaders); held in memory:
                         held digits mixture cifar idx (MNIST); encoded (as image files): folder archive (NVlabs' zips) lsun
                         huggingface; listing (which files are images); stream (shards far away), shards (writes them);
-                        decoding and cropping of one image, download, opening (what lies at a path), given (the images of
-                        a person), preparation (the command)
+                        decoding and cropping of one image, download, opening (detects a set), parallel, write_zip,
+                        preparation (the command)
       evaluation        measuring (the measures), extractors (whose features), reference (what is compared with), classifier,
                         ranks, clock
       training          run (configuration -> finished run), arguments (of Lightning), resuming (where it begins), module

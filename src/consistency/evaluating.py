@@ -17,10 +17,9 @@ from tqdm import tqdm
 
 from consistency.checkpoint import find, fingerprint, load_sets
 from consistency.command import require_fresh
-from consistency.data.decoding import MODES, colour_of
-from consistency.data.encoded import to_tensor
-from consistency.data.given import files_at, read_picture
-from consistency.data.held import kept
+from consistency.data.decoding import MODES, colour_of, read_picture, to_tensor
+from consistency.data.held import load_into_memory
+from consistency.data.listing import files_at
 from consistency.data.source import Source
 from consistency.errors import UserError, require
 from consistency.evaluation.measuring import Measure, Numbered, Settings, drawn
@@ -91,7 +90,8 @@ def _evaluate(config: DictConfig, device: torch.device, output: Path) -> float:
         require_suited(sampler, models[0], force=config.force)
 
     def train() -> Source:
-        return fitting(kept(instantiate(data.source, _partial_=True), data.in_memory)(), wanted)
+        source = instantiate(data.source)
+        return fitting(load_into_memory(source) if data.in_memory else source, wanted)
 
     def held_out() -> Source:
         return fitting(instantiate(data.held_out), wanted)

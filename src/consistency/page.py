@@ -22,9 +22,15 @@ from torch import Generator, Tensor
 
 from consistency import pictures
 from consistency.checkpoint import Loaded, load
-from consistency.data.decoding import MODES, MOST_PIXELS, colour_of
-from consistency.data.encoded import to_picture
-from consistency.data.given import fitted, read_picture
+from consistency.data.cropping import fit
+from consistency.data.decoding import (
+    MODES,
+    MOST_PIXELS,
+    colour_of,
+    read_picture,
+    to_picture,
+    to_tensor,
+)
 from consistency.editing import Pairing, colorize, inpaint, superres
 from consistency.errors import UserError, require
 from consistency.sampling import chosen_device
@@ -166,7 +172,7 @@ class Actions:
         # Gradio believes a request that names any other file, if it does so in a way the page does not.
         inside = file.is_relative_to(self.uploads)
         require(inside, "an uploaded image", "another file", "upload it")
-        return fitted(read_picture(file, MODES[channels], self.background), channels, height)
+        return to_tensor(fit(read_picture(file, MODES[channels], self.background), height))
 
     def choose(self, photo: str | None) -> dict[str, str]:
         """Puts an uploaded file before the painter."""

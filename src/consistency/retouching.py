@@ -18,7 +18,8 @@ from consistency import pictures
 from consistency.checkpoint import Loaded, load
 from consistency.command import require_fresh
 from consistency.data.cropping import halving
-from consistency.data.given import read_images, read_picture
+from consistency.data.decoding import read_picture
+from consistency.data.listing import read_images
 from consistency.editing import (
     Pairing,
     Pixels,

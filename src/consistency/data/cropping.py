@@ -1,4 +1,4 @@
-"""Ways to make a square of size x size pixels of an image: (image, size) -> image. conf/crop names each."""
+"""Functions that make a square of size x size pixels of an image: (image, size) -> image."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -9,7 +9,7 @@ Crop: TypeAlias = Callable[[PILImage.Image, int], PILImage.Image]
 
 
 def halving(image: PILImage.Image, size: int) -> PILImage.Image:
-    """Halved with a box filter while it is twice too large, then bicubic, then the central square.
+    """Halve with a box filter while twice too large, then scale bicubically, then cut the central square.
 
     As in the published training code for ImageNet-64 (guided-diffusion, consistency_models).
     """
@@ -19,18 +19,24 @@ def halving(image: PILImage.Image, size: int) -> PILImage.Image:
     image = image.resize(
         (round(image.width * scale), round(image.height * scale)), PILImage.Resampling.BICUBIC
     )
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return _central_square(image)
 
 
 def box(image: PILImage.Image, size: int) -> PILImage.Image:
-    """The central square with a box filter, as in the published preparation of LSUN at 256 pixels."""
+    """Scale the central square with a box filter, as in the published preparation of LSUN at 256 pixels."""
     return _central_square(image).resize((size, size), PILImage.Resampling.BOX)
 
 
 def lanczos(image: PILImage.Image, size: int) -> PILImage.Image:
-    """The central square with a Lanczos filter, as NVlabs' dataset_tool prepares FFHQ and AFHQ."""
+    """Scale the central square with a Lanczos filter, as NVlabs' dataset_tool prepares FFHQ and AFHQ."""
     return _central_square(image).resize((size, size), PILImage.Resampling.LANCZOS)
+
+
+def fit(image: PILImage.Image, size: int) -> PILImage.Image:
+    """Enlarge a square image by a whole factor pixel by pixel; bring any other to size by `halving`."""
+    if image.width == image.height and size % image.width == 0:
+        return image.resize((size, size), PILImage.Resampling.NEAREST)
+    return halving(image, size)
 
 
 def _central_square(image: PILImage.Image) -> PILImage.Image:

@@ -1,15 +1,23 @@
-"""From the bytes of one image file to its pixels, by rules that are written down, or one error that names the file."""
+"""One reader for image files: from the bytes of a file to pixels, or one error that names the file."""
 
 import io
 import warnings
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+import torch
+from jaxtyping import UInt8
 from PIL import Image as PILImage
 from PIL import ImageColor, features
+from torch import Tensor
 
+from consistency.data.source import require_existing
 from consistency.errors import UserError, require
 
 Mode: TypeAlias = Literal["L", "RGB"]
@@ -20,7 +28,7 @@ MODES: dict[int, Mode] = {1: "L", 3: "RGB"}
 
 MOST_PIXELS = 64 << 20
 MOST_BYTES = 64 << 20
-"""What an image may have, and its file: more is refused before it is decoded."""
+"""Limits of an image and of its file; larger ones are refused before they are decoded."""
 
 FORMATS = (
     *("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF"),
@@ -28,13 +36,20 @@ FORMATS = (
 )
 _KNOWN = {s for s, f in PILImage.registered_extensions().items() if f in (*FORMATS, "MPO")}
 EXTENSIONS = tuple(sorted(_KNOWN - {".pfm"} | {".jif", ".jfi", ".pjpeg", ".pjp"}))
-"""Suffixes of image files: Pillow's of these formats, without one of floating point, and further ones of JPEG."""
+"""Suffixes of image files: Pillow's of these formats without the one of floating point, and further ones of JPEG."""
+
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError, KeyError),
+    *(zlib.error, zipfile.BadZipFile),
+)
+"""Errors of reading a file or an entry of a zip."""
 
 GREY = ("1", "L", "LA", "La")
 COLOUR = ("RGB", "P", "PA", "RGBA", "RGBa", "CMYK", "YCbCr")
 PACKED = ("BGR;16", "RGB;16")
-"""Raw data of 16 bits a pixel: 5, 6 and 5 of its channels."""
+"""Raw data of 16 bits a pixel: 5, 6 and 5 bits a channel."""
 
+ORIENTATION = 0x0112
 TURNS = {
     2: PILImage.Transpose.FLIP_LEFT_RIGHT,
     3: PILImage.Transpose.ROTATE_180,
@@ -44,49 +59,89 @@ TURNS = {
     7: PILImage.Transpose.TRANSVERSE,
     8: PILImage.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by the orientation of EXIF."""
+"""The transpose that turns an image upright, by its EXIF orientation."""
 
-ORIENTATION = 0x0112
 Colour: TypeAlias = tuple[int, int, int]
 
 
 class ImageError(UserError):
-    """An image that cannot be used. `name` says which, `reason` why, `remedy` what to do about this one."""
+    """An image that cannot be used: `name`, and the reason in `got`."""
 
     name: str = ""
-    reason: str = ""
-    remedy: str = ""
 
 
-def bad_image(name: str, reason: str, remedy: str = "mend or remove the file") -> ImageError:
-    """The error, in the form of the house."""
+def bad_image(
+    name: str, reason: str, remedy: str = "mend the file, or save it anew as a PNG"
+) -> ImageError:
+    """Return the error for an image that cannot be used."""
     error = ImageError(
-        f"expected an image of 8 bits a channel, grey or colour, in {name}\n  got: {reason}\n"
-        f"  do: {remedy}, or leave out all such images with data.on_bad=skip "
-        "(on_bad=skip when preparing, which lists them)"
+        f"an image of 8 bits a channel, grey or colour, in {name}",
+        reason,
+        f"{remedy}; a data set can leave out such images with data.on_bad=skip "
+        "(on_bad=skip when preparing, which lists them)",
     )
-    error.name, error.reason, error.remedy = name, reason, remedy
+    error.name = name
     return error
 
 
+def read_bounded(file: Path, most: int = MOST_BYTES) -> bytes:
+    """Return the content of a file; refuse a larger one than `most` bytes before it is read."""
+    require_size(file.stat().st_size, most)
+    return file.read_bytes()
+
+
+def require_size(size: int, most: int = MOST_BYTES) -> None:
+    """Raise one of `UNREADABLE` for a file that is too large."""
+    if size > most:
+        raise ValueError(f"{size:,} bytes, more than {most:,}")
+
+
+def read_picture(file: Path, mode: Mode, background: Colour | None = None) -> PILImage.Image:
+    """Return the image in a file as `mode`, by the rules of `decode`."""
+    require_existing(file, f"an image file at {file}")
+    return read_image(partial(read_bounded, file), str(file), mode, background)
+
+
+def read_image(
+    read: Callable[[], bytes], name: str, mode: Mode | None, background: Colour | None
+) -> PILImage.Image:
+    """Return the image whose bytes `read` returns, by the rules of `decode`."""
+    try:
+        content = read()
+    except UNREADABLE as error:
+        raise bad_image(name, f"a file that cannot be read ({error})") from error
+    return decode(content, name, mode, background)
+
+
+def to_tensor(image: PILImage.Image) -> UInt8[Tensor, "c h w"]:
+    """Return the grey values of a grey or RGB image."""
+    return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1).contiguous()
+
+
+def to_picture(pixels: UInt8[Tensor, "c h w"]) -> PILImage.Image:
+    """Invert `to_tensor`."""
+    rows = pixels.permute(1, 2, 0).numpy()
+    return PILImage.fromarray(rows[..., 0] if len(pixels) == 1 else rows)
+
+
 def colour_of(background: str | None) -> Colour | None:
-    """The colour that transparent images are put on; None refuses them."""
+    """Return the colour of that name, or of that form #rrggbb, to put behind transparent images."""
     if background is None:
         return None
-    found: tuple[int, ...] = ()
+    values: tuple[int, ...] = ()
     with suppress(ValueError):
-        found = ImageColor.getrgb(str(background))
+        values = ImageColor.getrgb(str(background))
     require(
-        len(found) == 3,
+        len(values) == 3,
         "the name of a colour or #rrggbb at data.background (background when preparing and editing), or null",
         background,
-        "say white, for example; a colour by numbers needs quotes, data.background='\"#f0f0f0\"'",
+        "give white, for example; a colour by numbers needs quotes, data.background='\"#f0f0f0\"'",
     )
-    return found[0], found[1], found[2]
+    return values[0], values[1], values[2]
 
 
 def is_image(stream: io.BufferedIOBase) -> bool:
-    """Whether a file begins as one of `FORMATS` does, whatever it is called."""
+    """Return whether a file begins as one of `FORMATS` does, under any name."""
     head = stream.read(16)
     try:
         accepts = (PILImage.OPEN[name][1] for name in FORMATS)
@@ -95,37 +150,35 @@ def is_image(stream: io.BufferedIOBase) -> bool:
         stream.seek(0)
         with warnings.catch_warnings(action="ignore"), PILImage.open(stream, formats=FORMATS):  # type: ignore[arg-type]
             return True
-    except Exception:  # Pillow's decoders raise nearly anything on what is no image
+    except Exception:  # Pillow's decoders raise nearly anything on other files
         return False
 
 
 def decode(
     content: bytes, name: str, mode: Mode | None, background: Colour | None = None
 ) -> PILImage.Image:
-    """The image in a file's bytes, upright, as `mode`; None keeps grey grey and colour colour. Raises `ImageError`.
+    """Return the image in a file's bytes, upright, as `mode`; None keeps grey grey and colour colour.
 
-    What is not plain 8-bit grey or RGB:
+    Raise `ImageError` for an image that cannot be used. Images other than plain 8-bit grey or RGB:
 
-    - EXIF orientation is applied, where it can be read. Other metadata and colour profiles are not used, and may be of
-      any size or damaged.
-    - Grey among colour becomes three equal channels; colour as grey is the luma of ITU-R 601-2. Palettes become RGB.
+    - EXIF orientation is applied if it can be read. Other metadata and colour profiles are ignored, of any size,
+      damaged or not.
+    - Grey becomes three equal channels; colour becomes grey by the luma of ITU-R 601-2. Palettes become RGB.
     - CMYK becomes RGB by the plain formula without a colour profile, as in the published preparations of ImageNet.
-    - Alpha is dropped where it is opaque everywhere. An image that is transparent somewhere is put on `background`, and
-      refused without one: what would be seen there is not in the file.
-    - More than 8 bits a channel and floating point are refused: which range of the values is meant is not in the file.
-    - Animations and files of several pages are refused; of the pictures in a camera's multi-picture JPEG, the first is
-      the photograph.
+    - Opaque alpha is dropped. A transparent image is put on `background`, or refused without one, because the file
+      does not hold the colour behind it.
+    - More than 8 bits a channel and floating point are refused, because the file does not hold the range of values.
+    - Animations and files of several pages are refused. A camera's multi-picture JPEG gives its first picture.
     - More than `MOST_PIXELS` pixels are refused.
-    - A PNG is checked against its checksums. A JPEG has none: what its decoder does not notice stays unnoticed.
+    - A PNG is checked against its checksums. A JPEG has none, so damage that its decoder misses stays unseen.
     """
     if not content:
         raise bad_image(name, "an empty file (0 bytes)")
     reason = ""
     for stored in (content, _without_metadata(content)):
-        if stored is None:
-            break
         try:
-            return _decoded(stored, name, mode, background)
+            if stored is not None:
+                return _decode(stored, name, mode, background)
         except ImageError:
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
@@ -133,16 +186,15 @@ def decode(
     raise bad_image(name, reason)
 
 
-def _decoded(
+def _decode(
     content: bytes, name: str, mode: Mode | None, background: Colour | None
 ) -> PILImage.Image:
     image: PILImage.Image = PILImage.open(io.BytesIO(content), formats=FORMATS)
     if image.format == "PNG":
         image.verify()
         image = PILImage.open(io.BytesIO(content), formats=FORMATS)
-    obstacle = _obstacle(image, content)
-    if obstacle is not None:
-        raise bad_image(name, obstacle)
+    if objection := _objection(image, content):
+        raise bad_image(name, objection)
     grey = image.mode in GREY
     image.load()
     transparent = image.has_transparency_data
@@ -155,7 +207,7 @@ def _decoded(
                 raise bad_image(
                     name,
                     "an image that is transparent in places",
-                    "put such images on a colour with data.background=white "
+                    "put it on a colour with data.background=white "
                     "(background=white when preparing and editing)",
                 )
             grey = grey and len(set(background)) == 1
@@ -166,7 +218,7 @@ def _decoded(
 
 
 def _reason(error: Exception, content: bytes) -> str:
-    """Why a file whose decoder gave up cannot be used."""
+    """Return why the decoder failed, in words."""
     if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "a HEIC picture, which cannot be read: save it as JPEG or PNG"
     if any(_precision(content, *segment) > 8 for segment in _segments(content)):
@@ -179,24 +231,24 @@ def _reason(error: Exception, content: bytes) -> str:
     return f"a damaged file ({text})"
 
 
-def _obstacle(image: PILImage.Image, content: bytes) -> str | None:
-    """Why an opened image, not yet decoded, is refused."""
+def _objection(image: PILImage.Image, content: bytes) -> str:
+    """Return why an image is refused before it is decoded, or nothing."""
     if image.width * image.height > MOST_PIXELS:
         return f"{image.width}x{image.height} pixels, more than {MOST_PIXELS:,}"
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         return f"an animation or several pages ({frames} frames)"
-    # Pillow reads 16-bit colour as 8-bit without a word; only the description of the raw data tells.
+    # Pillow reads 16-bit colour as 8-bit silently; only the description of the raw data shows it.
     deep = any(is_deep(tile[0], tile[3]) for tile in getattr(image, "tile", ()))
     if deep or image.mode.startswith(("I", "F")) or _stored_deep(image.format, content):
         return "more than 8 bits a channel"
     if image.mode not in GREY + COLOUR:
         return f"an image of mode {image.mode}"
-    return None
+    return ""
 
 
 def is_deep(codec: str, arguments: Any) -> bool:
-    """Whether the raw data of a part of an image, as Pillow describes them, have more than 8 bits a channel."""
+    """Return whether raw data, as Pillow describes them, have more than 8 bits a channel."""
     if codec.startswith("ppm") and isinstance(arguments, tuple):  # (mode, highest value)
         return arguments[1] > 255
     raw = str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
@@ -204,7 +256,7 @@ def is_deep(codec: str, arguments: Any) -> bool:
 
 
 def _stored_deep(kind: str | None, content: bytes) -> bool:
-    """Whether a file of a format that Pillow turns into 8 bits in any case says that its channels have more."""
+    """Return whether a file has more than 8 bits a channel, in the formats that Pillow always turns into 8."""
     if kind == "AVIF":
         at = content.find(b"av1C") + 6
         return at >= 6 and bool(content[at : at + 1]) and bool(content[at] & 0x40)  # high_bitdepth
@@ -218,29 +270,26 @@ def _stored_deep(kind: str | None, content: bytes) -> bool:
 def _upright(image: PILImage.Image) -> PILImage.Image:
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # of metadata that nobody can read nothing follows for the pixels
+    except Exception:  # unreadable metadata
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
-# ------------------------------------------------------------------------------------ metadata
-
-
 def _without_metadata(content: bytes) -> bytes | None:
-    """A PNG or JPEG without what does not matter to its pixels, but the orientation; None for other files."""
+    """Return a PNG or JPEG with only its pixels and orientation; None for other files."""
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
         return content[:8] + b"".join(content[a:b] for a, b in _chunks(content))
     if not content.startswith(b"\xff\xd8\xff"):
         return None
-    kept, end = content[:2], 2
+    rest, end = content[:2], 2
     for marker, start, end in _segments(content):
         if not _is_metadata(marker, end - start):
-            kept += content[start:end]
-    return kept + content[end:]
+            rest += content[start:end]
+    return rest + content[end:]
 
 
 def _chunks(png: bytes) -> Iterator[tuple[int, int]]:
-    """Begin and end of the chunks of a PNG that matter to its pixels."""
+    """Yield begin and end of the chunks of a PNG that hold its pixels or orientation."""
     at = 8
     while at + 8 <= len(png):
         kind, end = png[at + 4 : at + 8], at + 12 + int.from_bytes(png[at : at + 4])
@@ -254,7 +303,7 @@ def _chunks(png: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, begin and end of the segments of a JPEG in front of its first scan."""
+    """Yield marker, begin and end of the segments of a JPEG before its first scan."""
     at = 2 if jpeg.startswith(b"\xff\xd8\xff") else len(jpeg)
     while at + 4 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] not in (0xD9, 0xDA):
         end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4])
@@ -266,7 +315,7 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _is_metadata(marker: int, size: int) -> bool:
-    """Whether a segment of a JPEG says nothing of the pixels; JFIF and Adobe do, in segments of some length, and EXIF."""
+    """Return whether a segment of a JPEG can go: all but EXIF, and JFIF and Adobe of their full length."""
     least = {0xE0: 16, 0xE1: 0, 0xEE: 14}
     return marker == 0xFE or (0xE0 <= marker <= 0xEF and size < least.get(marker, size + 1))
 

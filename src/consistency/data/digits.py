@@ -6,21 +6,21 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from consistency.data.held import Held
+from consistency.data.held import InMemory
+from consistency.errors import require
 
 SPLIT_SEED = 0
 TRAIN_SIZE = 899
 
 
-class Digits(Held):
+class Digits(InMemory):
     """1,797 handwritten digits of 8x8 pixels, 10 classes [Alpaydin and Kaynak 1998, UCI; shipped with scikit-learn].
 
     split: "train" is 899 images chosen once at random, "held_out" the other 898. Grey values 0 to 16 become 0 to 255.
     """
 
     def __init__(self, *, split: Literal["train", "held_out"]) -> None:
-        if split not in ("train", "held_out"):
-            raise ValueError(f"expected split 'train' or 'held_out', got {split!r}")
+        require(split in ("train", "held_out"), "split=train or held_out", split, "choose one")
         bundle = load_digits()
         order = np.random.RandomState(SPLIT_SEED).permutation(len(bundle.images))
         chosen = np.sort(order[:TRAIN_SIZE] if split == "train" else order[TRAIN_SIZE:])

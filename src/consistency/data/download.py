@@ -1,47 +1,61 @@
-"""Fetching a public set with its library, or one error that says which file is expected where."""
+"""Download of a public set by its library, or one error that names the missing files and their addresses."""
 
 import fcntl
 import socket
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from consistency.errors import UserError
 
 PATIENCE = 30.0
-"""Seconds without an answer after which a server is given up."""
+"""Seconds without an answer after which a download fails."""
 
 
-def fetched(
+def find_or_download(
     root: Path,
-    fetch: Callable[[Path], object],
+    find: Callable[[Path], Path | None],
+    download: Callable[[Path], object],
     *,
     allowed: bool,
     needed: str,
     sources: Sequence[str],
-) -> None:
-    """Lets `fetch` put its files below `root`, one process of a machine at a time; it does nothing where they are.
+) -> Path:
+    """Return the folder of a set below `root`; download it, in one process of a machine at a time, if it is missing.
 
-    needed: the files that are missing; sources: the addresses they come from.
+    find: returns the folder, or None.
+    download: puts the files below `root`.
+    needed, sources: the missing files and their addresses, for the message.
     """
-    reason = "no such file, and data.download=false"
-    if allowed:
+    folder = find(root)
+    reason = "no such file" if allowed else "no such file, and data.download=false"
+    if folder is None and allowed:
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(PATIENCE)
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with (root / ".download.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                before = socket.getdefaulttimeout()
-                socket.setdefaulttimeout(PATIENCE)
-                try:
-                    fetch(root)
-                finally:
-                    socket.setdefaulttimeout(before)
-            return
+            with locked(root / ".download.lock"):
+                download(root)
+            folder = find(root)
         except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
-            reason = (
-                f"no such file, and the download failed ({str(error).strip().splitlines()[-1]})"
-            )
-    raise UserError(
-        f"expected {needed} (data.path={root})\n  got: {reason}\n"
-        f"  do: add data.download=true on a machine with a network, or put there what is at {', '.join(sources)}"
-    )
+            last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            reason = f"no such file, and the download failed ({last_line})"
+        finally:
+            socket.setdefaulttimeout(before)
+    if folder is None:
+        raise UserError(
+            f"{needed} (data.path={root})",
+            reason,
+            "add data.download=true on a machine with a network, or put the files there from "
+            + ", ".join(sources),
+        )
+    return folder
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold the lock `file`, which one process of a machine can hold at a time."""
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

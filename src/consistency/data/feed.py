@@ -1,4 +1,4 @@
-"""What a loader that is not ours gives the training: images in [-1, 1] and class indices, or a message."""
+"""Batches of a foreign loader: images in [-1, 1] and class indices, or one message."""
 
 from typing import Any
 
@@ -11,35 +11,34 @@ from consistency.tensors import Data, Label
 
 ROUNDING = 1e-4
 
-FORM = "batches (images, labels): images uint8, or float within [-1, 1], of shape (batch, channels, height, width)"
 
-
-def fed(
+def unpack_batch(
     batch: Any, *, shape: tuple[int, ...] | None, num_classes: int | None
 ) -> tuple[Data, Label]:
-    """Images and labels of a batch: (images, labels), (images,), or images alone.
+    """Return images and labels of a batch: (images, labels), (images,), or images alone.
 
-    Images of uint8 are scaled; float ones are in [-1, 1] and taken as they are. Labels are integers below `num_classes`, and
-    ignored by a model without classes. shape: of an image, where it is known.
+    Images of uint8 are scaled; float ones must be in [-1, 1]. Labels are integers below `num_classes`; without
+    classes they are ignored.
+
+    shape: of an image, if it is known.
     """
     parts = list(batch) if isinstance(batch, tuple | list) else [batch]
     require(
         len(parts) in (1, 2) and isinstance(parts[0], Tensor),
-        FORM,
+        "batches (images, labels): images uint8, or float within [-1, 1], of shape (batch, channels, height, width)",
         f"{type(batch).__name__} of {', '.join(type(part).__name__ for part in parts)}",
         "give a loader of TensorDataset(images, labels), or of a Dataset whose items are (image, label)",
     )
-    images, labels = parts[0], parts[1] if len(parts) == 2 else None
-    wanted = shape or tuple(images.shape[1:])
+    images = parts[0]
     require(
-        images.ndim == 4 and tuple(images.shape[1:]) == wanted,
+        images.ndim == 4 and shape in (None, tuple(images.shape[1:])),
         f"images of shape (batch, {', '.join(map(str, shape or ('channels', 'height', 'width')))})",
         f"{images.dtype} of shape {tuple(images.shape)}",
         "change the loader, or build the module for these images: data.channels=, data.image_size=, model=",
     )
-    return _in_unit(images), None if num_classes is None else _classes(
-        labels, len(images), num_classes
-    )
+    if num_classes is None:
+        return _in_unit(images), None
+    return _in_unit(images), _classes(parts[1] if parts[1:] else None, len(images), num_classes)
 
 
 def _in_unit(images: Tensor) -> Data:
@@ -49,7 +48,7 @@ def _in_unit(images: Tensor) -> Data:
         images.is_floating_point(),
         "images of uint8 from 0 to 255, or of float within [-1, 1]",
         f"images of {images.dtype}",
-        "say images.to(torch.uint8) for grey values from 0 to 255",
+        "write images.to(torch.uint8) for grey values from 0 to 255",
     )
     low, high = torch.stack(torch.aminmax(images)).tolist()
     require(
@@ -62,28 +61,18 @@ def _in_unit(images: Tensor) -> Data:
 
 
 def _classes(labels: Any, count: int, num_classes: int) -> Label:
-    wanted = f"{count} labels, integers from 0 to {num_classes - 1}, for a model of {num_classes} classes"
-    remedy = "give them, or build the module without classes: data.num_classes=null"
-    require(labels is not None, wanted, "none", remedy)
-    whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
-    kind = (
-        f"{labels.dtype} of shape {tuple(labels.shape)}"
-        if isinstance(labels, Tensor)
-        else type(labels).__name__
-    )
+    got, fits = "none" if labels is None else type(labels).__name__, False
+    if isinstance(labels, Tensor):
+        got = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        floating = labels.is_floating_point() or labels.is_complex()
+        fits = not floating and labels.dtype != torch.bool and tuple(labels.shape) == (count,)
+        if fits and count:
+            low, high = torch.stack(torch.aminmax(labels)).tolist()
+            got, fits = f"labels from {low} to {high}", 0 <= low and high < num_classes
     require(
-        whole and labels.dtype != torch.bool and tuple(labels.shape) == (count,),
-        wanted,
-        kind,
-        remedy,
+        fits,
+        f"{count} labels, integers from 0 to {num_classes - 1}, for a model of {num_classes} classes",
+        got,
+        "give them, counted from 0, or set data.num_classes; null builds the module without classes",
     )
-    if count:
-        low, high = torch.stack(torch.aminmax(labels)).tolist()
-        span = f"labels from {low} to {high}"
-        require(
-            0 <= low and high < num_classes,
-            wanted,
-            span,
-            "set data.num_classes, or count classes from 0",
-        )
     return labels.long()

@@ -1,10 +1,10 @@
-"""MNIST and Fashion-MNIST: IDX files, downloaded by torchvision where they are not there."""
+"""MNIST and Fashion-MNIST: IDX files, downloaded by torchvision if they are missing."""
 
 import gzip
 import math
 import zlib
 from pathlib import Path
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,47 +12,39 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torchvision import datasets
 
-from consistency.data.download import fetched
-from consistency.data.held import Held
+from consistency.data.download import find_or_download
+from consistency.data.held import InMemory
+from consistency.data.source import Split, require_split, required_path
 from consistency.errors import UserError, require
-from consistency.paths import path_of
 
-Split: TypeAlias = Literal["train", "test", "all"]
 PREFIXES = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
 IMAGES, LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 MOST_BYTES = 1 << 30
 
 
-class MNIST(Held):
+class MNIST(InMemory):
     """70,000 handwritten digits, 28x28 grey, 10 classes [LeCun et al. 1998]; 60,000 to train on, 10,000 to test.
 
-    path: the folder that holds the four files (train- and t10k-images-idx3-ubyte, -labels-idx1-ubyte, with or without
-    .gz), or where torchvision put them. With `download` torchvision fetches them if they are not there.
+    path: the folder of the four files (train- and t10k-images-idx3-ubyte, -labels-idx1-ubyte, with or without
+        .gz), or the folder that torchvision put them below.
+    split: train, test or all.
+    download: whether torchvision downloads missing files.
     """
 
     origin: ClassVar[type[datasets.MNIST]] = datasets.MNIST
 
     def __init__(self, *, path: str | None, split: Split, download: bool = False) -> None:
-        require(split in PREFIXES, "split train, test or all", split, "choose one")
-        require(
-            path is not None, "a folder in data.path", "data.path=null", "add data.path=<folder>"
+        require_split(split)
+        root, name = required_path(path, "a folder", exists=False), self.origin.__name__
+        folder = find_or_download(
+            root,
+            lambda root: idx_folder(root, name),
+            lambda root: self.origin(root, download=True),
+            allowed=download,
+            needed=f"{root / name / 'raw'}/{PREFIXES[split][0]}-{IMAGES} and its three companions",
+            sources=[f"{self.origin.mirrors[0]}{file}" for file, _ in self.origin.resources],
         )
-        root = path_of(str(path))
-        name = self.origin.__name__
-        found = idx_folder(root, name)
-        if found is None:
-            needed = f"{root / name / 'raw'}/{PREFIXES[split][0]}-{IMAGES} and its three companions"
-            sources = [f"{self.origin.mirrors[0]}{file}" for file, _ in self.origin.resources]
-            fetched(
-                root,
-                lambda folder: self.origin(folder, download=True),
-                allowed=download,
-                needed=needed,
-                sources=sources,
-            )
-            found = idx_folder(root, name)
-        assert found is not None
-        images, labels = read_idx(found, split)
+        images, labels = read_idx(folder, split)
         super().__init__(images, labels, self.origin.classes)
 
 
@@ -63,7 +55,7 @@ class FashionMNIST(MNIST):
 
 
 def idx_folder(root: Path, name: str | None = None) -> Path | None:
-    """Where the IDX files are: `root` itself, or torchvision's <root>/<name>/raw."""
+    """Return the folder of the IDX files: `root` itself, or torchvision's <root>/<name>/raw."""
     choices = [root, root / "raw", *([root / name / "raw"] if name else [])]
     first = f"train-{IMAGES}"
     return next(
@@ -72,13 +64,13 @@ def idx_folder(root: Path, name: str | None = None) -> Path | None:
 
 
 def read_idx(folder: Path, split: Split) -> tuple[UInt8[Tensor, "n 1 h w"], Tensor]:
-    """Images and class indices of a split."""
+    """Read images and class indices of a split."""
     parts = []
     for prefix in PREFIXES[split]:
         images = read_idx_file(folder, f"{prefix}-{IMAGES}", 3)
         labels = read_idx_file(folder, f"{prefix}-{LABELS}", 1)
         require(
-            len(images) == len(labels) and len(images) > 0,
+            len(images) == len(labels) > 0,
             f"as many images as labels in {folder}/{prefix}-*",
             f"{len(images):,} images and {len(labels):,} labels",
             "get both files again",
@@ -89,7 +81,7 @@ def read_idx(folder: Path, split: Split) -> tuple[UInt8[Tensor, "n 1 h w"], Tens
 
 
 def read_idx_file(folder: Path, name: str, axes: int) -> UInt8[Tensor, "..."]:
-    """An IDX file of bytes with so many axes, packed or not."""
+    """Read an IDX file of bytes with so many axes, compressed or not."""
     plain, packed = folder / name, folder / f"{name}.gz"
     file = plain if plain.is_file() else packed
     try:
@@ -98,18 +90,17 @@ def read_idx_file(folder: Path, name: str, axes: int) -> UInt8[Tensor, "..."]:
             if len(head) < 4 + 4 * axes or head[:4] != bytes((0, 0, 8, axes)):
                 raise _bad(file, f"a file that starts with {head[:4].hex() or 'nothing'}")
             shape = tuple(int(n) for n in np.frombuffer(head, ">u4", axes, 4))
-            if math.prod(shape) > MOST_BYTES:
-                raise _bad(file, f"one that announces {math.prod(shape):,} bytes")
-            content = stream.read(math.prod(shape) + 1)  # a packed file may go on for ever
+            size = math.prod(shape)
+            if size > MOST_BYTES:
+                raise _bad(file, f"one that announces {size:,} bytes")
+            content = stream.read(size + 1)  # a compressed file may go on for ever
     except (OSError, EOFError, zlib.error) as error:
         raise _bad(file, f"a file that cannot be read ({error})") from error
-    if len(content) != math.prod(shape):
-        more = "more than " if len(content) > math.prod(shape) else ""
-        raise _bad(file, f"{more}{min(len(content), math.prod(shape)):,} bytes for shape {shape}")
+    if len(content) != size:
+        more = "more than " if len(content) > size else ""
+        raise _bad(file, f"{more}{min(len(content), size):,} bytes for shape {shape}")
     return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy())
 
 
 def _bad(file: Path, got: str) -> UserError:
-    return UserError(
-        f"expected an IDX file of bytes at {file}\n  got: {got}\n  do: get the file again"
-    )
+    return UserError(f"an IDX file of bytes at {file}", got, "get the file again")

@@ -1,19 +1,34 @@
-"""Which files of a folder or a zip are images, and what is passed over: the one walk that all commands share."""
+"""Which files of a folder or a zip are images, and which are ignored: the one walk that all commands share."""
 
 import os
 import stat
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
 
+import torch
+from jaxtyping import UInt8
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
-from consistency.data.decoding import EXTENSIONS, MOST_BYTES, is_image
+from consistency.data.cropping import fit
+from consistency.data.decoding import (
+    EXTENSIONS,
+    MODES,
+    UNREADABLE,
+    colour_of,
+    is_image,
+    read_picture,
+    require_size,
+    to_tensor,
+)
+from consistency.data.source import require_existing
 from consistency.errors import require
+from consistency.paths import path_of
 
 LABELS = "dataset.json"
 
@@ -21,42 +36,42 @@ NOT_OURS = {
     "__macosx", "__pycache__", "@eadir", "#recycle", "#snapshot", "@recycle", "lost+found", "$recycle.bin",
     "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 }  # fmt: skip
-"""What systems leave in folders, beside names that begin with a dot; lower case."""
+"""Files and folders of operating systems, beside names that begin with a dot; lower case."""
 
 PICTURES = {
     ".heic", ".heif", ".svg", ".psd", ".tga", ".ico", ".exr", ".hdr", ".pfm", ".eps", ".pdf", ".jxl", ".dds",
     ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".sr2", ".srf", ".orf", ".rw2", ".pef", ".srw", ".raf", ".raw",
     ".3fr", ".iiq", ".erf", ".kdc", ".dcr", ".mos", ".mrw", ".rwl", ".fff", ".mef", ".x3f", ".crw",
 }  # fmt: skip
-"""Pictures of kinds that are not read. Some hold a JPEG or TIFF that shows them small, so no file says otherwise."""
+"""Pictures that are not read. Some hold a small preview as JPEG or TIFF, so that their content would mislead."""
 
 NEVER = PICTURES | {
     ".txt", ".caption", ".json", ".jsonl", ".csv", ".xml", ".md", ".yaml", ".yml", ".html", ".npy", ".npz",
     ".bak", ".old", ".orig", ".tmp", ".part", ".crdownload", ".thm", ".lrv",
 }  # fmt: skip
-"""Not opened to see what they hold: there may be one beside every image, or they are copies and halves of images."""
+"""Files that are not opened to look for an image: companions, copies and parts of images."""
 
-SHOWN = 6
-
-UNREADABLE = (
-    *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError, KeyError),
-    *(zlib.error, zipfile.BadZipFile),
-)
-"""What reading a file or a zip's entry raises."""
+MOST_SHOWN = 6
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of this name belongs to a system or a program."""
+    """Return whether a file or folder of this name belongs to a system or a program."""
     return name.startswith(".") or name.lower() in NOT_OURS
 
 
 @dataclass
 class Listing:
-    """What lies in a folder or zip, by name relative to it, with slashes.
+    """The content of a folder or zip, by names relative to it, with slashes.
 
-    names: the images, sorted. folders: all that are not hidden. level: the folder whose folders are the classes. tables:
-    files of labels. others: files of other types. hidden, broken (links that lead nowhere, folders that cannot be opened)
-    and repeated (links to what is there already) are passed over. entries: what a zip itself calls its images.
+    where: path of the folder or zip.
+    names: the images, sorted.
+    folders: all folders that are not hidden.
+    level: the folder whose folders are the classes.
+    tables: files of labels.
+    others: files of other types.
+    hidden, broken, repeated: ignored files and folders: hidden ones; links without target and folders that cannot
+        be opened; links to images that are listed already.
+    entries: names that a zip itself gives to its images.
     """
 
     where: str
@@ -70,41 +85,43 @@ class Listing:
     repeated: list[str] = field(default_factory=list)
     entries: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, opening: Callable[[], BufferedIOBase]) -> bool:
-        """Takes in a file, by its suffix or by how it begins; whether it is an image."""
+    def add(self, name: str, opening: Callable[[], BufferedIOBase]) -> None:
+        """Add a file, an image by its suffix or by how its content begins."""
         suffix = os.path.splitext(name)[1].lower()
         if suffix in EXTENSIONS or _begins_as_image(name, suffix, opening):
             self.names.append(name)
-            return True
-        (self.tables if name.rsplit("/", 1)[-1] == LABELS else self.others).append(name)
-        return False
+        elif name.rsplit("/", 1)[-1] == LABELS:
+            self.tables.append(name)
+        else:
+            self.others.append(name)
 
-    def tell(self) -> None:
-        """Says in one line what is passed over, if anything is."""
-        others = Counter(map(_kind, self.others))
-        told = []
-        if others:
-            told.append(f"files of other types: {_counted(others)}")
+    def require_images(self) -> None:
+        """Print one line about ignored files, if there are any; refuse a listing without images."""
+        parts = []
+        if others := Counter(map(_suffix, self.others)):
+            parts.append(f"files of other types: {_counts(others)}")
             if unread := sorted(others.keys() & PICTURES):
-                told[-1] += (
-                    f" ({', '.join(unread)} are pictures that cannot be read: save them as PNG)"
-                )
+                remedy = "pictures that cannot be read: save them as PNG"
+                parts[0] += f" ({', '.join(unread)} are {remedy})"
         if self.hidden:
             own = (name.rsplit("/", 1)[-1] for name in self.hidden)
             kinds = Counter("._*" if name.startswith("._") else name for name in own)
-            told.append(f"{len(self.hidden):,} hidden files and folders: {_counted(kinds)}")
-        if self.broken:
-            shown = ", ".join(sorted(self.broken)[:SHOWN])
-            told.append(f"{len(self.broken):,} links or folders that cannot be followed: {shown}")
-        if self.repeated:
-            shown = ", ".join(sorted(self.repeated)[:SHOWN])
-            told.append(f"{len(self.repeated):,} links to what is there already: {shown}")
-        if told:
-            line = f"Ignored in {self.where}: {'; '.join(told)}"
+            parts.append(f"{len(self.hidden):,} hidden files and folders: {_counts(kinds)}")
+        for names, kind in (
+            (self.broken, "links or folders that cannot be followed"),
+            (self.repeated, "links to files listed already"),
+        ):
+            if names:
+                shown = ", ".join(sorted(names)[:MOST_SHOWN])
+                parts.append(f"{len(names):,} {kind}: {shown}")
+        if parts:
+            line = f"Ignored in {self.where}: {'; '.join(parts)}"
             rank_zero_only(print)(line.encode(errors="backslashreplace").decode())
+        types = f"add some of the types {', '.join(EXTENSIONS)}"
+        require(bool(self.names), f"images in {self.where}", "none", types)
 
     def classes(self) -> tuple[list[int], list[str]]:
-        """The class index of every image and the names of the classes, which are the folders at `level`."""
+        """Return the class index of every image and the names of the classes, which are the folders at `level`."""
         depth = len(PurePosixPath(self.level).parts)
         beside = [name for name in self.names if name.count("/") <= depth]
         require(
@@ -114,105 +131,115 @@ class Listing:
             "move them into folders, or leave classes=false (data.source.classes=false)",
         )
         tops = [name.split("/")[depth] for name in self.names]
-        known = set(tops)
+        names = sorted(set(tops))
         lost = {n for n in self.broken if os.path.splitext(n)[1].lower() not in EXTENSIONS}
         folders = {n.split("/")[depth] for n in self.folders | lost if n.count("/") >= depth}
-        empty = sorted(folders - known - {self.level})
-        held = []
-        for top in empty[:SHOWN]:
-            inside = [n for n in self.others if n.split("/")[depth : depth + 1] == [top]]
-            held.append(f"{top} ({_counted(Counter(map(_kind, inside))) or 'empty'})")
+        content = {top: Counter[str]() for top in sorted(folders - {*names, self.level})}
+        for name in self.others:
+            top = "".join(name.split("/")[depth : depth + 1])
+            if top in content:
+                content[top][_suffix(name)] += 1
+        shown = [f"{top} ({_counts(kinds) or 'empty'})" for top, kinds in content.items()]
         require(
-            not empty,
+            not content,
             f"images in every class folder of {self.where}",
-            f"{len(empty):,} without any: {', '.join(held)}",
+            f"{len(content):,} without any: {', '.join(shown[:MOST_SHOWN])}",
             "put images in, or remove the folder; the classes are numbered in the order of their names",
         )
-        names = sorted(known)
         number = {name: index for index, name in enumerate(names)}
         return [number[top] for top in tops], names
 
 
 def in_folder(folder: Path, *, classes: bool = False) -> Listing:
-    """What lies below a folder. Links are followed, each real folder and file once, with `classes` once a class."""
-    root, found = str(folder), Listing(str(folder))
+    """List a folder. Links are followed, each real folder and file once, with `classes` once a class."""
+    listing = Listing(str(folder))
     if not classes:
-        _walk(root, "", found, set())
+        _Walk(folder, listing, set()).below("")
     else:
-        found.level = class_level(lambda name: children(folder / name))
-        above = {os.path.realpath(os.path.join(root, part)) for part in _chain(found.level)}
-        tops = _walk(root, found.level, found, above, deep=False)
-        for top in sorted(tops):
-            _walk(root, top, found, set(above))
-    found.names.sort()
-    return found
+        listing.level = class_level(lambda name: children(folder / name))
+        parts = PurePosixPath(listing.level).parts
+        above = {os.path.realpath(folder.joinpath(*parts[:n])) for n in range(len(parts))}
+        top = _Walk(folder, listing, above)
+        top.scan(listing.level)
+        top.add_linked_files()
+        above.add(os.path.realpath(folder / listing.level))
+        for name in sorted(top.folders + top.linked_folders):
+            _Walk(folder, listing, above).below(name)
+    listing.names.sort()
+    return listing
 
 
-def _chain(level: str) -> list[str]:
-    parts = PurePosixPath(level).parts
-    return ["/".join(parts[:count]) for count in range(len(parts) + 1)]
+class _Walk:
+    """A walk through folders below `root` that adds to a listing, links last.
 
-
-def _walk(root: str, top: str, found: Listing, known: set[str], *, deep: bool = True) -> list[str]:
-    """Adds what lies in the folder `top`, what links lead to last; `known`: real paths that are not added again.
-
-    Not `deep`: adds the files directly in it, and returns the folders.
+    known: real paths that are not listed again; the walk keeps a copy.
     """
-    if not deep:
-        known = known - {os.path.realpath(os.path.join(root, top))}
-    folders = [(top, os.path.realpath(os.path.join(root, top)))]
-    linked: list[str] = []
-    files: list[str] = []
-    inside: list[str] = []
-    while folders or linked:
-        if not folders:
-            linked.sort(reverse=True)
-            name = linked.pop()
-            folders.append((name, os.path.realpath(os.path.join(root, name))))
-        place, real = folders.pop()
-        if real in known:
-            found.repeated.append(place)
-            continue
-        known.add(real)
-        if place:
-            found.folders.add(place)
-        try:
-            entries = list(os.scandir(os.path.join(root, place)))
-        except OSError:
-            found.broken.append(place)
-            continue
-        for entry in entries:
-            name = f"{place}/{entry.name}" if place else entry.name
-            if hidden(entry.name):
-                found.hidden.append(name)
-            elif entry.is_symlink():
-                if os.path.isdir(entry.path):
-                    (linked if deep else inside).append(name)
-                elif os.path.isfile(entry.path):
-                    files.append(name)
-                else:
-                    found.broken.append(name)
-            elif entry.is_dir():
-                if deep:
-                    folders.append((name, f"{real.rstrip('/')}/{entry.name}"))
-                else:
-                    inside.append(name)
-            elif entry.is_file():
-                found.add(name, lambda path=entry.path: open(path, "rb"))  # type: ignore[misc]
-    for name in sorted(files):
-        path = os.path.join(root, name)
+
+    def __init__(self, root: Path, listing: Listing, known: Iterable[str]) -> None:
+        self.root, self.listing, self.known = root, listing, set(known)
+        self.folders: list[str] = []
+        self.linked_folders: list[str] = []
+        self.linked_files: list[str] = []
+
+    def below(self, name: str) -> None:
+        """List a folder and all folders below it."""
+        self.folders.append(name)
+        while self.folders or self.linked_folders:
+            if not self.folders:
+                self.linked_folders.sort(reverse=True)
+                self.folders.append(self.linked_folders.pop())
+            self.scan(self.folders.pop())
+        self.add_linked_files()
+
+    def scan(self, name: str) -> None:
+        """List the files of one folder; note its folders and its links."""
+        path = os.path.join(self.root, name)
         real = os.path.realpath(path)
-        there = os.path.dirname(real) in known and not hidden(os.path.basename(real))
-        if there or real in known:
-            found.repeated.append(name)
+        if real in self.known:
+            self.listing.repeated.append(name)
+            return
+        self.known.add(real)
+        if name:
+            self.listing.folders.add(name)
+        try:
+            entries = list(os.scandir(path))
+        except OSError:
+            self.listing.broken.append(name)
+            return
+        for entry in entries:
+            inner = f"{name}/{entry.name}" if name else entry.name
+            if hidden(entry.name):
+                self.listing.hidden.append(inner)
+            elif entry.is_symlink():
+                self._note_link(inner, entry.path)
+            elif entry.is_dir():
+                self.folders.append(inner)
+            elif entry.is_file():
+                self.listing.add(inner, partial(_open_file, entry.path))
+
+    def _note_link(self, name: str, path: str) -> None:
+        if os.path.isdir(path):
+            self.linked_folders.append(name)
+        elif os.path.isfile(path):
+            self.linked_files.append(name)
         else:
-            known.add(real)
-            found.add(name, lambda path=path: open(path, "rb"))  # type: ignore[misc]
-    return inside
+            self.listing.broken.append(name)
+
+    def add_linked_files(self) -> None:
+        """List the files that links lead to, unless they are listed already."""
+        for name in sorted(self.linked_files):
+            path = os.path.join(self.root, name)
+            real = os.path.realpath(path)
+            inside = os.path.dirname(real) in self.known and not hidden(os.path.basename(real))
+            if inside or real in self.known:
+                self.listing.repeated.append(name)
+            else:
+                self.known.add(real)
+                self.listing.add(name, partial(_open_file, path))
 
 
 def children(folder: Path) -> tuple[list[str], bool]:
-    """The folders in a folder that are not hidden, by their names, and whether images lie beside them."""
+    """Return the names of the folders in a folder that are not hidden, and whether images lie beside them."""
     folders, images = [], False
     for entry in os.scandir(folder):
         if not hidden(entry.name):
@@ -224,7 +251,7 @@ def children(folder: Path) -> tuple[list[str], bool]:
 
 
 def has_labels(folder: Path) -> bool:
-    """Whether a file of labels lies in a folder, or in the one folder that it holds, and so on."""
+    """Return whether a file of labels lies in a folder, or in the only folder in it, and so on."""
     while not (folder / LABELS).is_file():
         folders, images = children(folder)
         if images or len(folders) != 1:
@@ -234,7 +261,7 @@ def has_labels(folder: Path) -> bool:
 
 
 def class_level(children: Callable[[str], tuple[list[str], bool]]) -> str:
-    """The folder whose folders are the classes: below one that holds nothing but one folder of folders, that one."""
+    """Return the folder whose folders are the classes: the top, or below single folders of folders the last of these."""
     level = ""
     while True:
         folders, images = children(level)
@@ -248,44 +275,51 @@ def class_level(children: Callable[[str], tuple[list[str], bool]]) -> str:
 
 
 def in_zip(archive: zipfile.ZipFile, where: str) -> Listing:
-    """What lies in a zip; names with backslashes, as some programs write them, are those with slashes."""
-    found = Listing(where)
+    """List a zip; backslashes in names, as some programs write them, are read as slashes."""
+    listing = Listing(where)
     for entry in archive.infolist():
-        parts = [p for p in entry.filename.replace("\\", "/").split("/") if p not in ("", ".")]
-        ends = entry.filename.endswith(("/", "\\"))
-        name = "/".join(parts)
-        not_ours = next((n for n, part in enumerate(parts) if hidden(part)), None)
-        if not_ours is not None:
-            if not ends:
-                found.hidden.append("/".join(parts[: not_ours + 1]))
+        name = slashed(entry.filename)
+        parts = name.split("/") if name else []
+        is_folder = entry.filename.endswith(("/", "\\"))
+        first_hidden = next((n for n, part in enumerate(parts) if hidden(part)), None)
+        if first_hidden is not None:
+            if not is_folder:
+                listing.hidden.append("/".join(parts[: first_hidden + 1]))
             continue
-        found.folders.update("/".join(parts[:n]) for n in range(1, len(parts) + ends))
-        if ends or not parts:
+        listing.folders.update("/".join(parts[:n]) for n in range(1, len(parts) + is_folder))
+        if is_folder or not name:
             continue
         if stat.S_ISLNK(entry.external_attr >> 16):
-            found.broken.append(name)
-        elif name in found.entries:
-            found.entries[name] = entry.filename  # written anew: the last one counts
-        elif found.add(name, lambda entry=entry: _entry(archive, entry)):  # type: ignore[misc]
-            found.entries[name] = entry.filename
-        elif name.rsplit("/", 1)[-1] == LABELS:
-            found.entries[name] = entry.filename
-    found.names.sort()
-    found.level = class_level(lambda level: _children_in(found, level))
-    return found
+            listing.broken.append(name)
+            continue
+        if name not in listing.entries:
+            listing.add(name, partial(_open_entry, archive, entry))
+        listing.entries[name] = entry.filename  # of two entries of one name the last counts
+    listing.names.sort()
+    listing.level = class_level(partial(_children_in, listing))
+    return listing
 
 
-def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> BufferedIOBase:
-    if entry.file_size > MOST_BYTES:
-        raise OSError("too large")
+def slashed(name: str) -> str:
+    """Return the name of a file in a zip or a table of labels as listings have it."""
+    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
+
+
+def _open_file(path: str) -> BufferedIOBase:
+    return open(path, "rb")
+
+
+def _open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> BufferedIOBase:
+    require_size(entry.file_size)
     return archive.open(entry)  # type: ignore[return-value]
 
 
-def _children_in(found: Listing, level: str) -> tuple[list[str], bool]:
+def _children_in(listing: Listing, level: str) -> tuple[list[str], bool]:
     def directly(names: Iterable[str]) -> list[str]:
         return [n for n in names if n.rpartition("/")[0] == level]
 
-    return [n.rpartition("/")[2] for n in directly(found.folders)], bool(directly(found.names))
+    folders = [n.rpartition("/")[2] for n in directly(listing.folders)]
+    return folders, bool(directly(listing.names))
 
 
 def _begins_as_image(name: str, suffix: str, opening: Callable[[], BufferedIOBase]) -> bool:
@@ -298,13 +332,34 @@ def _begins_as_image(name: str, suffix: str, opening: Callable[[], BufferedIOBas
         return False
 
 
-def _kind(name: str) -> str:
+def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "without a suffix"
 
 
-def _counted(kinds: Counter[str]) -> str:
-    """3 .txt, 1 .mp4: the most frequent first."""
+def _counts(kinds: Counter[str]) -> str:
+    """Return "3 .txt, 1 .mp4", the most frequent first."""
     ordered = sorted(kinds.items(), key=lambda pair: (-pair[1], pair[0]))
-    more = len(ordered) - SHOWN
-    shown = [f"{count:,} {kind}" for kind, count in ordered[:SHOWN]]
+    more = len(ordered) - MOST_SHOWN
+    shown = [f"{count:,} {kind}" for kind, count in ordered[:MOST_SHOWN]]
     return ", ".join([*shown, *([f"{more:,} other kinds"] if more > 0 else [])])
+
+
+def files_at(path: str) -> list[Path]:
+    """Return the image at a path, or the images below the folder there, in the order of their names."""
+    file = path_of(path)
+    require_existing(file, f"an image or a folder of images at {file}")
+    if not file.is_dir():
+        return [file]
+    listing = in_folder(file)
+    listing.require_images()
+    return [file / name for name in listing.names]
+
+
+def read_images(
+    path: str, channels: int, size: int, background: str | None = None
+) -> UInt8[Tensor, "n c h w"]:
+    """Read the image or all images at a path, for a model of images of so many channels and pixels."""
+    require(channels in MODES, "a model of images of 1 or 3 channels", channels, "choose another")
+    mode, colour = MODES[channels], colour_of(background)
+    pictures = (read_picture(file, mode, colour) for file in files_at(path))
+    return torch.stack([to_tensor(fit(picture, size)) for picture in pictures])

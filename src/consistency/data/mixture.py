@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 import torch
 
-from consistency.data.held import Held
+from consistency.data.held import InMemory
 from consistency.errors import require
 from consistency.randomness import generator
 
 
-class Mixture(Held):
+class Mixture(InMemory):
     """`size` images of one channel whose pixels are independent draws of sum_k weight_k N(mean_k, std_k^2).
 
-    In [-1, 1] units, then rounded to the nearest of the 256 grey values, as every source gives them: this adds the
-    variance (2/255)^2 / 12 = 5e-6 to the law. What falls outside of [-1, 1] is cut off, so the modes must stand a few
+    In [-1, 1] units, then rounded to the nearest of the 256 grey values, as in every source: this adds the
+    variance (2/255)^2 / 12 = 5e-6 to the law. Values outside of [-1, 1] are cut off, so the modes must lie a few
     deviations inside. Under x_t = x_0 + t z the exact denoiser of the law, without rounding, acts on each pixel alone:
     D(x, t) = sum_k w_k(x, t) (m_k + s_k^2 / (s_k^2 + t^2) (x - m_k)), with the posterior weights w_k of the modes.
     """
@@ -39,8 +39,9 @@ class Mixture(Held):
         draw = generator(seed, "mixture")
         share = torch.tensor(weights, dtype=torch.float64)
         mode = torch.multinomial(share, size * image_size**2, replacement=True, generator=draw)
-        noise = torch.randn(len(mode), dtype=torch.float64, generator=draw)
-        x_0 = torch.tensor(means).double()[mode] + torch.tensor(stds).double()[mode] * noise
+        z = torch.randn(len(mode), dtype=torch.float64, generator=draw)
+        x_0 = torch.tensor(means).double()[mode] + torch.tensor(stds).double()[mode] * z
+        # in float64; `pixels.quantised`, in float32, rounds a few pixels of a million the other way
         grey = (x_0.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
         images = grey.reshape(size, 1, image_size, image_size)
         super().__init__(images, torch.zeros(size, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""The one LightningDataModule: any source of images, in an order that depends on position alone."""
+"""The LightningDataModule: any source of images, in an order that depends on position alone."""
 
 import hashlib
 import os
@@ -14,47 +14,51 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from consistency.data.batches import PositionedBatches, Split, split
-from consistency.data.source import Classes, Images, OrderedSource, Source, batch_of
+from consistency.data.batches import BatchSplit, PositionedBatches, split_batch
+from consistency.data.held import load_into_memory
+from consistency.data.source import Classes, Images, Source
 from consistency.errors import require
 from consistency.orphans import end_with
 from consistency.pixels import to_unit
 from consistency.randomness import WHOLE, Share
 from consistency.tensors import Data
 
-FAREWELL_SECONDS = 60
+SECONDS_AFTER_SIGTERM = 60
 
 
 class WholeBatches(Dataset[tuple[Images, Classes]]):
-    """A source seen as a map from a list of indices to a batch: nothing is stacked one by one that comes stacked."""
+    """A source as a map from a list of indices to a batch, which many sources read faster than single images."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
 
     def __getitem__(self, indices: list[int]) -> tuple[Images, Classes]:
-        return batch_of(self.source, indices)
+        return self.source.batch(indices)
 
 
-def _belong_to(run: int, worker: int) -> None:
-    """A loader ends with the run, and leaves a signal to the whole group of processes to it: the run needs its loaders to
-    the end of the step.
-    """
-    end_with(run)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(FAREWELL_SECONDS))
+def _init_worker(parent: int, worker: int) -> None:
+    """Let a worker die with its parent, but ignore signals to the whole process group, so that the step can finish."""
+    end_with(parent)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class DataModule(L.LightningDataModule):
-    """Training batches (uint8 images, class indices) from a source.
+    """Training batches (uint8 images, class indices) from a source. Pixels are only scaled, never dequantised by noise.
 
-    source: builds the training images (called once, when training starts); held_out: builds images kept from training,
-    or None. batch_size: images per optimizer step over all devices; device_batch_size: images a device holds at once
-    at most (the largest divisor of its share is taken), None for its whole share. flip: mirror every image left to
-    right with probability 1/2, on the device. num_classes: number of classes a conditional model is told, None for an
-    unconditional one.  allow_reorder: go on
-    with a run although the data now come in another order than it began with. Pixels are only scaled, never
-    dequantised by noise.
+    source: builds the training images; called once.
+    held_out: builds images kept from training, or None.
+    image_size, channels: of every image.
+    num_classes: number of classes of a conditional model; None for an unconditional one.
+    batch_size: images per optimizer step over all devices.
+    device_batch_size: most images a device holds at once, of which the largest divisor of its share is taken; None for
+        the whole share.
+    num_workers: processes of each rank that read images.
+    flip: whether to mirror every image left to right with probability 1/2, on the device.
+    seed: of the order.
+    in_memory: whether to decode all training images once and hold them in memory.
+    allow_reorder: whether a resumed run may get its images in another order than before.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class DataModule(L.LightningDataModule):
         num_workers: int,
         flip: bool,
         seed: int,
+        in_memory: bool = False,
         allow_reorder: bool = False,
     ) -> None:
         super().__init__()
@@ -78,64 +83,66 @@ class DataModule(L.LightningDataModule):
         self.num_workers, self.flip, self.seed = num_workers, flip, seed
         self.allow_reorder = allow_reorder
         self._saved_accumulation: int | None = None
-        require(
-            batch_size >= 1, "data.batch_size >= 1", batch_size, "give a positive number of images"
-        )
+        require(batch_size >= 1, "data.batch_size >= 1", batch_size, "give a number of images")
         require(num_workers >= 0, "data.num_workers >= 0", num_workers, "give 0 or more")
-        self.train_source = source()
-        self.held_out = held_out() if held_out is not None else None
+        images = source()
         require(
-            len(self.train_source) >= batch_size,
-            f"at least one batch of data.batch_size={batch_size} images",
+            isinstance(images, Source),
+            "a consistency.data.source.Source at data.source",
+            type(images).__name__,
+            "derive the class from Source, which needs only __len__ and __getitem__",
+        )
+        self.train_source = load_into_memory(images) if in_memory else images
+        self.held_out = held_out() if held_out is not None else None
+        self._require_fitting_images()
+
+    def _require_fitting_images(self) -> None:
+        size, classes = self.image_size, self.num_classes
+        require(
+            len(self.train_source) >= self.batch_size,
+            f"at least one batch of data.batch_size={self.batch_size} images",
             f"{len(self.train_source)} images",
             "lower data.batch_size or add images",
         )
         image, label = self.train_source[0]
         require(
-            tuple(image.shape) == (channels, image_size, image_size),
-            f"images of {channels} channels and {image_size}x{image_size} pixels",
+            tuple(image.shape) == (self.channels, size, size),
+            f"images of {self.channels} channels and {size}x{size} pixels",
             f"a first image of shape {tuple(image.shape)}",
             "set data.channels and data.image_size to the images, or prepare the images",
         )
-        if num_classes is not None:
-            require(
-                0 <= label < num_classes,
-                f"class indices below data.num_classes={num_classes}",
-                f"class index {label}",
-                "set data.num_classes to the number of classes, or to null for a model without classes",
-            )
+        require(
+            classes is None or 0 <= label < classes,
+            f"class indices below data.num_classes={classes}",
+            f"class index {label}",
+            "set data.num_classes to the number of classes, or to null for a model without classes",
+        )
 
-    # How batches are cut and ordered
-
-    def split(self, world_size: int) -> Split:
-        """How a batch is cut over `world_size` devices; UserError where that leaves a remainder."""
-        return split(self.batch_size, devices=world_size, at_most=self.device_batch_size)
+    def split(self, world_size: int) -> BatchSplit:
+        """Split a batch over `world_size` devices."""
+        return split_batch(self.batch_size, devices=world_size, at_most=self.device_batch_size)
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches per optimizer step on `world_size` devices."""
+        """Return the number of micro-batches per optimizer step on `world_size` devices."""
         return self.split(world_size).accumulated
 
     def summary(self, world_size: int) -> str:
-        """Two lines for the start of a run: how a batch is cut, and what an epoch leaves out."""
+        """Return two lines for the start of a run: the split of a batch, and the images an epoch leaves out."""
         count = len(self.train_source)
         batches, dropped = divmod(count, self.batch_size)
-        rest = (
-            f"the {dropped} that remain are left out, other ones in each"
-            if dropped
-            else "none left out"
-        )
+        rest = f"the {dropped} that remain are left out, other ones in each"
         return (
             f"Batch: {self.batch_size} = {self.split(world_size)}\n"
-            f"Epoch: {count} images = {batches} batches, {rest}"
+            f"Epoch: {count} images = {batches} batches, {rest if dropped else 'none left out'}"
         )
 
     def batches(
-        self, *, split: Split, rank: int = 0, start: int = 0, total: int = 0
+        self, *, split: BatchSplit, rank: int = 0, start: int = 0, total: int = 0
     ) -> PositionedBatches:
-        """The index lists of the micro-batches start ... total-1 of one rank."""
-        source = self.train_source
+        """Return the index lists of the micro-batches start ... total-1 of one rank."""
         return PositionedBatches(
-            size=len(source),
+            size=len(self.train_source),
+            order=self.train_source.order,
             batch_size=self.batch_size,
             accumulate=split.accumulated,
             rank=rank,
@@ -143,13 +150,12 @@ class DataModule(L.LightningDataModule):
             seed=self.seed,
             start=start,
             total=total,
-            order=source.order if isinstance(source, OrderedSource) else None,
         )
 
     def loader(
         self, batches: PositionedBatches, *, pin_memory: bool = False
     ) -> DataLoader[tuple[Images, Classes]]:
-        """Batches (uint8 images, int64 class indices) at the index lists of `batches`."""
+        """Return a loader of the batches (uint8 images, int64 class indices) at the index lists of `batches`."""
         return DataLoader(
             WholeBatches(self.train_source),
             sampler=batches,
@@ -157,34 +163,32 @@ class DataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=partial(_belong_to, os.getpid()),
+            worker_init_fn=partial(_init_worker, os.getpid()),
         )
 
     def train_dataloader(self) -> DataLoader[tuple[Images, Classes]]:
-        """Batches from the trainer's present position up to its last step."""
+        """Return the batches from the trainer's present position up to its last step."""
         assert self.trainer is not None
-        cut = self.split(self.trainer.world_size)
-        self._translate_position(cut.accumulated)
+        split = self.split(self.trainer.world_size)
+        self._translate_position(split.accumulated)
         batches = self.batches(
-            split=cut,
+            split=split,
             rank=self.trainer.global_rank,
             start=self.trainer.fit_loop.epoch_loop.batch_progress.current.ready,
-            total=self.trainer.max_steps * cut.accumulated,
+            total=self.trainer.max_steps * split.accumulated,
         )
         return self.loader(batches, pin_memory=self.trainer.strategy.root_device.type == "cuda")
 
-    # The position of a run that is resumed
-
     @cached_property
     def order(self) -> str:
-        """A digest of the order that the images come in, the same for any number of devices and workers."""
+        """A digest of the order of the images, the same for any number of devices and workers."""
         first = self.batches(split=self.split(1)).epoch(0).numpy()
         digest = hashlib.blake2b(first.tobytes(), digest_size=16)
         digest.update(str((self.seed, self.batch_size)).encode())
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to know of the data; the position itself is the trainer's."""
+        """Return the order and split of the data, for a resumed run; the trainer saves the position itself."""
         assert self.trainer is not None
         return {
             "order": self.order,
@@ -194,7 +198,7 @@ class DataModule(L.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses to go on in another order, unless that is allowed."""
+        """Refuse to continue in another order, unless that is allowed."""
         same = state_dict["order"] == self.order
         before = f"{state_dict['images']} images in batches of {state_dict['batch_size']}"
         now = f"{len(self.train_source)} images in batches of {self.batch_size}"
@@ -211,8 +215,10 @@ class DataModule(L.LightningDataModule):
         self._saved_accumulation = state_dict["accumulation"]
 
     def _translate_position(self, accumulation: int) -> None:
-        """After a resume with another number of devices: Lightning counts micro-batches, whose number per optimizer
-        step may have changed. Checkpoints are written between steps only, so the count is a multiple of it.
+        """Translate the position after a resume with another number of devices.
+
+        Lightning counts micro-batches, whose number per optimizer step may have changed. Checkpoints are written between
+        steps only, so the count is a multiple of it.
         """
         assert self.trainer is not None
         before, self._saved_accumulation = self._saved_accumulation, None
@@ -226,12 +232,10 @@ class DataModule(L.LightningDataModule):
             count.ready = count.started = count.processed = position
             count.completed = position - unfinished
 
-    # What happens on the device
-
     def augmented(
         self, images: UInt8[Tensor, "b c h w"], draw: Generator, share: Share = WHOLE
     ) -> Data:
-        """The images in [-1, 1], mirrored where the generator says so; they are `share` of the optimizer step's batch."""
+        """Scale images to [-1, 1] and mirror them at random; they are `share` of the optimizer step's batch."""
         x_0 = to_unit(images)
         if not self.flip:
             return x_0

@@ -1,68 +1,65 @@
-"""What lies at a path, whichever of the known forms it has."""
+"""Detection of the data set at a path, in any of the known forms."""
 
 import zipfile
-from typing import Any
+from pathlib import Path
 
 from consistency.data.archive import Archive
 from consistency.data.cifar import CIFAR10, cifar_folder
-from consistency.data.encoded import PLAIN, Encoded
+from consistency.data.encoded import ImageFiles
 from consistency.data.folder import Folder
-from consistency.data.held import Held
+from consistency.data.held import InMemory
 from consistency.data.huggingface import HuggingFace
-from consistency.data.idx import MNIST, PREFIXES, idx_folder
+from consistency.data.idx import MNIST, idx_folder
 from consistency.data.listing import has_labels
 from consistency.data.lsun import FILE, Database
+from consistency.data.source import require_existing, require_split
 from consistency.errors import require
 from consistency.paths import path_of
 
 HUB = "hf:"
 
 
-def opened(
+def detect_source(
     source: str, *, split: str, classes: bool, background: str | None = None
-) -> Encoded | Held:
-    """The images at `source`, undisturbed: own size, own number of channels.
+) -> ImageFiles | InMemory:
+    """Open the images at `source` in their own size and number of channels.
 
-    source: a zip or folder of dataset_tool's form; an LMDB's folder, such as bedroom_train_lmdb; a folder with the IDX
-    files of (Fashion-)MNIST or with the batches of CIFAR-10; hf:<name> for a set of the Hugging Face hub; any other
-    folder is one of images. classes: of images without labels, whether each folder is a class; a set that can have none is
-    then refused. split: of the sets that have one; train, test or all, and on the hub any that a set has.
+    source: a zip or folder of dataset_tool's form; the folder of an LMDB, such as bedroom_train_lmdb; a folder of the
+        IDX files of (Fashion-)MNIST or of the batches of CIFAR-10; hf:<name> for a set of the Hugging Face hub; any
+        other folder of images.
+    split: of the sets that have one: train, test or all; on the hub any split of the set.
+    classes: whether each folder is a class, of images without labels; a set that cannot have classes is refused.
+    background: colour put behind transparent images; None refuses them.
     """
-    found = _opened(source, split, classes, {**PLAIN, "background": background})
+    if source.startswith(HUB):
+        name = source.removeprefix(HUB)
+        return HuggingFace(name=name, split=split, classes=classes, background=background)
+    require_split(split)
+    path = path_of(source)
+    require_existing(path, f"images at source={source}")
     require(
-        bool(found.class_names) or not classes,
+        path.is_dir() or path.suffix.lower() == ".zip" or zipfile.is_zipfile(path),
+        f"a zip of images or a folder at source={source}",
+        f"a file {path.name}",
+        "unpack it, or give the folder it is in",
+    )
+    images = _detect(path, split, classes, background)
+    require(
+        bool(images.class_names) or not classes,
         f"classes in source={source}, for classes=true",
-        f"{type(found).__name__}, a set without",
+        f"{type(images).__name__}, a set without",
         "leave classes=false",
     )
-    return found
+    return images
 
 
-def _opened(source: str, split: str, classes: bool, settings: dict[str, Any]) -> Encoded | Held:
-    if source.startswith(HUB):
-        return HuggingFace(name=source.removeprefix(HUB), split=split, **settings, classes=classes)
-    require(split in PREFIXES, "split=train, test or all", split, "choose one")
-    path = path_of(source)
-    require(
-        path.exists(),
-        f"images at source={source}",
-        "nothing there",
-        "check the path; it is taken relative to the folder the command runs in",
-    )
-    if path.is_file():
-        require(
-            path.suffix.lower() == ".zip" or zipfile.is_zipfile(path),
-            f"a zip of images or a folder at source={source}",
-            f"a file {path.name}",
-            "unpack it, or give the folder it is in",
-        )
-    plain: dict[str, Any] = {"path": str(path), **settings}
+def _detect(path: Path, split: str, classes: bool, background: str | None) -> ImageFiles | InMemory:
     if path.is_file() or has_labels(path):
-        return Archive(**plain, classes=classes or None)
+        return Archive(path=str(path), classes=classes or None, background=background)
     if (path / FILE).is_file():
-        return Database(**plain)
-    if (idx := idx_folder(path)) is not None:
-        return MNIST(path=str(idx), split=split)  # type: ignore[arg-type]  # checked above
+        return Database(path=str(path), background=background)
+    if (folder := idx_folder(path)) is not None:
+        return MNIST(path=str(folder), split=split)  # type: ignore[arg-type]  # checked above
     if cifar_folder(path) is not None:
         return CIFAR10(path=str(path), split=split)  # type: ignore[arg-type]
-    return Folder(**plain, classes=classes)
+    return Folder(path=str(path), classes=classes, background=background)

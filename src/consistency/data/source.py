@@ -1,51 +1,78 @@
-"""What a source of images is: a map-style data set of (uint8 image, class index)."""
+"""The interface of a source of images: a map-style data set of (uint8 image, class index)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Int, UInt8
 from torch import Generator, Tensor
 
+from consistency.errors import require
+from consistency.paths import path_of
+
 Image: TypeAlias = UInt8[Tensor, "c h w"]
 Images: TypeAlias = UInt8[Tensor, "b c h w"]
 Classes: TypeAlias = Int[Tensor, "b"]
+Split: TypeAlias = Literal["train", "test", "all"]
+SPLITS: tuple[Split, ...] = ("train", "test", "all")
 
 
-@runtime_checkable
-class Source(Protocol):
-    """Item i is (image, class index); the class index is 0 where there are no classes."""
+class Source(ABC):
+    """Base of all sources. Item i is (image, class index); the class index is 0 without classes.
 
+    Only `__len__` and `__getitem__` are needed.
+
+    class_names: names of the classes in the order of their indices; empty without classes.
+    left_out: number of images left out because they cannot be used.
+    """
+
+    class_names: Sequence[str] = ()
+    left_out: int = 0
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Image, int]: ...
-
-
-@runtime_checkable
-class BatchedSource(Protocol):
-    """A source that gives many items at once faster than one by one: `batch([i, j])` is items i and j, stacked."""
-
-    def __len__(self) -> int: ...
-
+    @abstractmethod
     def __getitem__(self, index: int) -> tuple[Image, int]: ...
 
     def batch(self, indices: list[int]) -> tuple[Images, Classes]:
-        """The images and class indices (int64) of `indices`, in their order."""
-        ...
-
-
-@runtime_checkable
-class OrderedSource(Protocol):
-    """A source that is read fastest in orders of its own choice."""
+        """Return the images and class indices (int64) of `indices`, stacked in their order."""
+        images, classes = zip(*(self[index] for index in indices), strict=True)
+        return torch.stack(images), torch.tensor(classes, dtype=torch.long)
 
     def order(self, draw: Generator) -> Int[Tensor, "n"]:
-        """A random permutation of all indices, a function of the generator's state alone."""
-        ...
+        """Draw a permutation of all indices, a function of the generator's state alone."""
+        return torch.randperm(len(self), generator=draw)
+
+    def name_of(self, index: int) -> str:
+        """Return the name of an image for messages."""
+        return f"#{index}"
+
+    def stamp(self, index: int) -> bytes:
+        """Return bytes that change whenever the stored image does; empty if that is unknown."""
+        return b""
 
 
-def batch_of(source: Source, indices: Sequence[int]) -> tuple[Images, Classes]:
-    """Items `indices` of a source, stacked: (images, class indices as int64)."""
-    if isinstance(source, BatchedSource):
-        return source.batch(list(indices))
-    images, classes = zip(*(source[index] for index in indices), strict=True)
-    return torch.stack(images), torch.tensor(classes, dtype=torch.long)
+def require_split(split: str) -> None:
+    """Refuse a split that no data set in memory has."""
+    require(split in SPLITS, "split=train, test or all", split, "choose one")
+
+
+def required_path(path: str | None, expected: str, *, exists: bool = True) -> Path:
+    """Return data.path; refuse null and, if `exists`, a missing file or folder.
+
+    expected: the content of the path, for the message.
+    """
+    require(path is not None, f"{expected} in data.path", "data.path=null", "add data.path=<path>")
+    file = path_of(str(path))
+    if exists:
+        require_existing(file, f"{expected} at data.path={file}")
+    return file
+
+
+def require_existing(file: Path, expected: str) -> None:
+    """Refuse a missing file or folder."""
+    remedy = "check the path; a relative one starts at the folder the command runs in"
+    require(file.exists(), expected, "missing", remedy)

@@ -270,7 +270,7 @@ def content_key(source: Source) -> str:
     whole = hashlib.sha256(str(len(source)).encode())
     for number in pixels:
         whole.update(found[number])
-    stamp: Any = getattr(source, "stamp", None)
-    for number in range(len(source) if stamp else 0):
-        whole.update(hashlib.sha256(stamp(number)).digest())
+    for number in range(len(source)):
+        if stamp := source.stamp(number):
+            whole.update(hashlib.sha256(stamp).digest())
     return whole.hexdigest()

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from consistency.data.feed import fed
+from consistency.data.feed import unpack_batch
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
@@ -138,7 +138,7 @@ class ConsistencyModule(L.LightningModule):
             label = None if data.num_classes is None else classes
             return data.augmented(images, draw, **part), label
         card = self.card
-        x_0, label = fed(
+        x_0, label = unpack_batch(
             batch,
             shape=None if card is None else card.shape,
             num_classes=None if card is None else card.num_classes,

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from consistency.checkpoint import find, fingerprint, load_initial
 from consistency.command import ROOT, called, shell_line
-from consistency.data.held import kept
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import require
@@ -64,7 +63,7 @@ def build_data(config: DictConfig) -> DataModule:
     """The data module; fails where the data are not as the configuration says."""
     node = config.data
     return DataModule(
-        source=kept(instantiate(node.source, _partial_=True), node.in_memory),
+        source=instantiate(node.source, _partial_=True),
         held_out=instantiate(node.held_out, _partial_=True) if node.held_out else None,
         image_size=node.image_size,
         channels=node.channels,
@@ -74,6 +73,7 @@ def build_data(config: DictConfig) -> DataModule:
         num_workers=node.num_workers,
         flip=node.flip,
         seed=config.seed,
+        in_memory=node.in_memory,
         allow_reorder=node.allow_reorder,
     )
 
@@ -82,7 +82,7 @@ def describe(config: DictConfig, data: DataModule | None = None) -> ModelCard:
     """The card of the denoiser that this configuration trains, with the names of the classes in `data`."""
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    names = [] if data is None else list(getattr(data.train_source, "class_names", []))
+    names = [] if data is None else list(data.train_source.class_names)
     saved = {
         "role": plain["mode"]["role"],
         "network": plain["model"]["network"],
@@ -361,7 +361,7 @@ def _sampler_choice(config: DictConfig) -> str:
 def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:
     print()
     source = trainer.datamodule.train_source  # type: ignore[attr-defined]
-    if left_out := getattr(source, "left_out", 0):
+    if left_out := source.left_out:
         print(f"Left out:   {left_out:,} images that cannot be used, named at the start")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RunCheckpoints):

@@ -1,0 +1,186 @@
+"""Any source of images as a zip in the form of NVlabs' dataset_tool, at one size and number of channels.
+
+Several processes write the images in chunks. A finished chunk is a zip of its own, named by a digest of its images
+and settings; so a stopped run continues with the missing chunks, and a chunk whose images or settings changed is
+written again. All chunks are joined in order. The same images and settings give the same bytes, for any number of
+processes or interruptions.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra.utils import instantiate
+from PIL import Image as PILImage
+
+from consistency.data.cropping import Crop
+from consistency.data.decoding import MODES, ImageError, to_picture
+from consistency.data.encoded import ImageFiles
+from consistency.data.held import InMemory
+from consistency.data.listing import LABELS
+from consistency.data.parallel import write_missing
+from consistency.errors import require
+from consistency.runtime.files import written_whole
+
+CHUNK = 500
+"""Images in a chunk: as many as each process may lose when it is stopped."""
+
+FACTS = "facts.json"
+"""The entry of a chunk that describes its images."""
+
+EARLIEST = (1980, 1, 1, 0, 0, 0)
+"""The time of every entry, so that the same images give the same bytes."""
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Size and mode of the written images; None keeps the images' own. crop: a configuration."""
+
+    resolution: int | None
+    channels: int | None
+    crop: Any
+    background: str | None = None
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """A written image. index: its number in the source; means: of each channel, 0 ... 255."""
+
+    index: int
+    name: str
+    label: int
+    height: int
+    width: int
+    means: list[float]
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height} {'grey' if len(self.means) == 1 else 'RGB'}"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A finished chunk: its file, its images, and the unusable images with their reasons."""
+
+    file: Path
+    images: list[ImageFacts]
+    bad: list[str]
+
+
+@dataclass(frozen=True)
+class ChunkWriter:
+    """Images of a source, brought to the settings and written as chunks."""
+
+    source: ImageFiles | InMemory
+    settings: ImageSettings
+
+    @cached_property
+    def _crop(self) -> Crop:
+        return instantiate(self.settings.crop)
+
+    def files(self, folder: Path) -> dict[Path, range]:
+        """Return the file of every chunk, named by its number and digest, with the numbers of its images."""
+        size = len(self.source)
+        spans = [range(n, min(n + CHUNK, size)) for n in range(0, size, CHUNK)]
+        return {folder / f"{n:08d}_{self.digest(span)}.zip": span for n, span in enumerate(spans)}
+
+    def digest(self, span: range) -> str:
+        """Return a digest of the settings and of each image's name, class and stamp."""
+        settings = {n: v for n, v in asdict(self.settings).items() if n != "background" or v}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for index in span:
+            stamp, label = self.source.stamp(index), int(self.source.labels[index])
+            head = f"{index} {self.source.name_of(index)} {label} {len(stamp)} "
+            digest.update(head.encode(errors="surrogateescape") + stamp)
+        return digest.hexdigest()[:32]
+
+    def write(self, span: range, file: Path) -> None:
+        """Write one chunk, as PNG without compression, and its facts."""
+        images, bad = [], []
+        with written_whole(file) as whole, zipfile.ZipFile(whole, "w") as archive:
+            for index in span:
+                try:
+                    image, label = self._image(index)
+                except ImageError as error:
+                    bad.append(f"{error.name}: {error.got}")
+                    continue
+                png = io.BytesIO()
+                image.save(png, format="PNG", compress_level=0, optimize=False)
+                archive.writestr(_entry(str(index)), png.getvalue())
+                pixels = np.asarray(image).reshape(image.height * image.width, -1)
+                means = pixels.mean(axis=0, dtype=np.float64).tolist()
+                name = self.source.name_of(index)
+                images.append(ImageFacts(index, name, label, image.height, image.width, means))
+            facts = {"images": [asdict(image) for image in images], "bad": bad}
+            archive.writestr(_entry(FACTS), json.dumps(facts))
+
+    def _image(self, index: int) -> tuple[PILImage.Image, int]:
+        pixels, label = self.source[index]
+        image = to_picture(pixels)
+        if self.settings.channels is not None:
+            image = image.convert(MODES[self.settings.channels])
+        if self.settings.resolution is not None:
+            image = self._crop(image, self.settings.resolution)
+        return image, label
+
+    def write_all(self, files: Mapping[Path, range], workers: int | None) -> Iterator[Chunk]:
+        """Yield all chunks in order, written if they are missing; stop at the first image of another size or mode."""
+        first: ImageFacts | None = None
+        with closing(write_missing(files, self.write, workers=workers, title="preparing")) as done:
+            for file in done:
+                chunk = _read_chunk(file)
+                for image in chunk.images:
+                    first = first or image
+                    _require_alike(first, image)
+                yield chunk
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    """Return the head of an entry, the same on every machine and at every time."""
+    head = zipfile.ZipInfo(name, EARLIEST)
+    head.create_system, head.external_attr = 3, 0o644 << 16
+    return head
+
+
+def _require_alike(first: ImageFacts, image: ImageFacts) -> None:
+    require(
+        image.height == image.width,
+        f"square images, or resolution=<pixels> to crop them, for {image.name}",
+        image,
+        "add resolution=64, for example",
+    )
+    require(
+        str(image) == str(first),
+        f"images of one size and mode, as {first.name} of {first}",
+        f"{image.name} of {image}",
+        "choose resolution=<pixels>, and channels=1 for grey or channels=3 for RGB",
+    )
+
+
+def _read_chunk(file: Path) -> Chunk:
+    with zipfile.ZipFile(file) as archive:
+        facts = json.loads(archive.read(FACTS))
+    return Chunk(file, [ImageFacts(**image) for image in facts["images"]], facts["bad"])
+
+
+def join(chunks: Sequence[Chunk], file: Path, *, labelled: bool, facts: dict[str, Any]) -> None:
+    """Write the zip: 00000/img00000000.png ... in order, dataset.json, and the facts as the archive's comment."""
+    table: list[list[Any]] = []
+    with written_whole(file) as whole, zipfile.ZipFile(whole, "w") as archive:
+        for chunk in chunks:
+            with zipfile.ZipFile(chunk.file) as part:
+                for image in chunk.images:
+                    number = f"{len(table):08d}"
+                    name = f"{number[:5]}/img{number}.png"
+                    archive.writestr(_entry(name), part.read(str(image.index)))
+                    table.append([name, image.label])
+        labels = {"labels": table if labelled else None}
+        archive.writestr(_entry(LABELS), json.dumps(labels))
+        archive.comment = json.dumps(facts, sort_keys=True).encode()
