@@ -15,7 +15,7 @@ from conftest import ROOT
 from consistency import command, schema
 from consistency.checkpoint import NETWORKS, PRECONDITIONING, build
 from consistency.errors import UserError
-from consistency.training import run as training
+from consistency.training import build as training
 
 CONF = ROOT / "conf"
 PNG = originals.encoded(Image.fromarray(originals.noise(70, 80, 3)))

@@ -41,7 +41,7 @@ def require_scales(num_scales: float, least: int) -> None:
         f"N(k) >= {least}, the number of scales",
         f"N(k) = {num_scales}" + (", which nothing has set" if num_scales == 0 else ""),
         "choose another schedule mode.callbacks.scale_schedule; in a script have the trainer call a ScaleSchedule, which "
-        "consistency.training.run.build_module(config) brings",
+        "consistency.training.build.build_module(config) brings",
     )
 
 
