@@ -65,6 +65,15 @@ class Archive:
     def __contains__(self, name: str) -> bool:
         return name in self.arrays
 
+    def has(self, name: str, *, unless: bool) -> bool:
+        """Whether the file has an array that the published code computes only in some cases.
+
+        Fails if the array is missing although the case has it; `unless`: whether the case implies that it has none.
+        """
+        if name not in self.arrays and not unless:
+            raise AssertionError(f"{name}: missing, although its case has it")
+        return name in self.arrays
+
     def matching(self, pattern: str) -> list[str]:
         return [name for name in self.arrays if fnmatchcase(name, pattern)]
 

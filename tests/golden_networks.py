@@ -316,7 +316,8 @@ def compare_nvlabs(archive: Archive) -> None:
     archive.compare_names("param_names", list(gradients))
     names = [str(name) for name in archive.arrays["param_names"]]
     compare_gradients(archive, "grad_l2_all", names, gradients)
-    if "D_x_nolabels_noaug" in archive:
+    conditional = "class_labels" in archive or "augment_labels" in archive
+    if archive.has("D_x_nolabels_noaug", unless=not conditional):
         plain = Denoiser(network, scalings)(x.detach(), t, no_class(network, len(x)))
         archive.compare("D_x_nolabels_noaug", plain, OUTPUT)
 
@@ -348,13 +349,17 @@ def compare_ect(archive: Archive) -> None:
         expected = torch.from_numpy(archive.arrays[f"precond.{name}_mode"])
         nearest = min(candidates, key=lambda ours: float((ours - expected).abs().max()))
         archive.compare(f"precond.{name}_mode", nearest, OUTPUT)
-    # Where r is 0 for the whole batch the published code makes no second pass, and its file has no D_yr_raw.
-    for time, output in (("t", "D_yt"), ("r", "D_yr_raw")):
-        for name in archive.matching(f"*.{output}"):
-            case = name.removesuffix(f".{output}")
-            x_0, z = archive.tensor("images"), archive.tensor(f"{case}.eps")
-            t = archive.tensor(f"{case}.{time}")
-            archive.compare(name, train(x_0 + t[:, None, None, None] * z, t, label), OUTPUT)
+    shown = [name.rsplit(".", 1)[0] for name in archive.matching("*.D_y*")]
+    for case in dict.fromkeys(shown):
+        t, r = archive.tensor(f"{case}.t"), archive.tensor(f"{case}.r")
+        # With r = 0 for the whole batch the published code makes no second pass.
+        passes = {"D_yt": (t, False), "D_yr_raw": (r, not bool((r > 0).any()))}
+        for output, (time, none) in passes.items():
+            if archive.has(f"{case}.{output}", unless=none):
+                x_t = archive.tensor("images") + time[:, None, None, None] * archive.tensor(
+                    f"{case}.eps"
+                )
+                archive.compare(f"{case}.{output}", train(x_t, time, label), OUTPUT)
 
 
 @torch.no_grad()
@@ -428,9 +433,10 @@ def compare_smallest_times(archive: Archive) -> None:
 
 
 def model_configurations() -> dict[str, dict[str, Any]]:
-    """The files in conf/model of published networks; the others take sizes from the data."""
+    """The files in conf/model of published networks; the others take sizes from the data, or are second names."""
     texts = {path.stem: path.read_text() for path in sorted(MODELS.glob("*.yaml"))}
-    return {name: yaml.safe_load(text) for name, text in texts.items() if "${" not in text}
+    networks = {n: yaml.safe_load(text) for n, text in texts.items() if "${" not in text}
+    return {name: config for name, config in networks.items() if "network" in config}
 
 
 def shipped(arguments: dict[str, Any]) -> list[str]:
@@ -496,7 +502,7 @@ def compare_released_nvlabs(path: Path) -> int:
 def compare_released_jcm(path: Path) -> int:
     """Names and shapes of the released JAX network, each moved to its place in ours."""
     entry = read_json(path)
-    config = model_configurations()["ncsnpp_cifar10_jcm"]
+    config = model_configurations()["ncsnpp_cifar10"]
     with torch.device("meta"):
         network = hydra.utils.instantiate(config["network"])
         params = {name: torch.empty(shape) for name, shape in entry["shapes"].items()}

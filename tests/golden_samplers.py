@@ -267,8 +267,8 @@ def compare_nvlabs_case(archive: Archive, case: str) -> None:
     network = nvlabs_network(archive.path.parent, archive.path.stem)
     denoiser = Denoiser(network, EDM(sigma_data=nvlabs_sigma_data(archive), c_noise_scale=NVLABS))
     recorded, z = Recorded(in_float64(denoiser)), archive.tensor("sampler.latents").double()
-    noise = [z]
-    if f"{case}.noise_float64" in archive:
+    noise, churn = [z], archive.number(f"{case}.S_churn", 0.0)
+    if archive.has(f"{case}.noise_float64", unless=churn == 0):
         noise += list(archive.tensor(f"{case}.noise_float64"))
 
     x_0 = heun(
@@ -282,7 +282,7 @@ def compare_nvlabs_case(archive: Archive, case: str) -> None:
         ),
         steps=int(archive.number(f"{case}.num_steps")),
         clip=False,
-        s_churn=archive.number(f"{case}.S_churn", 0.0),
+        s_churn=churn,
         s_tmin=archive.number(f"{case}.S_min", 0.0),
         s_tmax=archive.number(f"{case}.S_max", float("inf")),
         s_noise=archive.number(f"{case}.S_noise", 1.0),

@@ -146,7 +146,7 @@ class ConsistencyModule(L.LightningModule):
         x_0, label = fed(batch, shape=shape, num_classes=self.card.get("num_classes"))
         if not self._range_checked and self.global_rank == 0 and float(x_0.min()) >= 0:
             tell(
-                "the first images lie between 0 and 1 and are used unchanged; the range is -1 to 1, "
+                "the first images lie between 0 and 1 and are taken as they are; the range is -1 to 1, "
                 "so if 0 is black scale them: 2 * x - 1"
             )
         self._range_checked = True
