@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -31,13 +31,6 @@ BATCH_ON_CPU = 8
 ENDLESS = 10**12
 
 
-class Row(NamedTuple):
-    """A measured speed, in images a second."""
-
-    name: str
-    speed: float
-
-
 def benchmark(config: DictConfig, output: Path) -> None:
     """Measure the speed of config.part, print a table, and write it into `output`/benchmark.json."""
     quiet()
@@ -49,11 +42,11 @@ def benchmark(config: DictConfig, output: Path) -> None:
     config = measured(config)
     data = build_data(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = data_rows(data, device, config.seconds) if config.part == "data" else []
+    speeds = data_speeds(data, device, config.seconds) if config.part == "data" else {}
     batch = config.train_batch or (BATCH_ON_CPU if device == "cpu" else config.data.batch_size)
     choices: Any = HydraConfig.get().runtime.choices
     name = f"training mode={choices.mode} model={choices.model}, batches of {batch}"
-    rows.append(Row(name, training_speed(config, batch, config.train_steps)))
+    speeds[name] = training_speed(config, batch, config.train_steps)
     kind = "random images in memory" if config.images else "images"
     machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     title = (
@@ -62,9 +55,9 @@ def benchmark(config: DictConfig, output: Path) -> None:
         f"{torch.get_num_threads()} threads"
     )
     output.mkdir(parents=True, exist_ok=True)
-    content = {"title": title, "images_per_second": dict(rows)}
+    content = {"title": title, "images_per_second": speeds}
     (output / "benchmark.json").write_text(json.dumps(content, indent=2))
-    print(f"\n{table(title, rows)}\nWritten: {output / 'benchmark.json'}")
+    print(f"\n{table(title, speeds)}\nWritten: {output / 'benchmark.json'}")
 
 
 def measured(config: DictConfig) -> DictConfig:
@@ -84,11 +77,10 @@ def measured(config: DictConfig) -> DictConfig:
     return config
 
 
-def data_rows(data: DataModule, device: str, seconds: float) -> list[Row]:
+def data_speeds(data: DataModule, device: str, seconds: float) -> dict[str, float]:
     """Measure the source image by image, its loader, and the loader with scaling and flips on the device."""
     source = data.train_source
     order = data.batches(split=data.split(1), total=ENDLESS)
-    loader = f"loader, batches of {data.batch_size}, {data.num_workers} workers"
     draw = torch.Generator(device).manual_seed(0)
 
     def one_by_one() -> Iterable[int]:
@@ -105,11 +97,11 @@ def data_rows(data: DataModule, device: str, seconds: float) -> list[Row]:
         for images, _ in data.loader(order, pin_memory=device == "cuda"):
             yield len(data.augmented(images.to(device, non_blocking=True), draw))
 
-    return [
-        Row("source, image by image", rate(one_by_one, seconds)),
-        Row(loader, rate(loaded, seconds)),
-        Row("the same, in [-1, 1] on the device", rate(scaled, seconds)),
-    ]
+    return {
+        "source, image by image": rate(one_by_one, seconds),
+        f"loader, batches of {data.batch_size}, {data.num_workers} workers": rate(loaded, seconds),
+        "the same, in [-1, 1] on the device": rate(scaled, seconds),
+    }
 
 
 def rate(counts: Callable[[], Iterable[int]], seconds: float) -> float:
@@ -156,13 +148,12 @@ def training_speed(config: DictConfig, batch: int, steps: int) -> float:
     return steps * batch / timer.seconds
 
 
-def table(title: str, rows: list[Row]) -> str:
-    """Return the rows as text, each compared with the last one, the training."""
-    width = max(len(row.name) for row in rows) + 2
+def table(title: str, speeds: dict[str, float]) -> str:
+    """Return the images a second as text, each compared with the last one, the training."""
+    width, training = max(map(len, speeds)) + 2, [*speeds.values()][-1]
     lines = [title, f"{'':<{width}}{'images/s':>12}{'x training':>12}"]
-    for row in rows:
-        compared = row.speed / rows[-1].speed
-        lines.append(f"{row.name:<{width}}{figure(row.speed):>12}{figure(compared):>12}")
+    for name, speed in speeds.items():
+        lines.append(f"{name:<{width}}{figure(speed):>12}{figure(speed / training):>12}")
     return "\n".join(lines)
 
 

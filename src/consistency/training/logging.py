@@ -39,6 +39,8 @@ class MetricsFile(Logger):
     (Lightning's CSVLogger writes several rows a step and deletes the file of a run that is resumed.)
     """
 
+    name, version = "metrics.csv", ""
+
     def __init__(self, *, path: str) -> None:
         super().__init__()
         self.path = Path(path)
@@ -49,23 +51,13 @@ class MetricsFile(Logger):
         """The position of the last row in the file, if it is there."""
         self._warned = False
 
-    @property
-    def name(self) -> str:
-        """The name of the file."""
-        return self.path.name
-
-    @property
-    def version(self) -> str:
-        """Empty: a run has one file."""
-        return ""
-
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Do nothing: the configuration has a file of its own."""
 
     def cut(self, step: int) -> None:
         """Remove the rows from `step` on, where a run resumes, and an incomplete row at the end."""
-        rows = self._read()
-        if rows is not None:
+        if self.path.is_file():
+            rows = self._read()
             self._rewrite(self.columns, [row for row in rows if int(row["step"]) < step])
 
     @rank_zero_only
@@ -98,7 +90,7 @@ class MetricsFile(Logger):
         """Add a row to the file, whole or not at all, and return its position."""
         new = [name for name in row if name not in self.columns]
         if new or not self.path.is_file():
-            rows = self._read() or []
+            rows = self._read()
             self._rewrite([*self.columns, *new], rows)
         start = self.path.stat().st_size
         try:
@@ -109,11 +101,10 @@ class MetricsFile(Logger):
             raise
         return start
 
-    def _read(self) -> list[dict[str, str]] | None:
-        """Read columns and complete rows of the file; None if it is missing."""
-        if not self.path.is_file():
-            return None
-        lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
+    def _read(self) -> list[dict[str, str]]:
+        """Read columns and complete rows, of which a missing file has none."""
+        text = self.path.read_text() if self.path.is_file() else ""
+        lines = [line for line in text.splitlines(True) if line.endswith("\n")]
         self.columns = next(csv.reader(lines), self.columns)
         return list(csv.DictReader(lines))
 
@@ -130,8 +121,8 @@ class MetricsFile(Logger):
         """Write what is left."""
         if self.rows and self._start is None:
             self._write()
-            if self._start is None:
-                tell(f"{self.path} lacks the last {len(self.rows)} rows")
+        if self.rows and self._start is None:
+            tell(f"{self.path} lacks the last {len(self.rows)} rows")
 
 
 def key_configured() -> bool:

@@ -66,27 +66,23 @@ class NonfiniteGuard:
         """
         loss, t, r = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
         self._batches, self._last_times = [], t
-        step = f"in the term {term} at step k={k}"
-        samples = modules = None
         # One look at the device for all losses and gradients of the step. A sum of squares may overflow without a
         # bad gradient, so a suspicion is checked one by one.
-        values = [loss]
+        values, report = [loss], None
         if gradients:
             values.append(torch.nn.utils.get_total_norm(gradients.values())[None])
         if not torch.cat(values).isfinite().all():
-            samples = _bad_samples(loss, t, r, step)
-            modules = _bad_modules(gradients, t, step)
-        finite = samples is None and modules is None
-        if not strategy.reduce_boolean_decision(not finite, all=False):
+            report = _report(loss, t, r, gradients, f"in the term {term} at step k={k}")
+        if not strategy.reduce_boolean_decision(report is not None, all=False):
             self.in_a_row = 0
             return True
         self.in_a_row += 1
-        report = _first_of_all_ranks(samples, modules)
+        text = _first_of_all_ranks(report)
         if self.in_a_row >= self.limit:
             in_a_row = f", the last of {self.limit} such steps in a row" if self.limit > 1 else ""
-            self.verdict = UserError("a finite loss and gradient", f"{report}{in_a_row}", REMEDY)
+            self.verdict = UserError("a finite loss and gradient", f"{text}{in_a_row}", REMEDY)
         else:
-            rank_zero_warn(f"step left out ({self.in_a_row} in a row): {report}")
+            rank_zero_warn(f"step left out ({self.in_a_row} in a row): {text}")
         return False
 
     def scaled(self, *, taken: bool, scale: Callable[[], float], term: str, k: int) -> None:
@@ -120,38 +116,34 @@ class NonfiniteGuard:
             tell(f"the gradient scaler left out {self.overflows} steps whose gradients overflowed")
 
 
-def _bad_samples(loss: Tensor, t: Tensor, r: Tensor, step: str) -> str | None:
+def _report(
+    loss: Tensor, t: Tensor, r: Tensor, gradients: Mapping[str, Tensor], step: str
+) -> tuple[int, str] | None:
+    """Describe the samples that are not finite, or else the gradients; the number orders the reports of several ranks."""
     bad = ~loss.isfinite()
-    if not bad.any():
+    if bad.any():
+        pairs = zip(t[bad].tolist(), r[bad].tolist(), strict=True)
+        times = [f"t={t:.4g} r={r:.4g}" for t, r in pairs]
+        more = f", ... ({_span(t[bad])})" if len(times) > SHOWN else ""
+        shown = ", ".join(times[:SHOWN])
+        return 0, f"{len(times)} of {len(loss)} samples not finite {step}, {shown}{more}"
+    names = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    if not names:
         return None
-    pairs = zip(t[bad].tolist(), r[bad].tolist(), strict=True)
-    times = [f"t={t:.4g} r={r:.4g}" for t, r in pairs]
-    more = f", ... ({_span(t[bad])})" if len(times) > SHOWN else ""
-    return (
-        f"{len(times)} of {len(loss)} samples not finite {step}, {', '.join(times[:SHOWN])}{more}"
-    )
-
-
-def _bad_modules(gradients: Mapping[str, Tensor], t: Tensor, step: str) -> str | None:
-    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    if not bad:
-        return None
-    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in bad))
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
-    return (
-        f"a gradient that is not finite, of a finite loss, {step}, {_span(t)}, "
-        f"in {', '.join(modules[:SHOWN])}{more}"
-    )
+    place = f"{step}, {_span(t)}, in {', '.join(modules[:SHOWN])}{more}"
+    return 1, f"a gradient that is not finite, of a finite loss, {place}"
 
 
 def _span(t: Tensor) -> str:
     return f"t={float(t.min()):.4g} to {float(t.max()):.4g}"
 
 
-def _first_of_all_ranks(samples: str | None, modules: str | None) -> str | None:
+def _first_of_all_ranks(report: tuple[int, str] | None) -> str:
     """Return the report of a rank with bad samples, which spoil the gradients of all ranks, else of any rank."""
-    reports = [(samples, modules)]
+    reports = [report]
     if torch.distributed.is_initialized():
         reports *= torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(reports, (samples, modules))
-    return next(filter(None, [text for kind in zip(*reports, strict=True) for text in kind]), None)
+        torch.distributed.all_gather_object(reports, report)
+    return min(filter(None, reports), key=lambda report: report[0])[1]
