@@ -77,8 +77,6 @@ class ConsistencyModule(L.LightningModule):
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [callback for callback in self.make_callbacks() if type(callback) not in present]
 
-    # The optimizer and k
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.make_optimizer(self.online.parameters())
         # A fused optimizer would skip an overflow inside its kernel, unseen by k and the averages.
@@ -103,8 +101,6 @@ class ConsistencyModule(L.LightningModule):
             self._step_hooks.pop().remove()
         self.guard.report_overflows()
 
-    # The step
-
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         """Seed the global generators, which dropout draws from, by position. All callbacks have run by now."""
         seed = key(self.seed, "dropout", self.global_rank, batches_before(self.trainer))
@@ -117,10 +113,8 @@ class ConsistencyModule(L.LightningModule):
         accumulated = self.trainer.accumulate_grad_batches
         step, micro = divmod(batches_before(self.trainer), accumulated)
         draw = generator(self.seed, "train", 0, step, device=self.device)
-        share = Share(
-            micro * self.trainer.world_size + self.global_rank,
-            accumulated * self.trainer.world_size,
-        )
+        ranks = self.trainer.world_size
+        share = Share(micro * ranks + self.global_rank, accumulated * ranks)
         # An objective without a `share` argument is enough for whole batches.
         part = {} if share == WHOLE else {"share": share}
         x_0, label = self._images_and_labels(batch, draw, **part)
@@ -137,7 +131,8 @@ class ConsistencyModule(L.LightningModule):
         self, batch: Any, draw: torch.Generator, **part: Share
     ) -> tuple[Data, Label]:
         """Return the images in [-1, 1] and the labels of a batch."""
-        if isinstance(data := self._datamodule, DataModule):
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, DataModule):
             images, classes = batch
             label = None if data.num_classes is None else classes
             return data.augmented(images, draw, **part), label
@@ -153,31 +148,18 @@ class ConsistencyModule(L.LightningModule):
         return x_0, label
 
     def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
         """Compute the gradients first, so that a step with a loss or gradient that is not finite can be skipped."""
-        assert optimizer_closure is not None
-        loss = optimizer_closure()
-        term, k = type(self.objective).__name__, self.k
-        strategy = self.trainer.strategy
-        if self.guard.allows(self._gradients(), strategy=strategy, term=term, k=k):
+        loss, k = optimizer_closure(), self.k
+        step = f"in the term {type(self.objective).__name__} at step k={k}"
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        gradients = {n: p.grad for n, p in self.online.named_parameters() if p.grad is not None}
+        # A gradient scaler looks for overflows itself.
+        if self.guard.allows({} if scaler else gradients, self.trainer.strategy, step):
             optimizer.step(closure=lambda: loss)
-            if (scaler := self._scaler) is not None:
-                self.guard.scaled(taken=self.k > k, scale=scaler.get_scale, term=term, k=k)
-
-    @property
-    def _scaler(self) -> Any:
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
-    def _gradients(self) -> dict[str, Tensor]:
-        """Return the gradients by parameter, for the guard; none if a gradient scaler looks for overflows."""
-        if self._scaler is not None:
-            return {}
-        return {n: p.grad for n, p in self.online.named_parameters() if p.grad is not None}
+            if scaler is not None:
+                self.guard.scaled(taken=self.k > k, scale=scaler.get_scale, step=step)
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Stop here if the guard demands it: the state before the step is complete and saved."""
@@ -205,13 +187,9 @@ class ConsistencyModule(L.LightningModule):
             self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
     @property
-    def _datamodule(self) -> Any:
-        return self.trainer.datamodule  # type: ignore[attr-defined]
-
-    @property
     def data(self) -> DataModule:
         """The data module of the run; raises `UserError` if the run trains on a loader."""
-        data = self._datamodule
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, DataModule):
             raise UserError(
                 "the data module of a run, for a callback that looks at the training images",
@@ -219,8 +197,6 @@ class ConsistencyModule(L.LightningModule):
                 "fit(module, datamodule=consistency.training.build.build_data(config)), or leave the callback out",
             )
         return data
-
-    # Samples
 
     @contextmanager
     def sampling_denoiser(self, weights: str) -> Iterator[Denoiser]:
@@ -243,8 +219,6 @@ class ConsistencyModule(L.LightningModule):
     def forward(self, x_t: Data, t: Tensor, label: Label = None) -> Data:
         """The online denoiser."""
         return self.online(x_t, t, label)
-
-    # Checkpoints: tensors and plain values only
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add card, config, k and sources; remove teacher and perceptual weights, which have files of their own."""

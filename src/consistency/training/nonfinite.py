@@ -56,13 +56,11 @@ class NonfiniteGuard:
         """Keep the losses of one batch until its optimizer step."""
         self._batches.append(Losses(*(part.detach() for part in losses)))
 
-    def allows(
-        self, gradients: Mapping[str, Tensor], *, strategy: Strategy, term: str, k: int
-    ) -> bool:
-        """Return whether optimizer step k may be taken, the same on every rank.
+    def allows(self, gradients: Mapping[str, Tensor], strategy: Strategy, step: str) -> bool:
+        """Return whether an optimizer step may be taken, the same on every rank.
 
         gradients: by parameter, none under a gradient scaler.
-        term: the name of the objective.
+        step: its name in a message.
         """
         loss, t, r = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
         self._batches, self._last_times = [], t
@@ -72,7 +70,7 @@ class NonfiniteGuard:
         if gradients:
             values.append(torch.nn.utils.get_total_norm(gradients.values())[None])
         if not torch.cat(values).isfinite().all():
-            report = _report(loss, t, r, gradients, f"in the term {term} at step k={k}")
+            report = _report(loss, t, r, gradients, step)
         if not strategy.reduce_boolean_decision(report is not None, all=False):
             self.in_a_row = 0
             return True
@@ -85,10 +83,10 @@ class NonfiniteGuard:
             rank_zero_warn(f"step left out ({self.in_a_row} in a row): {text}")
         return False
 
-    def scaled(self, *, taken: bool, scale: Callable[[], float], term: str, k: int) -> None:
+    def scaled(self, *, taken: bool, scale: Callable[[], float], step: str) -> None:
         """Count the overflows of a gradient scaler.
 
-        taken: whether the allowed step k was taken; else it overflowed.
+        taken: whether the allowed step was taken; else it overflowed.
         scale: returns the factor of the loss from now on.
         """
         if taken:
@@ -96,7 +94,6 @@ class NonfiniteGuard:
             return
         self.overflows += 1
         self.overflows_in_a_row += 1
-        step = f"in the term {term} at step k={k}"
         if self.overflows == 1 and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             tell(
                 f"gradients overflowed half precision {step}: the scaler skips the step and continues with scale "

@@ -3,7 +3,7 @@
 import math
 import re
 import shlex
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,15 +97,13 @@ def _folder_of_run(resume: str | None, output: Path) -> Path | None:
         return None
     folder = output if resume == AUTO else path_of(resume).absolute()
     if not (folder / CONFIG).is_file():
+        remedy = "check the path, which is relative to the folder the command runs in"
+        for run in folder.parents[:2]:
+            if folder.exists() and (run / CONFIG).is_file():
+                remedy = f"say {shlex.quote(f'resume={run}')}"
         state = "a folder without one" if folder.is_dir() else "a file"
-        above = [run for run in folder.parents[:2] if (run / CONFIG).is_file()]
-        raise UserError(
-            f"a run folder with its {CONFIG} at resume={folder}",
-            state if folder.exists() else "no such folder",
-            f"say {shlex.quote(f'resume={above[0]}')}"
-            if above and folder.exists()
-            else "check the path, which is relative to the folder the command runs in",
-        )
+        got = state if folder.exists() else "no such folder"
+        raise UserError(f"a run folder with its {CONFIG} at resume={folder}", got, remedy)
     require(
         folder.resolve() == output.resolve(),
         "the same folder at output= and resume=",
@@ -141,16 +139,15 @@ def resumed_config(config: DictConfig, folder: Path) -> DictConfig:
     named = _named(HydraConfig.get(), saved)
     settings = [key for key in {**before, **after} if any(_is_below(key, name) for name in named)]
     different = [
-        key for key in settings if _differs(before.get(key, ABSENT), after.get(key, ABSENT))
-    ]
-    shown = [
-        f"{key}={after.get(key, ABSENT)}, where the run has {key}={before.get(key, ABSENT)}"
-        for key in different[:SHOWN]
+        f"{key}={new}, where the run has {key}={old}"
+        for key in settings
+        if (new := after.get(key, ABSENT)) != (old := before.get(key, ABSENT))
+        and not (old == ABSENT and new is None)  # an option younger than the run
     ]
     require(
         not different,
         f"the settings of {folder / CONFIG}",
-        "\n       ".join(shown),
+        "\n       ".join(different[:SHOWN]),
         f"leave them out, or begin another run; only {', '.join(FREE)} may change",
     )
     given = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
@@ -164,12 +161,6 @@ def resumed_config(config: DictConfig, folder: Path) -> DictConfig:
 def _is_below(key: str, above: str) -> bool:
     """Return whether a setting is another one or a part of it; all are parts of ""."""
     return not above or f"{key}.".startswith(f"{above}.")
-
-
-def _differs(old: Any, new: Any) -> bool:
-    return bool(
-        old != new and not (old == ABSENT and new is None)
-    )  # an option younger than the run
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -216,7 +207,7 @@ def _require_present(path: Path) -> None:
     """Refuse a run that was begun with a version whose classes have moved since."""
     with path.open(errors="replace") as file:
         text = file.read(trusted.MOST_BYTES)
-    targets: Iterable[str] = re.findall(r"_target_: (consistency(?:\.\w+)+)\s*$", text, re.M)
+    targets = re.findall(r"_target_: (consistency(?:\.\w+)+)\s*$", text, re.M)
     gone = next((target for target in targets if trusted.named(target) is None), None)
     require(
         gone is None,
