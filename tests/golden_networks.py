@@ -39,7 +39,7 @@ from golden_harness import (
 
 MODELS = Path(__file__).parent.parent / "conf" / "model"
 
-# Section 2 of the golden README: these hold unless a file says otherwise.
+# Section 2 of the golden README: the defaults of all files.
 SIGMA_DATA, T_MIN = 0.5, 0.002
 OPENAI, NVLABS = 250.0, 0.25
 
@@ -59,7 +59,7 @@ def openai_arguments(cfg: dict[str, Any]) -> dict[str, Any]:
     return ours
 
 
-# What the published constructors take where the file says nothing.
+# The defaults of the published constructors.
 SONG_DEFAULTS = {
     "channel_mult": [1, 2, 2, 2],
     "num_blocks": 4,
@@ -155,13 +155,13 @@ def ect_network(folder: Path) -> SongUNet | DhariwalUNet:
 
 
 def nvlabs_sigma_data(archive: Archive) -> float:
-    """sigma_data of an NVlabs denoiser, 0.5 unless its settings say otherwise."""
+    """sigma_data of an NVlabs denoiser, 0.5 by default."""
     entry = read_json(archive.path.parent / "configs.json")[archive.path.stem]
     return float(entry["kwargs"].get("sigma_data", SIGMA_DATA))
 
 
 def ect_sigma_data(folder: Path) -> float:
-    """sigma_data of the ECT network, 0.5 unless its settings say otherwise."""
+    """sigma_data of the ECT network, 0.5 by default."""
     kwargs = read_json(folder / "config.json")["ECMPrecond_kwargs"]
     return float(kwargs.get("sigma_data", SIGMA_DATA))
 
@@ -181,7 +181,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def loaded(network: Module, path: Path, entry: dict[str, Any]) -> Module:
-    """The network with exactly the weights of the file, counted where the entry says how many."""
+    """Load exactly the weights of the file, and compare their number with that of the entry, if any."""
     weights = read_safetensors(path)
     network.load_state_dict({name.removeprefix("model."): w for name, w in weights.items()})
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -263,7 +263,7 @@ def compare_openai_denoisers(archive: Archive, network: ADM, label: Label) -> No
 
 
 class Augmented(nn.Module):
-    """A network that is always told the same augmentation."""
+    """A network with a fixed augmentation label."""
 
     def __init__(self, network: nn.Module, augment: Float[Tensor, "b a"]) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ def class_indices(one_hot: Tensor) -> Tensor:
 
 
 def no_class(network: SongUNet | DhariwalUNet, batch: int) -> Label:
-    """What the published code makes of a missing label: no class at all, if there are classes."""
+    """Return the label that the published code takes for none: -1, if the network has classes."""
     return None if network.num_classes is None else torch.full((batch,), -1)
 
 
@@ -295,15 +295,15 @@ def compare_nvlabs(archive: Archive) -> None:
     label = no_class(network, len(x))
     if "class_labels" in archive:
         label = class_indices(archive.tensor("class_labels"))
-    told: nn.Module = network
+    conditioned: nn.Module = network
     if "augment_labels" in archive:
-        told = Augmented(network, archive.tensor("augment_labels"))
+        conditioned = Augmented(network, archive.tensor("augment_labels"))
     scalings = EDM(sigma_data=nvlabs_sigma_data(archive), c_noise_scale=NVLABS)
     received: list[tuple[Tensor, ...]] = []
     network.register_forward_pre_hook(lambda module, inputs: received.append(inputs))
     watched = Watched(network, {"", "map_layer1"})
 
-    denoised = Denoiser(told, scalings)(x, t, label)
+    denoised = Denoiser(conditioned, scalings)(x, t, label)
     archive.compare("F_input", received[0][0], OUTPUT)
     archive.compare("c_noise", received[0][1], SCALING)
     archive.compare("F_x", watched.outputs[""], OUTPUT)

@@ -57,12 +57,7 @@ TAKEN = frozenset(
 )
 """The arguments that reach Lightning unchanged. A test compares both lists with its signature."""
 
-STRATEGIES = (
-    "auto",
-    "ddp",
-    "ddp_find_unused_parameters_false",
-    "ddp_find_unused_parameters_true",
-)
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 DDP = "say trainer=ddp, whose arguments are trainer.strategy.<name>, or one of those names"
 
 

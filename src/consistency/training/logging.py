@@ -209,6 +209,7 @@ class PatientWandbLogger(WandbLogger):
         if self.failed:
             with suppress(Exception):
                 wandb.teardown()  # or the end of the process tries, and prints that it cannot
+            wandb.run = None  # or the next job of a sweep would log into it
         self.failed = True
 
     @patient

@@ -35,11 +35,7 @@ from consistency.training.callbacks.periodic import callback_of
 from consistency.training.callbacks.pictures import SampleGrids
 from consistency.training.faults import explained
 from consistency.training.launch import one_job
-from consistency.training.logging import (
-    MetricsFile,
-    PatientTensorBoardLogger,
-    PatientWandbLogger,
-)
+from consistency.training.logging import MetricsFile, PatientTensorBoardLogger, PatientWandbLogger
 from consistency.training.module import ConsistencyModule
 from consistency.training.resuming import RunStart, begin, keep_config
 from consistency.training.rotation import settle
