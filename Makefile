@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The newest run that has a checkpoint.
+CHECKPOINT ?= $(patsubst %/checkpoints/last.ckpt,%,$(firstword $(shell ls -t runs/*/checkpoints/last.ckpt 2>/dev/null)))
 # A file of tests stays in one process: fixtures and the golden account belong to it.
 TOGETHER := --numprocesses auto --maxprocesses 8 --dist loadfile
 
@@ -24,7 +26,11 @@ $(READY): requirements.lock pyproject.toml
 train: $(READY) ## train the default model (2 CPU cores: minutes); options: make train ARGS="mode=ict"
 	$(BIN)/python src/train.py $(ARGS)
 
-demo: $(READY) ## compare ect, ict, cd and ct at equal training time
+demo: $(READY) ## serve a page for trying a checkpoint: the newest run, or CHECKPOINT=<run or file>
+	@test -n "$(CHECKPOINT)" || { echo 'no run in runs/: make train first, or make demo CHECKPOINT=<run or file>'; exit 2; }
+	$(BIN)/python src/demo.py "checkpoint=$(CHECKPOINT)" $(ARGS)
+
+compare: $(READY) ## compare ect, ict, cd and ct at equal training time
 	$(BIN)/python src/compare.py $(ARGS)
 
 test: $(READY) ## run the tests (under 10 minutes on 2 cores)
@@ -33,13 +39,13 @@ test: $(READY) ## run the tests (under 10 minutes on 2 cores)
 test-slow: $(READY) ## run the long tests
 	$(BIN)/python -m pytest -m slow $(TOGETHER) $(ARGS)
 
-test-kill: $(READY) ## kill a hundred runs and see that each ends as if nothing had happened
+test-kill: $(READY) ## kill a hundred runs and compare each with one that was never stopped
 	$(BIN)/python -m pytest -m kill $(ARGS)
 
 oracle: $(READY) ## train every mode on a law with exact answers, a minute of CPU each, and print the errors
 	$(BIN)/python tests/oracle.py $(ARGS)
 
-mutations: $(READY) ## plant known mistakes and see that the tests notice each
+mutations: $(READY) ## plant known mistakes; the tests must notice each
 	$(BIN)/python tests/mutations.py $(ARGS)
 
 lint: $(READY) ## ruff check, ruff format --check, mypy
@@ -65,4 +71,4 @@ audit: $(READY) ## compare the locked packages with the known advisories, where 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help setup train demo test test-slow test-kill oracle mutations lint format lock audit clean
+.PHONY: help setup train demo compare test test-slow test-kill oracle mutations lint format lock audit clean

@@ -1,6 +1,6 @@
 """Comparisons of schedules, grids, weightings and laws of times with golden data.
 
-Constants come from the files. Where a file gives none, they are found from the numbers themselves.
+Constants come from the files, or are derived from the numbers if a file has none.
 """
 
 import math
@@ -18,7 +18,7 @@ from consistency.preconditioning import EDM, Boundary
 from consistency.weightings import Weighting
 from golden_harness import SCALING, SCALING_FLOAT64, Archive, Tolerance, read_json
 
-# Section 2 of the golden README: these hold unless a file says otherwise.
+# Section 2 of the golden README: the defaults of all files.
 SIGMA_DATA, T_MIN, T_MAX, RHO = 0.5, 0.002, 80.0, 7.0
 GRID = KarrasGrid(t_min=T_MIN, t_max=T_MAX, rho=RHO)
 NVLABS = 0.25

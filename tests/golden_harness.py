@@ -1,8 +1,7 @@
 """Reading golden data: numbers of the published implementations, see `golden/ARRAYS.md`.
 
-An `Archive` is one file of arrays and keeps account: an array is read as an input, compared with
-ours, or never compared for a reason. `unaccounted` names the others, so no
-array can be forgotten. Nothing here knows a case name, a size or a count.
+An `Archive` is one file of arrays and keeps account of them: each is read as an input or compared with ours, or the test
+fails. No name of a case, size or count is fixed here.
 """
 
 import json
@@ -23,7 +22,7 @@ FOLDER = Path(os.environ.get("CM_GOLDEN", Path(__file__).parent / "golden"))
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What may differ: `absolute`, times max |expected|, times |expected|, or in the L2 norm."""
+    """The allowed difference: `absolute`, times max |expected|, times |expected|, or in the L2 norm."""
 
     absolute: float = 0.0
     of_largest: float = 0.0
@@ -63,6 +62,15 @@ class Archive:
             self.arrays: dict[str, NDArray] = {name: arrays[name] for name in arrays.files}
 
     def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+    def has(self, name: str, *, unless: bool) -> bool:
+        """Return whether the file has an array that the published code computes only in some cases.
+
+        Fails if the array is missing, unless the case implies that: `unless`.
+        """
+        if name not in self.arrays and not unless:
+            raise AssertionError(f"{name}: missing, although its case implies it")
         return name in self.arrays
 
     def matching(self, pattern: str) -> list[str]:

@@ -214,7 +214,7 @@ def consistency(
 
 
 def compare_special(archive: Archive, case: str, toys: Toys) -> None:
-    """Single settings, told by the words of their name: l2, uniform, the released N, and no target network."""
+    """Single settings, named by the words of the case: l2, uniform, the released N, and no target network."""
     words = case.split("_")
     step: Step = DataStep()
     if "cd" in words:
@@ -358,7 +358,7 @@ def compare_rows(archive: Archive, array: str, ours: Tensor) -> None:
     archive.compare(array, ours, Tolerance(of_norm=2e-5))
     theirs = torch.from_numpy(archive.arrays[array])
     moved = theirs[-1] - theirs[0]
-    # What float32 leaves of a movement that is small beside the value.
+    # The rounding in float32 of a movement that is small beside the value.
     rounding = 2e-7 * float(theirs.norm())
     used = float((ours[-1] - ours[0] - moved).norm()) / (1e-2 * float(moved.norm()) + rounding)
     assert used <= 1, f"{array}: {used:.3g} times the tolerance of the movement"

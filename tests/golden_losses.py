@@ -49,7 +49,7 @@ ECT_LOSS = Tolerance(of_each=1e-3)
 
 
 class Stub(nn.Module):
-    """What stands for LPIPS in the golden data: the mean square of what that distance would be given."""
+    """The substitute for LPIPS in the golden data: the mean square of the difference of its inputs."""
 
     def __init__(self, resize: Resize, scale: float) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ def compare_norms(archive: Archive, array: str, names: list[str], network: nn.Mo
 
 
 def compare_consistency_losses(archive: Archive) -> None:
-    """Consistency training, or distillation where the file's name says so."""
+    """Consistency training, or distillation if the name of the file ends with _cd."""
     for case in openai_cases(archive):
         online = case.denoiser("online", boundary=True)
         target = case.denoiser("target", boundary=True)
@@ -338,7 +338,7 @@ def compare_nvlabs_losses(archive: Archive) -> None:
         t = times.at(archive.tensor(f"{case}.rnd_normal").flatten())
         z = archive.tensor(f"{case}.noise_unit")
         network.zero_grad()
-        # The network's own preconditioning keeps its sigma_data, whatever the loss is told.
+        # The network's own preconditioning keeps its sigma_data, whatever that of the loss.
         denoiser = Denoiser(
             network, EDM(sigma_data=nvlabs_sigma_data(archive), c_noise_scale=NVLABS)
         )

@@ -39,7 +39,7 @@ from golden_harness import (
 
 MODELS = Path(__file__).parent.parent / "conf" / "model"
 
-# Section 2 of the golden README: these hold unless a file says otherwise.
+# Section 2 of the golden README: the defaults of all files.
 SIGMA_DATA, T_MIN = 0.5, 0.002
 OPENAI, NVLABS = 250.0, 0.25
 
@@ -59,7 +59,7 @@ def openai_arguments(cfg: dict[str, Any]) -> dict[str, Any]:
     return ours
 
 
-# What the published constructors take where the file says nothing.
+# The defaults of the published constructors.
 SONG_DEFAULTS = {
     "channel_mult": [1, 2, 2, 2],
     "num_blocks": 4,
@@ -155,13 +155,13 @@ def ect_network(folder: Path) -> SongUNet | DhariwalUNet:
 
 
 def nvlabs_sigma_data(archive: Archive) -> float:
-    """sigma_data of an NVlabs denoiser, 0.5 unless its settings say otherwise."""
+    """sigma_data of an NVlabs denoiser, 0.5 by default."""
     entry = read_json(archive.path.parent / "configs.json")[archive.path.stem]
     return float(entry["kwargs"].get("sigma_data", SIGMA_DATA))
 
 
 def ect_sigma_data(folder: Path) -> float:
-    """sigma_data of the ECT network, 0.5 unless its settings say otherwise."""
+    """sigma_data of the ECT network, 0.5 by default."""
     kwargs = read_json(folder / "config.json")["ECMPrecond_kwargs"]
     return float(kwargs.get("sigma_data", SIGMA_DATA))
 
@@ -181,7 +181,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def loaded(network: Module, path: Path, entry: dict[str, Any]) -> Module:
-    """The network with exactly the weights of the file, counted where the entry says how many."""
+    """Load exactly the weights of the file, and compare their number with that of the entry, if any."""
     weights = read_safetensors(path)
     network.load_state_dict({name.removeprefix("model."): w for name, w in weights.items()})
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -263,7 +263,7 @@ def compare_openai_denoisers(archive: Archive, network: ADM, label: Label) -> No
 
 
 class Augmented(nn.Module):
-    """A network that is always told the same augmentation."""
+    """A network with a fixed augmentation label."""
 
     def __init__(self, network: nn.Module, augment: Float[Tensor, "b a"]) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ def class_indices(one_hot: Tensor) -> Tensor:
 
 
 def no_class(network: SongUNet | DhariwalUNet, batch: int) -> Label:
-    """What the published code makes of a missing label: no class at all, if there are classes."""
+    """Return the label that the published code takes for none: -1, if the network has classes."""
     return None if network.num_classes is None else torch.full((batch,), -1)
 
 
@@ -295,15 +295,15 @@ def compare_nvlabs(archive: Archive) -> None:
     label = no_class(network, len(x))
     if "class_labels" in archive:
         label = class_indices(archive.tensor("class_labels"))
-    told: nn.Module = network
+    conditioned: nn.Module = network
     if "augment_labels" in archive:
-        told = Augmented(network, archive.tensor("augment_labels"))
+        conditioned = Augmented(network, archive.tensor("augment_labels"))
     scalings = EDM(sigma_data=nvlabs_sigma_data(archive), c_noise_scale=NVLABS)
     received: list[tuple[Tensor, ...]] = []
     network.register_forward_pre_hook(lambda module, inputs: received.append(inputs))
     watched = Watched(network, {"", "map_layer1"})
 
-    denoised = Denoiser(told, scalings)(x, t, label)
+    denoised = Denoiser(conditioned, scalings)(x, t, label)
     archive.compare("F_input", received[0][0], OUTPUT)
     archive.compare("c_noise", received[0][1], SCALING)
     archive.compare("F_x", watched.outputs[""], OUTPUT)
@@ -316,7 +316,8 @@ def compare_nvlabs(archive: Archive) -> None:
     archive.compare_names("param_names", list(gradients))
     names = [str(name) for name in archive.arrays["param_names"]]
     compare_gradients(archive, "grad_l2_all", names, gradients)
-    if "D_x_nolabels_noaug" in archive:
+    conditional = "class_labels" in archive or "augment_labels" in archive
+    if archive.has("D_x_nolabels_noaug", unless=not conditional):
         plain = Denoiser(network, scalings)(x.detach(), t, no_class(network, len(x)))
         archive.compare("D_x_nolabels_noaug", plain, OUTPUT)
 
@@ -348,13 +349,17 @@ def compare_ect(archive: Archive) -> None:
         expected = torch.from_numpy(archive.arrays[f"precond.{name}_mode"])
         nearest = min(candidates, key=lambda ours: float((ours - expected).abs().max()))
         archive.compare(f"precond.{name}_mode", nearest, OUTPUT)
-    # Where r is 0 for the whole batch the published code makes no second pass, and its file has no D_yr_raw.
-    for time, output in (("t", "D_yt"), ("r", "D_yr_raw")):
-        for name in archive.matching(f"*.{output}"):
-            case = name.removesuffix(f".{output}")
-            x_0, z = archive.tensor("images"), archive.tensor(f"{case}.eps")
-            t = archive.tensor(f"{case}.{time}")
-            archive.compare(name, train(x_0 + t[:, None, None, None] * z, t, label), OUTPUT)
+    shown = [name.rsplit(".", 1)[0] for name in archive.matching("*.D_y*")]
+    for case in dict.fromkeys(shown):
+        t, r = archive.tensor(f"{case}.t"), archive.tensor(f"{case}.r")
+        # With r = 0 for the whole batch the published code makes no second pass.
+        passes = {"D_yt": (t, False), "D_yr_raw": (r, not bool((r > 0).any()))}
+        for output, (time, none) in passes.items():
+            if archive.has(f"{case}.{output}", unless=none):
+                x_t = archive.tensor("images") + time[:, None, None, None] * archive.tensor(
+                    f"{case}.eps"
+                )
+                archive.compare(f"{case}.{output}", train(x_t, time, label), OUTPUT)
 
 
 @torch.no_grad()
@@ -428,9 +433,10 @@ def compare_smallest_times(archive: Archive) -> None:
 
 
 def model_configurations() -> dict[str, dict[str, Any]]:
-    """The files in conf/model of published networks; the others take sizes from the data."""
+    """The files in conf/model of published networks; the others take sizes from the data, or are second names."""
     texts = {path.stem: path.read_text() for path in sorted(MODELS.glob("*.yaml"))}
-    return {name: yaml.safe_load(text) for name, text in texts.items() if "${" not in text}
+    networks = {n: yaml.safe_load(text) for n, text in texts.items() if "${" not in text}
+    return {name: config for name, config in networks.items() if "network" in config}
 
 
 def shipped(arguments: dict[str, Any]) -> list[str]:
@@ -496,7 +502,7 @@ def compare_released_nvlabs(path: Path) -> int:
 def compare_released_jcm(path: Path) -> int:
     """Names and shapes of the released JAX network, each moved to its place in ours."""
     entry = read_json(path)
-    config = model_configurations()["ncsnpp_cifar10_jcm"]
+    config = model_configurations()["ncsnpp_cifar10"]
     with torch.device("meta"):
         network = hydra.utils.instantiate(config["network"])
         params = {name: torch.empty(shape) for name, shape in entry["shapes"].items()}

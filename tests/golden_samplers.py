@@ -1,6 +1,6 @@
 """Comparisons of the samplers with golden data, given the recorded draws.
 
-What a published sampler showed to a callback is what our denoiser was called with: `Recorded` keeps it.
+The arguments of a published callback are the calls of our denoiser, which `Recorded` keeps.
 """
 
 from collections.abc import Callable
@@ -198,7 +198,7 @@ def with_noise(t: float, grid: KarrasGrid) -> float:
 def compare_openai_case(archive: Archive, case: str) -> None:
     words = (word for word in (*STUDENT, *ODE) if word in case)
     kind = "multistep" if f"{case}.ts" in archive else next(words, None)
-    assert kind is not None, f"{case}: the name of the case says no sampler"
+    assert kind is not None, f"{case}: no sampler in the name of the case"
     student = kind in STUDENT
     sampler, draws = openai_sampler(archive, case, kind), archive.tensor(f"{case}.draws")
     own = f"{case}.y" if f"{case}.y" in archive else "y"
@@ -220,7 +220,7 @@ def compare_openai_case(archive: Archive, case: str) -> None:
 
 
 def compare_callback(archive: Archive, case: str, recorded: Recorded, clip: bool) -> None:
-    """What the published sampler shows before each step: the first evaluation of every step of ours."""
+    """Compare the arguments of the published callback with the first evaluation of every step of ours."""
     steps = len(archive.input(f"{case}.cb.i"))
     stages = 2 if len(recorded.times) > steps else 1  # of a step, but for the last one
     x, estimates = (torch.stack(values[::stages]) for values in (recorded.x, recorded.estimates))
@@ -267,8 +267,8 @@ def compare_nvlabs_case(archive: Archive, case: str) -> None:
     network = nvlabs_network(archive.path.parent, archive.path.stem)
     denoiser = Denoiser(network, EDM(sigma_data=nvlabs_sigma_data(archive), c_noise_scale=NVLABS))
     recorded, z = Recorded(in_float64(denoiser)), archive.tensor("sampler.latents").double()
-    noise = [z]
-    if f"{case}.noise_float64" in archive:
+    noise, churn = [z], archive.number(f"{case}.S_churn", 0.0)
+    if archive.has(f"{case}.noise_float64", unless=churn == 0):
         noise += list(archive.tensor(f"{case}.noise_float64"))
 
     x_0 = heun(
@@ -282,7 +282,7 @@ def compare_nvlabs_case(archive: Archive, case: str) -> None:
         ),
         steps=int(archive.number(f"{case}.num_steps")),
         clip=False,
-        s_churn=archive.number(f"{case}.S_churn", 0.0),
+        s_churn=churn,
         s_tmin=archive.number(f"{case}.S_min", 0.0),
         s_tmax=archive.number(f"{case}.S_max", float("inf")),
         s_noise=archive.number(f"{case}.S_noise", 1.0),
@@ -333,7 +333,7 @@ def compare_ect_sampler(archive: Archive) -> None:
 
 
 def candidate_labels(archive: Archive, network: SongUNet | DhariwalUNet, batch: int) -> list[Label]:
-    """No class, and the first labels of the file where it has any: it does not say which the sampler was given."""
+    """Return both candidates: no class, and the first labels of the file, if any. The file does not record which was used."""
     labels = [no_class(network, batch)]
     if "labels" in archive:
         given = class_indices(archive.tensor("labels"))

@@ -44,7 +44,7 @@ READ = {
     *("start_global_step", "schedule_sampler", "sigma_data", "sigma_min", "sigma_max", "rho"),
 }
 TOLD = {"B", "steps", "around", "start", "note"}
-"""What the specification says of a run for people; the arrays say it again."""
+"""Entries of the specification for people, which the arrays repeat."""
 
 
 class Run:
@@ -136,7 +136,7 @@ def rates_of(spec: dict) -> list[float]:
 
 
 def optimizer_of(spec: dict) -> Callable[..., torch.optim.Optimizer]:
-    """The optimizer of a run with all of its options; those of the released training where the run says nothing."""
+    """The optimizer of a run with all of its options; by default those of the released training."""
     options = {name: spec[name] for name in OPTIMIZER if name in spec}
     if {"beta1", "beta2"} & spec.keys():
         options["betas"] = (spec.get("beta1", 0.9), spec.get("beta2", 0.999))

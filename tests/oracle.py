@@ -37,10 +37,10 @@ from consistency.randomness import generator
 from consistency.samplers import multistep, onestep
 from consistency.schedules import falling_rate
 from consistency.tensors import Data, Denoise, Label, Time
+from consistency.training.build import quiet
 from consistency.training.callbacks.averages import EvaluationEMA
 from consistency.training.callbacks.schedules import LearningRateSchedule
 from consistency.training.module import ConsistencyModule
-from consistency.training.run import quiet
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "oracle"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from consistency.data.module import DataModule
 from consistency.data.source import Source
 from consistency.data.stream import Stream
-from consistency.training.run import quiet
+from consistency.training.build import quiet
 
 
 class Numbered(Source):

@@ -19,7 +19,7 @@ from consistency.command import spelled_out
 from consistency.errors import UserError
 from consistency.training import run as training
 from consistency.training.arguments import REFUSED, STRATEGIES, TAKEN, require_taken, require_whole
-from consistency.training.callbacks.checkpoints import AtomicCheckpointIO
+from consistency.training.lightning_patches import AtomicCheckpointIO
 from consistency.training.nonfinite import OVERFLOWS
 from test_options import composed
 

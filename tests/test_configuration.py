@@ -15,7 +15,7 @@ from conftest import ROOT
 from consistency import command, schema
 from consistency.checkpoint import NETWORKS, PRECONDITIONING, build
 from consistency.errors import UserError
-from consistency.training import run as training
+from consistency.training import build as training
 
 CONF = ROOT / "conf"
 PNG = originals.encoded(Image.fromarray(originals.noise(70, 80, 3)))
@@ -106,7 +106,8 @@ def test_every_recipe_belongs_to_a_pair_and_builds(
     assert data in options("data")
     assert mode in options("mode")
     config = composed("train", f"data={data}", f"mode={mode}")
-    written = OmegaConf.load(CONF / "recipe" / f"{recipe}.yaml")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        written = compose(f"recipe/{recipe}")
     assert config.trainer.max_steps == written.trainer.max_steps
     build_all(config, tmp_path, trained["edm"])
 

@@ -210,7 +210,7 @@ def test_released_jcm_network_is_recognised() -> None:
     entry = released("jcm/cifar10_ncsnpp_param_shapes.json")
     params = {name: torch.zeros(1).expand(shape) for name, shape in entry["shapes"].items()}
     found, notes = jcm.settings(params, Hints())
-    expected = model_configurations()["ncsnpp_cifar10_jcm"]["network"]
+    expected = model_configurations()["ncsnpp_cifar10"]["network"]
     assert not notes
     assert found == {key: expected[key] for key in found}
 

@@ -1,7 +1,7 @@
 """Our numbers against those of the published code, for every file in the folder $CM_GOLDEN.
 
-The tables say what compares which file, and which arrays are never compared and why. A file or an array that no line mentions is a failure, and so is an array that is
-both compared and excused.
+The tables name the comparisons of each file, and the arrays that are never compared, with the reason. A file or array in
+no table is a failure, and so is an array that is both compared and excused.
 """
 
 from collections.abc import Callable

@@ -331,6 +331,29 @@ def test_any_q_and_a_batch_without_a_second_pass(
     assert ("mine.D_yr_raw" in archive.compared) == second
 
 
+def without(path: Path, name: str) -> Archive:
+    """A file that lacks an array."""
+    archive = Archive(path)
+    del archive.arrays[name]
+    return archive
+
+
+def test_an_array_that_its_case_implies_must_not_be_missing(tmp_path: Path) -> None:
+    """The output of a second pass that ran, a plain call of a network with classes, the noise of a sampler that churns."""
+    path = ect(tmp_path, 1.5, 2, 1.5, second=True)
+    for name in ("mine.D_yr_raw", "mine.D_yt"):
+        with pytest.raises(AssertionError, match=f"{name}: missing"):
+            golden_networks.compare_ect(without(path, name))
+    for path in (FOLDER / "edm").glob("*.npz"):
+        for pattern, compare in (
+            ("D_x_nolabels_noaug", golden_networks.compare_nvlabs),
+            ("sampler.*.noise_float64", golden_samplers.compare_nvlabs_sampler),
+        ):
+            for name in Archive(path).matching(pattern):
+                with pytest.raises(AssertionError, match=f"{name}: missing"):
+                    compare(without(path, name))
+
+
 @pytest.mark.parametrize("q", [1.5, 2.0, 3.7, 256.0])
 def test_the_ect_schedule_takes_any_q(q: float, tmp_path: Path) -> None:
     t = np.geomspace(1e-3, 80, 30).astype(np.float32)

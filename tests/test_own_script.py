@@ -16,11 +16,11 @@ import consistency
 from conftest import TINY
 from consistency.errors import UserError
 from consistency.schedules import square_root
+from consistency.training.build import build_module, quiet
 from consistency.training.callbacks.averages import EvaluationEMA, TargetEMA
 from consistency.training.callbacks.progress import Throughput
 from consistency.training.callbacks.schedules import ScaleSchedule
 from consistency.training.module import ConsistencyModule
-from consistency.training.run import build_module, quiet
 from test_options import composed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -205,5 +205,5 @@ def test_a_callback_that_looks_at_the_data_says_that_a_loader_has_none() -> None
         def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
             module.data  # noqa: B018
 
-    with pytest.raises(UserError, match=r"datamodule=consistency.training.run.build_data"):
+    with pytest.raises(UserError, match=r"datamodule=consistency.training.build.build_data"):
         fitted(ours, batches(DIGITS, CLASSES), callbacks=[Looks()])

@@ -213,7 +213,7 @@ def test_a_scaler_that_finds_its_scale_stops_nothing_and_is_said_once(
     assert set(journal.k) == {0, 1}
     said = capfd.readouterr().err
     assert said.count("warning:") == 2
-    assert "at step k=0: the scaler leaves the step out and goes on with scale 32768" in said
+    assert "at step k=0: the scaler skips the step and continues with scale 32768" in said
     assert f"the gradient scaler left out {2 * last} steps" in said
 
 

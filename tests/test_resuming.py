@@ -19,7 +19,6 @@ from consistency.errors import UserError
 from consistency.training import resuming
 from consistency.training import run as training
 from consistency.training.logging import MetricsFile
-from consistency.training.resuming import _differences
 from consistency.training.rotation import newest, promote, settle
 from test_killed import assert_equal, assert_same, content, rows
 from test_wandb import records
@@ -491,8 +490,36 @@ def test_a_secret_is_stored_nowhere_and_given_again(verb: Run, begun: Path) -> N
             resuming.resumed_config(given, begun)
 
 
-def test_an_option_younger_than_the_run_is_no_contradiction_while_it_is_null() -> None:
-    saved = {"data": {"path": "here"}}
-    assert not list(_differences("", saved, {"data": {"path": "here", "background": None}}))
-    found = list(_differences("", saved, {"data": {"path": "here", "background": "white"}}))
-    assert found == [("data.background", "nothing", "white")]
+def test_an_option_younger_than_the_run_is_no_contradiction_while_it_is_null(
+    verb: Run, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = begun / "config.yaml"
+    config = OmegaConf.load(path)
+    del config.trainer["gradient_clip_val"]
+    OmegaConf.save(config, path)
+    monkeypatch.setattr(training, "build_data", mock.Mock(side_effect=UserError("reached")))
+    outcome = verb("train", f"resume={begun}", "trainer.gradient_clip_val=null")
+    assert "reached" in outcome.err
+    outcome = verb("train", f"resume={begun}", "trainer.gradient_clip_val=1.5")
+    assert outcome.status == 2
+    assert "clip_val=1.5, where the run has trainer.gradient_clip_val=nothing" in outcome.err
+
+
+@pytest.mark.parametrize("gone", ["consistency.data.sets.Digits", "consistency.nowhere.Part"])
+def test_a_run_of_another_version_is_refused_and_its_checkpoint_opens(
+    gone: str, verb: Run, begun: Path
+) -> None:
+    """Its configuration names a class that has moved since."""
+    path = begun / "config.yaml"
+    config = OmegaConf.load(path)
+    config.data.source._target_ = gone
+    OmegaConf.save(config, path)
+    before = stamps(begun)
+    for where in ([f"resume={begun}"], [f"output={begun}", "resume=auto", "data=digits"]):
+        outcome = verb("train", *where)
+        assert outcome.status == 2
+        assert f"it names {gone}" in outcome.err
+        assert "Traceback" not in outcome.err
+        assert len(outcome.err.partition("error:")[2].strip().splitlines()) == 3
+    assert stamps(begun) == before
+    assert checkpoint.load(begun).sample(1).shape == (1, 1, 8, 8)

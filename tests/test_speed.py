@@ -7,7 +7,7 @@ import pytest
 
 from conftest import TINY, Run
 from consistency.data.held import noise
-from consistency.speed import Row, figure, rate, table
+from consistency.speed import figure, rate, table
 
 SMALL = [a for a in TINY if a.split("=")[0] not in ("logger", "data.batch_size")]
 
@@ -40,7 +40,7 @@ def test_a_rate_is_counts_over_time() -> None:
 
 
 def test_the_table_compares_with_its_last_row() -> None:
-    text = table("title", [Row("loader", 5000.0), Row("training", 4.0)])
+    text = table("title", {"loader": 5000.0, "training": 4.0})
     assert [line.split()[-1] for line in text.splitlines()[2:]] == ["1,250", "1"]
     assert [figure(v) for v in (0.0123, 1.234, 1_234_567)] == ["0.0123", "1.23", "1,230,000"]
 

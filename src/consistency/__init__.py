@@ -33,9 +33,9 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
                         preparation (the command)
       evaluation        measuring (the measures), extractors (whose features), reference (what is compared with), classifier,
                         ranks, clock
-      training          run (configuration -> finished run), arguments (of Lightning), resuming (where it begins), module
-                        (the LightningModule), nonfinite, launch (DDP), rotation (of checkpoints), logging, faults (of disks and
-                        folders); callbacks: schedules averages stages periodic checkpoints preemption evaluation pictures progress
+      training          run (the command), build (configuration -> parts of a run), arguments (of Lightning), resuming (where a
+                        run starts), module (the LightningModule), nonfinite, launch (DDP), rotation (of checkpoints), logging,
+                        lightning_patches, faults (of disks and folders); callbacks: schedules averages stages periodic checkpoints preemption evaluation pictures progress
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -17,7 +16,6 @@ from consistency import pictures
 from consistency.checkpoint import load
 from consistency.command import ROOT, require_fresh
 from consistency.errors import UserError, require
-from consistency.generation import generate
 
 CALIBRATION_ONLY = [
     "callbacks.evaluation=null",
@@ -31,7 +29,7 @@ COLUMNS = 15
 
 @dataclass(frozen=True)
 class Trained:
-    """One finished run: its folder, its results by sampler, its training seconds and speed."""
+    """A finished run: its results by sampler, its training seconds and speed."""
 
     mode: str
     folder: Path
@@ -42,42 +40,40 @@ class Trained:
 
 
 def compare(config: DictConfig, output: Path) -> None:
-    """Trains teacher and modes, writes comparison.md, comparison.json and comparison.png into the folder `output`."""
+    """Train teacher and modes; write comparison.md, comparison.json and comparison.png into the folder `output`."""
     require(config.seconds > 0, "seconds > 0", config.seconds, "give the training time of a mode")
     require_fresh(output)
     output.mkdir(parents=True, exist_ok=True)
-    teacher = _train_for(config, config.teacher_mode, output, [])
-    given = [f"teacher={teacher.folder}"]
-    trained = [_train_for(config, mode, output, given) for mode in config.modes]
-    table = markdown([*trained, teacher], teacher_mode=config.teacher_mode)
+    teacher = _train_for(config, config.teacher_mode, output)
+    trained = [
+        *(_train_for(config, m, output, f"teacher={teacher.folder}") for m in config.modes),
+        teacher,
+    ]
+    table = markdown(trained, teacher_mode=config.teacher_mode)
     (output / "comparison.md").write_text(table)
-    (output / "comparison.json").write_text(
-        json.dumps(
-            [{**vars(run), "folder": str(run.folder)} for run in (*trained, teacher)], indent=2
-        )
-    )
-    picture([*trained, teacher], config.seed).save(output / "comparison.png")
+    runs = [{**vars(run), "folder": str(run.folder)} for run in trained]
+    (output / "comparison.json").write_text(json.dumps(runs, indent=2))
+    picture(trained, config.seed).save(output / "comparison.png")
     print(f"\n{table}\nPicture: {output / 'comparison.png'}\nTable:   {output / 'comparison.md'}")
 
 
-def _train_for(config: DictConfig, mode: str, output: Path, extra: list[str]) -> Trained:
-    """Runs `mode` for config.seconds of training, at the speed that a short trial measures."""
+def _train_for(config: DictConfig, mode: str, output: Path, *extra: str) -> Trained:
+    """Train `mode` for config.seconds, at the speed that a short trial measures."""
     base = [f"mode={mode}", f"data={config.data}", f"seed={config.seed}", "logger=csv"]
     base += [*extra, *config.overrides]
-    trial = output / "speed" / mode
+    trial, folder = output / "speed" / mode, output / mode
     length = [f"trainer.max_steps={config.calibration_steps}", "trainer.log_every_n_steps=10"]
     print(f"{mode}: measuring its speed in {config.calibration_steps} steps ...", flush=True)
     _train([*base, *length, *CALIBRATION_ONLY, f"output={trial}"], quiet=True)
-    # The median of its stretches: another program's load for a moment must not shorten the run.
+    # The median, so that another program's load for a moment does not shorten the run.
     speed = statistics.median(_series(trial, "images_per_second"))
     batch = OmegaConf.load(trial / "config.yaml").data.batch_size
     steps = max(1, round(config.seconds * speed / batch))
     print(f"{mode}: {steps} steps for {config.seconds:.0f} s", flush=True)
-    folder = output / mode
     _train([*base, f"trainer.max_steps={steps}", f"output={folder}"], quiet=False)
     results = json.loads((folder / "evaluation.json").read_text())["results"]
-    seconds, images = _series(folder, "training_seconds")[-1], steps * batch
-    return Trained(mode, folder, results, steps, seconds, images / seconds)
+    seconds = _series(folder, "training_seconds")[-1]
+    return Trained(mode, folder, results, steps, seconds, steps * batch / seconds)
 
 
 def _train(arguments: list[str], *, quiet: bool) -> None:
@@ -89,7 +85,8 @@ def _train(arguments: list[str], *, quiet: bool) -> None:
         check=False,
     )
     if done.returncode:
-        raise UserError(f"a run failed: train.py {' '.join(arguments)}\n{done.stdout or ''}")
+        got = f"train.py {' '.join(arguments)}\n{done.stdout or ''}".strip()
+        raise UserError("every run of the comparison to succeed", got, "mend the reason above")
 
 
 def _series(run: Path, metric: str) -> list[float]:
@@ -97,7 +94,7 @@ def _series(run: Path, metric: str) -> list[float]:
 
 
 def markdown(runs: list[Trained], *, teacher_mode: str) -> str:
-    """The table: training images, every mode and sampler, noise."""
+    """Return the table: training images, every mode and sampler, noise."""
     base = runs[0].results["train_images"]
     head = "| | Fréchet | x train | precision | recall | training s | images/s |\n|---|--:|--:|--:|--:|--:|--:|\n"
 
@@ -120,24 +117,16 @@ def markdown(runs: list[Trained], *, teacher_mode: str) -> str:
 
 
 def picture(runs: list[Trained], seed: int) -> Image.Image:
-    """Samples of every run and sampler from the same noise and classes, one strip each."""
+    """Draw samples of every run and sampler from the same noise and classes, one strip each."""
     strips = []
     for run in runs:
-        loaded = load(run.folder)
+        model = load(run.folder)
+        classes = model.card.num_classes
+        labels = None if classes is None else list(range(classes))
         config: Any = OmegaConf.load(run.folder / "config.yaml")
-        classes = loaded.card.num_classes
-        labels = None if classes is None else torch.arange(STRIP) % classes
         for name, node in config.mode.samplers.items():
-            batches = generate(
-                loaded.denoiser,
-                instantiate(node, _convert_="all"),
-                indices=range(STRIP),
-                labels=labels,
-                shape=loaded.shape,
-                seed=seed,
-                batch_size=STRIP,
-                device="cpu",
-            )
+            sampler = instantiate(node, _convert_="all")
+            images = model.sample(STRIP, sampler=sampler, labels=labels, seed=seed)
             caption = f"{run.mode}, {name.replace('_', ' ')}"
-            strips.append((caption, pictures.grid(torch.cat(list(batches)), COLUMNS)))
+            strips.append((caption, pictures.grid(images, COLUMNS)))
     return pictures.below_each_other(strips)

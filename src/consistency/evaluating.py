@@ -35,8 +35,8 @@ from consistency.sampling import (
     require_suited,
 )
 from consistency.tensors import Data, Denoise, Label, Time
+from consistency.training.build import build_loggers, quiet
 from consistency.training.launch import one_job
-from consistency.training.run import build_loggers, quiet
 
 
 def evaluate(config: DictConfig, output: Path) -> float:

@@ -41,7 +41,7 @@ def require_scales(num_scales: float, least: int) -> None:
         f"N(k) >= {least}, the number of scales",
         f"N(k) = {num_scales}" + (", which no callback has set" if num_scales == 0 else ""),
         "choose another schedule mode.callbacks.scale_schedule; in a script add a ScaleSchedule to the trainer, as "
-        "consistency.training.run.build_module(config) does",
+        "consistency.training.build.build_module(config) does",
     )
 
 

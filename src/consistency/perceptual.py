@@ -1,7 +1,7 @@
-"""LPIPS with the published weights: the backbone's from torchvision, the linear ones from torchmetrics' shipped files.
+"""LPIPS with the published weights: the backbone's from torchvision, the linear ones from the files of torchmetrics.
 
-The two variants are the perceptual distances that the consistency models were published with; both take images in
-[-1, 1], which `Backbone` carries to the normalised units of ImageNet.
+The two variants are the perceptual distances of the published consistency models. Both take images in [-1, 1], which
+`Backbone` normalises as ImageNet.
 
     average_pooled_unit   ImageNet-64 and LSUN code: average instead of maximum pooling (as in piq, whose input is in
                           [0, 1]), images smaller than 256 pixels bilinearly enlarged to 224
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from consistency.distances import LPIPS, Resize
-from consistency.errors import require
+from consistency.errors import UserError, require
 from consistency.tensors import Data
 
 BackboneName = Literal["vgg16", "alexnet", "squeezenet1_1"]
@@ -57,19 +57,18 @@ class Backbone(nn.Module):
 
 
 def average_pooled(features: nn.Sequential) -> nn.Sequential:
-    """The same layers with every maximum pooling replaced by average pooling of the same windows."""
-    return nn.Sequential(
-        *[
-            nn.AvgPool2d(layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode)
-            if isinstance(layer, nn.MaxPool2d)
-            else layer
-            for layer in features
-        ]
-    )
+    """Replace every maximum pooling by average pooling of the same windows."""
+
+    def replaced(layer: nn.Module) -> nn.Module:
+        if not isinstance(layer, nn.MaxPool2d):
+            return layer
+        return nn.AvgPool2d(layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode)
+
+    return nn.Sequential(*map(replaced, features))
 
 
 def empty_features(backbone: BackboneName) -> nn.Sequential:
-    """The layers of a torchvision classifier before its head, without memory for their weights."""
+    """Return the layers of a torchvision classifier before its head, on the meta device."""
     with torch.device("meta"):
         features = torchvision.models.get_model(backbone, weights=None).features
     for layer in features.modules():
@@ -80,7 +79,7 @@ def empty_features(backbone: BackboneName) -> nn.Sequential:
 
 
 def assemble(features: nn.Sequential, backbone: BackboneName, variant: Variant) -> Backbone:
-    """The feature extractor of a variant."""
+    """Return the feature extractor of a variant."""
     pooled = average_pooled(features) if variant == "average_pooled_unit" else features
     return Backbone(pooled, TAPS[backbone])
 
@@ -89,13 +88,13 @@ RESIZING: dict[str, Resize] = {
     "average_pooled_unit": Resize(size=224, only_below=256, antialias=False),
     "max_pooled_signed": Resize(size=224, only_below=None, antialias=True),
 }
-"""How each variant's code resizes; JAX filters when it makes an image smaller, PyTorch as it was called does not."""
+"""How the code of each variant resizes: JAX filters when it shrinks an image, PyTorch as called there does not."""
 
 
 def load_lpips(*, backbone: BackboneName, variant: Variant) -> LPIPS:
-    """The perceptual distance of the published runs; they used vgg16.
+    """Return the perceptual distance of the published runs, which used vgg16.
 
-    Looks for the backbone's weights in torch hub's folder and downloads them into it if they are not there.
+    The backbone's weights are read from the folder of torch hub, or downloaded into it.
     """
     require(backbone in TAPS, f"an LPIPS backbone among {', '.join(TAPS)}", backbone, "choose one")
     require(
@@ -118,19 +117,18 @@ def _imagenet_weights(backbone: BackboneName) -> dict[str, Tensor]:
             url, map_location="cpu", check_hash=True, weights_only=True
         )
     except (URLError, OSError, RuntimeError) as error:
-        require(
-            False,
+        raise UserError(
             f"the ImageNet weights of {backbone}, which LPIPS measures with, at {path}",
-            f"no readable file there, and the download failed ({error})",
+            f"no readable file, and the download failed ({error})",
             f"on a machine with internet fetch {url} and put the file there (TORCH_HOME moves the folder), "
             "or choose another distance, for example mode.objective.distance._target_=consistency.distances.L2",
-        )
+        ) from error
     prefix = "features."
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _linear_weights(backbone: BackboneName) -> list[Float[Tensor, "_c"]]:
-    """w_l of version 0.1 of LPIPS, as torchmetrics ships them."""
+    """Read w_l of LPIPS version 0.1 from the files of torchmetrics."""
     shipped = files("torchmetrics") / "functional" / "image" / "lpips_models"
     with as_file(shipped / LINEAR_FILES[backbone]) as path:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""Which arguments of Lightning's Trainer a run takes, and what to give in the place of those that it sets itself."""
+"""Which arguments of Lightning's Trainer a run accepts, and the alternative to each that it sets itself."""
 
 import os
 from typing import Any
@@ -27,7 +27,7 @@ REFUSED = {
     "barebones": "python src/benchmark.py part=train, which measures the speed of the training",
     "callbacks": "+callbacks.<name>={_target_: ...}",
     "check_val_every_n_epoch": MEASURED,
-    "enable_autolog_hparams": "nothing: loggers are given the run's configuration; logger=none has none",
+    "enable_autolog_hparams": "nothing: loggers get the run's configuration; logger=none has none",
     "enable_checkpointing": "callbacks.checkpoint=null for a run without checkpoints",
     "enable_progress_bar": "callbacks.progress=null for a run without a bar",
     "fast_dev_run": "trainer.max_steps=1",
@@ -48,52 +48,26 @@ REFUSED = {
     "use_distributed_sampler": "nothing: every process gets its share of each batch of data.batch_size",
     "val_check_interval": MEASURED,
 }
-"""By argument, what to say instead: the run sets it itself, or has nothing that it speaks of."""
+"""The arguments that the run sets itself or has no use for, with the alternative."""
 
 TAKEN = frozenset(
-    {
-        "accelerator",
-        "benchmark",
-        "default_root_dir",
-        "detect_anomaly",
-        "deterministic",
-        "devices",
-        "enable_model_summary",
-        "gradient_clip_algorithm",
-        "gradient_clip_val",
-        "log_every_n_steps",
-        "max_steps",
-        "num_nodes",
-        "plugins",
-        "precision",
-        "profiler",
-        "strategy",
-        "sync_batchnorm",
-    }
+    "accelerator benchmark default_root_dir detect_anomaly deterministic devices enable_model_summary "
+    "gradient_clip_algorithm gradient_clip_val log_every_n_steps max_steps num_nodes plugins precision "
+    "profiler strategy sync_batchnorm".split()
 )
-"""What is passed on as it is given. A test holds that the two are the whole signature."""
+"""The arguments that reach Lightning unchanged. A test compares both lists with its signature."""
 
-STRATEGIES = (
-    "auto",
-    "ddp",
-    "ddp_find_unused_parameters_false",
-    "ddp_find_unused_parameters_true",
-)
-OTHERS = (DeepSpeedStrategy, XLAStrategy)
-"""What is a DDPStrategy to Lightning."""
-
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 DDP = "say trainer=ddp, whose arguments are trainer.strategy.<name>, or one of those names"
 
 
 def require_taken(trainer: DictConfig) -> None:
-    """Refuses settings of `trainer` that a run cannot follow, before anything is opened or written."""
+    """Refuse settings of `trainer` that a run cannot follow, before anything is opened or written."""
     for name, remedy in REFUSED.items():
         value = trainer.get(name)
+        got = f"trainer.{name}={value}"
         require(
-            value is None,
-            f"no trainer.{name}, which the run sets itself",
-            f"trainer.{name}={value}",
-            f"say {remedy}",
+            value is None, f"no trainer.{name}, which the run sets itself", got, f"say {remedy}"
         )
     _require_no_variables()
     _require_strategy(trainer.get("strategy"))
@@ -106,16 +80,10 @@ def require_taken(trainer: DictConfig) -> None:
     )
     clip, algorithm = trainer.get("gradient_clip_val"), trainer.get("gradient_clip_algorithm")
     require(
-        clip is None or clip >= 0,
-        "trainer.gradient_clip_val >= 0, or null",
-        clip,
-        "give the largest norm that a gradient may have",
-    )
-    require(
-        algorithm is None or clip is not None,
-        "trainer.gradient_clip_val with trainer.gradient_clip_algorithm",
-        f"trainer.gradient_clip_algorithm={algorithm} alone, which clips nothing",
-        "add trainer.gradient_clip_val=<number>",
+        (clip is None or clip >= 0) and (clip is not None or algorithm is None),
+        "trainer.gradient_clip_val >= 0 with trainer.gradient_clip_algorithm, or null without",
+        f"trainer.gradient_clip_val={clip} and trainer.gradient_clip_algorithm={algorithm}",
+        "give trainer.gradient_clip_val=<largest norm of a gradient>, or neither",
     )
     precision, accelerator = str(trainer.get("precision")), trainer.get("accelerator")
     cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
@@ -129,22 +97,22 @@ def require_taken(trainer: DictConfig) -> None:
 
 
 def plugins_of(trainer: DictConfig) -> list[Any]:
-    """The plugins that a person gives, built; `UserError` where one would write the checkpoints."""
+    """Build the plugins of the user; raises `UserError` for one that writes checkpoints."""
     given = trainer.get("plugins")
-    listed = given if isinstance(given, ListConfig) else [given] if given else []
-    built = [instantiate(p, _convert_="all") if isinstance(p, DictConfig) else p for p in listed]
-    for plugin in built:
+    nodes = given if isinstance(given, ListConfig) else [given] if given else []
+    plugins = [instantiate(p, _convert_="all") if isinstance(p, DictConfig) else p for p in nodes]
+    for plugin in plugins:
         require(
             not isinstance(plugin, CheckpointIO),
             "trainer.plugins without one that writes checkpoints",
             type(plugin).__name__,
-            "leave it out: the run writes its checkpoints whole, with a checksum, and keeps the one before",
+            "leave it out: the run writes whole checkpoints, with a checksum, and keeps the one before",
         )
-    return built
+    return plugins
 
 
 def _require_no_variables() -> None:
-    """Lightning reads arguments from the environment as well, where no config.yaml would show them."""
+    """Refuse arguments in the environment, which Lightning reads too and no config.yaml would show."""
     for name in sorted(TAKEN | REFUSED.keys()):
         variable = f"PL_TRAINER_{name.upper()}"
         require(
@@ -155,22 +123,24 @@ def _require_no_variables() -> None:
         )
 
 
-def _require_strategy(given: Any) -> None:
-    if isinstance(given, DictConfig):
-        require_whole(instantiate(given, _convert_="all"))
+def _require_strategy(strategy: Any) -> None:
+    if isinstance(strategy, DictConfig):
+        require_whole(instantiate(strategy, _convert_="all"))
     else:
-        named = f"trainer.strategy among {', '.join(STRATEGIES)}"
-        require(given in STRATEGIES, named, f"trainer.strategy={given}", DDP)
+        names = f"trainer.strategy among {', '.join(STRATEGIES)}"
+        require(strategy in STRATEGIES, names, f"trainer.strategy={strategy}", DDP)
 
 
 def require_whole(strategy: Strategy) -> None:
-    """Refuses what trains on several devices and leaves a process without the whole weights, or without the run's folder,
-    signals and end: sharded weights, and processes that are spawned or forked, as Lightning does in a notebook.
+    """Refuse a strategy that shards the weights, and one that spawns or forks its processes, as Lightning does in a
+    notebook: they would lack the folder, signals and end of the run.
     """
     start = getattr(strategy, "_start_method", None) or "popen"
-    ours = isinstance(strategy, DDPStrategy) and not isinstance(strategy, OTHERS)
+    ddp = isinstance(strategy, DDPStrategy) and not isinstance(
+        strategy, DeepSpeedStrategy | XLAStrategy
+    )
     require(
-        (ours or isinstance(strategy, SingleDeviceStrategy)) and start == "popen",
+        (ddp or isinstance(strategy, SingleDeviceStrategy)) and start == "popen",
         "processes that each hold the whole network and are started by the command, Lightning's DDPStrategy",
         type(strategy).__name__ + ("" if start == "popen" else f" with start_method={start}"),
         f"{DDP}; in a notebook trainer.devices=1",

@@ -1,4 +1,4 @@
-"""The LightningModule around an objective: it moves data, draws keys, logs; the formula stays in the objective."""
+"""The LightningModule around an objective: data, random keys, logging. The formula is in the objective."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from consistency.data.feed import unpack_batch
 from consistency.data.module import DataModule
@@ -20,25 +21,27 @@ from consistency.preconditioning import Preconditioning
 from consistency.randomness import WHOLE, Share, generator, key
 from consistency.tensors import Data, Label
 from consistency.training.faults import tell
+from consistency.training.lightning_patches import batches_before
 from consistency.training.nonfinite import NonfiniteGuard
 
 OBJECTIVE = "objective."
 
 
 class ConsistencyModule(L.LightningModule):
-    """Trains `online` with `objective`.
+    """Trains `online` with `objective`, on a `DataModule` or on any loader of (images, labels) (`consistency.data.feed`).
 
-    online: the network under its training preconditioning; sampling_preconditioning: the one its samples are drawn
-    with; card: the plain description of the denoiser that every checkpoint carries; config: the resolved plain config
-    of the run; seed: of every draw; on_nonfinite: policy of `NonfiniteGuard`; sources: which files the run read its
-    teacher and initial weights from; callbacks: builds what the method does beside the loss, for a trainer that has no
-    such callbacks yet.
+    online: the network under its training preconditioning.
+    sampling_preconditioning: the preconditioning that samples are drawn with.
+    optimizer: parameters -> optimizer.
+    card: the plain description of the denoiser, part of every checkpoint.
+    config: the resolved plain configuration of the run.
+    seed: of every draw.
+    on_nonfinite: policy of `NonfiniteGuard`.
+    sources: path, weights and SHA-256 of the teacher and of the initial weights.
+    callbacks: builds the callbacks of the method, for a trainer that has none of their kind.
 
-    Trains on a `DataModule`, whose images it mirrors where that says so, or on any loader of (images, labels), see
-    `consistency.data.feed`.
-
-    k counts the optimizer steps that were really taken, which `trainer.global_step` does not under a gradient scaler.
-    Callbacks publish N(k) as `num_scales` and, where the mode has them, set `target` and `averages`.
+    k counts the optimizer steps that were taken; under a gradient scaler `trainer.global_step` counts more. Callbacks
+    set N(k) as `num_scales` and, if the mode has them, `target` and `averages`.
     """
 
     def __init__(
@@ -67,61 +70,55 @@ class ConsistencyModule(L.LightningModule):
         self.target: Denoiser | None = None
         self.averages: dict[str, nn.Module] = {}
         self.step_started = 0.0
-        self._told_range = False
+        self._range_checked = False
+        self._step_hooks: list[RemovableHandle] = []
 
     def configure_callbacks(self) -> list[Callback]:
-        """The callbacks that come with the module, but for those of a kind that the trainer has."""
-        there = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        return [callback for callback in self.make_callbacks() if type(callback) not in there]
-
-    # The optimizer and k
+        """Return the callbacks of the method, except kinds that the trainer has already."""
+        present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [callback for callback in self.make_callbacks() if type(callback) not in present]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.make_optimizer(self.online.parameters())
-        # A fused one would leave out what overflows inside its kernel, where neither k nor an average notices.
+        # A fused optimizer would skip an overflow inside its kernel, unseen by k and the averages.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         return optimizer
 
+    def after_each_step(self, action: Callable[[], None]) -> None:
+        """Call `action` after every optimizer step that is taken, until the fit ends."""
+        optimizer = self.trainer.optimizers[0]
+        self._step_hooks.append(optimizer.register_step_post_hook(lambda *_: action()))
+
     def on_fit_start(self) -> None:
-        """Counts real steps; callbacks have registered their hooks before, so these see k before it grows."""
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        self._counter = optimizer.register_step_post_hook(lambda *_: self._count())
+        """Count the steps. The callbacks' `on_fit_start` came first, so their actions see k before it grows."""
+        self.after_each_step(self._count)
 
     def _count(self) -> None:
         self.k += 1
 
     def on_fit_end(self) -> None:
-        self._counter.remove()
-        self.guard.tell_overflows()
-
-    # The step
+        while self._step_hooks:
+            self._step_hooks.pop().remove()
+        self.guard.report_overflows()
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
-        """Dropout draws from the global generators: keyed by place, like every other draw. All callbacks are done by now."""
-        place = key(self.seed, "dropout", self.global_rank, self._position)
-        torch.default_generator.manual_seed(place)
+        """Seed the global generators, which dropout draws from, by position. All callbacks have run by now."""
+        seed = key(self.seed, "dropout", self.global_rank, batches_before(self.trainer))
+        torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
-            torch.cuda.manual_seed(place)
+            torch.cuda.manual_seed(seed)
         self.step_started = time.perf_counter()
-
-    @property
-    def _position(self) -> int:
-        """Batches before this one: `batch_idx` in the one epoch of our runs, where a script has several."""
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready) - 1
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         accumulated = self.trainer.accumulate_grad_batches
-        step, micro = divmod(self._position, accumulated)
+        step, micro = divmod(batches_before(self.trainer), accumulated)
         draw = generator(self.seed, "train", 0, step, device=self.device)
-        share = Share(
-            micro * self.trainer.world_size + self.global_rank,
-            accumulated * self.trainer.world_size,
-        )
-        # An objective of one's own needs to know nothing of shares where the batch is whole.
+        ranks = self.trainer.world_size
+        share = Share(micro * ranks + self.global_rank, accumulated * ranks)
+        # An objective without a `share` argument is enough for whole batches.
         part = {} if share == WHOLE else {"share": share}
-        x_0, label = self._seen(batch, draw, **part)
+        x_0, label = self._images_and_labels(batch, draw, **part)
         objective: Objective = self.objective
         losses = objective(
             self.online, self.target or self.online, x_0, label, self.num_scales, draw, **part
@@ -131,9 +128,12 @@ class ConsistencyModule(L.LightningModule):
         self._log_losses(losses, loss.detach())
         return loss
 
-    def _seen(self, batch: Any, draw: torch.Generator, **part: Share) -> tuple[Data, Label]:
-        """Images in [-1, 1] and labels of a batch."""
-        if isinstance(data := self._datamodule, DataModule):
+    def _images_and_labels(
+        self, batch: Any, draw: torch.Generator, **part: Share
+    ) -> tuple[Data, Label]:
+        """Return the images in [-1, 1] and the labels of a batch."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, DataModule):
             images, classes = batch
             label = None if data.num_classes is None else classes
             return data.augmented(images, draw, **part), label
@@ -143,50 +143,41 @@ class ConsistencyModule(L.LightningModule):
             shape=None if card is None else card.shape,
             num_classes=None if card is None else card.num_classes,
         )
-        if not self._told_range:
-            self._told_range = True
-            if self.global_rank == 0 and float(x_0.min()) >= 0:
-                tell(
-                    "the first images lie between 0 and 1 and are taken as they are; the range is -1 to 1, "
-                    "so where 0 is black scale them: 2 * x - 1"
-                )
+        if not self._range_checked and self.global_rank == 0 and float(x_0.min()) >= 0:
+            tell(
+                "the first images lie between 0 and 1 and are taken as they are; the range is -1 to 1, "
+                "so if 0 is black scale them: 2 * x - 1"
+            )
+        self._range_checked = True
         return x_0, label
 
     def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        """Computes the gradients first, so that the step can be left out where loss or gradients are not finite."""
-        assert optimizer_closure is not None
-        loss = optimizer_closure()
-        term, k = type(self.objective).__name__, self.k
-        strategy = self.trainer.strategy
-        if self.guard.allows(self._gradients(), strategy=strategy, term=term, k=k):
+        """Compute the gradients first, so that a step with a loss or gradient that is not finite can be skipped."""
+        loss, k = optimizer_closure(), self.k
+        step = f"in the term {type(self.objective).__name__} at step k={k}"
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        gradients = {n: p.grad for n, p in self.online.named_parameters() if p.grad is not None}
+        # A gradient scaler looks for overflows itself.
+        if self.guard.allows({} if scaler else gradients, self.trainer.strategy, step):
             optimizer.step(closure=lambda: loss)
-            if (scaler := self._scaler) is not None:
-                self.guard.scaled(taken=self.k > k, scale=scaler.get_scale, term=term, k=k)
-
-    @property
-    def _scaler(self) -> Any:
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
-    def _gradients(self) -> dict[str, Tensor]:
-        """By parameter, for the guard; a gradient scaler looks for overflows itself."""
-        if self._scaler is not None:
-            return {}
-        return {n: p.grad for n, p in self.online.named_parameters() if p.grad is not None}
+            if scaler is not None:
+                self.guard.scaled(taken=self.k > k, scale=scaler.get_scale, step=step)
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
-        """Stops where the guard says so; here, because the state of before is complete and callbacks have kept it."""
+        """Stop here if the guard demands it: the state before the step is complete and saved."""
         if self.guard.verdict is not None:
-            raise UserError(self.guard.verdict)
+            raise self.guard.verdict
+
+    @property
+    def _logs_this_step(self) -> bool:
+        step, every = self.trainer.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return step % every == 0
 
     def _log_losses(self, losses: Losses, loss: Tensor) -> None:
         self.log("loss", loss, prog_bar=True, logger=False)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if not self._logs_this_step:
             return
         self.log("train/loss", loss, sync_dist=True)
         quarters = losses.loss.detach()[losses.t.argsort()].tensor_split(4)
@@ -195,35 +186,25 @@ class ConsistencyModule(L.LightningModule):
                 self.log(f"train/loss_noise_quartile_{number}", quarter.mean(), sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return
-        gradients = [p.grad for p in self.online.parameters() if p.grad is not None]
-        self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
-
-    @property
-    def _datamodule(self) -> Any:
-        return self.trainer.datamodule  # type: ignore[attr-defined]
+        if self._logs_this_step:
+            gradients = [p.grad for p in self.online.parameters() if p.grad is not None]
+            self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
     @property
     def data(self) -> DataModule:
-        """The run's data module; `UserError` where it trains on a loader."""
-        data = self._datamodule
-        require(
-            isinstance(data, DataModule),
-            "the data module of a run, for a callback that looks at the training images",
-            "a loader" if data is None else type(data).__name__,
-            "say fit(module, datamodule=consistency.training.run.build_data(config)), or leave that callback out",
-        )
-        assert isinstance(data, DataModule)
+        """The data module of the run; raises `UserError` if the run trains on a loader."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, DataModule):
+            raise UserError(
+                "the data module of a run, for a callback that looks at the training images",
+                "a loader" if data is None else type(data).__name__,
+                "fit(module, datamodule=consistency.training.build.build_data(config)), or leave the callback out",
+            )
         return data
-
-    # Samples
 
     @contextmanager
     def sampling_denoiser(self, weights: str) -> Iterator[Denoiser]:
-        """The denoiser that samples are drawn with, in eval mode meanwhile; `weights` is online, target, ema (the first
-        average) or ema:<decay>.
-        """
+        """Yield the denoiser for drawing samples, in eval mode. weights: online, target, ema (the first average), ema:<decay>."""
         networks: dict[str, nn.Module] = {"online": self.online.network, **self.averages}
         if self.target is not None:
             networks["target"] = self.target.network
@@ -243,10 +224,8 @@ class ConsistencyModule(L.LightningModule):
         """The online denoiser."""
         return self.online(x_t, t, label)
 
-    # Checkpoints: tensors and plain values only
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds card, config, k and sources; leaves out teacher and perceptual weights, which come from files of their own."""
+        """Add card, config, k and sources; remove teacher and perceptual weights, which have files of their own."""
         checkpoint["card"] = {} if self.card is None else self.card.saved()
         checkpoint["config"], checkpoint["k"] = self.config, self.k
         checkpoint["sources"] = self.sources
@@ -261,7 +240,7 @@ class ConsistencyModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.k = checkpoint["k"]
         self.guard.in_a_row = checkpoint["left_out_in_a_row"]
-        # Those of older checkpoints were not counted.
+        # Older checkpoints have no such counts.
         self.guard.overflows, self.guard.overflows_in_a_row = checkpoint.get("overflows", (0, 0))
         own = {f"{OBJECTIVE}{name}": v for name, v in self.objective.state_dict().items()}
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}

@@ -1,4 +1,4 @@
-"""What a run does where a loss or a gradient is not finite."""
+"""Losses and gradients that are not finite: which steps are skipped, and when the run stops."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -8,15 +8,15 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-from consistency.errors import require
+from consistency.errors import UserError
 from consistency.objectives import Losses
 from consistency.training.faults import tell
 
 SHOWN = 4
 
 OVERFLOWS = 40
-"""Steps in a row that a gradient scaler may leave out, each of which halves its scale. It begins at 2^16, and a healthy run
-finds what fits within some twenty: at 2^-24, the smallest number of float16, what still overflows no scale can help.
+"""Steps in a row that a gradient scaler may skip; each halves its scale. A healthy run finds its scale within some twenty
+steps from 2^16; at 2^-24, the smallest number of float16, no smaller scale can help.
 """
 
 REMEDY = (
@@ -26,132 +26,121 @@ REMEDY = (
 
 
 class NonfiniteGuard:
-    """Leaves out optimizer steps with a loss or a gradient that is not finite, and has the run stopped after too many of
-    them in a row.
+    """Skips optimizer steps with a loss or a gradient that is not finite, and stops the run after too many in a row.
 
-    policy: "stop" at the first one, or "skip:<n>" at the n-th in a row; a step that is left out changes no weight, no
-    average and no schedule. An optimizer step may have several batches and several ranks; one bad sample in any of them
-    spoils it. Gradients that overflow under a gradient scaler are its matter and count apart: `OVERFLOWS` of them in a row
-    stop the run, under any policy.
+    A skipped step changes no weight, no average and no schedule. A step may have several batches and several ranks; one
+    bad sample in any of them spoils it. Overflows under a gradient scaler count apart: `OVERFLOWS` of them in a row
+    stop the run under any policy.
+
+    policy: "stop" at the first such step, or "skip:<n>" to stop at the n-th in a row.
     """
 
     def __init__(self, policy: str) -> None:
-        form = re.fullmatch(r"stop|skip:([1-9]\d*)", policy)
-        require(
-            form is not None,
-            "on_nonfinite=stop, or on_nonfinite=skip:<n> to stop after n such steps in a row",
-            f"on_nonfinite={policy}",
-            "for example on_nonfinite=skip:10",
-        )
-        assert form is not None
-        self.limit = int(form[1] or 1)
+        match = re.fullmatch(r"stop|skip:([1-9]\d*)", policy)
+        if match is None:
+            raise UserError(
+                "on_nonfinite=stop, or on_nonfinite=skip:<n> to stop after n such steps in a row",
+                f"on_nonfinite={policy}",
+                "for example on_nonfinite=skip:10",
+            )
+        self.limit = int(match[1] or 1)
         self.in_a_row = 0
         self.overflows = self.overflows_in_a_row = 0
-        self.verdict: str | None = None
-        """Why the run must stop, the same on every rank, once it must."""
+        self.verdict: UserError | None = None
+        """Why the run must stop, on every rank."""
         self._batches: list[Losses] = []
-        self._newest: list[Losses] = []
-        """The losses of the last step that was allowed."""
+        self._last_times = torch.empty(0)
+        """The times t of the last step that was allowed."""
 
     def note(self, losses: Losses) -> None:
-        """Remembers the losses of one batch until its optimizer step."""
+        """Keep the losses of one batch until its optimizer step."""
         self._batches.append(Losses(*(part.detach() for part in losses)))
 
-    def allows(
-        self, gradients: Mapping[str, Tensor], *, strategy: Strategy, term: str, k: int
-    ) -> bool:
-        """Whether optimizer step k may be taken, the same answer on every rank.
+    def allows(self, gradients: Mapping[str, Tensor], strategy: Strategy, step: str) -> bool:
+        """Return whether an optimizer step may be taken, the same on every rank.
 
-        gradients: by parameter, none where a scaler looks at them; term: what computed the losses.
+        gradients: by parameter, none under a gradient scaler.
+        step: its name in a message.
         """
-        batches, self._batches = self._batches, []
-        self._newest = batches
-        place = f"in the term {term} at step k={k}"
-        samples = modules = None
-        # One look at the device for all losses and gradients of the step. A sum of squares may overflow where no
-        # gradient does; what it suspects is looked at one by one.
-        looked_at = [batch.loss for batch in batches]
+        loss, t, r = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
+        self._batches, self._last_times = [], t
+        # One look at the device for all losses and gradients of the step. A sum of squares may overflow without a
+        # bad gradient, so a suspicion is checked one by one.
+        values, report = [loss], None
         if gradients:
-            looked_at.append(torch.nn.utils.get_total_norm(gradients.values())[None])
-        if not torch.cat(looked_at).isfinite().all():
-            samples = _bad_samples(batches, place)
-            modules = _bad_modules(batches, gradients, place)
-        finite = samples is None and modules is None
-        if not strategy.reduce_boolean_decision(not finite, all=False):
+            values.append(torch.nn.utils.get_total_norm(gradients.values())[None])
+        if not torch.cat(values).isfinite().all():
+            report = _report(loss, t, r, gradients, step)
+        if not strategy.reduce_boolean_decision(report is not None, all=False):
             self.in_a_row = 0
             return True
         self.in_a_row += 1
-        report = _first_of_all_ranks(samples, modules)
+        text = _first_of_all_ranks(report)
         if self.in_a_row >= self.limit:
             in_a_row = f", the last of {self.limit} such steps in a row" if self.limit > 1 else ""
-            self.verdict = (
-                f"expected a finite loss and gradient\n  got: {report}{in_a_row}\n  do: {REMEDY}"
-            )
+            self.verdict = UserError("a finite loss and gradient", f"{text}{in_a_row}", REMEDY)
         else:
-            rank_zero_warn(f"step left out ({self.in_a_row} in a row): {report}")
+            rank_zero_warn(f"step left out ({self.in_a_row} in a row): {text}")
         return False
 
-    def scaled(self, *, taken: bool, scale: Callable[[], float], term: str, k: int) -> None:
-        """Counts the steps that a gradient scaler leaves out: an allowed step k was taken, or else overflowed.
+    def scaled(self, *, taken: bool, scale: Callable[[], float], step: str) -> None:
+        """Count the overflows of a gradient scaler.
 
-        scale: what it multiplies the loss with from now on.
+        taken: whether the allowed step was taken; else it overflowed.
+        scale: returns the factor of the loss from now on.
         """
         if taken:
             self.overflows_in_a_row = 0
             return
         self.overflows += 1
         self.overflows_in_a_row += 1
-        place = f"in the term {term} at step k={k}"
         if self.overflows == 1 and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             tell(
-                f"gradients overflowed half precision {place}: the scaler leaves the step out and goes on with scale "
-                f"{scale():g}; how many there are is said at the end"
+                f"gradients overflowed half precision {step}: the scaler skips the step and continues with scale "
+                f"{scale():g}; the number of skipped steps follows at the end"
             )
         if self.overflows_in_a_row >= OVERFLOWS:
-            self.verdict = (
-                "expected gradients that half precision holds at some scale\n"
-                f"  got: an overflow {place}, {_span(torch.cat([b.t for b in self._newest]))}, the last of "
-                f"{self.overflows_in_a_row} in a row, down to scale {scale():g}\n  do: {REMEDY}"
+            self.verdict = UserError(
+                "gradients that half precision holds at some scale",
+                f"an overflow {step}, {_span(self._last_times)}, the last of {self.overflows_in_a_row} in a row, "
+                f"down to scale {scale():g}",
+                REMEDY,
             )
 
-    def tell_overflows(self) -> None:
-        """Says how many steps the scaler has left out, where it was more than the one that was told."""
+    def report_overflows(self) -> None:
+        """Print how many steps the scaler has skipped, if more than the reported first."""
         if self.overflows > 1 and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             tell(f"the gradient scaler left out {self.overflows} steps whose gradients overflowed")
 
 
-def _bad_samples(batches: list[Losses], place: str) -> str | None:
-    loss, t, r = (torch.cat(parts) for parts in zip(*batches, strict=True))
+def _report(
+    loss: Tensor, t: Tensor, r: Tensor, gradients: Mapping[str, Tensor], step: str
+) -> tuple[int, str] | None:
+    """Describe the samples that are not finite, or else the gradients; the number orders the reports of several ranks."""
     bad = ~loss.isfinite()
-    if not bad.any():
+    if bad.any():
+        pairs = zip(t[bad].tolist(), r[bad].tolist(), strict=True)
+        times = [f"t={t:.4g} r={r:.4g}" for t, r in pairs]
+        more = f", ... ({_span(t[bad])})" if len(times) > SHOWN else ""
+        shown = ", ".join(times[:SHOWN])
+        return 0, f"{len(times)} of {len(loss)} samples not finite {step}, {shown}{more}"
+    names = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    if not names:
         return None
-    times = [f"t={a:.4g} r={b:.4g}" for a, b in zip(t[bad].tolist(), r[bad].tolist(), strict=True)]
-    more = f", ... ({_span(t[bad])})" if len(times) > SHOWN else ""
-    return (
-        f"{len(times)} of {len(loss)} samples not finite {place}, {', '.join(times[:SHOWN])}{more}"
-    )
-
-
-def _bad_modules(batches: list[Losses], gradients: Mapping[str, Tensor], place: str) -> str | None:
-    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    if not bad:
-        return None
-    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in bad))
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
-    return (
-        f"a gradient that is not finite, of a finite loss, {place}, "
-        f"{_span(torch.cat([b.t for b in batches]))}, in {', '.join(modules[:SHOWN])}{more}"
-    )
+    place = f"{step}, {_span(t)}, in {', '.join(modules[:SHOWN])}{more}"
+    return 1, f"a gradient that is not finite, of a finite loss, {place}"
 
 
 def _span(t: Tensor) -> str:
     return f"t={float(t.min()):.4g} to {float(t.max()):.4g}"
 
 
-def _first_of_all_ranks(samples: str | None, modules: str | None) -> str | None:
-    """The report of a rank with bad samples, whose gradients have spoiled those of the others, or else of any."""
-    found = [(samples, modules)]
+def _first_of_all_ranks(report: tuple[int, str] | None) -> str:
+    """Return the report of a rank with bad samples, which spoil the gradients of all ranks, else of any rank."""
+    reports = [report]
     if torch.distributed.is_initialized():
-        found *= torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, (samples, modules))
-    return next(filter(None, [text for kind in zip(*found, strict=True) for text in kind]), None)
+        reports *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(reports, report)
+    return min(filter(None, reports), key=lambda report: report[0])[1]

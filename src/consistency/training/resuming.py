@@ -1,8 +1,9 @@
-"""Where a run begins: at step 0 of a fresh folder, or where the run in a folder stood, with the configuration saved there."""
+"""Where a run starts: at step 0 in a fresh folder, or at a checkpoint of the run in a folder, with its configuration."""
 
 import math
+import re
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,18 +27,21 @@ from consistency.training.rotation import newest
 CONFIG = "config.yaml"
 DEVICES = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 FREE = (*DEVICES, "trainer.max_steps", "data.num_workers", "data.allow_reorder", "logger")
-"""What may be given anew when a run goes on, because its result does not depend on it, or is meant to."""
+"""What may change when a run resumes: the result does not depend on it, or is meant to."""
 
 SHOWN = 4
 ABSENT = "nothing"
 
 
 @dataclass(frozen=True)
-class Start:
-    """The configuration of the run, and where it begins: `checkpoint` None and `step` 0 where none has been kept.
+class RunStart:
+    """The configuration of a run, and the state that it starts from.
 
-    resumed: the folder holds a run already; step: optimizer steps done; sources: the files that the run began with, and
-    value: the best monitored value, as its checkpoint has them.
+    resumed: whether the folder holds a run already.
+    checkpoint: None at step 0.
+    step: optimizer steps done.
+    sources: the files that the run began with, as in the checkpoint.
+    value: the best monitored value, as in the checkpoint.
     """
 
     config: DictConfig
@@ -48,150 +52,169 @@ class Start:
     value: float = math.nan
 
 
-def begin(config: DictConfig, output: Path) -> Start:
-    """What `resume=` means for the folder `output`, as the first process of the job finds it. Changes no file.
+def begin(config: DictConfig, output: Path) -> RunStart:
+    """Return what `resume=` means for the folder `output`, the same on every process. Changes no file.
 
-    Raises `UserError` where the folder is not fresh, is no run, or was begun with other settings than those given.
+    Raises `UserError` if the folder is not fresh, holds no run, or was begun with other settings.
     """
-    found = decided(lambda: _found(config, output))
-    if not found["resumed"]:
-        return Start(config)
-    path = found["checkpoint"] and Path(found["checkpoint"])
-    resumed = resumed_config(config, output)
-    return Start(resumed, True, path, found["step"], found["sources"], found["value"])
+    state = decided(lambda: _state(config, output))
+    if state is None:
+        return RunStart(config)
+    if "checkpoint" in state:
+        state["checkpoint"] = Path(state["checkpoint"])
+    return RunStart(resumed_config(config, output), resumed=True, **state)
 
 
-def _found(config: DictConfig, output: Path) -> dict[str, Any]:
-    """The fields of a `Start` but for its configuration, in plain values."""
-    nothing: dict[str, Any] = {"resumed": False, "checkpoint": None, "step": 0, "sources": {}}
-    nothing["value"] = math.nan
-    if config.resume is None:
+def _state(config: DictConfig, output: Path) -> dict[str, Any] | None:
+    """Return the other fields of `RunStart` as plain values, or None for a new run."""
+    folder = _folder_of_run(config.resume, output)
+    if folder is None:
+        return None
+    resumed_config(config, folder)  # refused before a checkpoint is read
+    found = newest(folder / CHECKPOINTS)
+    if found is None:
+        print(f"{folder} has no checkpoint yet: the run begins again at step 0.", flush=True)
+        return {}
+    path, content = found
+    if path.name == PREVIOUS:
+        state = "damaged" if path.with_name(LAST).is_file() else "missing"
+        print(f"{path.with_name(LAST)} is {state}: {PREVIOUS} is taken instead.", flush=True)
+    step = int(content["global_step"])
+    print(f"Resuming {folder} at step {step}.", flush=True)
+    best = [s["best_value"] for s in content["callbacks"].values() if "best_value" in s]
+    value = next(filter(math.isfinite, best), math.nan)
+    return {"checkpoint": str(path), "step": step, "sources": content["sources"], "value": value}
+
+
+def _folder_of_run(resume: str | None, output: Path) -> Path | None:
+    """Return the folder of the run to resume, or None for a new run."""
+    if resume is None:
         again = shlex.quote(f"resume={output}")
         require_fresh(output, f"choose another output=, or go on with {again}")
-        return nothing
-    if config.resume == AUTO and _is_fresh(output):
-        print(f"No run at {output} to go on with: it begins there.", flush=True)
-        return nothing
-    folder = output if config.resume == AUTO else path_of(config.resume).absolute()
-    run = next((f for f in (folder, *folder.parents[:2]) if (f / CONFIG).is_file()), folder)
-    require(
-        run == folder or not folder.exists(),
-        f"the folder of a run at resume={config.resume}",
-        f"something inside of the run {run}",
-        f"say {shlex.quote(f'resume={run}')}",
-    )
-    require(
-        folder.is_dir(),
-        f"a run folder at resume={config.resume}",
-        "a file" if folder.exists() else "no such folder",
-        "check the path; it is taken relative to the folder the command runs in",
-    )
+        return None
+    if resume == AUTO and _is_fresh(output):
+        print(f"No run to resume at {output}: it begins there.", flush=True)
+        return None
+    folder = output if resume == AUTO else path_of(resume).absolute()
+    if not (folder / CONFIG).is_file():
+        remedy = "check the path, which is relative to the folder the command runs in"
+        for run in folder.parents[:2]:
+            if folder.exists() and (run / CONFIG).is_file():
+                remedy = f"say {shlex.quote(f'resume={run}')}"
+        state = "a folder without one" if folder.is_dir() else "a file"
+        got = state if folder.exists() else "no such folder"
+        raise UserError(f"a run folder with its {CONFIG} at resume={folder}", got, remedy)
     require(
         folder.resolve() == output.resolve(),
         "the same folder at output= and resume=",
         f"output={output} and resume={folder}",
         "leave output= out; in a sweep say output=<folder> resume=auto",
     )
-    require(
-        (folder / CONFIG).is_file(),
-        f"a run folder with its {CONFIG} at {folder}",
-        "a folder without one",
-        "check the path, or begin a run in another folder",
-    )
-    resumed_config(config, folder)
-    found = newest(folder / CHECKPOINTS)
-    if found is None:
-        print(f"{folder} has no checkpoint yet: the run begins again at step 0.", flush=True)
-        return nothing | {"resumed": True}
-    path, content = found
-    if path.name == PREVIOUS:
-        state = "damaged" if path.with_name(LAST).is_file() else "missing"
-        print(f"{path.with_name(LAST)} is {state}: {PREVIOUS} is taken instead.", flush=True)
-    step = int(content["global_step"])
-    print(f"Going on with {folder} at step {step}.", flush=True)
-    kept = [state["best_value"] for state in content["callbacks"].values() if "best_value" in state]
-    return {
-        "resumed": True,
-        "checkpoint": str(path),
-        "step": step,
-        "sources": content["sources"],
-        "value": next(filter(math.isfinite, kept), math.nan),
-    }
+    return folder
+
+
+def _is_fresh(folder: Path) -> bool:
+    """Return whether no run has begun; a process that died at once may have left a part of its configuration."""
+    return not folder.exists() or all(path.name == f"{CONFIG}.part" for path in folder.iterdir())
 
 
 def keep_config(config: dict[str, Any], folder: Path) -> None:
-    """Writes the plain configuration of a run into its folder, once."""
+    """Write the plain configuration of a run into its folder, once."""
     if not (folder / CONFIG).is_file():
         write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
 
 
 def resumed_config(config: DictConfig, folder: Path) -> DictConfig:
-    """The configuration saved in a run folder with what the command line may change; `config` is the one composed now.
+    """Return the configuration saved in a run folder, with the `FREE` settings of the command line.
 
-    Everything that the command line names, a choice with all it stands for, must say what the saved one says, else
-    `UserError`; what it does not name comes from the saved one.
+    Every other setting that the command line names, directly or by a choice, must repeat the saved value, else it is a
+    `UserError`. config: the one composed now.
     """
-    saved = _saved_config(folder, _targets(OmegaConf.to_container(config)))
+    saved = _saved_config(folder, set(_targets(OmegaConf.to_container(config))))
     now = deepcopy(config)
     for key in (*FREE, "output", "resume"):
         OmegaConf.update(now, key, OmegaConf.select(saved, key), merge=False, force_add=True)
-    places = _named(HydraConfig.get(), saved)
-    before = OmegaConf.to_container(saved, resolve=True)
-    after = masked(OmegaConf.to_container(now, resolve=True))
-    contradictions = [
-        f"{where}={new}, where the run has {where}={old}"
-        for place in places
-        for where, old, new in _differences(place, _at(before, place), _at(after, place))
+    before = dict(_leaves(OmegaConf.to_container(saved, resolve=True)))
+    after = dict(_leaves(masked(OmegaConf.to_container(now, resolve=True))))
+    named = _named(HydraConfig.get(), saved)
+    settings = [key for key in {**before, **after} if any(_is_below(key, name) for name in named)]
+    different = [
+        f"{key}={new}, where the run has {key}={old}"
+        for key in settings
+        if (new := after.get(key, ABSENT)) != (old := before.get(key, ABSENT))
+        and not (old == ABSENT and new is None)  # an option younger than the run
     ]
-    shown = list(dict.fromkeys(contradictions))[:SHOWN]
     require(
-        not contradictions,
+        not different,
         f"the settings of {folder / CONFIG}",
-        "\n       ".join(shown),
+        "\n       ".join(different[:SHOWN]),
         f"leave them out, or begin another run; only {', '.join(FREE)} may change",
     )
     given = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    for place in filter(None, places):
-        if MASK in str(_at(before, place)):  # a secret, which is stored nowhere
-            OmegaConf.update(saved, place, OmegaConf.select(given, place), merge=False)
-    for key in FREE:
-        named = any(f"{place}.".startswith(f"{key}.") for place in places)
-        if named or (key in DEVICES and "trainer" in places):
-            OmegaConf.update(saved, key, OmegaConf.select(given, key), merge=False, force_add=True)
+    secrets = [key for key in settings if MASK in str(before.get(key))]  # stored nowhere
+    free = [key for key in FREE if any(_is_below(name, key) for name in named)]
+    for key in (*secrets, *free, *(DEVICES if "trainer" in named else ())):
+        OmegaConf.update(saved, key, OmegaConf.select(given, key), merge=False, force_add=True)
     return saved
 
 
-def _targets(tree: Any) -> set[str]:
-    """All that the nodes of a tree are built by: what this command itself names is trusted."""
-    if isinstance(tree, list):
-        return {target for part in tree for target in _targets(part)}
-    if not isinstance(tree, dict):
-        return set()
-    own = {tree["_target_"]} if isinstance(tree.get("_target_"), str) else set()
-    return own | _targets(list(tree.values()))
+def _is_below(key: str, above: str) -> bool:
+    """Return whether a setting is another one or a part of it; all are parts of ""."""
+    return not above or f"{key}.".startswith(f"{above}.")
 
 
-def _is_fresh(folder: Path) -> bool:
-    """Whether nothing has begun: a process that died first of all may have left a piece of its configuration."""
-    return not folder.exists() or all(path.name == f"{CONFIG}.part" for path in folder.iterdir())
+def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for name, value in tree.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, tree
+
+
+def _targets(tree: Any) -> Iterator[str]:
+    """Yield every `_target_` of a configuration."""
+    if isinstance(tree, dict):
+        if isinstance(target := tree.get("_target_"), str):
+            yield target
+        tree = list(tree.values())
+    for part in tree if isinstance(tree, list) else ():
+        yield from _targets(part)
 
 
 def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:
-    """A run's own configuration; where its folder has been moved, the paths inside it have moved along. Beside what any
-    configuration from elsewhere may name it may name `also`.
+    """Read the configuration of a run; if its folder was moved, the paths inside move along.
+
+    also: targets that it may name besides those of `trusted`: the ones that this command names itself.
     """
-    loaded = trusted.read(folder / CONFIG, also)
+    path = folder / CONFIG
+    try:
+        loaded = trusted.read(path, also)
+    except UserError:
+        _require_present(path)
+        raise
     try:
         moved = _moved(loaded, str(loaded["output"]), str(folder))
         saved = OmegaConf.merge(OmegaConf.structured(Train), moved)
     except (KeyError, OmegaConfBaseException) as error:
-        raise UserError(
-            f"expected the configuration of a run in {folder / CONFIG}\n  got: {error}\n"
-            "  do: put the file back as the run wrote it"
-        ) from error
+        remedy = "restore the file as the run wrote it"
+        raise UserError(f"the configuration of a run in {path}", error, remedy) from error
     assert isinstance(saved, DictConfig)
     OmegaConf.set_struct(saved, True)
     return saved
+
+
+def _require_present(path: Path) -> None:
+    """Refuse a run that was begun with a version whose classes have moved since."""
+    with path.open(errors="replace") as file:
+        text = file.read(trusted.MOST_BYTES)
+    targets = re.findall(r"_target_: (consistency(?:\.\w+)+)\s*$", text, re.M)
+    gone = next((target for target in targets if trusted.named(target) is None), None)
+    require(
+        gone is None,
+        f"a run that this version began, in {path.parent}",
+        f"one of another version: it names {gone}, which is missing here",
+        "finish it with the version that began it; its checkpoints still open: init=, teacher= and checkpoint= take them",
+    )
 
 
 def _moved(node: Any, old: str, new: str) -> Any:
@@ -204,30 +227,12 @@ def _moved(node: Any, old: str, new: str) -> Any:
 
 
 def _named(hydra: Any, saved: DictConfig) -> list[str]:
-    """The places in the configuration that the command line names; "" is all of it, which experiment= stands for."""
-    places = []
+    """Return the settings that the command line names; "" stands for all, which experiment= may change."""
+    named = []
     for override in OverridesParser.create().parse_overrides(given_options(hydra)):
         key, package = override.key_or_group, override.package
-        place = (package or key).replace("/", ".")
+        name = (package or key).replace("/", ".")
         choice = key if package is None else f"{key}@{package}"
-        everywhere = choice in hydra.runtime.choices and place not in saved
-        places.append("" if everywhere and "." not in place else place)
-    return places
-
-
-def _at(tree: Any, place: str) -> Any:
-    for key in filter(None, place.split(".")):
-        if not isinstance(tree, dict) or key not in tree:
-            return ABSENT
-        tree = tree[key]
-    return tree
-
-
-def _differences(place: str, old: Any, new: Any) -> Iterable[tuple[str, Any, Any]]:
-    """Place, old and new value of every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in dict.fromkeys([*old, *new]):
-            where = f"{place}.{key}" if place else str(key)
-            yield from _differences(where, old.get(key, ABSENT), new.get(key, ABSENT))
-    elif old != new and not (old == ABSENT and new is None):  # an option younger than the run
-        yield place, old, new
+        everywhere = choice in hydra.runtime.choices and name not in saved
+        named.append("" if everywhere and "." not in name else name)
+    return named

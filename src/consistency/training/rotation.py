@@ -1,4 +1,4 @@
-"""The checkpoints that a run keeps, next, last and previous: a whole one is there at whatever moment the process dies."""
+"""The checkpoints that a run keeps: next, last and previous. A whole one exists at whatever moment the process dies."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ DAMAGED = "damaged.ckpt"
 
 
 def promote(folder: Path) -> None:
-    """Makes the next checkpoint the last, and the last the previous; called again, it ends what it had begun."""
+    """Rename next to last, and last to previous; a second call completes an interrupted first."""
     if (folder / NEXT).is_file():
         if (folder / LAST).is_file():
             move(folder / LAST, folder / PREVIOUS)
@@ -29,36 +29,33 @@ def promote(folder: Path) -> None:
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its content; None where there is none at all. Changes nothing, so that
-    every process of a run finds the same one.
+    """Return the newest whole checkpoint and its content, or None if there is no checkpoint.
 
-    Raises `UserError` where all are damaged.
+    Raises `UserError` if all are damaged. Changes nothing, so every process of a run chooses the same one.
     """
-    found = [folder / name for name in (NEXT, LAST, PREVIOUS) if (folder / name).is_file()]
-    for path in found:
+    files = [folder / name for name in (NEXT, LAST, PREVIOUS) if (folder / name).is_file()]
+    for path in files:
         try:
             verify_checksum(path)
             return path, torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception:  # a damaged file can fail in any way
             continue
     require(
-        not found,
+        not files,
         f"a checkpoint in {folder} as it was written",
-        f"{' and '.join(path.name for path in found)}, damaged",
+        f"{' and '.join(path.name for path in files)}, damaged",
         "begin a new run; init= may start it from a best.ckpt or another run",
     )
     return None
 
 
 def settle(start: Path) -> None:
-    """Puts the checkpoint that a run goes on from, which `newest` found, where its last belongs, and clears away what
-    a process that died left half done.
-    """
+    """Make the checkpoint that `newest` returned the last of a resumed run, and remove the leftovers of a dead process."""
     folder = start.parent
     if start.name == NEXT:
         promote(folder)
     if start.name == PREVIOUS and (folder / LAST).is_file():
-        # As the previous of the next one it would push out this one, which is whole.
+        # The damaged last must not become the previous of the next one, in the place of a whole checkpoint.
         (folder / LAST).replace(folder / DAMAGED)
         checksum_path(folder / LAST).unlink(missing_ok=True)
     for file in (folder / LAST, folder / PREVIOUS):

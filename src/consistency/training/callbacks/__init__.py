@@ -1,1 +1,1 @@
-"""Callbacks: schedules and averages of the algorithm, and what a run leaves behind."""
+"""Callbacks of the training. Their hooks take a `ConsistencyModule`, which mypy counts as an override that is too narrow."""

@@ -1,4 +1,7 @@
-"""What happens every n optimizer steps."""
+"""Every n optimizer steps; and how callbacks find each other."""
+# mypy: disable-error-code="override"
+
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -6,9 +9,11 @@ from lightning.pytorch.callbacks import Callback
 from consistency.errors import require
 from consistency.training.module import ConsistencyModule
 
+Kind = TypeVar("Kind", bound=Callback)
+
 
 class Periodic(Callback):
-    """Calls `at_step` after every n optimizer steps that were really taken, once each, also under accumulation."""
+    """Calls `at_step` once after every n optimizer steps that are taken, also under accumulation."""
 
     def __init__(self, every_n_train_steps: int) -> None:
         require(
@@ -20,24 +25,19 @@ class Periodic(Callback):
         self.every = every_n_train_steps
         self._before = 0
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        assert isinstance(module, ConsistencyModule)
+    def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         self._before = module.k
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
-        assert isinstance(module, ConsistencyModule)
+    def on_train_batch_end(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         if module.k != self._before and module.k % self.every == 0:
             self.at_step(trainer, module)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """What is done."""
+        """Act, every n steps."""
         raise NotImplementedError
+
+
+def callback_of(trainer: L.Trainer, kind: type[Kind]) -> Kind | None:
+    """Return the first callback of a kind in a run, or None."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)

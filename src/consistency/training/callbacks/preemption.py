@@ -1,10 +1,9 @@
-"""What a run does where it is told to go: SIGTERM and SIGUSR1, as schedulers send them before they take a machine away,
-and Ctrl-C.
-"""
+"""Signals that end a run: SIGTERM and SIGUSR1, as schedulers send them before they take a machine away, and Ctrl-C."""
+# mypy: disable-error-code="override"
 
 import signal
 import threading
-from types import FrameType
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -13,56 +12,41 @@ from lightning.pytorch.callbacks import Callback
 
 from consistency.runtime import interrupt, meeting
 from consistency.training.callbacks.checkpoints import RunCheckpoints
+from consistency.training.callbacks.periodic import callback_of
 from consistency.training.faults import tell
+from consistency.training.lightning_patches import take_signals
 from consistency.training.module import ConsistencyModule
 
 
 class Preempted(SystemExit):
-    """The end of a run by a signal; its status is 128 + the signal's number: 143 for SIGTERM, 138 for SIGUSR1, 130 for
-    Ctrl-C.
-    """
+    """The end of a run by a signal. Status: 128 + its number (SIGTERM 143, SIGUSR1 138, Ctrl-C 130)."""
 
 
 class Preemption(Callback):
-    """At SIGTERM, SIGUSR1 or Ctrl-C (SIGINT), to any rank: finishes the optimizer step, writes `last.ckpt`, ends every rank with
-    `Preempted`.
+    """On SIGTERM, SIGUSR1 or Ctrl-C (SIGINT) to any rank: completes the optimizer step, writes `last.ckpt`, ends every
+    rank with `Preempted`.
 
-    Under SLURM with requeueing, Lightning's own answer to its signal (SIGUSR1, or another) follows the checkpoint: it
-    asks for the job to be queued again.
+    Under SLURM with requeueing, the checkpoint comes first; then Lightning's own handler has the job queued again.
     """
 
     def __init__(self) -> None:
-        self._received = (0, 0)  # the signal, and whether the job is to be queued again
+        self._received = (0, 0)  # the signal, and whether the job is queued again
 
-    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        """Takes the place of Lightning's handlers before it registers them: they save in the middle of a step, speak to
-        the other ranks from inside a signal, and let the run go on to the end of its only epoch. Its own agreement of
-        the ranks before every batch also hides that one of them does not answer.
-        """
-        connector: Any = trainer._signal_connector
-        self._requeue = connector._slurm_sigusr_handler_fn
-        connector._sigterm_notifier_fn = lambda number, _: self._note(number, requeue=False)
-        connector._slurm_sigusr_handler_fn = lambda number, _: self._note(number, requeue=True)
-        epoch: Any = trainer.fit_loop.epoch_loop
-        epoch._broadcast_sigterm_tensor = lambda: None
+    def setup(self, trainer: L.Trainer, module: ConsistencyModule, stage: str) -> None:
+        self._requeue = take_signals(trainer, self._note)
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Adds SIGUSR1, where nobody listens to it; Lightning restores all handlers at the end. From here to the end of
-        the training a command's first Ctrl-C is a signal as the others.
-        """
-        interrupt.call_instead(lambda: self._note(signal.SIGINT, requeue=False))
+    def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+        """Handle SIGUSR1 if nothing else does (Lightning restores all handlers at the end), and the first Ctrl-C."""
+        interrupt.call_instead(partial(self._note, signal.SIGINT))
         free = signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
         if free and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGUSR1, self._handle)
+            signal.signal(signal.SIGUSR1, lambda number, _: self._note(number))
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._note(number, requeue=False)
-
-    def _note(self, number: int, *, requeue: bool) -> None:
+    def _note(self, number: int, *, requeue: bool = False) -> None:
         self._received = (number, int(requeue))
 
     def _agreed(self, trainer: L.Trainer) -> tuple[int, int]:
-        """What any rank has received: they must leave at the same step, or those that stay wait for ever."""
+        """Return the signal of any rank: all must leave at the same step, or the others wait for ever."""
         if trainer.world_size == 1:
             return self._received
         received = torch.tensor(self._received, device=trainer.strategy.root_device)
@@ -71,39 +55,32 @@ class Preemption(Callback):
         return number, requeue
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
+        self, trainer: L.Trainer, module: ConsistencyModule, batch: Any, index: int
     ) -> None:
-        """Leaves before a step, when all is done that belongs to the one before and its metrics are logged."""
-        if batch_idx > 0 and batch_idx % trainer.accumulate_grad_batches == 0:
+        """Leave before a step: the one before is complete and its metrics are logged."""
+        if index > 0 and index % trainer.accumulate_grad_batches == 0:
             self._leave(trainer, module)
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         self._leave(trainer, module)
         interrupt.call_instead(None)
 
-    def on_exception(
-        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *_: Any) -> None:
         interrupt.call_instead(None)
         meeting.current.leaving.set()
 
-    def _leave(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert isinstance(module, ConsistencyModule)
+    def _leave(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         number, requeue = self._agreed(trainer)
         if not number:
             return
-        kept = _keep(trainer)
+        saved = "no checkpoint of it: callbacks.checkpoint=null"
+        if (checkpoints := callback_of(trainer, RunCheckpoints)) is not None:
+            reason = checkpoints.keep_last(trainer)
+            saved = (
+                f"no checkpoint of it: {reason}" if reason else f"checkpoint: {checkpoints.last}"
+            )
         if trainer.is_global_zero:
-            tell(f"{signal.Signals(number).name}: stopped after step k={module.k}; {kept}")
+            tell(f"{signal.Signals(number).name}: stopped after step k={module.k}; {saved}")
         if requeue:
             self._requeue(number, None)
         raise Preempted(128 + number)
-
-
-def _keep(trainer: L.Trainer) -> str:
-    """Writes the checkpoint; says where it stands, or why there is none."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, RunCheckpoints):
-            reason = callback.keep_last(trainer)
-            return f"no checkpoint of it: {reason}" if reason else f"checkpoint: {callback.last}"
-    return "no checkpoint of it: callbacks.checkpoint=null"

@@ -1,20 +1,20 @@
-"""Speed, and the bar that shows it."""
+"""Training speed, and the progress bar that shows it."""
+# mypy: disable-error-code="override"
 
 import time
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
 from consistency.training.module import ConsistencyModule
 
 
 class Throughput(Callback):
-    """Logs `images_per_second` over all devices and `training_seconds`, both without evaluation, pictures and checkpoints.
+    """Logs `images_per_second` over all devices and `training_seconds`, without evaluation, pictures and checkpoints.
 
-    A resumed run goes on with the seconds of the run before it.
+    The seconds of a resumed run continue those before.
     """
 
     def __init__(self) -> None:
@@ -28,14 +28,8 @@ class Throughput(Callback):
         self.total_seconds = state_dict["total_seconds"]
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: object,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: L.Trainer, module: ConsistencyModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        assert isinstance(module, ConsistencyModule)
         elapsed = time.perf_counter() - module.step_started
         self.total_seconds += elapsed
         self._seconds += elapsed
@@ -48,33 +42,25 @@ class Throughput(Callback):
 
 
 class StepBar(TQDMProgressBar):
-    """Lightning's progress bar, counting from the first batch to the last of the run."""
+    """Lightning's progress bar, from the first batch of the run to the last."""
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """A run that goes on stands where it was, and Lightning begins no epoch, which would say how long it is."""
+        """Set position and length, which Lightning sets at the start of an epoch: a resumed run starts none."""
         super().on_train_start(trainer, *_)
         bar = self.train_progress_bar
+        bar.set_description("Training")
         bar.total = self.total_train_batches
         bar.n = bar.initial = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         bar.refresh()
-
-    def init_train_tqdm(self) -> Tqdm:
-        bar = super().init_train_tqdm()
-        bar.set_description("Training")
-        return bar
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         super().on_train_epoch_start(trainer, *_)
         self.train_progress_bar.set_description("Training")
 
     def on_exception(self, *_: Any) -> None:
-        """Closes the bar, or it is drawn once more below the message that tells why the run has ended."""
+        """Close the bar, which would otherwise appear once more below the error message."""
         if self._train_progress_bar is not None:
             self._train_progress_bar.close()
 
-    def get_metrics(
-        self, trainer: L.Trainer, pl_module: L.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+    def get_metrics(self, *arguments: Any) -> dict[str, int | str | float | dict[str, float]]:
+        return {k: v for k, v in super().get_metrics(*arguments).items() if k != "v_num"}

@@ -1,6 +1,8 @@
-"""Callbacks that publish or apply a schedule: a pure function of the step k, so nothing of it is saved."""
+"""Callbacks that set N(k) and the learning rate before every batch. They are functions of the step k, so nothing is saved."""
+# mypy: disable-error-code="override"
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -9,30 +11,25 @@ from consistency.training.module import ConsistencyModule
 
 
 class ScaleSchedule(Callback):
-    """Publishes N(k), `num_scales(k)`, to the objective before every batch."""
+    """Sets N(k), the `num_scales` of the objective."""
 
     def __init__(self, *, num_scales: Callable[[int], int]) -> None:
         self.num_scales = num_scales
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        assert isinstance(module, ConsistencyModule)
+    def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         module.num_scales = self.num_scales(module.k)
         module.log("N", float(module.num_scales), prog_bar=True)
 
 
 class LearningRateSchedule(Callback):
-    """Sets the learning rate to `factor(k)` times the optimizer's own before every batch, and logs it."""
+    """Sets the learning rate to `factor(k)` times the optimizer's own, and logs it."""
 
     def __init__(self, *, factor: Callable[[int], float]) -> None:
         self.factor = factor
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        assert isinstance(module, ConsistencyModule)
-        for group in trainer.optimizers[0].param_groups:
+    def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
+        groups = trainer.optimizers[0].param_groups
+        for group in groups:
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * self.factor(module.k)
-        module.log("train/learning_rate", trainer.optimizers[0].param_groups[0]["lr"])
+        module.log("train/learning_rate", groups[0]["lr"])

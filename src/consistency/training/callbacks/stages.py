@@ -1,6 +1,8 @@
-"""The stages of progressive distillation: at each halving of N(k) the student becomes the teacher."""
+"""The stages of progressive distillation: whenever N(k) is halved, the student becomes the teacher."""
+# mypy: disable-error-code="override"
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -12,38 +14,30 @@ from consistency.training.module import ConsistencyModule
 
 
 class DistillationStages(Callback):
-    """Sets the module's `target` to the teacher of the stage, and begins the next stage where N(k) changes.
+    """Sets the module's `target` to the teacher of the stage; a new stage begins when N(k) changes.
 
-    Then the teacher takes the student's weights, the optimizer forgets its moments, and the evaluation averages start
-    again from the student [released code of Song et al. 2023, `progdist`]. num_scales: the N(k) of the run. The teacher
-    is part of the module's state, so that a resumed run has it; what happens is a function of k alone.
+    The teacher then takes the student's weights, the optimizer forgets its moments, and the evaluation averages restart
+    from the student [released code of Song et al. 2023, `progdist`]. The teacher is part of the module's state; the rest
+    is a function of k, so a run can be resumed. num_scales: k -> N(k).
     """
 
     def __init__(self, *, teacher: Denoiser, num_scales: Callable[[int], int]) -> None:
         self.teacher, self.num_scales = teacher, num_scales
 
-    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        assert isinstance(module, ConsistencyModule)
+    def setup(self, trainer: L.Trainer, module: ConsistencyModule, stage: str) -> None:
         require(
             _shapes(self.teacher) == _shapes(module.online),
             "a teacher of the same network as model=, because the student will replace it",
             "a teacher of another network",
-            "choose the model= that wrote it",
+            "choose the model= of the teacher",
         )
         module.target = frozen_copy(self.teacher)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        assert isinstance(module, ConsistencyModule) and module.target is not None
-        # Lightning puts the whole module into train mode; a teacher drops no units.
-        module.target.eval()
-        k = module.k
-        if k > 0 and self.num_scales(k) != self.num_scales(k - 1):
-            self._begin_stage(trainer, module)
-
-    def _begin_stage(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         assert module.target is not None
+        module.target.eval()  # Lightning puts the whole module into train mode; a teacher has no dropout
+        if module.k == 0 or self.num_scales(module.k) == self.num_scales(module.k - 1):
+            return
         update_average(module.target.network, module.online.network, 0.0)
         for average in module.averages.values():
             update_average(average, module.online.network, 0.0)

@@ -1,0 +1,16 @@
+"""The deliberate errors of `mutations.py` can be planted."""
+
+import pytest
+
+from mutations import MUTATIONS, ROOT, TESTS, Mutation
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_the_text_of_an_error_stands_once_in_its_file(mutation: Mutation) -> None:
+    assert (ROOT / mutation.file).read_text().count(mutation.before) == 1
+    assert mutation.before != mutation.after
+
+
+def test_the_tests_that_must_notice_exist() -> None:
+    for name in TESTS:
+        assert (ROOT / "tests" / f"test_{name}.py").is_file(), name
