@@ -7,11 +7,16 @@ class UserError(ValueError):
     expected: what the input should be.
     got: what it is.
     remedy: what to do about it.
+
+    Processes hand it over whole. torch rebuilds an error of a loader's worker from one text, which has the worker's
+    traceback in front of the message.
     """
 
-    def __init__(self, expected: str, got: object = None, remedy: str = "") -> None:
-        super().__init__(expected, got, remedy)
-        self.expected, self.got, self.remedy = expected, got, remedy
+    def __init__(self, expected: str, got: object = "", remedy: str = "") -> None:
+        if not remedy:
+            expected = expected.rpartition(f"{type(self).__qualname__}: ")[2].rstrip()
+        self.expected, self.got, self.remedy = expected, str(got), remedy
+        super().__init__(self.expected, self.got, self.remedy)
 
     def __str__(self) -> str:
         if not self.remedy:
