@@ -28,7 +28,9 @@ class Broken(Dataset[int]):
         try:
             raise OSError("an error below")
         except OSError as error:
-            raise self.kind("an image of 8 x 8", (index, "UserError"), "crop it\n      or: resize it") from error
+            raise self.kind(
+                "an image of 8 x 8", (index, "UserError"), "crop it\n      or: resize it"
+            ) from error
 
 
 def fail() -> None:

@@ -92,9 +92,9 @@ def compose(overrides: Sequence[str] = (), verb: str = "train") -> DictConfig:
     config.optimizer.lr = 1e-3
     train(config)
     """
-    from consistency import command
+    from consistency.commands.python import composed
 
-    return command.composed(overrides, verb)
+    return composed(overrides, verb)
 
 
 def train(config: DictConfig) -> float:
@@ -104,7 +104,7 @@ def train(config: DictConfig) -> float:
     Returns what a sweeper minimises: the lowest value of what callbacks.checkpoint.monitor names, by default the Fréchet
     distance of the run's evaluation; without an evaluation, the mean of the last 100 losses.
     """
-    from consistency import command
+    from consistency.commands.python import called
     from consistency.training import run
 
-    return command.called(run.train, config, "train")
+    return called(run.train, config, "train")

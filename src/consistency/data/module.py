@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from consistency.data.batches import PositionedBatches, Split, split
 from consistency.data.source import Classes, Images, OrderedSource, Source, batch_of
 from consistency.errors import require
-from consistency.orphans import end_with
 from consistency.pixels import to_unit
 from consistency.randomness import WHOLE, Share
+from consistency.runtime.signals import die_with
 from consistency.tensors import Data
 
 FAREWELL_SECONDS = 60
@@ -39,7 +39,7 @@ def _belong_to(run: int, worker: int) -> None:
     """A loader ends with the run, and leaves a signal to the whole group of processes to it: the run needs its loaders to
     the end of the step.
     """
-    end_with(run)
+    die_with(run)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(FAREWELL_SECONDS))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

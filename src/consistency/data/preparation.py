@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from consistency.command import shell_line
+from consistency.commands.overrides import shell_line
 from consistency.data.archive import Archive
 from consistency.data.cropping import Crop
 from consistency.data.decoding import MODES, ImageError
@@ -38,8 +38,8 @@ from consistency.data.opening import opened
 from consistency.data.shards import write_shards
 from consistency.data.stream import engine
 from consistency.errors import UserError, require
-from consistency.orphans import end_with
-from consistency.runtime import interrupt
+from consistency.runtime import signals
+from consistency.runtime.signals import die_with
 
 TARGETS = ("zip", "shards")
 PREPARED = "prepared.json"
@@ -178,7 +178,7 @@ class Worker:
     @classmethod
     def start(cls, source: Encoded | Held, settings: Settings, parent: int) -> None:
         """Makes the worker of this process, which ends with its parent."""
-        end_with(parent)
+        die_with(parent)
         cls.here = cls(source, settings)
 
     @classmethod
@@ -274,7 +274,7 @@ def _make(
         initargs=(source, settings, os.getpid()),
     ) as pool:
         try:
-            with interrupt.held():
+            with signals.blocked():
                 made = pool.map(Worker.work, missing.values(), missing)
             yield from made
         except BaseException:

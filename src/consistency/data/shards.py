@@ -14,8 +14,8 @@ import torch
 from consistency.data.source import Source
 from consistency.data.stream import INDEX, engine
 from consistency.errors import require
-from consistency.orphans import end_with
 from consistency.randomness import generator
+from consistency.runtime.signals import die_with
 
 UNFINISHED = "unfinished.json"
 
@@ -108,7 +108,7 @@ class Items:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if os.getpid() != self.sender:
-            end_with(self.sender)
+            die_with(self.sender)
             from litdata.processing import data_processor
 
             data_processor.Process = (
@@ -125,7 +125,7 @@ class Belonging(multiprocessing.Process):
 
     def run(self) -> None:
         """Does its work, for as long as its maker lives."""
-        end_with(self.maker)
+        die_with(self.maker)
         super().run()
 
 

@@ -20,7 +20,7 @@ from wandb.errors import UsageError
 
 from consistency.checkpoint import write_text
 from consistency.errors import require
-from consistency.training.faults import tell
+from consistency.training.io_errors import warn
 
 FLUSH_SECONDS = 0.5
 
@@ -99,7 +99,7 @@ class MetricsFile(Logger):
             self.told = False
         except OSError as error:
             if not self.told:
-                tell(f"{self.path} could not be written, its rows wait for the next one: {error}")
+                warn(f"{self.path} could not be written, its rows wait for the next one: {error}")
             self.told = True
 
     def _append(self, row: dict[str, float]) -> int:
@@ -139,7 +139,7 @@ class MetricsFile(Logger):
         """Writes what is left."""
         self.save()
         if self.waiting:
-            tell(f"{self.path} lacks the last {len(self.waiting)} rows")
+            warn(f"{self.path} lacks the last {len(self.waiting)} rows")
 
 
 def key_configured() -> bool:
@@ -164,7 +164,7 @@ class Patient:
         except Exception as error:
             if not self.failed:
                 reason = " ".join(str(error).split())
-                tell(f"{self.service} failed and is off for the rest of this run: {reason}")
+                warn(f"{self.service} failed and is off for the rest of this run: {reason}")
             self.failed = True
             return None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from consistency.errors import require
 from consistency.objectives import Losses
-from consistency.training.faults import tell
+from consistency.training.io_errors import warn
 
 SHOWN = 4
 
@@ -103,7 +103,7 @@ class NonfiniteGuard:
         self.overflows_in_a_row += 1
         place = f"in the term {term} at step k={k}"
         if self.overflows == 1 and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            tell(
+            warn(
                 f"gradients overflowed half precision {place}: the scaler leaves the step out and goes on with scale "
                 f"{scale():g}; how many there are is said at the end"
             )
@@ -117,7 +117,7 @@ class NonfiniteGuard:
     def tell_overflows(self) -> None:
         """Says how many steps the scaler has left out, where it was more than the one that was told."""
         if self.overflows > 1 and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            tell(f"the gradient scaler left out {self.overflows} steps whose gradients overflowed")
+            warn(f"the gradient scaler left out {self.overflows} steps whose gradients overflowed")
 
 
 def _bad_samples(batches: list[Losses], place: str) -> str | None:

@@ -13,13 +13,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from consistency import trusted
 from consistency.checkpoint import CHECKPOINTS, LAST, PREVIOUS, write_text
-from consistency.command import AUTO, given_options, require_fresh
+from consistency.command import AUTO, require_fresh
+from consistency.commands.overrides import given_options
 from consistency.errors import UserError, require
-from consistency.masking import MASK, masked
 from consistency.paths import path_of
-from consistency.runtime.meeting import decided
+from consistency.runtime import allowlist
+from consistency.runtime.redaction import MASK, masked
+from consistency.runtime.rendezvous import decided
 from consistency.schema import Train
 from consistency.training.rotation import newest
 
@@ -180,7 +181,7 @@ def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:
     """A run's own configuration; where its folder has been moved, the paths inside it have moved along. Beside what any
     configuration from elsewhere may name it may name `also`.
     """
-    loaded = trusted.read(folder / CONFIG, also)
+    loaded = allowlist.read(folder / CONFIG, also)
     try:
         moved = _moved(loaded, str(loaded["output"]), str(folder))
         saved = OmegaConf.merge(OmegaConf.structured(Train), moved)

@@ -22,19 +22,21 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from consistency.checkpoint import find, fingerprint, load_initial
-from consistency.command import ROOT, called, shell_line
+from consistency.commands.overrides import shell_line
+from consistency.commands.python import called
 from consistency.data.held import kept
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import require
-from consistency.masking import masked
+from consistency.paths import ROOT
+from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import is_first, require_launched
+from consistency.runtime.redaction import masked
 from consistency.training.arguments import plugins_of, require_taken, require_whole
 from consistency.training.callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.pictures import SampleGrids
-from consistency.training.faults import explained
-from consistency.training.launch import one_job
+from consistency.training.io_errors import as_user_error
 from consistency.training.logging import (
     MetricsFile,
     PatientTensorBoardLogger,
@@ -253,7 +255,7 @@ def train(config: DictConfig, output: Path) -> float:
             print("All its steps are done; trainer.max_steps=<more> makes it longer.")
         return start.value
     L.seed_everything(config.seed, workers=True, verbose=False)
-    with one_job(), explained():
+    with one_job(), as_user_error():
         loggers = build_loggers(config)
         data = build_data(config)
         module = build_module(config, data)

@@ -13,7 +13,7 @@ from consistency.errors import require
 from consistency.training import rotation
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import Periodic
-from consistency.training.faults import tell
+from consistency.training.io_errors import warn
 from consistency.training.module import ConsistencyModule
 
 
@@ -117,7 +117,7 @@ class RunCheckpoints(Periodic, Checkpoint):
     def _keep_last_or_tell(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         reason = self.keep_last(trainer)
         if reason and trainer.is_global_zero:
-            tell(f"the checkpoint of step k={module.k} could not be written: {reason}")
+            warn(f"the checkpoint of step k={module.k} could not be written: {reason}")
 
     def _keep_best(self, trainer: L.Trainer) -> None:
         found = trainer.callback_metrics.get(self.monitor) if self.monitor else None
@@ -130,7 +130,7 @@ class RunCheckpoints(Periodic, Checkpoint):
         if reason:
             self.best_value = before
             if trainer.is_global_zero:
-                tell(f"the best checkpoint so far could not be written: {reason}")
+                warn(f"the best checkpoint so far could not be written: {reason}")
 
     def _written(self, trainer: L.Trainer, path: Path) -> str | None:
         try:

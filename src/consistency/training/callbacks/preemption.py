@@ -11,9 +11,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from consistency.runtime import interrupt, meeting
+from consistency.runtime import rendezvous, signals
 from consistency.training.callbacks.checkpoints import RunCheckpoints
-from consistency.training.faults import tell
+from consistency.training.io_errors import warn
 from consistency.training.module import ConsistencyModule
 
 
@@ -50,7 +50,7 @@ class Preemption(Callback):
         """Adds SIGUSR1, where nobody listens to it; Lightning restores all handlers at the end. From here to the end of
         the training a command's first Ctrl-C is a signal as the others.
         """
-        interrupt.call_instead(lambda: self._note(signal.SIGINT, requeue=False))
+        signals.call_instead(lambda: self._note(signal.SIGINT, requeue=False))
         free = signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
         if free and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, self._handle)
@@ -79,13 +79,13 @@ class Preemption(Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._leave(trainer, module)
-        interrupt.call_instead(None)
+        signals.call_instead(None)
 
     def on_exception(
         self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
     ) -> None:
-        interrupt.call_instead(None)
-        meeting.current.leaving.set()
+        signals.call_instead(None)
+        rendezvous.current.leaving.set()
 
     def _leave(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ConsistencyModule)
@@ -94,7 +94,7 @@ class Preemption(Callback):
             return
         kept = _keep(trainer)
         if trainer.is_global_zero:
-            tell(f"{signal.Signals(number).name}: stopped after step k={module.k}; {kept}")
+            warn(f"{signal.Signals(number).name}: stopped after step k={module.k}; {kept}")
         if requeue:
             self._requeue(number, None)
         raise Preempted(128 + number)
