@@ -46,8 +46,6 @@ def evaluate(config: DictConfig, output: Path) -> float:
     quiet()
     if is_first():
         require_fresh(output)
-    for name in ("num_samples", "batch_size", "devices", "num_nodes"):
-        require(config[name] >= 1, f"{name} >= 1", config[name], "give a positive number")
     require(
         (config.checkpoint is None) != (config.samples is None),
         "checkpoint=<run or file> to draw from, or samples=<folder or .npz> that are there",

@@ -140,8 +140,6 @@ def sample(config: DictConfig, output: Path) -> None:
 
     A folder with samples of the same settings is continued: what is there is kept, what is missing is drawn.
     """
-    for name in ("num_samples", "batch_size", "devices"):
-        require(config[name] >= 1, f"{name} >= 1", config[name], "give a positive number")
     device = chosen_device(config.device)
     require_devices(config, device)
     loaded = load(config.checkpoint, weights=config.weights, role=config.role)

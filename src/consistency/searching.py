@@ -43,8 +43,6 @@ def search(config: DictConfig, output: Path) -> float:
     Returns the value of the metric at the points found.
     """
     require(config.metric in SIGNS, f"metric among {', '.join(SIGNS)}", config.metric, "choose one")
-    for name in ("points", "batch_size", "devices"):
-        require(config[name] >= 1, f"{name} >= 1", config[name], "give a positive number")
     require(
         config.num_scales >= config.points + 2,
         f"a grid of num_scales >= points + 2 = {config.points + 2}",
