@@ -15,9 +15,11 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from omegaconf import OmegaConf
 
 from conftest import TINY, Run
 from consistency import output
+from consistency.command import require_agreement
 from consistency.errors import UserError
 from consistency.runtime import rendezvous
 from consistency.runtime.ranks import PARENT, require_alone, require_launched, this_launch
@@ -285,12 +287,12 @@ def test_other_settings_than_those_of_the_first_are_refused_without_telling_valu
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rendezvous, "current", host)
-    rendezvous.require_agreement({"seed": 0, "data": {"password": "secret"}})
+    require_agreement(OmegaConf.create({"seed": 0, "data": {"password": "secret"}}))
     other = guest(host)
     assert "secret" not in str(host._sent)
     monkeypatch.setattr(rendezvous, "current", other)
     with pytest.raises(UserError, match="seed=5 on rank 1"):
-        rendezvous.require_agreement({"seed": 5, "data": {"password": "secret"}})
+        require_agreement(OmegaConf.create({"seed": 5, "data": {"password": "secret"}}))
 
 
 def test_a_process_that_hangs_is_ended_with_the_reason(

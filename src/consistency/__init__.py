@@ -16,12 +16,13 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 4, paragraph  objectives
     the shell           checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
-                        orphans (no process outlives its parent), output (folders that a command makes), caches (where there is no home), paths (as people give
+                        output (folders that a command makes), caches (where there is no home), paths (as people give
                         them), binding (do parts take the arguments beside them),
-                        masking (no secrets in what is written), trusted (what a configuration from elsewhere may name),
                         sampling, evaluating, retouching, searching, page, comparison, conversion and speed (the commands)
-      runtime           ranks (this process among others), meeting (the first decides, all know of an end), files (written whole,
-                        checksums), interrupt (Ctrl-C), first (what a verb imports first)
+      commands          overrides (options of the command line), python (the commands without a command line)
+      runtime           ranks, rendezvous (the first decides, all know of an end), launch (DDP), signals (Ctrl-C), files
+                        (written whole, with checksums), redaction (no secrets in what is written), allowlist (what a
+                        configuration from elsewhere may name)
       formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
                         opened (what a file yields), released (published files by name), reading, pickles, messagepack,
                         wrapped (state dicts wherever they stand) and timetable (parts of the above)
@@ -32,10 +33,9 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
                         decoding and cropping of one image, download, opening (what lies at a path), given (the images of
                         a person), preparation (the command)
       evaluation        measuring (the measures), extractors (whose features), reference (what is compared with), classifier,
-                        ranks, clock
+                        clock
       training          run (configuration -> finished run), arguments (of Lightning), resuming (where it begins), module
-                        (the LightningModule), nonfinite, launch (DDP), rotation (of checkpoints), logging, faults (of disks and
-                        folders); callbacks: schedules averages stages periodic checkpoints preemption evaluation pictures progress
+                        (the LightningModule), nonfinite, rotation (of checkpoints), logging, io_errors; callbacks: schedules averages stages periodic checkpoints preemption evaluation pictures progress
 """
 
 from __future__ import annotations

@@ -20,13 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from consistency import schema
 from consistency.binding import require_bound
-from consistency.commands.overrides import for_hydra, is_sweep
+from consistency.commands.overrides import changes, for_hydra, is_sweep
 from consistency.errors import UserError, require
 from consistency.output import claimed, is_claimed, register_dated, remove_unused
 from consistency.paths import ROOT, path_of
 from consistency.runtime import rendezvous, signals
 from consistency.runtime.ranks import is_started_here, require_alone, this_launch
-from consistency.runtime.redaction import masked_output, masked_text
+from consistency.runtime.redaction import masked, masked_output, masked_text
 
 INSIDE = "_CONSISTENCY_COMMAND"
 """A variable that is set inside a command."""
@@ -191,11 +191,28 @@ def _joined(verb: str, config: DictConfig) -> Iterator[Path]:
         option = COLLECTIVE[verb]
         processes = _processes(config.trainer if option else config)
         with rendezvous.joined(*processes, option=option, cleanup=remove_unused):
-            settings: Any = OmegaConf.to_container(config, resolve=False)
-            rendezvous.require_agreement({k: v for k, v in settings.items() if k != "output"})
+            require_agreement(config)
             yield _settled(config, Path(rendezvous.decided(lambda: str(output_path(config)))))
     finally:
         remove_unused()
+
+
+def require_agreement(config: DictConfig) -> None:
+    """Refuse options of this process that differ from those of the first, before that one decides anything else.
+
+    A rank that was started from inside the job has the options of the first, resolved. Secrets are not compared.
+    """
+    settings = masked(OmegaConf.to_container(config, resolve=False))
+    first = rendezvous.decided(lambda: settings)
+    different = [] if is_started_here() else list(changes(first, settings))
+    shown = ", ".join(option.lstrip("+") for option in different[:4])
+    require(
+        not different,
+        "the same settings on every process of the job",
+        f"{shown} on {rendezvous.current.name}, and something else on rank 0",
+        "give every process the same command",
+    )
+    rendezvous.current.confirm()
 
 
 def _processes(node: DictConfig) -> tuple[int | None, int, float]:

@@ -1,7 +1,7 @@
 """Redaction: passwords, keys and tokens in the options of a run are neither written nor printed.
 
 A secret is the text between :// and @ in an address (s3://key:secret@bucket), or the value of an option or parameter with
-a telling name (data.source.storage_options.aws_secret_access_key=..., ?token=...). The environment is never stored.
+a name like `NAMES` (data.source.storage_options.aws_secret_access_key=..., ?token=...). The environment is never stored.
 """
 
 import re

@@ -14,11 +14,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from hashlib import blake2b
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from queue import Empty, Queue
@@ -100,6 +99,7 @@ class Rendezvous:
         self.explain: Callable[[End], End] = lambda end: end
         self.cleanup: Callable[[], None] = lambda: None
         self._closed = False
+        self._inbox: Queue[Any] = Queue()
         self._lock = threading.RLock()
 
     def decided(self, decide: Callable[[], T]) -> T:
@@ -107,18 +107,20 @@ class Rendezvous:
         return decide()
 
     def confirm(self) -> None:
-        """Agree with the decisions; the first process waits until all do."""
+        """Agree with the decisions so far; the first process waits until all have agreed."""
 
     def failed(self, error: BaseException) -> None:
         """Report an error that ends this process, unless it comes from another one or ends all at the same step."""
         self.leaving.set()
-        if isinstance(error, Interrupted):
-            self.report(End(self.name, "stopped by Ctrl-C", STOPPED))
-        elif isinstance(error, UserError) and not isinstance(error, EndedError):
-            self.report(End(self.name, masked_text(str(error)), 2))
-        elif isinstance(error, Exception) and not isinstance(error, EndedError):
-            first = str(error).strip().partition("\n")[0]
-            self.report(End(self.name, masked_text(f"{type(error).__name__}: {first}"), 1))
+        if isinstance(error, EndedError) or not isinstance(error, Interrupted | Exception):
+            return
+        first = str(error).strip().partition("\n")[0]
+        text, status = f"{type(error).__name__}: {first}", 1
+        if isinstance(error, UserError):
+            text, status = str(error), 2
+        elif isinstance(error, Interrupted):
+            text, status = "stopped by Ctrl-C", STOPPED
+        self.report(End(self.name, masked_text(text), status))
 
     def report(self, end: End) -> None:
         """Tell all others that the job is over, and see that this process ends as well."""
@@ -127,6 +129,7 @@ class Rendezvous:
                 return
             self.end = end
             self._send(replace(end, near=False))
+        self._inbox.put(end)
         self.ended.set()
         if end.name != self.name:
             threading.Thread(target=self._end_process, daemon=True).start()
@@ -157,7 +160,7 @@ class Rendezvous:
         """Take the messages of another process until it leaves or ends."""
         try:
             while not isinstance(message := link.recv(), End) and message != BYE:
-                self._take(name, message)
+                self._inbox.put(message)
         except (EOFError, OSError):
             message = End(name, SILENT, 1)
         with self._lock:
@@ -166,8 +169,13 @@ class Rendezvous:
         if isinstance(message, End) and self.end is None and not self._closed:
             self.report(self.explain(message))
 
-    def _take(self, name: str, message: Any) -> None:
-        raise NotImplementedError
+    def _next(self, seconds: float | None = None) -> Any:
+        """Wait for a message, but not for one that is the end."""
+        message = self._inbox.get(timeout=seconds)
+        if isinstance(message, End):
+            self.leaving.set()
+            raise EndedError(message)
+        return message
 
     def _end_process(self) -> None:
         """End this process, if it does not notice by itself that the job is over."""
@@ -183,11 +191,11 @@ class Rendezvous:
 class Host(Rendezvous):
     """The rendezvous of the first process."""
 
-    def __init__(self, interface: str) -> None:
+    def __init__(self, interface: str, store: object = None) -> None:
         super().__init__()
+        self._store = store  # torch's store lives as long as the rendezvous
         self.token = secrets.token_hex(16)
         self._others = 0
-        self._agreed: set[str] = set()
         self._sent: list[object] = []
         self._server = socket.create_server((interface, 0), backlog=128)
         self.port = int(self._server.getsockname()[1])
@@ -215,9 +223,6 @@ class Host(Rendezvous):
             self._sent.append(message)
             super()._send(message)
 
-    def _take(self, name: str, message: Any) -> None:
-        self._agreed.add(name)
-
     def decided(self, decide: Callable[[], T]) -> T:
         value = decide()
         self._send((value,))
@@ -244,9 +249,8 @@ class Host(Rendezvous):
             raise EndedError(self.end)
 
     def confirm(self) -> None:
-        while len(self._agreed) < self._others:
-            if self.ended.wait(0.02) and self.end is not None:
-                raise EndedError(self.end)
+        for _ in range(self._others):
+            self._next()
 
     def close(self) -> None:
         super().close()
@@ -268,7 +272,6 @@ class Guest(Rendezvous):
         super().__init__(name)
         address, port, token = host
         self._seconds = seconds
-        self._decisions: Queue[Any] = Queue()
         self.links["rank 0"] = link = _link(connected(address, port, 0.0))
         try:
             if not link.poll(seconds):
@@ -280,21 +283,15 @@ class Guest(Rendezvous):
             raise EndedError(End("rank 0", SILENT, 1)) from error
         threading.Thread(target=self._listen, args=("rank 0", link), daemon=True).start()
 
-    def _take(self, name: str, message: Any) -> None:
-        self._decisions.put(message[0])
-
     def decided(self, decide: Callable[[], T]) -> T:
-        until = time.monotonic() + self._seconds
-        while time.monotonic() < until:
-            with suppress(Empty):
-                value: T = self._decisions.get(timeout=0.1)
-                return value
-            if self.end is not None:
-                self.leaving.set()
-                raise EndedError(self.end)
-        raise UserError(
-            "a decision of rank 0", f"none in {self._seconds:.0f} s", "look what it waits for"
-        )
+        try:
+            (value,) = self._next(self._seconds)
+        except Empty:
+            raise UserError(
+                "a decision of rank 0", f"none in {self._seconds:.0f} s", "look what it waits for"
+            ) from None
+        decision: T = value
+        return decision
 
     def confirm(self) -> None:
         self._send("agreed")
@@ -390,8 +387,7 @@ def _met(launch: Launch, devices: int | None, nodes: int, seconds: float) -> Ren
     address, port = _first_machine(launch)
     store = _store(address, port, launch.first, seconds)
     if launch.first:
-        host = Host("")
-        host.store = store  # type: ignore[attr-defined]  # it lives as long as the rendezvous
+        host = Host("", store)
         os.environ[ADDRESS] = json.dumps([address, host.port, host.token])
         store.set("first", os.environ[ADDRESS])
         return host
@@ -465,35 +461,3 @@ def connected(address: str, port: int, seconds: float) -> socket.socket:
                     "and open the ports between the machines",
                 ) from error
         time.sleep(0.2)
-
-
-def require_agreement(settings: Mapping[str, Any]) -> None:
-    """Refuse settings of this process that differ from those of the first, before that one decides anything else.
-
-    Only digests are sent. A process that was started from inside the job has the settings of the first, resolved.
-    """
-    values = dict(_leaves("", settings))
-    own = {key: _digest(value) for key, value in values.items()}
-    first = decided(lambda: own)
-    keys = [] if is_started_here() else dict.fromkeys([*own, *first])
-    other = [key for key in keys if own.get(key) != first.get(key)]
-    shown = ", ".join(f"{key}={values.get(key, 'nothing')}" for key in other[:4])
-    require(
-        not other,
-        "the same settings on every process of the job",
-        f"{shown} on {current.name}, and something else on rank 0",
-        "give every process the same command",
-    )
-    current.confirm()
-
-
-def _leaves(key: str, node: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
-        for name, value in node.items():
-            yield from _leaves(f"{key}.{name}" if key else str(name), value)
-    else:
-        yield key, node
-
-
-def _digest(value: Any) -> str:
-    return blake2b(json.dumps(value, default=str).encode(), digest_size=8).hexdigest()
