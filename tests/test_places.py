@@ -227,7 +227,7 @@ def test_a_refused_command_leaves_no_folder_at_its_output(verb: Run, tmp_path: P
 
 
 def guest(host: Host, name: str = "rank 1") -> Guest:
-    return Guest(name, ("127.0.0.1", host.port, host.token), 5.0)
+    return Guest(name, ["127.0.0.1", host.port, host.token], 5.0)
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ def test_a_connection_that_ends_without_a_word_is_a_death(host: Host) -> None:
 
 def test_a_process_without_the_token_is_no_guest(host: Host) -> None:
     with pytest.raises(EndedError, match="rank 0 ended"):
-        Guest("rank 1", ("127.0.0.1", host.port, "guess"), 5.0)
+        Guest("rank 1", ["127.0.0.1", host.port, "guess"], 5.0)
     with pytest.raises(UserError, match="1 after 0 s"):
         host.gather(1, 0.2)
 

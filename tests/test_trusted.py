@@ -64,7 +64,26 @@ def test_every_run_of_ours_is_trusted_and_holds_no_secret(choice: str) -> None:
     assert masked(config) == config
 
 
-def test_the_list_names_what_is_there() -> None:
+PARTS = [
+    "consistency.distances.L1", "consistency.pairs.RatioPairs", "consistency.networks.mlp.MLP",
+    "consistency.preconditioning.TrigFlow", "consistency.weightings.inverse_gap", "torch.optim.SGD", "torch.optim.AdamW",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", PARTS)
+def test_parts_that_no_configuration_of_ours_names_are_known(target: str) -> None:
+    require_trusted({"_target_": target}, "a run")
+
+
+def test_every_network_is_known() -> None:
+    for file in (ROOT / "src" / "consistency" / "networks").glob("[a-z]*.py"):
+        module = f"consistency.networks.{file.stem}"
+        for name, value in vars(__import__(module, fromlist=["_"])).items():
+            if isinstance(value, type) and value.__module__ == module:
+                assert allowlist.is_allowed(f"{module}.{name}")
+
+
+def test_the_allowlist_names_definitions() -> None:
     for target in allowlist.shipped():
         module, _, name = target.rpartition(".")
         assert callable(getattr(__import__(module, fromlist=[name]), name)), target

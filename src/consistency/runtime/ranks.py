@@ -110,16 +110,13 @@ def is_started_here() -> bool:
 
 
 def require_launched(devices: int | None, nodes: int, option: str = "") -> None:
-    """Refuse numbers of devices and machines that the launcher contradicts.
-
-    Lightning would take the launcher's numbers in silence, or wait for ever.
+    """Refuse numbers of devices and machines that the launcher contradicts; Lightning would ignore them or wait for ever.
 
     devices: None if the number is not known yet.
     option: what stands before `devices` and `num_nodes` on the command line.
     """
     launch = this_launch()
-    if launch.launcher == "srun":
-        _require_srun(launch, devices, nodes)
+    _require_srun(launch, devices, nodes)
     processes = devices and devices * nodes
     each = (launch.processes or 1) // nodes or 1
     unset = launch.launcher in ("", "LOCAL_RANK") and "MASTER_PORT" not in os.environ
@@ -155,7 +152,7 @@ def require_launched(devices: int | None, nodes: int, option: str = "") -> None:
             f"say {option}devices=<processes of each machine>, or unset LOCAL_RANK",
         ),
         (
-            not unset or nodes == 1,
+            nodes == 1 or not unset,
             f"MASTER_ADDR, MASTER_PORT and NODE_RANK, which connect {option}num_nodes={nodes} machines",
             "none of them",
             "set them on every machine: address and a free port of the first, and 0, 1, ... ; or use srun or torchrun",
@@ -165,6 +162,8 @@ def require_launched(devices: int | None, nodes: int, option: str = "") -> None:
 
 
 def _require_srun(launch: Launch, devices: int | None, nodes: int) -> None:
+    if launch.launcher != "srun":
+        return
     line = shlex.join(["python", *sys.argv])
     processes = launch.processes or 1
     require(

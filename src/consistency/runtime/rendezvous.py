@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -268,7 +268,7 @@ class Guest(Rendezvous):
 
     patience = GRACE
 
-    def __init__(self, name: str, host: tuple[str, int, str], seconds: float) -> None:
+    def __init__(self, name: str, host: Sequence[Any], seconds: float) -> None:
         super().__init__(name)
         address, port, token = host
         self._seconds = seconds
