@@ -190,7 +190,8 @@ def _joined(verb: str, config: DictConfig) -> Iterator[Path]:
             return
         option = COLLECTIVE[verb]
         processes = _processes(config.trainer if option else config)
-        with rendezvous.joined(*processes, option=option, cleanup=remove_unused):
+        with rendezvous.joined(*processes, option):
+            rendezvous.current.cleanup = remove_unused
             require_agreement(config)
             yield _settled(config, Path(rendezvous.decided(lambda: str(output_path(config)))))
     finally:

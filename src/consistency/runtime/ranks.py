@@ -1,4 +1,4 @@
-"""Ranks: which of a job's processes this one is, and what the ranks exchange and share.
+"""Ranks: which of a job's processes this one is, where the first one is, and what the ranks exchange.
 
 srun, torchrun, jsrun, mpirun or a script of one's own (LOCAL_RANK) start every process of a job. Without a launcher, the
 first process of each machine starts the others of that machine; NODE_RANK numbers several machines.
@@ -8,13 +8,16 @@ Importing this module imports no torch: `signals` needs it first.
 
 import os
 import shlex
+import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from consistency.errors import require
+from consistency.errors import UserError, require
 
 T = TypeVar("T")
 
@@ -74,6 +77,63 @@ class Launch:
         """The number of processes and their launcher, for a message."""
         variable = VARIABLES[self.launcher][1].partition(" ")[0]
         return f"{self.processes}, started by {self.launcher} ({variable}={self.processes})"
+
+    def first_address(self) -> tuple[str, int]:
+        """Return address and port of the first process, as Lightning finds them."""
+        from lightning.fabric.plugins import environments as theirs
+
+        kinds = {
+            "srun": theirs.SLURMEnvironment,
+            "jsrun": theirs.LSFEnvironment,
+            "mpirun": theirs.MPIEnvironment,
+        }
+        if self.launcher in kinds:
+            environment = kinds[self.launcher]()
+            return environment.main_address, environment.main_port
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        return address, int(os.environ.get("MASTER_PORT", "29500"))
+
+    def store(self, seconds: float) -> Any:
+        """Return torch's store at the first process; torchrun keeps it in a process of its own.
+
+        seconds: how long to wait for it, and for its values.
+        """
+        from torch.distributed import PrefixStore, TCPStore
+
+        address, port = self.first_address()
+        serve = self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+        if not serve:  # torch prints a stack trace while it waits
+            connected(address, port, seconds).close()
+        try:
+            timeout = timedelta(seconds=seconds)
+            store = TCPStore(
+                address, port, None, serve, timeout, wait_for_workers=False, multi_tenant=True
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"a free port at MASTER_PORT={port} of this machine, {address}",
+                str(error).splitlines()[0][:300],
+                "choose another MASTER_PORT",
+            ) from error
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"consistency/{attempt}", store)
+
+
+def connected(address: str, port: int, seconds: float) -> socket.socket:
+    """Connect to a port of the first process, and try again for `seconds` if nobody listens there."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=30.0)
+        except OSError as error:
+            if time.monotonic() >= until:
+                raise UserError(
+                    f"the first process of this job at {address}:{port}",
+                    f"none in {seconds:.0f} s ({error})",
+                    "start it, set MASTER_ADDR and MASTER_PORT to where it is, the same on every machine, "
+                    "and open the ports between the machines",
+                ) from error
+        time.sleep(0.2)
 
 
 def this_launch(env: Mapping[str, str] = os.environ) -> Launch:

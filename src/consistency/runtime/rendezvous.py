@@ -1,10 +1,10 @@
 """Rendezvous: the processes of a job meet, the first decides, and the end of one is known to all.
 
-Every process holds a connection to the first. It carries decisions, and the last message of a process that ends. A
-connection that closes without a message belongs to a process that was killed; a process that hangs keeps its connection.
+Every process holds a connection to the first, for decisions and the message of a process that ends. A connection that
+closes without a message belongs to a process that was killed; a process that hangs keeps its connection.
 
-Processes that a launcher started find the first by torch's store at MASTER_ADDR:MASTER_PORT, which torch itself uses
-later; those that another process of the job started find it by a variable.
+Processes of a launcher find the first by torch's store at MASTER_ADDR:MASTER_PORT, which torch itself uses later; those
+that another process of the job started find it by a variable.
 """
 
 import json
@@ -17,14 +17,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from queue import Empty, Queue
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from consistency.errors import UserError, require
-from consistency.runtime.ranks import Launch, is_started_here, require_launched, this_launch
+from consistency.runtime.ranks import (
+    Launch,
+    connected,
+    is_started_here,
+    require_launched,
+    this_launch,
+)
 from consistency.runtime.redaction import masked_text
 from consistency.runtime.signals import STOPPED, Interrupted
 
@@ -33,20 +38,14 @@ T = TypeVar("T")
 ADDRESS = "_CONSISTENCY_RENDEZVOUS"
 """The variable with address, port and token of the first process, for processes started from inside the job."""
 
-NOTICE = 5.0
-"""Seconds after which a process whose job has ended, and that has not noticed it by itself, is ended."""
+# Seconds:
+NOTICE = 5.0  # until a process that has not noticed the end of its job is ended
+GRACE = 40.0  # until a process that has noticed it is ended; W&B may take most of them
+EARLY = 30.0  # that a process that fails before the rendezvous waits to report its error
+WAITING = 10.0  # until the first process prints that it waits
 
-GRACE = 40.0
-"""Seconds that a process has to end by itself; W&B may take most of them."""
-
-EARLY = 30.0
-"""Seconds that a process that fails before the rendezvous waits to report its error."""
-
-WAITING = 10.0
-"""Seconds after which the first process prints that it waits."""
-
+# A machine that is gone is noticed after two minutes; the kernel answers for a process that hangs.
 KEEP_ALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
-"""A machine that is gone is noticed after two minutes; the kernel answers for a process that hangs."""
 
 BYE = "bye"
 SILENT = (
@@ -69,7 +68,7 @@ class End:
 
     @property
     def text(self) -> str:
-        """The message; on one line if it comes from another terminal."""
+        """The message, on one line if it comes from another terminal."""
         if self.near:
             return self.message
         text = f"{self.name}{' ' if self.message == SILENT else ': '}{self.message}"
@@ -88,8 +87,7 @@ class EndedError(UserError):
 class Rendezvous:
     """The rendezvous of a process that has not met others."""
 
-    patience = NOTICE
-    """Seconds that it waits for the reason of a connection that torch has lost."""
+    patience = NOTICE  # for the reason of a connection that torch has lost
 
     def __init__(self, name: str = "rank 0") -> None:
         self.name = name
@@ -157,7 +155,6 @@ class Rendezvous:
                     link.send(message)
 
     def _listen(self, name: str, link: Connection) -> None:
-        """Take the messages of another process until it leaves or ends."""
         try:
             while not isinstance(message := link.recv(), End) and message != BYE:
                 self._inbox.put(message)
@@ -170,8 +167,12 @@ class Rendezvous:
             self.report(self.explain(message))
 
     def _next(self, seconds: float | None = None) -> Any:
-        """Wait for a message, but not for one that is the end."""
-        message = self._inbox.get(timeout=seconds)
+        """Wait for a message; raise the error of one that is the end."""
+        try:
+            message = self._inbox.get(timeout=seconds)
+        except Empty:
+            got = f"none in {seconds:.0f} s"
+            raise UserError("a decision of rank 0", got, "look what it waits for") from None
         if isinstance(message, End):
             self.leaving.set()
             raise EndedError(message)
@@ -284,14 +285,7 @@ class Guest(Rendezvous):
         threading.Thread(target=self._listen, args=("rank 0", link), daemon=True).start()
 
     def decided(self, decide: Callable[[], T]) -> T:
-        try:
-            (value,) = self._next(self._seconds)
-        except Empty:
-            raise UserError(
-                "a decision of rank 0", f"none in {self._seconds:.0f} s", "look what it waits for"
-            ) from None
-        decision: T = value
-        return decision
+        return cast(T, self._next(self._seconds)[0])
 
     def confirm(self) -> None:
         self._send("agreed")
@@ -306,11 +300,8 @@ def _link(connection: socket.socket) -> Connection:
     return Connection(connection.detach())
 
 
-current = Rendezvous()
-"""The rendezvous of this process's job."""
-
-tried = False
-"""Whether this process has looked for the others."""
+current = Rendezvous()  # of this process's job
+tried = False  # whether this process has looked for the others
 
 os.register_at_fork(after_in_child=lambda: current.forget())
 
@@ -326,7 +317,6 @@ def joined(
     nodes: int,
     seconds: float,
     option: str = "",
-    cleanup: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Join the processes of a job for the time of the body, and report an error that ends it.
 
@@ -334,7 +324,6 @@ def joined(
     nodes: machines.
     seconds: how long the processes wait for each other.
     option: as of `require_launched`.
-    cleanup: called before this process is ended because another one has ended the job.
     """
     global current, tried
     tried, launch = True, this_launch()
@@ -343,9 +332,7 @@ def joined(
     if (alone and ADDRESS not in os.environ) or (not alone and launch.processes == 1):
         yield
         return
-    before = os.environ.get(ADDRESS)
     current = rendezvous = _met(launch, devices, nodes, seconds)
-    rendezvous.cleanup = cleanup
     try:
         if isinstance(rendezvous, Host):
             # Without a launcher, the other ranks of this machine are started later, from inside the job.
@@ -358,9 +345,8 @@ def joined(
     finally:
         rendezvous.close()
         current = Rendezvous()
-        os.environ.pop(ADDRESS, None)
-        if before is not None:
-            os.environ[ADDRESS] = before
+        if not is_started_here():
+            os.environ.pop(ADDRESS, None)
 
 
 def report_early(error: BaseException, text: str) -> None:
@@ -384,80 +370,19 @@ def _met(launch: Launch, devices: int | None, nodes: int, seconds: float) -> Ren
         host = Host("127.0.0.1")
         os.environ[ADDRESS] = json.dumps(["127.0.0.1", host.port, host.token])
         return host
-    address, port = _first_machine(launch)
-    store = _store(address, port, launch.first, seconds)
+    address, port = launch.first_address()
+    store = launch.store(seconds)
     if launch.first:
         host = Host("", store)
         os.environ[ADDRESS] = json.dumps([address, host.port, host.token])
         store.set("first", os.environ[ADDRESS])
         return host
-    start = time.monotonic()
     try:
         os.environ[ADDRESS] = store.get("first").decode()
     except RuntimeError as error:
-        require(
-            time.monotonic() - start < seconds,
-            "the first process of this job",
-            f"none in {seconds:.0f} s at {address}:{port}",
-            "start it, or look into its log",
-        )
-        raise EndedError(End("rank 0", SILENT, 1)) from error
-    return Guest(name, json.loads(os.environ[ADDRESS]), seconds)
-
-
-def _store(address: str, port: int, first: bool, seconds: float) -> Any:
-    """Return torch's store at the first process; torchrun keeps it in a process of its own."""
-    from torch.distributed import PrefixStore, TCPStore
-
-    serve = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-    if not serve:
-        connected(address, port, seconds).close()
-    try:
-        store = TCPStore(
-            address,
-            port,
-            is_master=serve,
-            timeout=timedelta(seconds=seconds),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except RuntimeError as error:
         raise UserError(
-            f"a free port at MASTER_PORT={port} of this machine, {address}",
-            str(error).splitlines()[0][:300],
-            "choose another MASTER_PORT",
+            f"the first process of this job at {address}:{port}",
+            f"none in {seconds:.0f} s, or a lost connection ({str(error).splitlines()[0][:300]})",
+            "start it, or look into its log",
         ) from error
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"consistency/{attempt}", store)
-
-
-def _first_machine(launch: Launch) -> tuple[str, int]:
-    """Return address and port of the first process, as Lightning finds them."""
-    from lightning.fabric.plugins import environments as theirs
-
-    kinds = {
-        "srun": theirs.SLURMEnvironment,
-        "jsrun": theirs.LSFEnvironment,
-        "mpirun": theirs.MPIEnvironment,
-    }
-    if launch.launcher in kinds:
-        environment = kinds[launch.launcher]()
-        return environment.main_address, environment.main_port
-    return os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29500"))
-
-
-def connected(address: str, port: int, seconds: float) -> socket.socket:
-    """Connect to a port of the first process, and try again for `seconds` if nobody listens there."""
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            return socket.create_connection((address, port), timeout=30.0)
-        except OSError as error:
-            if time.monotonic() >= until:
-                raise UserError(
-                    f"the first process of this job at {address}:{port}",
-                    f"none in {seconds:.0f} s ({error})",
-                    "start it, set MASTER_ADDR and MASTER_PORT to where it is, the same on every machine, "
-                    "and open the ports between the machines",
-                ) from error
-        time.sleep(0.2)
+    return Guest(name, json.loads(os.environ[ADDRESS]), seconds)
