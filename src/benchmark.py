@@ -1,8 +1,11 @@
-"""Measures speed: `python src/benchmark.py part=data data=digits`; conf/benchmark.yaml has the options."""
+"""Measure speed: `python src/benchmark.py part=data data=digits`; conf/benchmark.yaml has the options."""
 
-import consistency.runtime.first  # noqa: F401  (before all else, for its effect)
-from consistency.command import command
-from consistency.speed import benchmark
+from consistency.runtime.signals import take_over
+
+take_over()  # before torch is imported
 
 if __name__ == "__main__":
+    from consistency.command import command
+    from consistency.speed import benchmark
+
     command("benchmark")(benchmark)()

@@ -1,8 +1,11 @@
-"""Compares modes at equal training time: `python src/compare.py`; conf/compare.yaml has the options."""
+"""Compare modes at equal training time: `python src/compare.py`; conf/compare.yaml has the options."""
 
-import consistency.runtime.first  # noqa: F401  (before all else, for its effect)
-from consistency.command import command
-from consistency.comparison import compare
+from consistency.runtime.signals import take_over
+
+take_over()  # before torch is imported
 
 if __name__ == "__main__":
+    from consistency.command import command
+    from consistency.comparison import compare
+
     command("compare")(compare)()

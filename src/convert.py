@@ -1,10 +1,13 @@
-"""Converts a checkpoint or checks one: `python src/convert.py source=<file> to=ours output=<path>`; conf/convert.yaml
+"""Convert a checkpoint or check one: `python src/convert.py source=<file> to=ours output=<path>`; conf/convert.yaml
 has the options.
 """
 
-import consistency.runtime.first  # noqa: F401  (before all else, for its effect)
-from consistency.command import command
-from consistency.conversion import convert
+from consistency.runtime.signals import take_over
+
+take_over()  # before torch is imported
 
 if __name__ == "__main__":
+    from consistency.command import command
+    from consistency.conversion import convert
+
     command("convert")(convert)()

@@ -1,8 +1,11 @@
-"""Serves a page for trying a checkpoint: `python src/demo.py checkpoint=<run or file>`; conf/demo.yaml has the options."""
+"""Serve a page for trying a checkpoint: `python src/demo.py checkpoint=<run or file>`; conf/demo.yaml has the options."""
 
-import consistency.runtime.first  # noqa: F401  (before all else, for its effect)
-from consistency.command import command
-from consistency.page import demo
+from consistency.runtime.signals import take_over
+
+take_over()  # before torch is imported
 
 if __name__ == "__main__":
+    from consistency.command import command
+    from consistency.page import demo
+
     command("demo")(demo)()

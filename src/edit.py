@@ -1,10 +1,13 @@
-"""Edits images: `python src/edit.py task=inpaint input=<image or folder> checkpoint=<run or file>`; conf/edit.yaml has
+"""Edit images: `python src/edit.py task=inpaint input=<image or folder> checkpoint=<run or file>`; conf/edit.yaml has
 the options.
 """
 
-import consistency.runtime.first  # noqa: F401  (before all else, for its effect)
-from consistency.command import command
-from consistency.retouching import edit
+from consistency.runtime.signals import take_over
+
+take_over()  # before torch is imported
 
 if __name__ == "__main__":
+    from consistency.command import command
+    from consistency.retouching import edit
+
     command("edit")(edit)()

@@ -1,8 +1,11 @@
-"""Measures samples: `python src/evaluate.py checkpoint=<run or file> data=cifar10`; conf/evaluate.yaml has the options."""
+"""Measure samples: `python src/evaluate.py checkpoint=<run or file> data=cifar10`; conf/evaluate.yaml has the options."""
 
-import consistency.runtime.first  # noqa: F401  (before all else, for its effect)
-from consistency.command import command
-from consistency.evaluating import evaluate
+from consistency.runtime.signals import take_over
+
+take_over()  # before torch is imported
 
 if __name__ == "__main__":
+    from consistency.command import command
+    from consistency.evaluating import evaluate
+
     command("evaluate")(evaluate)()

@@ -1,10 +1,13 @@
-"""Makes a set of images in one zip: `python src/prepare.py source=<images> resolution=64 output=<file>.zip`;
+"""Make a set of images in one zip: `python src/prepare.py source=<images> resolution=64 output=<file>.zip`;
 conf/prepare.yaml has the options.
 """
 
-import consistency.runtime.first  # noqa: F401  (before all else, for its effect)
-from consistency.command import command
-from consistency.data.preparation import prepare
+from consistency.runtime.signals import take_over
+
+take_over()  # before torch is imported
 
 if __name__ == "__main__":
+    from consistency.command import command
+    from consistency.data.preparation import prepare
+
     command("prepare")(prepare)()

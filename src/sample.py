@@ -1,8 +1,11 @@
-"""Draws samples: `python src/sample.py checkpoint=<run or file> sampler=onestep`; conf/sample.yaml has the options."""
+"""Draw samples: `python src/sample.py checkpoint=<run or file> sampler=onestep`; conf/sample.yaml has the options."""
 
-import consistency.runtime.first  # noqa: F401  (before all else, for its effect)
-from consistency.command import command
-from consistency.sampling import sample
+from consistency.runtime.signals import take_over
+
+take_over()  # before torch is imported
 
 if __name__ == "__main__":
+    from consistency.command import command
+    from consistency.sampling import sample
+
     command("sample")(sample)()

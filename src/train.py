@@ -1,8 +1,11 @@
-"""Trains a consistency model or a teacher: `python src/train.py mode=ect data=digits`; conf/train.yaml has the options."""
+"""Train a consistency model or a teacher: `python src/train.py mode=ect data=digits`; conf/train.yaml has the options."""
 
-import consistency.runtime.first  # noqa: F401  (before all else, for its effect)
-from consistency.command import command
-from consistency.training.run import train
+from consistency.runtime.signals import take_over
+
+take_over()  # before torch is imported
 
 if __name__ == "__main__":
+    from consistency.command import command
+    from consistency.training.run import train
+
     command("train")(train)()

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 
 from consistency.errors import UserError
-from consistency.runtime.ranks import here
+from consistency.runtime.ranks import this_launch
 from consistency.tensors import PerSample, Time
 from consistency.training.module import ConsistencyModule
 
@@ -54,7 +54,7 @@ class Poisoned:
 
     def __init__(self, *, calls: Sequence[int], rank: int | None = None) -> None:
         self.calls, self.made = set(calls), 0
-        self.here = rank in (None, here().number(1))
+        self.here = rank in (None, this_launch().global_rank(1))
 
     def __call__(self, t: Time, r: Time) -> PerSample:
         weight = torch.ones_like(t)
@@ -69,7 +69,7 @@ class At(Callback):
 
     def __init__(self, *, batch: int, rank: int | None = None) -> None:
         self.batch = batch
-        self.here = rank in (None, here().number(1))
+        self.here = rank in (None, this_launch().global_rank(1))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from conftest import TINY, Run
 from consistency.checkpoint import read
-from consistency.command import spelled_out
+from consistency.commands.overrides import spelled_out
 from consistency.errors import UserError
 from consistency.training import run as training
 from consistency.training.arguments import REFUSED, STRATEGIES, TAKEN, require_taken, require_whole

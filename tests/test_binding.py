@@ -6,7 +6,7 @@ import pytest
 
 import consistency
 from conftest import ROOT, Run
-from consistency import command
+from consistency import schema
 from consistency.errors import UserError
 
 NOWHERE = ["data=folder", "data.path=/nowhere"]
@@ -80,8 +80,8 @@ def test_an_experiment_that_swaps_a_part_is_told(
     folder.mkdir()
     swap = "{callbacks: {scale_schedule: {num_scales: {_target_: consistency.schedules.constant}}}}"
     (folder / "swapped_schedule.yaml").write_text(f"mode: {swap}\n")
-    real = command.register_experiments
-    monkeypatch.setattr(command, "register_experiments", lambda: real(folder))
+    real = schema.register_experiments
+    monkeypatch.setattr(schema, "register_experiments", lambda: real(folder))
     output = tmp_path / "run"
     outcome = verb("train", "experiment=swapped_schedule", "mode=ct", *NOWHERE, f"output={output}")
     assert outcome.status == 2

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, TINY, Run
-from consistency import command
+from consistency import schema
 
 TRAIN_MISTAKES = {
     "unknown key": (["trainer.max_stepz=3"], "max_stepz"),
@@ -75,8 +75,8 @@ def test_a_misspelt_key_inside_a_file_is_an_error(
     folder = tmp_path / "experiments"
     folder.mkdir()
     (folder / "misspelt_inside_a_file.yaml").write_text("mode: {proces: {t_min: 0.1}}\n")
-    real = command.register_experiments
-    monkeypatch.setattr(command, "register_experiments", lambda: real(folder))
+    real = schema.register_experiments
+    monkeypatch.setattr(schema, "register_experiments", lambda: real(folder))
     outcome = verb("train", "experiment=misspelt_inside_a_file", f"output={tmp_path / 'run'}")
     assert outcome.status == 2
     assert "proces" in outcome.err

@@ -12,7 +12,7 @@ from PIL import Image
 
 import originals
 from conftest import ROOT
-from consistency import command, schema
+from consistency import schema
 from consistency.checkpoint import NETWORKS, PRECONDITIONING, build
 from consistency.errors import UserError
 from consistency.training import build as training
@@ -43,7 +43,7 @@ def options(group: str) -> list[str]:
 
 def composed(name: str, *overrides: str) -> DictConfig:
     schema.register()
-    command.register_experiments()
+    schema.register_experiments()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(name, [*overrides, "output=/nowhere/run"])
 

@@ -16,11 +16,11 @@ from consistency.training import run
 
 WAITS = """
 import os, sys, time
-import consistency.runtime.first
-from consistency.runtime import interrupt
-with interrupt.stoppable(lambda: os.write(1, b"last words\\n")):
+from consistency.runtime import signals
+signals.take_over()
+with signals.stoppable(lambda: os.write(1, b"last words\\n")):
     if sys.argv[1] == "noted":
-        interrupt.call_instead(lambda: os.write(1, b"noted\\n"))
+        signals.call_instead(lambda: os.write(1, b"noted\\n"))
     print("begun", flush=True)
     {body}
     print("went on", flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPORT, TINY, Run
-from consistency.masking import MASK, masked, masked_text
+from consistency.runtime.redaction import MASK, masked, masked_text
 
 HIDDEN = "hunter2"
 ADDRESSES = {

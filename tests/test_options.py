@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from analytic import Gaussian, normal, times
 from conftest import ROOT
 from consistency import (
-    command,
     distances,
     pairs,
     preconditioning,
@@ -30,7 +29,7 @@ GRID = "{_target_: consistency.grids.KarrasGrid, t_min: 0.002, t_max: 80.0, rho:
 
 def composed(*overrides: str) -> DictConfig:
     schema.register()
-    command.register_experiments()
+    schema.register_experiments()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("train", [*overrides, "output=/nowhere/run"])
 

@@ -19,7 +19,8 @@ from PIL import Image
 import consistency
 import originals
 from conftest import ROOT, TINY, Run
-from consistency import command, schema
+from consistency import schema
+from consistency.commands import overrides
 from consistency.paths import expanded, path_of
 from test_configuration import options
 
@@ -37,7 +38,7 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
     """What Hydra makes of the overrides, through the texts that it hands to the jobs of a sweep as well."""
     parser = OverridesParser.create()
     found = {}
-    for override in parser.parse_overrides(command.taken(arguments)):
+    for override in parser.parse_overrides(overrides.for_hydra(arguments)):
         again = parser.parse_override(
             f"{override.get_key_element()}={override.get_value_element_as_str()}"
         )
@@ -75,7 +76,7 @@ def test_so_is_one_that_is_not_there_yet(name: str, tmp_path: Path) -> None:
 
 def test_what_is_no_plain_path_keeps_its_meaning(tmp_path: Path) -> None:
     kept = ["data.path=null", "init=NULL", "checkpoint=", "~data.path", "~data.path=x", "seed=1,2"]
-    assert command.taken(kept) == kept
+    assert overrides.for_hydra(kept) == kept
     assert parsed(["data.path='a,b'", 'checkpoint="x y"', "resume=auto"]) == {
         "data.path": "a,b",
         "checkpoint": "x y",
@@ -111,7 +112,7 @@ def test_a_sweep_takes_the_longest_paths_that_are_there(
         Path(name).mkdir()
 
     def jobs(value: str) -> list[Any]:
-        arguments = command.taken(["-m", f"data.path={value}"])[1:]
+        arguments = overrides.for_hydra(["-m", f"data.path={value}"])[1:]
         (override,) = OverridesParser.create().parse_overrides(arguments)
         if not override.is_sweep_override():
             return [override.value()]
@@ -129,7 +130,7 @@ def test_a_sweep_takes_the_longest_paths_that_are_there(
     assert jobs("'a,b','c d',null") == ["a,b", "c d", None]
     assert jobs("choice(other,y)") == ["other", "y"]
     assert jobs("${f:a,b},y") == ["${f:a,b}", "y"]
-    (output,) = command.taken(["--multirun", "output=one,b"])[1:]
+    (output,) = overrides.for_hydra(["--multirun", "output=one,b"])[1:]
     assert OverridesParser.create().parse_override(output).value() == "one,b"
 
 
@@ -137,9 +138,9 @@ def test_a_mask_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     for name in ("my mask (1).png", "it's.png", "a=b,c.png"):
         assert parsed([f"mask={name}"]) == {"mask": "file", "mask.path": name}
-    assert command.taken(["mask=center"]) == ["mask=center"]
-    assert command.taken(["-m", "mask=center,box"]) == ["-m", "mask=center,box"]
-    two = command.taken(["-m", "mask=a b.png,c.png"])
+    assert overrides.for_hydra(["mask=center"]) == ["mask=center"]
+    assert overrides.for_hydra(["-m", "mask=center,box"]) == ["-m", "mask=center,box"]
+    two = overrides.for_hydra(["-m", "mask=a b.png,c.png"])
     assert two == ["-m", "mask=file", "mask.path='a b.png','c.png'"]
 
 
@@ -182,7 +183,7 @@ def every_configuration(verb: str) -> Iterator[DictConfig]:
 def composed_raw(verb: str, given: list[str]) -> DictConfig:
     from hydra import compose, initialize_config_dir
 
-    command.register_experiments()
+    schema.register_experiments()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose(verb, given)
 
@@ -326,7 +327,7 @@ def test_every_printed_line_works_pasted(
         refused.err.replace("go on with ", "go on with\n"),
         "  do: choose another output=, or go on with",
     )
-    again = succeeds(f"{command.shell_line('train')} {option}", "trainer.max_steps=2")
+    again = succeeds(f"{overrides.shell_line('train')} {option}", "trainer.max_steps=2")
     assert "at step 1" in again
     outcome = verb("convert", f"source={odd}", f"output={RUN}/model, too.safetensors")
     assert outcome.status == 0, outcome.err

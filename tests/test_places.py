@@ -1,6 +1,5 @@
 """The place of a process among others: read as Lightning reads it, and refused where the numbers contradict each other."""
 
-import json
 import os
 import socket
 import threading
@@ -16,13 +15,15 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from omegaconf import OmegaConf
 
 from conftest import TINY, Run
 from consistency import output
+from consistency.command import require_agreement
 from consistency.errors import UserError
-from consistency.runtime import meeting
-from consistency.runtime.meeting import SILENT, End, EndedError, Host, Visitor
-from consistency.runtime.ranks import PARENT, here, require_alone, require_launched
+from consistency.runtime import rendezvous
+from consistency.runtime.ranks import PARENT, require_alone, require_launched, this_launch
+from consistency.runtime.rendezvous import SILENT, End, EndedError, Guest, Host
 
 SRUN = {
     "SLURM_NTASKS": "4",
@@ -78,13 +79,13 @@ def test_the_place_is_the_one_that_lightning_finds(
     kinds = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment)
     found = next((k for k in kinds if k.detect()), LightningEnvironment)
     assert found is kind
-    theirs, ours = kind(), here()
+    theirs, ours = kind(), this_launch()
     if (
         kind is LightningEnvironment
     ):  # what the strategy does, with two processes on each of two machines
         theirs.set_global_rank(theirs.node_rank() * 2 + theirs.local_rank())
         theirs.set_world_size(4)
-    assert ours.number(2) == theirs.global_rank()
+    assert ours.global_rank(2) == theirs.global_rank()
     assert (ours.node, ours.local) == (theirs.node_rank(), theirs.local_rank())
     assert ours.processes in (None, theirs.world_size())
     assert ours.first == (theirs.global_rank() == 0)
@@ -96,9 +97,9 @@ def test_a_further_rank_is_told_from_the_process_that_started_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     put(monkeypatch, {PARENT: str(os.getpid()), "LOCAL_RANK": "0", "WORLD_SIZE": "2"})
-    assert here().first
+    assert this_launch().first
     put(monkeypatch, {PARENT: "1", "LOCAL_RANK": "1"})
-    assert not here().first
+    assert not this_launch().first
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_a_sweep_in_every_process_of_a_launcher_is_refused(
     verb: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(monkeypatch, TORCHRUN)
-    monkeypatch.setattr(meeting, "tried", True)  # nobody else is there to be told
+    monkeypatch.setattr(rendezvous, "tried", True)  # nobody else is there to be told
     outcome = verb("train", "-m", "optimizer.lr=1e-3,2e-3")
     assert outcome.status == 2
     assert "leave torchrun out" in outcome.err
@@ -222,17 +223,17 @@ def test_a_refused_command_leaves_no_folder_at_its_output(verb: Run, tmp_path: P
     assert not (tmp_path / "a").exists()
 
 
-# The meeting
+# The rendezvous
 
 
-def visitor(host: Host, name: str = "rank 1") -> Visitor:
-    return Visitor(name, "127.0.0.1", host.port, host.token, 5.0)
+def guest(host: Host, name: str = "rank 1") -> Guest:
+    return Guest(name, ["127.0.0.1", host.port, host.token], 5.0)
 
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     """A first process, none of whose others is ended by force."""
-    monkeypatch.setattr(meeting.Meeting, "_end_of_process", lambda self: None)
+    monkeypatch.setattr(rendezvous.Rendezvous, "_end_process", lambda self: None)
     host = Host("127.0.0.1")
     yield host
     host.close()
@@ -240,11 +241,11 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
 
 
 def test_all_are_told_what_the_first_decides_also_who_comes_late(host: Host) -> None:
-    early = visitor(host)
+    early = guest(host)
     host.gather(1, 5)
     assert host.decided(lambda: {"folder": "a"}) == {"folder": "a"}
     assert host.decided(lambda: [1, None]) == [1, None]
-    for other in (early, visitor(host, "rank 2")):
+    for other in (early, guest(host, "rank 2")):
         assert other.decided(lambda: {"folder": "mine"}) == {"folder": "a"}
         assert other.decided(list) == [1, None]
         other.close()
@@ -254,29 +255,30 @@ def test_all_are_told_what_the_first_decides_also_who_comes_late(host: Host) -> 
 
 
 def test_the_words_of_one_reach_all_on_one_line(host: Host) -> None:
-    one, other = visitor(host), visitor(host, "rank 2")
+    one, other = guest(host), guest(host, "rank 2")
     host.gather(2, 5)
     one.failed(UserError("expected a\n  got: b"))
     assert host.ended.wait(5)
     assert other.ended.wait(5)
     assert host.end == other.end == End("rank 1", "expected a\n  got: b", 2)
-    assert str(host.account("")) == "rank 1: expected a; got: b"
+    assert str(host.reason(UserError(""))) == "rank 1: expected a; got: b"
     with pytest.raises(EndedError):
         other.decided(lambda: 0)
 
 
 def test_a_connection_that_ends_without_a_word_is_a_death(host: Host) -> None:
-    one, other = visitor(host), visitor(host, "rank 2")
+    one, other = guest(host), guest(host, "rank 2")
     host.gather(2, 5)
-    one._connection.shutdown(socket.SHUT_RDWR)
+    with socket.socket(fileno=os.dup(one.links["rank 0"].fileno())) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
     assert other.ended.wait(5)
     assert other.end == End("rank 1", SILENT, 1)
-    assert "rank 1 ended without a word, killed or lost; do:" in str(other.account(""))
+    assert "rank 1 ended without a word, killed or lost; do:" in str(other.reason(UserError("")))
 
 
-def test_who_does_not_know_the_word_is_no_guest(host: Host) -> None:
-    stranger = Visitor("rank 1", "127.0.0.1", host.port, "guess", 5.0)
-    assert stranger.ended.wait(5)
+def test_a_process_without_the_token_is_no_guest(host: Host) -> None:
+    with pytest.raises(EndedError, match="rank 0 ended"):
+        Guest("rank 1", ["127.0.0.1", host.port, "guess"], 5.0)
     with pytest.raises(UserError, match="1 after 0 s"):
         host.gather(1, 0.2)
 
@@ -284,21 +286,21 @@ def test_who_does_not_know_the_word_is_no_guest(host: Host) -> None:
 def test_other_settings_than_those_of_the_first_are_refused_without_telling_values(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(meeting, "current", host)
-    meeting.agreed({"seed": 0, "data": {"password": "secret"}})
-    guest = visitor(host)
-    assert b"secret" not in json.dumps(host._told[0].decode()).encode()
-    monkeypatch.setattr(meeting, "current", guest)
+    monkeypatch.setattr(rendezvous, "current", host)
+    require_agreement(OmegaConf.create({"seed": 0, "data": {"password": "secret"}}))
+    other = guest(host)
+    assert "secret" not in str(host._sent)
+    monkeypatch.setattr(rendezvous, "current", other)
     with pytest.raises(UserError, match="seed=5 on rank 1"):
-        meeting.agreed({"seed": 5, "data": {"password": "secret"}})
+        require_agreement(OmegaConf.create({"seed": 5, "data": {"password": "secret"}}))
 
 
 def test_a_process_that_hangs_is_ended_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gone = threading.Event()
-    monkeypatch.setattr(meeting, "NOTICE", 0.1)
+    monkeypatch.setattr(rendezvous, "NOTICE", 0.1)
     monkeypatch.setattr(os, "_exit", lambda status: gone.set())
-    meeting.Meeting("rank 0").conclude(End("rank 1", SILENT, 1))
+    rendezvous.Rendezvous("rank 0").report(End("rank 1", SILENT, 1))
     assert gone.wait(5)
     assert "error: rank 1 ended without a word" in capsys.readouterr().err

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 import consistency
 from conftest import ROOT, TINY, Run
-from consistency import command
+from consistency.commands import python
 from consistency.errors import UserError
-from consistency.training import launch
+from consistency.runtime import launch
 from consistency.training import run as training
 
 SMALL = [*TINY, "mode=ct", "data=digits", "trainer.max_steps=1", "callbacks.curves=null"]
@@ -125,10 +125,10 @@ def test_further_processes_are_told_what_was_changed(
     commands = []
 
     def main(config: object, output: Path) -> None:
-        commands.append(launch._job_command(1)[0])
+        commands.append(launch._rank_command(1)[0])
 
     for each in (config, deepcopy(config)):
-        command.called(main, each, "train")
+        python.called(main, each, "train")
         script, _, name, *options = commands[-1][1:]
         assert (Path(script), name) == (ROOT / "src" / "train.py", "train")
         assert f"hydra.run.dir='{here}/it\\'s'" in options

@@ -14,7 +14,7 @@ from PIL import Image
 
 from conftest import ROOT, Run
 from consistency import checkpoint, schema
-from consistency.command import spelled_out, taken
+from consistency.commands.overrides import for_hydra, spelled_out
 from consistency.data.listing import read_images
 from consistency.editing import Box, Center, Random
 from consistency.errors import UserError
@@ -169,7 +169,7 @@ def test_a_picture_is_a_mask(verb: Run, coloured: Path, photos: Path, tmp_path: 
 
 def test_a_path_is_spelled_out_only_where_a_file_may_stand() -> None:
     assert spelled_out("mask=a b.png") == ["mask=file", "mask.path=a b.png"]
-    assert taken(["mask=a b.png"]) == ["mask=file", "mask.path='a b.png'"]
+    assert for_hydra(["mask=a b.png"]) == ["mask=file", "mask.path='a b.png'"]
     for argument in ("mask=center", "input=a.png", "mask.box=[0,0,1,1]", "--cfg", "task=a.b"):
         assert spelled_out(argument) == [argument]
 

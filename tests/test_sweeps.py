@@ -102,11 +102,11 @@ def test_a_failure_is_told_with_its_cause(capfd: pytest.CaptureFixture[str]) -> 
         finally:
             raise RuntimeError("what came of it")
     except RuntimeError as error:
-        command._tell_failure(run, error)
+        command._print_failure(run, error)
     told = capfd.readouterr().err
     assert "job 3 of the sweep (seed=1)" in told
     assert "the true cause" in told and "what came of it" in told
-    command._tell_failure(run, UserError("expected x\n  got: y"))
+    command._print_failure(run, UserError("expected x\n  got: y"))
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -15,10 +15,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from conftest import REPORT, ROOT, Run
-from consistency import checkpoint, schema, searching, trusted
+from consistency import checkpoint, schema, searching
 from consistency.errors import UserError
-from consistency.masking import masked
-from consistency.trusted import require_trusted
+from consistency.runtime import allowlist
+from consistency.runtime.allowlist import require_trusted
+from consistency.runtime.redaction import masked
 
 GROUPS = ("callbacks", "crop", "data", "evaluation", "logger", "mode", "model", "optimizer", "recipe", "sampler", "trainer")  # fmt: skip
 
@@ -63,11 +64,30 @@ def test_every_run_of_ours_is_trusted_and_holds_no_secret(choice: str) -> None:
     assert masked(config) == config
 
 
-def test_the_list_names_what_is_there() -> None:
-    for target in trusted.OTHERS:
+PARTS = [
+    "consistency.distances.L1", "consistency.pairs.RatioPairs", "consistency.networks.mlp.MLP",
+    "consistency.preconditioning.TrigFlow", "consistency.weightings.inverse_gap", "torch.optim.SGD", "torch.optim.AdamW",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", PARTS)
+def test_parts_that_no_configuration_of_ours_names_are_known(target: str) -> None:
+    require_trusted({"_target_": target}, "a run")
+
+
+def test_every_network_is_known() -> None:
+    for file in (ROOT / "src" / "consistency" / "networks").glob("[a-z]*.py"):
+        module = f"consistency.networks.{file.stem}"
+        for name, value in vars(__import__(module, fromlist=["_"])).items():
+            if isinstance(value, type) and value.__module__ == module:
+                assert allowlist.is_allowed(f"{module}.{name}")
+
+
+def test_the_allowlist_names_definitions() -> None:
+    for target in allowlist.shipped():
         module, _, name = target.rpartition(".")
         assert callable(getattr(__import__(module, fromlist=[name]), name)), target
-        assert not target.startswith("consistency.") or trusted.named(target) is not None, target
+        assert not target.startswith("consistency.") or allowlist.named(target) is not None, target
 
 
 # --------------------------------------------------------------------------- hostile ones
@@ -297,13 +317,13 @@ def test_a_hostile_file_is_one_error(name: str, tmp_path: Path, tripwires: list[
     text, hint = FILES[name]
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=hint):
-        trusted.read(tmp_path / "config.yaml")
+        allowlist.read(tmp_path / "config.yaml")
     assert not tripwires
 
 
 def test_the_configuration_of_a_run_reads_back(trained: dict[str, Path]) -> None:
     for folder in trained.values():
-        config = trusted.read(folder / "config.yaml")
+        config = allowlist.read(folder / "config.yaml")
         content = checkpoint.read(folder / "checkpoints" / "last.ckpt")
         assert config == content["config"]
         assert config == yaml.safe_load((folder / "config.yaml").read_text())

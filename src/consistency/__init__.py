@@ -16,12 +16,13 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 4, paragraph  objectives
     the shell           inference: card (what a model is); checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
-                        orphans (no process outlives its parent), output (folders that a command makes), caches (where there is no home), paths (as people give
+                        output (folders that a command makes), caches (where there is no home), paths (as people give
                         them), binding (do parts take the arguments beside them),
-                        masking (no secrets in what is written), trusted (what a configuration from elsewhere may name),
                         sampling, evaluating, retouching, searching, page, comparison, conversion and speed (the commands)
-      runtime           ranks (this process among others), meeting (the first decides, all know of an end), files (written whole,
-                        checksums), interrupt (Ctrl-C), first (what a verb imports first)
+      commands          overrides (options of the command line), python (the commands without a command line)
+      runtime           ranks, rendezvous (the first decides, all know of an end), launch (DDP), signals (Ctrl-C), files
+                        (written whole, with checksums), redaction (no secrets in what is written), allowlist (what a
+                        configuration from elsewhere may name)
       formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
                         opened (what a file yields), released (published files by name), reading, pickles, messagepack,
                         wrapped (state dicts wherever they stand) and timetable (parts of the above)
@@ -92,9 +93,9 @@ def compose(overrides: Sequence[str] = (), verb: str = "train") -> DictConfig:
     config.optimizer.lr = 1e-3
     train(config)
     """
-    from consistency import command
+    from consistency.commands.python import composed
 
-    return command.composed(overrides, verb)
+    return composed(overrides, verb)
 
 
 def train(config: DictConfig) -> float:
@@ -104,7 +105,7 @@ def train(config: DictConfig) -> float:
     Returns what a sweeper minimises: the lowest value of what callbacks.checkpoint.monitor names, by default the Fréchet
     distance of the run's evaluation; without an evaluation, the mean of the last 100 losses.
     """
-    from consistency import command
+    from consistency.commands.python import called
     from consistency.training import run
 
-    return command.called(run.train, config, "train")
+    return called(run.train, config, "train")

@@ -1,4 +1,4 @@
-"""Whether the parts that a configuration names take the arguments that stand beside their names."""
+"""Binding: the parts that a configuration names must take the arguments beside their names."""
 
 import inspect
 import shlex
@@ -15,65 +15,68 @@ HYDRAS = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
 
 def require_bound(config: DictConfig) -> None:
-    """Refuses a node whose part does not take its arguments, or lacks some; builds nothing and opens nothing.
+    """Refuse a node whose part does not take its arguments, or lacks some; build nothing and open nothing.
 
-    A part may be swapped by its `_target_` alone, and then the arguments of the old one are still there. What a
-    `_partial_` node lacks may come with its call, as the step k of a schedule does; but a keyword never does.
+    A part may be swapped by its `_target_` alone, and then has the arguments of the old one.
     """
-    plain = OmegaConf.to_container(config, resolve=False)
-    for place, node in _nodes(plain, ""):
-        target = OmegaConf.select(config, f"{place}._target_".strip("."))
-        part = _part(place, target)
-        try:
-            parameters = list(inspect.signature(part).parameters.values())
-        except (TypeError, ValueError):  # a class in C that does not say what it takes
+    for key, node in _nodes(OmegaConf.to_container(config, resolve=False), ""):
+        target = OmegaConf.select(config, f"{key}._target_".strip("."))
+        parameters = _parameters(_part(key, target))
+        if parameters is None:
             continue
-        if getattr(part, "__init__", None) is nn.Module.__init__:
-            parameters = []  # it says that it takes anything, and refuses everything
-        given = [str(name) for name in node if name not in HYDRAS]
-        free = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        arguments = [str(name) for name in node if name not in HYDRAS]
         by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        known = [p.name for p in by_name]
-        unknown = [] if free else [name for name in given if name not in known]
         needed = [p for p in by_name[len(node.get("_args_") or []) :] if p.default is p.empty]
-        shown = known
+        shown = by_name
         if node.get("_partial_"):
-            shown = [
-                p.name for p in by_name if p.default is not p.empty or p.kind is p.KEYWORD_ONLY
-            ]
+            # Its call may add positional arguments, as the step k of a schedule, but never a keyword.
+            shown = [p for p in by_name if p.default is not p.empty or p.kind is p.KEYWORD_ONLY]
             needed = [p for p in needed if p.kind is p.KEYWORD_ONLY]
-        lacking = [p.name for p in needed if p.name not in given]
-        removals = shlex.join(f"~{place}.{name}" for name in unknown)
-        additions = shlex.join(f"+{place}.{name}=..." for name in lacking)
+        any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        names = {p.name for p in by_name}
+        unknown = [] if any_name else [name for name in arguments if name not in names]
+        lacking = [p.name for p in needed if p.name not in arguments]
+        changes = [f"~{key}.{name}" for name in unknown]
+        changes += [f"+{key}.{name}=..." for name in lacking]
+        reasons = [f"{name}, which it does not take" for name in unknown]
+        reasons += [f"no {name}, which it needs" for name in lacking]
         require(
-            not unknown and not lacking,
-            f"arguments of {target} at {place}: {', '.join(shown) or 'none'}",
-            "; ".join(
-                [f"{name}, which it does not take" for name in unknown]
-                + [f"no {name}, which it needs" for name in lacking]
-            ),
-            f"a part is swapped with its arguments: add {f'{removals} {additions}'.strip()} to the command",
+            not reasons,
+            f"arguments of {target} at {key}: {', '.join(p.name for p in shown) or 'none'}",
+            "; ".join(reasons),
+            f"a part is swapped with its arguments: add {shlex.join(changes)} to the command",
         )
 
 
-def _nodes(tree: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every node with a `_target_`, and where it stands."""
+def _nodes(tree: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every node with a `_target_` and its key."""
     if isinstance(tree, dict):
         if isinstance(tree.get("_target_"), str):
-            yield place, tree
-        for key, value in tree.items():
-            yield from _nodes(value, f"{place}.{key}".strip("."))
+            yield key, tree
+        for name, value in tree.items():
+            yield from _nodes(value, f"{key}.{name}".strip("."))
     elif isinstance(tree, list):
         for number, value in enumerate(tree):
-            yield from _nodes(value, f"{place}[{number}]")
+            yield from _nodes(value, f"{key}[{number}]")
 
 
-def _part(place: str, target: str) -> Any:
+def _part(key: str, target: str) -> Any:
     try:
         return get_object(target)
-    except Exception as error:  # the import of a module of one's own can fail in any way
+    except Exception as error:  # the import of a user's module can fail in any way
         reason = str(error.__cause__ or error).strip().splitlines()
         raise UserError(
-            f"expected the name of a class or function at {place}._target_\n"
-            f"  got: {target} ({reason[-1] if reason else type(error).__name__})\n  do: check the name"
+            f"the name of a class or function at {key}._target_",
+            f"{target} ({reason[-1] if reason else type(error).__name__})",
+            "check the name",
         ) from error
+
+
+def _parameters(part: Any) -> list[inspect.Parameter] | None:
+    """Return the parameters of a part; None for a class in C without a signature."""
+    if getattr(part, "__init__", None) is nn.Module.__init__:
+        return []  # its signature takes anything, its code nothing
+    try:
+        return list(inspect.signature(part).parameters.values())
+    except (TypeError, ValueError):
+        return None

@@ -1,4 +1,4 @@
-"""Where libraries and we keep what can be computed or fetched again: below the home folder, or nowhere that lasts."""
+"""Folders of caches, ours and the libraries': below the home folder, or temporary if that cannot be written."""
 
 import atexit
 import os
@@ -13,43 +13,40 @@ BASES = {
     "XDG_DATA_HOME": ("~/.local/share", "wandb"),
     "TRITON_HOME": ("~", ".triton"),
 }
-"""By variable: the folder that it stands for, and one that is made there. Most libraries ask for the first three: torch hub,
-Hugging Face, matplotlib, fontconfig, W&B.
-"""
+"""By variable: its default, and a folder made there. torch hub, Hugging Face, fontconfig and others read the first three."""
 
 
 def own() -> Path:
-    """The folder of what we keep ourselves: downloaded files, references, shards."""
+    """Return the folder of our own cache: downloads, references, shards."""
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "consistency")
     return Path(os.path.expanduser(os.environ.get("CONSISTENCY_CACHE") or default))
 
 
 def settle() -> None:
-    """Points what cannot be written, in a container without a home for example, to a temporary folder that goes with this
-    process; those that it starts use the same.
+    """Point bases that cannot be written, as in a container without a home, to one temporary folder.
+
+    The folder is removed at the end of this process; processes that it starts share it.
     """
-    unwritable = [name for name, place in BASES.items() if not _is_writable(name, *place)]
-    if not os.path.isabs(
-        os.path.expanduser("~")
-    ):  # nobody knows this user, and libraries fail at that
-        unwritable.append("HOME")
-    if not unwritable:
+    variables = [name for name, base in BASES.items() if not _is_writable(name, *base)]
+    if not os.path.isabs(os.path.expanduser("~")):  # an unknown user, for whom libraries fail
+        variables.append("HOME")
+    if not variables:
         return
-    with suppress(OSError):  # nowhere at all: what needs a cache says so
+    with suppress(OSError):  # without any writable folder, what needs a cache fails by itself
         folder = tempfile.mkdtemp(prefix="consistency-")
         atexit.register(_remove, folder, os.getpid())
-        os.environ.update(dict.fromkeys(unwritable, folder))
+        os.environ.update(dict.fromkeys(variables, folder))
 
 
 def _is_writable(variable: str, default: str, inside: str) -> bool:
-    """Tried, because permissions say little to root and of mounted folders; without leaving anything behind."""
+    """Try to write a file: permissions say little to root and of mounted folders."""
     base = os.path.expanduser(os.environ.get(variable) or default)
     if not os.path.isabs(base):
         return False
-    place = Path(base, inside)
-    there = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    folder = Path(base, inside)
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=nearest):
             return True
     except OSError:
         return False

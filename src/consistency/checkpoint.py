@@ -33,6 +33,7 @@ from consistency.inference.card import ModelCard, Role, is_plain
 from consistency.networks.unet import UNet
 from consistency.paths import path_of
 from consistency.randomness import generator
+from consistency.runtime.allowlist import named
 from consistency.runtime.files import (  # taken from here by other modules
     checksum_path,
     fingerprint,
@@ -44,7 +45,6 @@ from consistency.runtime.files import (  # taken from here by other modules
 )
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
-from consistency.trusted import named
 
 __all__ = [
     "checksum_path",

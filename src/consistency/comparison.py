@@ -14,8 +14,9 @@ from PIL import Image
 
 from consistency import pictures
 from consistency.checkpoint import load
-from consistency.command import ROOT, require_fresh
+from consistency.command import require_fresh
 from consistency.errors import UserError, require
+from consistency.paths import ROOT
 
 CALIBRATION_ONLY = [
     "callbacks.evaluation=null",

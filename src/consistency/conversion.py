@@ -9,7 +9,8 @@ from torch import Tensor
 
 from consistency import checkpoint
 from consistency.checkpoint import Loaded
-from consistency.command import require_fresh, shell_line
+from consistency.command import require_fresh
+from consistency.commands.overrides import shell_line
 from consistency.errors import UserError, require
 from consistency.formats.diffusers import write_diffusers
 from consistency.formats.openai import require_openai, write_openai

@@ -8,8 +8,8 @@ class UserError(ValueError):
     got: what it is.
     remedy: what to do about it.
 
-    Processes hand it over whole. torch rebuilds an error of a loader's worker from one text, which has the worker's
-    traceback in front of the message.
+    With `expected` alone, that is the whole message. torch rebuilds an error of a loader's worker in this way, from a text
+    with the worker's traceback in front.
     """
 
     def __init__(self, expected: str, got: object = "", remedy: str = "") -> None:

@@ -23,9 +23,9 @@ from consistency.data.listing import files_at
 from consistency.data.source import Source
 from consistency.errors import UserError, require
 from consistency.evaluation.measuring import Measure, Numbered, Settings, drawn
-from consistency.evaluation.ranks import batches, place
 from consistency.paths import path_of
-from consistency.runtime.ranks import is_first
+from consistency.runtime.launch import one_job
+from consistency.runtime.ranks import batches, is_first, rank_and_size
 from consistency.sampling import (
     bound_sampler,
     chosen_device,
@@ -36,7 +36,6 @@ from consistency.sampling import (
 )
 from consistency.tensors import Data, Denoise, Label, Time
 from consistency.training.build import build_loggers, quiet
-from consistency.training.launch import one_job
 
 
 def evaluate(config: DictConfig, output: Path) -> float:
@@ -46,8 +45,6 @@ def evaluate(config: DictConfig, output: Path) -> float:
     quiet()
     if is_first():
         require_fresh(output)
-    for name in ("num_samples", "batch_size", "devices", "num_nodes"):
-        require(config[name] >= 1, f"{name} >= 1", config[name], "give a positive number")
     require(
         (config.checkpoint is None) != (config.samples is None),
         "checkpoint=<run or file> to draw from, or samples=<folder or .npz> that are there",
@@ -102,7 +99,7 @@ def _evaluate(config: DictConfig, device: torch.device, output: Path) -> float:
         held_out=held_out if data.held_out else None,
         num_workers=data.num_workers,
     )
-    if config.export is not None and place()[0] == 0:
+    if config.export is not None and rank_and_size()[0] == 0:
         measure.reference.write(path_of(config.export))
     report = Report(config, measure, output)
     shares = batches(config.num_samples, config.batch_size)
@@ -137,7 +134,7 @@ def _evaluate(config: DictConfig, device: torch.device, output: Path) -> float:
 
 def watched(samples: Iterator[Numbered], title: str, total: int) -> Iterator[Numbered]:
     """The same batches, with a bar for the person who waits."""
-    hidden = place()[0] > 0 or total < 2
+    hidden = rank_and_size()[0] > 0 or total < 2
     yield from tqdm(samples, title, total=total, unit="batch", disable=hidden)
 
 
@@ -186,7 +183,7 @@ def given_samples(
         f"samples={path} of shape {tuple(images.shape[1:])}",
         "choose data= and data.image_size, data.channels of the samples",
     )
-    if there > count and place()[0] == 0:
+    if there > count and rank_and_size()[0] == 0:
         print(f"samples={path} holds {there:,} images: the first {count:,} are measured")
     return images[:count]
 
@@ -243,7 +240,7 @@ class Report:
         self.values: list[float] = []
         self.loggers: list[Any] = []
         measure.clock.read()
-        if place()[0] > 0:
+        if rank_and_size()[0] > 0:
             return
         output.mkdir(parents=True, exist_ok=True)
         if config.checkpoint is not None:
@@ -261,7 +258,7 @@ class Report:
         seconds = self.measure.clock.read()
         self.results.append({**what, **found, "seconds": seconds})
         self.values += found.values()
-        if place()[0] > 0:
+        if rank_and_size()[0] > 0:
             return
         text = json.dumps({**self.head, "results": self.results}, indent=2)
         (self.output / "evaluation.json").write_text(text + "\n")
@@ -288,7 +285,7 @@ class Report:
 
     def end(self) -> None:
         """Prints the table and closes the loggers."""
-        if place()[0] > 0:
+        if rank_and_size()[0] > 0:
             return
         print(f"\n{self.table()}\nWritten: {self.output / 'evaluation.json'}")
         for logger in self.loggers:

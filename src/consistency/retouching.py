@@ -270,8 +270,6 @@ class Interpolation:
 
 def edit(config: DictConfig, output: Path) -> None:
     """Writes grid.png, edited.npz and edit.yaml, and with `images` one PNG a result, into the folder `output`."""
-    for name in ("outputs", "batch_size"):
-        require(config[name] >= 1, f"{name} >= 1", config[name], "give a positive number")
     starts = ("reference", "noise", "input", None)
     require(config.start in starts, "start=reference or start=noise", config.start, "choose one")
     require(

@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from consistency import pictures
 from consistency.checkpoint import Loaded, fingerprint, load
-from consistency.command import require_fresh, shell_line
+from consistency.command import require_fresh
+from consistency.commands.overrides import shell_line
 from consistency.errors import require
 from consistency.generation import generate
 from consistency.pixels import to_uint8
 from consistency.preconditioning import TrigFlow
 from consistency.randomness import SampleNoise
-from consistency.runtime import interrupt
+from consistency.runtime import signals
 from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
 from consistency.tensors import Data, Denoise, Label, Time
 
@@ -139,8 +140,6 @@ def sample(config: DictConfig, output: Path) -> None:
 
     A folder with samples of the same settings is continued: what is there is kept, what is missing is drawn.
     """
-    for name in ("num_samples", "batch_size", "devices"):
-        require(config[name] >= 1, f"{name} >= 1", config[name], "give a positive number")
     device = chosen_device(config.device)
     require_devices(config, device)
     loaded = load(config.checkpoint, weights=config.weights, role=config.role)
@@ -160,7 +159,7 @@ def sample(config: DictConfig, output: Path) -> None:
     text = OmegaConf.to_yaml(config, resolve=True)
     processes = min(config.devices, len(batches))
     if processes > 1:
-        with interrupt.held():
+        with signals.blocked():
             drawing = torch.multiprocessing.spawn(
                 draw, (processes, text, output, batches), nprocs=processes, join=False
             )

@@ -1,87 +1,85 @@
-"""The keys that a configuration may have: a misspelt one is an error, wherever it stands.
+"""The keys that a configuration may have, and their types; a misspelt key is an error.
 
-Nodes typed `Any` are built by their `_target_`, whose own signature refuses unknown arguments.
+The values are in conf/, except those that the YAML of every data set would repeat (`Data`) and of `Mode`. A node of type
+`Any` is built by its `_target_`, whose signature refuses unknown arguments.
 """
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import OmegaConf
 
-PATHS = (
-    "checkpoint",
-    "export",
-    "init",
-    "input",
-    "mode.init",
-    "output",
-    "resume",
-    "samples",
-    "source",
-    "teacher",
-    "verify",
-)
+from consistency.paths import ROOT
+
+PATHS = ("checkpoint", "export", "init", "input", "mode.init", "output", "resume", "samples", "source", "teacher", "verify")  # fmt: skip
 PATH_WORDS = ("cache", "dir", "dirpath", "extractor", "file", "folder", "metrics", "path", "picture", "reference")  # fmt: skip
+
+POSITIVE = ("batch_size", "devices", "num_nodes", "num_samples", "outputs", "points")
+"""Counts at the top of a configuration that must be at least 1; null is no count."""
 
 
 def is_path(key: str) -> bool:
-    """Whether an option takes a path: one of `PATHS`, or one below the top whose last word is among `PATH_WORDS`."""
+    """Return whether an option takes a path: one of `PATHS`, or one below the top that ends with one of `PATH_WORDS`."""
     return key in PATHS or ("." in key and re.split(r"[._]", key)[-1] in PATH_WORDS)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Process:
     """Constants of the noise process: data deviation, range and shape of the grid, points of two-step sampling."""
 
-    sigma_data: float = MISSING
-    t_min: float = MISSING
-    t_max: float = MISSING
-    rho: float = MISSING
-    times: list[float] = MISSING
+    sigma_data: float
+    t_min: float
+    t_max: float
+    rho: float
+    times: list[float]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Mode:
     """A training method, named part by part."""
 
-    role: str = MISSING
+    role: str
     init: str | None = None
-    total_steps: int = MISSING
-    process: Process = field(default_factory=Process)
-    preconditioning: Any = MISSING
-    sampling_preconditioning: Any = MISSING
-    objective: Any = MISSING
+    total_steps: int
+    process: Process
+    preconditioning: Any
+    sampling_preconditioning: Any
+    objective: Any
     callbacks: dict[str, Any] = field(default_factory=dict)
     samplers: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Model:
     """A network and the scale of its time input, c_noise = c_noise_scale ln t."""
 
-    c_noise_scale: float = MISSING
-    network: Any = MISSING
+    c_noise_scale: float
+    network: Any
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Data:
-    """A data set and how it is batched; batch_size counts images per optimizer step over all devices, device_batch_size
-    bounds how many of them a device holds at once.
+    """A data set and its batches.
 
-    on_bad: stop or skip, what happens at an image that cannot be used; in_memory: the images are decoded once and held;
-    background: the colour that transparent images are put on, null refuses them; download: a public set is fetched if it is not at `path`; allow_reorder: resume although the data come in another
-    order than before.
+    batch_size: images of an optimizer step over all devices.
+    device_batch_size: most images that a device holds at once; null for no limit.
+    on_bad: stop or skip, at an image that cannot be used.
+    in_memory: decode the images once and hold them.
+    background: colour behind transparent images; null refuses them.
+    download: fetch a public set that is missing at `path`.
+    allow_reorder: resume although the images come in another order than before.
     """
 
-    source: Any = MISSING
+    source: Any
     held_out: Any = None
     path: str | None = None
-    image_size: int = MISSING
-    channels: int = MISSING
+    image_size: int
+    channels: int
     num_classes: int | None = None
-    batch_size: int = MISSING
+    batch_size: int
     device_batch_size: int | None = None
     num_workers: int = 0
     flip: bool = False
@@ -92,213 +90,217 @@ class Data:
     allow_reorder: bool = False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Train:
     """conf/train.yaml."""
 
-    seed: int = 0
-    output: str = MISSING
-    teacher: str | None = None
-    teacher_weights: str = "ema"
-    init: str | None = None
-    init_weights: str = "ema"
-    resume: str | None = None
-    on_nonfinite: str = "stop"
-    process: Any = MISSING
-    model: Model = field(default_factory=Model)
-    mode: Mode = field(default_factory=Mode)
-    data: Data = field(default_factory=Data)
-    optimizer: Any = MISSING
+    seed: int
+    output: str
+    teacher: str | None
+    teacher_weights: str
+    init: str | None
+    init_weights: str
+    resume: str | None
+    on_nonfinite: str
+    process: Any
+    model: Model
+    mode: Mode
+    data: Data
+    optimizer: Any
     callbacks: dict[str, Any] = field(default_factory=dict)
-    trainer: Any = MISSING
+    trainer: Any
     logger: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Benchmark(Train):
-    """conf/benchmark.yaml: the options of training and what is measured."""
+    """conf/benchmark.yaml."""
 
-    part: str = MISSING
-    images: int | None = None
-    seconds: float = MISSING
-    train_steps: int = MISSING
-    train_batch: int | None = None
+    part: str
+    images: int | None
+    seconds: float
+    train_steps: int
+    train_batch: int | None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Draw:
-    """What the commands that draw samples of a checkpoint share."""
+    """The options that sample and evaluate share."""
 
-    role: str | None = None
-    seed: int = 0
-    num_samples: int = MISSING
-    batch_size: int = MISSING
-    labels: Any = None
-    force: bool = False
-    device: str = "auto"
-    devices: int = 1
-    precision: str = "32-true"
-    output: str = MISSING
-    process: Any = None
+    role: str | None
+    seed: int
+    num_samples: int
+    batch_size: int
+    labels: Any
+    force: bool
+    device: str
+    devices: int
+    precision: str
+    output: str
+    process: Any
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sample(Draw):
     """conf/sample.yaml."""
 
-    checkpoint: str = MISSING
-    weights: str = "ema"
-    images: bool = False
-    trajectory: bool = False
-    compile: bool = False
-    sampler: Any = MISSING
+    checkpoint: str
+    weights: str
+    images: bool
+    trajectory: bool
+    compile: bool
+    sampler: Any
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Measurement:
-    """conf/measure: `consistency.evaluation.measuring.Settings`."""
+    """conf/measure."""
 
-    extractor: str = MISSING
-    reference: str | None = None
-    reference_features: int = MISSING
-    cache: str | None = None
+    extractor: str
+    reference: str | None
+    reference_features: int
+    cache: str | None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Evaluate(Draw):
     """conf/evaluate.yaml."""
 
-    checkpoint: str | None = None
-    samples: str | None = None
-    export: str | None = None
-    weights: Any = None
-    num_nodes: int = 1
-    evaluation: Measurement = field(default_factory=Measurement)
+    checkpoint: str | None
+    samples: str | None
+    export: str | None
+    weights: Any
+    num_nodes: int
+    evaluation: Measurement
     samplers: dict[str, Any] = field(default_factory=dict)
-    data: Data = field(default_factory=Data)
+    data: Data
     logger: dict[str, Any] = field(default_factory=dict)
-    model: Any = None
-    callbacks: Any = None
+    model: Any
+    callbacks: Any
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Edit:
     """conf/edit.yaml."""
 
-    checkpoint: str = MISSING
-    input: str | None = None
-    background: str | None = None
-    teacher: str | None = None
-    role: str | None = None
-    weights: str = "ema"
-    seed: int = 0
-    outputs: int = 4
-    batch_size: int = 64
-    labels: Any = None
-    start: str | None = None
-    images: bool = False
-    device: str = "auto"
-    output: str = MISSING
-    process: Any = None
-    task: Any = MISSING
-    mask: Any = None
+    checkpoint: str
+    input: str | None
+    background: str | None
+    teacher: str | None
+    role: str | None
+    weights: str
+    seed: int
+    outputs: int
+    batch_size: int
+    labels: Any
+    start: str | None
+    images: bool
+    device: str
+    output: str
+    process: Any
+    task: Any
+    mask: Any
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Compare:
     """conf/compare.yaml."""
 
-    seed: int = 0
-    data: str = MISSING
-    teacher_mode: str = MISSING
-    modes: list[str] = MISSING
-    seconds: float = MISSING
-    calibration_steps: int = MISSING
+    seed: int
+    data: str
+    teacher_mode: str
+    modes: list[str]
+    seconds: float
+    calibration_steps: int
     overrides: list[str] = field(default_factory=list)
-    output: str = MISSING
+    output: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Convert:
     """conf/convert.yaml."""
 
-    source: str | None = None
-    to: str = "ours"
-    verify: str | None = None
-    role: str | None = None
-    weights: str = "ema"
-    image_size: int | None = None
-    num_head_channels: int | None = None
-    attention_resolutions: list[int] | None = None
-    num_heads: int | None = None
-    num_heads_upsample: int | None = None
-    output: str = MISSING
+    source: str | None
+    to: str
+    verify: str | None
+    role: str | None
+    weights: str
+    image_size: int | None
+    num_head_channels: int | None
+    attention_resolutions: list[int] | None
+    num_heads: int | None
+    num_heads_upsample: int | None
+    output: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Demo:
     """conf/demo.yaml."""
 
-    checkpoint: str = MISSING
-    role: str | None = None
-    weights: str = "ema"
-    device: str = "auto"
-    background: str | None = None
-    host: str = MISSING
-    port: int = MISSING
-    upload_megabytes: int = MISSING
-    browser: bool = False
-    output: str = MISSING
+    checkpoint: str
+    role: str | None
+    weights: str
+    device: str
+    background: str | None
+    host: str
+    port: int
+    upload_megabytes: int
+    browser: bool
+    output: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Search:
     """conf/search.yaml."""
 
-    checkpoint: str = MISSING
-    weights: str = "ema"
-    points: int = MISSING
-    num_scales: int = MISSING
-    metric: str = MISSING
-    evaluation: Measurement = field(default_factory=Measurement)
-    num_samples: int | None = None
-    seed: int = 0
-    batch_size: int = MISSING
-    device: str = "auto"
-    devices: int = 1
-    output: str = MISSING
+    checkpoint: str
+    weights: str
+    points: int
+    num_scales: int
+    metric: str
+    evaluation: Measurement
+    num_samples: int | None
+    seed: int
+    batch_size: int
+    device: str
+    devices: int
+    output: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Prepare:
     """conf/prepare.yaml."""
 
-    source: str = MISSING
-    to: str = "zip"
-    resolution: int | None = None
-    channels: int | None = None
-    crop: Any = MISSING
-    split: str = "train"
-    classes: bool = False
-    on_bad: str = "stop"
-    background: str | None = None
-    num_workers: int | None = None
-    output: str = MISSING
+    source: str
+    to: str
+    resolution: int | None
+    channels: int | None
+    crop: Any
+    split: str
+    classes: bool
+    on_bad: str
+    background: str | None
+    num_workers: int | None
+    output: str
+
+
+SCHEMAS = (Train, Benchmark, Sample, Evaluate, Edit, Compare, Convert, Search, Demo, Prepare)
 
 
 def register() -> None:
-    """Makes the schemas known to Hydra under their command's name: train_schema, prepare_schema and so on."""
-    store = ConfigStore.instance()
-    for schema in (
-        Train,
-        Benchmark,
-        Sample,
-        Evaluate,
-        Edit,
-        Compare,
-        Convert,
-        Search,
-        Demo,
-        Prepare,
-    ):
-        store.store(name=f"{schema.__name__.lower()}_schema", node=schema)
+    """Store the schemas in Hydra under the names of their commands: train_schema, prepare_schema and so on."""
+    for schema in SCHEMAS:
+        ConfigStore.instance().store(name=f"{schema.__name__.lower()}_schema", node=schema)
+
+
+def register_experiments(folder: Path = ROOT / "experiments") -> None:
+    """Make every YAML below experiments/ an option of `experiment=`."""
+    for file in sorted(folder.rglob("*.yaml")):
+        name = file.relative_to(folder).with_suffix("")
+        ConfigStore.instance().store(
+            group="/".join(("experiment", *name.parent.parts)),
+            name=name.name,
+            node=OmegaConf.load(file),
+            package="_global_",
+            provider="experiments",
+        )

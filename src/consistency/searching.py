@@ -18,16 +18,17 @@ from torch import Tensor
 
 from consistency import checkpoint
 from consistency.checkpoint import Loaded
-from consistency.command import require_fresh, shell_line
+from consistency.command import require_fresh
+from consistency.commands.overrides import shell_line
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.measuring import Measure, Numbered, Settings
 from consistency.generation import generate
-from consistency.runtime import interrupt
+from consistency.runtime import signals
+from consistency.runtime.allowlist import require_trusted
 from consistency.samplers import multistep
 from consistency.sampling import chosen_device, searched_path
 from consistency.timepoints import Found, ternary_search
-from consistency.trusted import require_trusted
 
 SIGNS = {"frechet": 1, "kernel": 1, "class_score": -1, "precision": -1, "recall": -1}
 """The metrics, and with which sign the smallest value is the best."""
@@ -41,8 +42,6 @@ def search(config: DictConfig, output: Path) -> float:
     Returns the value of the metric at the points found.
     """
     require(config.metric in SIGNS, f"metric among {', '.join(SIGNS)}", config.metric, "choose one")
-    for name in ("points", "batch_size", "devices"):
-        require(config[name] >= 1, f"{name} >= 1", config[name], "give a positive number")
     require(
         config.num_scales >= config.points + 2,
         f"a grid of num_scales >= points + 2 = {config.points + 2}",
@@ -197,7 +196,7 @@ def artists(config: DictConfig) -> Any:
         Artist.here = Artist(text, 0, 1)
         return nullcontext()
     context = get_context("spawn")
-    with interrupt.held():
+    with signals.blocked():
         numbers = context.Manager().Queue()
     for number in range(config.devices):
         numbers.put(number)
@@ -211,7 +210,7 @@ def drawn(config: DictConfig, pool: Any, times: Sequence[float], count: int) -> 
     if pool is None:
         found = [Artist.work(list(times), share) for share in shares]
     else:
-        with interrupt.held():
+        with signals.blocked():
             jobs = [pool.submit(Artist.work, list(times), share) for share in shares]
         found = [job.result() for job in jobs]
     size = config.batch_size

@@ -18,9 +18,9 @@ from consistency.data.batches import BatchSplit, PositionedBatches, split_batch
 from consistency.data.held import load_into_memory
 from consistency.data.source import Classes, Images, Source
 from consistency.errors import require
-from consistency.orphans import end_with
 from consistency.pixels import to_unit
 from consistency.randomness import WHOLE, Share
+from consistency.runtime.signals import die_with
 from consistency.tensors import Data
 
 SECONDS_AFTER_SIGTERM = 60
@@ -38,7 +38,7 @@ class WholeBatches(Dataset[tuple[Images, Classes]]):
 
 def _init_worker(parent: int, worker: int) -> None:
     """Let a worker die with its parent, but ignore signals to the whole process group, so that the step can finish."""
-    end_with(parent)
+    die_with(parent)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

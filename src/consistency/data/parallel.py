@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-from consistency.orphans import end_with
-from consistency.runtime import interrupt
+from consistency.runtime import signals
+from consistency.runtime.signals import die_with
 
 T = TypeVar("T")
 
@@ -108,7 +108,7 @@ def _write(
         initargs=(write, os.getpid()),
     ) as pool:
         try:
-            with interrupt.held():
+            with signals.blocked():
                 written = pool.map(_write_in_process, files.values(), files)
             yield from written
         except BaseException:
@@ -121,7 +121,7 @@ _write_here: Callable[[range, Path], None]
 
 def _start(write: Callable[[range, Path], None], parent: int) -> None:
     global _write_here
-    end_with(parent)
+    die_with(parent)
     _write_here = write
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from consistency.command import shell_line
+from consistency.commands.overrides import shell_line
 from consistency.data.archive import Archive
 from consistency.data.opening import detect_source
 from consistency.data.shards import require_same_settings, write_shards

@@ -25,8 +25,8 @@ from torchvision.transforms import v2
 from consistency.data.download import PATIENCE
 from consistency.errors import UserError, require
 from consistency.evaluation.classifier import digits_classifier
-from consistency.evaluation.ranks import gathered, tell
 from consistency.paths import path_of
+from consistency.runtime.ranks import gathered, print_once
 
 INCEPTION = "inception"
 CLASSIFIER = "classifier"
@@ -178,7 +178,7 @@ def inception(path: Path) -> Extractor:
 
 def small_classifier() -> Extractor:
     """The small classifier of the default data set, on images made grey and small."""
-    tell("Training the small classifier whose features measure the samples ...")
+    print_once("Training the small classifier whose features measure the samples ...")
     trained, size = digits_classifier()
     network = deepcopy(trained)
     # Rounding may differ between machines and numbers of threads: what rank 0 trained is what counts.

@@ -30,11 +30,11 @@ from consistency.evaluation.extractors import (
     inception_weights,
     small_classifier,
 )
-from consistency.evaluation.ranks import batches, gathered, place, tell
 from consistency.evaluation.reference import Reference, read_reference, reference_of
 from consistency.generation import generate
 from consistency.inference.card import ModelCard
 from consistency.paths import path_of
+from consistency.runtime.ranks import batches, gathered, print_once, rank_and_size
 from consistency.samplers import Sampler
 from consistency.tensors import Denoise, sent
 
@@ -57,7 +57,7 @@ class FrechetDistance(FrechetInceptionDistance):
         given = nn.Identity()
         given.num_features = len(reference.mu)  # type: ignore[assignment]
         super().__init__(feature=given)
-        if place()[0] == 0:  # states are summed over ranks
+        if rank_and_size()[0] == 0:  # states are summed over ranks
             # Where a file does not say how many images its moments are of, any number gives them back.
             count = reference.count or 2
             mu, sigma = reference.mu, reference.sigma
@@ -110,7 +110,7 @@ class Measure:
         the samples are not exactly those, on every rank alike.
         """
         require(
-            count >= max(FEWEST, place()[1]),
+            count >= max(FEWEST, rank_and_size()[1]),
             f"at least {FEWEST} samples to measure, and one a process",
             count,
             "ask for more",
@@ -301,7 +301,7 @@ def available(name: str) -> Extractor:
     and one line about it.
     """
     if name == INCEPTION and (reason := _missing_somewhere()):
-        tell(f"No FID: {reason}. Going on with the features of the small classifier.")
+        print_once(f"No FID: {reason}. Going on with the features of the small classifier.")
         extractor = small_classifier()
     else:
         extractor = extractor_of(name)
@@ -319,7 +319,7 @@ def _missing_somewhere() -> str | None:
     """Why Inception's weights cannot be had, in one line, None where every rank has them. The first rank fetches them for
     all that share its disk.
     """
-    first = gathered(_missing() if place()[0] == 0 else None)[0]
+    first = gathered(_missing() if rank_and_size()[0] == 0 else None)[0]
     return next(filter(None, gathered(first or _missing())), None)
 
 

@@ -25,7 +25,7 @@ from consistency.data.module import WholeBatches
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION, Extractor
-from consistency.evaluation.ranks import batches, gathered, place, tell
+from consistency.runtime.ranks import batches, gathered, print_once, rank_and_size
 from consistency.tensors import sent
 
 PIXELS = 10_000
@@ -121,7 +121,9 @@ def _foreign(path: Path, arrays: dict[str, Any], extractor: Extractor) -> dict[s
         "choose evaluation.extractor=inception, or another reference",
     )
     spatial = ", mu_s and sigma_s (spatial features) are not used" if "mu_s" in arrays else ""
-    tell(f"{path.name}: from another program, taken to be of the published Inception{spatial}")
+    print_once(
+        f"{path.name}: from another program, taken to be of the published Inception{spatial}"
+    )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return {"file": path.name, "sha256": digest, "features": len(arrays.get("arr_0", ()))}
 
@@ -197,7 +199,7 @@ def reference_of(
     described: what its protocol says of the images; most_features: images, evenly spread, whose features are kept.
     """
     count, shape = len(source), tuple(source[0][0].shape)
-    fewest = max(2, place()[1])
+    fewest = max(2, rank_and_size()[1])
     require(
         count >= fewest,
         f"a reference of at least {fewest} images, one a process",
@@ -226,12 +228,12 @@ def reference_of(
         mu, sigma, total, features = moments.compute()
     assert total == count and len(features) == len(kept)
     found = Reference(mu, sigma, count, features, protocol)
-    if place()[0] == 0:
+    if rank_and_size()[0] == 0:
         try:
             found.write(path)
-            tell(f"Reference of {count:,} images kept in {path}")
+            print_once(f"Reference of {count:,} images kept in {path}")
         except OSError as error:
-            tell(f"Reference of {count:,} images, not kept for the next time: {error}")
+            print_once(f"Reference of {count:,} images, not kept for the next time: {error}")
     return found
 
 
@@ -253,7 +255,7 @@ def images_of(
         num_workers=num_workers,
     )
     images = (batch for batch, _ in loader)
-    shown = tqdm(parts, desc=title, unit="batch", disable=place()[0] > 0 or len(parts) < 2)
+    shown = tqdm(parts, desc=title, unit="batch", disable=rank_and_size()[0] > 0 or len(parts) < 2)
     yield from zip(shown, images, strict=True)
 
 
@@ -261,7 +263,7 @@ def content_key(source: Source) -> str:
     """A digest of what a data set holds: the pixels of up to 10,000 images, evenly spread, and what the source knows of
     every image's file. All ranks share the work; the result does not depend on their number.
     """
-    rank, ranks = place()
+    rank, ranks = rank_and_size()
     pixels = spread(len(source), PIXELS)
     own = {i: hashlib.sha256(source[i][0].numpy().tobytes()).digest() for i in pixels[rank::ranks]}
     found: dict[int, bytes] = {}

@@ -1,179 +1,299 @@
-"""The place of this process among the processes of its job, whatever has started them.
+"""Ranks: which of a job's processes this one is, where the first one is, and what the ranks exchange.
 
-srun, torchrun, jsrun, mpirun or a script of one's own (LOCAL_RANK) start every process of a job. Where nobody did, the
-first process of each machine starts the others of it: the job is then on one machine, or on several of which each has
-been told its number (NODE_RANK). The variables are read in the order in which Lightning reads them.
+srun, torchrun, jsrun, mpirun or a script of one's own (LOCAL_RANK) start every process of a job. Without a launcher, the
+first process of each machine starts the others of that machine; NODE_RANK numbers several machines.
+
+Importing this module imports no torch: `signals` needs it first.
 """
 
 import os
 import shlex
+import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
-from consistency.errors import require
+from consistency.errors import UserError, require
+
+T = TypeVar("T")
 
 PARENT = "_CONSISTENCY_PARENT"
-"""The process that starts the other ranks of its machine, by its number."""
+"""The variable with the id of the process that starts the other ranks of its machine."""
 
 NOT_SLURM = ("bash", "interactive")
-"""Names of SLURM jobs inside which Lightning takes no notice of SLURM."""
+"""Names of SLURM jobs inside which Lightning ignores SLURM."""
+
+JSRUN = {"LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK"}
+
+VARIABLES = {
+    "torchrun": ("RANK", "WORLD_SIZE", "GROUP_WORLD_SIZE", "GROUP_RANK", "LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_NODEID", "SLURM_LOCALID"),
+    "jsrun": ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "", "", "JSM_NAMESPACE_LOCAL_RANK"),
+    "mpirun": (
+        "OMPI_COMM_WORLD_RANK PMI_RANK",
+        "OMPI_COMM_WORLD_SIZE PMI_SIZE",
+        "",
+        "",
+        "OMPI_COMM_WORLD_LOCAL_RANK MPI_LOCALRANKID",
+    ),
+    "LOCAL_RANK": ("", "WORLD_SIZE", "", "NODE_RANK GROUP_RANK", "LOCAL_RANK"),
+    "": ("", "", "", "NODE_RANK GROUP_RANK", "LOCAL_RANK"),
+}
+"""Variables with the rank, the numbers of processes and machines, and the numbers of this machine and of the process on it."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a process stands: `local` among those of machine number `node`, `rank` among all.
+class Launch:
+    """How this process was started.
 
-    launcher: what started all processes of the job, or "" where a process starts others itself. rank, processes and
-    nodes are None where the launcher does not say them.
+    launcher: what started all processes of the job; "" if a process starts the others itself.
+    rank, processes, nodes: its rank, the numbers of processes and of machines; None if the launcher does not set them.
+    node: number of its machine.
+    local: number of the process on that machine.
     """
 
-    launcher: str = ""
-    node: int = 0
-    local: int = 0
-    rank: int | None = None
-    processes: int | None = None
-    nodes: int | None = None
-    count: str = ""
+    launcher: str
+    rank: int | None
+    processes: int | None
+    nodes: int | None
+    node: int
+    local: int
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that decides for all."""
+        """Whether this process decides for all."""
         return self.rank == 0 if self.rank is not None else self.node == self.local == 0
 
-    def number(self, devices: int) -> int:
-        """The rank, with so many processes on a machine."""
+    def global_rank(self, devices: int) -> int:
+        """Return the rank, given the number of processes on a machine."""
         return self.node * devices + self.local if self.rank is None else self.rank
 
+    @property
+    def started(self) -> str:
+        """The number of processes and their launcher, for a message."""
+        variable = VARIABLES[self.launcher][1].partition(" ")[0]
+        return f"{self.processes}, started by {self.launcher} ({variable}={self.processes})"
 
-def here(env: Mapping[str, str] = os.environ) -> Place:
-    """The place of this process."""
+    def first_address(self) -> tuple[str, int]:
+        """Return address and port of the first process, as Lightning finds them."""
+        from lightning.fabric.plugins import environments as theirs
 
-    def number(*names: str) -> int | None:
-        return next((int(env[name]) for name in names if env.get(name, "").isdigit()), None)
+        kinds = {
+            "srun": theirs.SLURMEnvironment,
+            "jsrun": theirs.LSFEnvironment,
+            "mpirun": theirs.MPIEnvironment,
+        }
+        if self.launcher in kinds:
+            environment = kinds[self.launcher]()
+            return environment.main_address, environment.main_port
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        return address, int(os.environ.get("MASTER_PORT", "29500"))
 
-    node = number("NODE_RANK", "GROUP_RANK") or 0
+    def store(self, seconds: float) -> Any:
+        """Return torch's store at the first process; torchrun keeps it in a process of its own.
+
+        seconds: how long to wait for it, and for its values.
+        """
+        from torch.distributed import PrefixStore, TCPStore
+
+        address, port = self.first_address()
+        serve = self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+        if not serve:  # torch prints a stack trace while it waits
+            connected(address, port, seconds).close()
+        try:
+            timeout = timedelta(seconds=seconds)
+            store = TCPStore(
+                address, port, None, serve, timeout, wait_for_workers=False, multi_tenant=True
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"a free port at MASTER_PORT={port} of this machine, {address}",
+                str(error).splitlines()[0][:300],
+                "choose another MASTER_PORT",
+            ) from error
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"consistency/{attempt}", store)
+
+
+def connected(address: str, port: int, seconds: float) -> socket.socket:
+    """Connect to a port of the first process, and try again for `seconds` if nobody listens there."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=30.0)
+        except OSError as error:
+            if time.monotonic() >= until:
+                raise UserError(
+                    f"the first process of this job at {address}:{port}",
+                    f"none in {seconds:.0f} s ({error})",
+                    "start it, set MASTER_ADDR and MASTER_PORT to where it is, the same on every machine, "
+                    "and open the ports between the machines",
+                ) from error
+        time.sleep(0.2)
+
+
+def this_launch(env: Mapping[str, str] = os.environ) -> Launch:
+    """Read how this process was started, from the variables and in the order that Lightning reads them."""
+
+    def number(names: str) -> int | None:
+        return next((int(env[n]) for n in names.split() if env.get(n, "").isdigit()), None)
+
     if PARENT in env:
-        own = env[PARENT] == str(os.getpid())
-        return Place("", node, 0 if own else number("LOCAL_RANK") or 0)
-    if "TORCHELASTIC_RUN_ID" in env:
-        ranks = number("RANK"), number("WORLD_SIZE"), number("GROUP_WORLD_SIZE")
-        node = number("GROUP_RANK") or 0
-        return Place("torchrun", node, number("LOCAL_RANK") or 0, *ranks, "WORLD_SIZE")
-    if "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in NOT_SLURM:
-        ranks = number("SLURM_PROCID"), number("SLURM_NTASKS"), number("SLURM_NNODES")
-        local = number("SLURM_LOCALID") or 0
-        return Place("srun", number("SLURM_NODEID") or 0, local, *ranks, "SLURM_NTASKS")
-    if {"LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK"} <= set(env):
-        ranks = number("JSM_NAMESPACE_RANK"), number("JSM_NAMESPACE_SIZE"), None
-        local = number("JSM_NAMESPACE_LOCAL_RANK") or 0
-        return Place("jsrun", 0, local, *ranks, "JSM_NAMESPACE_SIZE")
-    size = number("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") or 1
-    if size > 1:
-        rank = number("OMPI_COMM_WORLD_RANK", "PMI_RANK")
-        local = number("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID") or 0
-        return Place("mpirun", 0, local, rank, size, None, "the size of its world")
-    if "LOCAL_RANK" in env:
-        local, processes = number("LOCAL_RANK") or 0, number("WORLD_SIZE")
-        return Place("LOCAL_RANK", node, local, None, processes, None, "WORLD_SIZE")
-    return Place("", node, 0)
+        launcher = ""
+    elif "TORCHELASTIC_RUN_ID" in env:
+        launcher = "torchrun"
+    elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in NOT_SLURM:
+        launcher = "srun"
+    elif set(env) >= JSRUN:
+        launcher = "jsrun"
+    elif (number(VARIABLES["mpirun"][1]) or 1) > 1:
+        launcher = "mpirun"
+    else:
+        launcher = "LOCAL_RANK" if "LOCAL_RANK" in env else ""
+    rank, processes, nodes, node, local = map(number, VARIABLES[launcher])
+    is_parent = env.get(PARENT) == str(os.getpid())
+    return Launch(launcher, rank, processes, nodes, node or 0, 0 if is_parent else local or 0)
 
 
 def is_first() -> bool:
-    """Whether this process decides and writes, and the others follow."""
-    return here().first
+    """Return whether this process decides and writes for all."""
+    return this_launch().first
 
 
 def is_started_here() -> bool:
-    """Whether the first process of this machine has started this one: it then speaks for it."""
+    """Return whether the first process of this machine started this one; it then prints for it."""
     return os.environ.get(PARENT, str(os.getpid())) != str(os.getpid())
 
 
 def require_launched(devices: int | None, nodes: int, option: str = "") -> None:
-    """Refuses numbers of devices and machines that are not those the launcher has made: Lightning would take the
-    launcher's in silence, or wait for ever.
+    """Refuse numbers of devices and machines that the launcher contradicts; Lightning would ignore them or wait for ever.
 
-    devices: None where it is not known yet; option: what stands before `devices` and `num_nodes` on the command line.
+    devices: None if the number is not known yet.
+    option: what stands before `devices` and `num_nodes` on the command line.
     """
-    place = here()
-    if place.launcher == "srun":
-        _require_srun(place, devices, nodes)
-    require(
-        place.launcher != "mpirun" or find_spec("mpi4py") is not None,
-        f"the package mpi4py, by which the {place.processes} processes of mpirun know each other",
-        "no such package",
-        f"pip install mpi4py; or start one process, which starts the others: {option}devices=<n>",
-    )
-    wanted = None if devices is None else devices * nodes
-    if place.processes is not None and wanted is not None:
-        each = place.processes // nodes or 1
-        require(
-            place.processes == wanted,
-            f"{option}devices x {option}num_nodes = {devices} x {nodes} = {wanted} processes",
-            f"{place.processes}, started by {place.launcher} ({place.count}={place.processes})",
-            f"say {option}devices={each}, or start {wanted} processes{_how(place, devices or 1, nodes)}",
-        )
-    require(
-        place.nodes in (None, nodes),
-        f"{option}num_nodes={place.nodes}, the machines that {place.launcher} has",
-        f"{option}num_nodes={nodes}",
-        f"say {option}num_nodes={place.nodes}",
-    )
-    require(
-        place.node < nodes,
-        f"a number of this machine below {option}num_nodes={nodes}",
-        f"NODE_RANK={place.node}",
-        f"say {option}num_nodes={place.node + 1} or more, as on the other machines, or unset NODE_RANK",
-    )
-    require(
-        place.launcher != "LOCAL_RANK" or devices is None or place.local < devices,
-        f"a number of this process below {option}devices={devices}",
-        f"LOCAL_RANK={place.local}",
-        f"say {option}devices=<processes of each machine>, or unset LOCAL_RANK",
-    )
-    alone = place.launcher in ("", "LOCAL_RANK") and "MASTER_PORT" not in os.environ
-    require(
-        not alone or nodes == 1,
-        f"MASTER_ADDR, MASTER_PORT and NODE_RANK, by which {option}num_nodes={nodes} machines find each other",
-        "none of them",
-        "set them on every machine: address and a free port of the first, and 0, 1, ... ; or use srun or torchrun",
-    )
+    launch = this_launch()
+    _require_srun(launch, devices, nodes)
+    processes = devices and devices * nodes
+    each = (launch.processes or 1) // nodes or 1
+    unset = launch.launcher in ("", "LOCAL_RANK") and "MASTER_PORT" not in os.environ
+    for check in (
+        (
+            launch.launcher != "mpirun" or find_spec("mpi4py") is not None,
+            f"the package mpi4py, which connects the {launch.processes} processes of mpirun",
+            "no such package",
+            f"pip install mpi4py; or start one process, which starts the others: {option}devices=<n>",
+        ),
+        (
+            processes is None or launch.processes in (None, processes),
+            f"{option}devices x {option}num_nodes = {devices} x {nodes} = {processes} processes",
+            launch.started,
+            f"say {option}devices={each}, or start {processes} processes{_line(launch, devices or 1, nodes)}",
+        ),
+        (
+            launch.nodes in (None, nodes),
+            f"{option}num_nodes={launch.nodes}, the machines that {launch.launcher} has",
+            f"{option}num_nodes={nodes}",
+            f"say {option}num_nodes={launch.nodes}",
+        ),
+        (
+            launch.node < nodes,
+            f"a number of this machine below {option}num_nodes={nodes}",
+            f"NODE_RANK={launch.node}",
+            f"say {option}num_nodes={launch.node + 1} or more, as on the other machines, or unset NODE_RANK",
+        ),
+        (
+            launch.launcher != "LOCAL_RANK" or devices is None or launch.local < devices,
+            f"a number of this process below {option}devices={devices}",
+            f"LOCAL_RANK={launch.local}",
+            f"say {option}devices=<processes of each machine>, or unset LOCAL_RANK",
+        ),
+        (
+            nodes == 1 or not unset,
+            f"MASTER_ADDR, MASTER_PORT and NODE_RANK, which connect {option}num_nodes={nodes} machines",
+            "none of them",
+            "set them on every machine: address and a free port of the first, and 0, 1, ... ; or use srun or torchrun",
+        ),
+    ):
+        require(*check)
 
 
-def _require_srun(place: Place, devices: int | None, nodes: int) -> None:
+def _require_srun(launch: Launch, devices: int | None, nodes: int) -> None:
+    if launch.launcher != "srun":
+        return
     line = shlex.join(["python", *sys.argv])
-    several = (place.processes or 1) > 1 or (devices or 1) * nodes > 1
+    processes = launch.processes or 1
     require(
-        place.rank is not None or not several,
-        f"one of the {place.processes} processes that SLURM is to start (SLURM_NTASKS={place.processes})",
+        launch.rank is not None or (processes == 1 and (devices or 1) * nodes == 1),
+        f"one of the {launch.processes} processes that SLURM is to start (SLURM_NTASKS={launch.processes})",
         "a process that srun has not started (no SLURM_PROCID)",
         f"srun {line}\n      or, for processes without SLURM: unset SLURM_NTASKS",
     )
     require(
-        (place.processes or 1) == 1 or "SLURM_NTASKS_PER_NODE" in os.environ,
-        "SLURM_NTASKS_PER_NODE, which Lightning asks for",
-        f"SLURM_NTASKS={place.processes} alone",
-        f"say how many on each machine: srun --ntasks-per-node={(place.processes or 1) // nodes or 1} {line}",
+        processes == 1 or "SLURM_NTASKS_PER_NODE" in os.environ,
+        "SLURM_NTASKS_PER_NODE, which Lightning needs",
+        f"SLURM_NTASKS={launch.processes} alone",
+        f"give the number on each machine: srun --ntasks-per-node={processes // nodes or 1} {line}",
     )
 
 
-def _how(place: Place, devices: int, nodes: int) -> str:
+def _line(launch: Launch, devices: int, nodes: int) -> str:
     return {
         "srun": f": srun --nodes={nodes} --ntasks-per-node={devices} ...\n"
         "      or, for processes without SLURM: unset SLURM_NTASKS",
         "torchrun": f": torchrun --nnodes={nodes} --nproc_per_node={devices} ...",
-    }.get(place.launcher, "")
+    }.get(launch.launcher, "")
 
 
 def require_alone(verb: str) -> None:
-    """Refuses to do the same work in every process that a launcher has started."""
-    place = here()
-    # In the script of a SLURM job, outside of srun, there is one process, whatever the number of tasks.
-    script = place.launcher == "srun" and place.rank == 0 and "SLURM_STEP_ID" not in os.environ
+    """Refuse to do the same work in every process that a launcher has started."""
+    launch = this_launch()
+    # The script of a SLURM job, outside of srun, is one process, whatever the number of tasks.
+    script = launch.launcher == "srun" and launch.rank == 0 and "SLURM_STEP_ID" not in os.environ
     require(
-        (place.processes or 1) == 1 or place.rank is None or script,
-        f"one process: {verb}.py starts further ones itself where it can use them (devices=)",
-        f"{place.processes}, started by {place.launcher} ({place.count}={place.processes})",
-        f"start it once, without {place.launcher} or with one process",
+        launch.processes in (None, 1) or launch.rank is None or script,
+        f"one process: {verb}.py starts further ones itself if it can use them (devices=)",
+        launch.started,
+        f"start it once, without {launch.launcher} or with one process",
     )
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return the rank of this process and the number of ranks in torch's process group."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gathered(value: T) -> list[T]:
+    """Return the values of all ranks in their order. Collective: every rank calls it."""
+    import torch.distributed as dist
+
+    size = rank_and_size()[1]
+    if size == 1:
+        return [value]
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def batches(count: int, batch_size: int) -> list[range]:
+    """Return this rank's batches of the numbers below `count`.
+
+    The batches of all ranks together are the same for any number of ranks that all have a batch, and so are roundings
+    that depend on the batch.
+    """
+    rank, ranks = rank_and_size()
+    size = max(1, min(batch_size, count // ranks))
+    return [range(first, min(first + size, count)) for first in range(0, count, size)][rank::ranks]
+
+
+def print_once(line: str) -> None:
+    """Print a line on rank 0."""
+    if rank_and_size()[0] == 0:
+        print(line, flush=True)

@@ -18,7 +18,7 @@ from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import ModelCard
-from consistency.masking import masked
+from consistency.runtime.redaction import masked
 from consistency.training.arguments import plugins_of, require_whole
 from consistency.training.lightning_patches import AtomicCheckpointIO
 from consistency.training.module import ConsistencyModule

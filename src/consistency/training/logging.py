@@ -22,7 +22,7 @@ from wandb.errors import UsageError
 
 from consistency.checkpoint import write_text
 from consistency.errors import require
-from consistency.training.faults import tell
+from consistency.training.io_errors import warn
 from consistency.training.lightning_patches import purge_from, set_wandb_id
 
 FLUSH_SECONDS = 0.5
@@ -83,7 +83,7 @@ class MetricsFile(Logger):
             self._warned = False
         except OSError as error:
             if not self._warned:
-                tell(f"{self.path} could not be written, its rows wait for the next one: {error}")
+                warn(f"{self.path} could not be written, its rows wait for the next one: {error}")
             self._warned = True
 
     def _append(self, row: dict[str, float]) -> int:
@@ -122,7 +122,7 @@ class MetricsFile(Logger):
         if self.rows and self._start is None:
             self._write()
         if self.rows and self._start is None:
-            tell(f"{self.path} lacks the last {len(self.rows)} rows")
+            warn(f"{self.path} lacks the last {len(self.rows)} rows")
 
 
 def key_configured() -> bool:
@@ -145,7 +145,7 @@ def patient(method: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if not self.failed:
                 reason = " ".join(str(error).split())
-                tell(f"{self.service} failed and is off for the rest of this run: {reason}")
+                warn(f"{self.service} failed and is off for the rest of this run: {reason}")
             self.failed = True
             return None
 

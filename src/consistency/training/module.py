@@ -20,7 +20,7 @@ from consistency.objectives import Losses, Objective
 from consistency.preconditioning import Preconditioning
 from consistency.randomness import WHOLE, Share, generator, key
 from consistency.tensors import Data, Label
-from consistency.training.faults import tell
+from consistency.training.io_errors import warn
 from consistency.training.lightning_patches import batches_before
 from consistency.training.nonfinite import NonfiniteGuard
 
@@ -144,7 +144,7 @@ class ConsistencyModule(L.LightningModule):
             num_classes=None if card is None else card.num_classes,
         )
         if not self._range_checked and self.global_rank == 0 and float(x_0.min()) >= 0:
-            tell(
+            warn(
                 "the first images lie between 0 and 1 and are taken as they are; the range is -1 to 1, "
                 "so if 0 is black scale them: 2 * x - 1"
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from consistency.errors import UserError
 from consistency.objectives import Losses
-from consistency.training.faults import tell
+from consistency.training.io_errors import warn
 
 SHOWN = 4
 
@@ -95,7 +95,7 @@ class NonfiniteGuard:
         self.overflows += 1
         self.overflows_in_a_row += 1
         if self.overflows == 1 and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            tell(
+            warn(
                 f"gradients overflowed half precision {step}: the scaler skips the step and continues with scale "
                 f"{scale():g}; the number of skipped steps follows at the end"
             )
@@ -110,7 +110,7 @@ class NonfiniteGuard:
     def report_overflows(self) -> None:
         """Print how many steps the scaler has skipped, if more than the reported first."""
         if self.overflows > 1 and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            tell(f"the gradient scaler left out {self.overflows} steps whose gradients overflowed")
+            warn(f"the gradient scaler left out {self.overflows} steps whose gradients overflowed")
 
 
 def _report(

@@ -14,13 +14,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from consistency import trusted
 from consistency.checkpoint import CHECKPOINTS, LAST, PREVIOUS, write_text
-from consistency.command import AUTO, given_options, require_fresh
+from consistency.command import AUTO, require_fresh
+from consistency.commands.overrides import given_options
 from consistency.errors import UserError, require
-from consistency.masking import MASK, masked
 from consistency.paths import path_of
-from consistency.runtime.meeting import decided
+from consistency.runtime import allowlist
+from consistency.runtime.redaction import MASK, masked
+from consistency.runtime.rendezvous import decided
 from consistency.schema import Train
 from consistency.training.rotation import newest
 
@@ -184,11 +185,11 @@ def _targets(tree: Any) -> Iterator[str]:
 def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:
     """Read the configuration of a run; if its folder was moved, the paths inside move along.
 
-    also: targets that it may name besides those of `trusted`: the ones that this command names itself.
+    also: targets that it may name besides the allowlist.
     """
     path = folder / CONFIG
     try:
-        loaded = trusted.read(path, also)
+        loaded = allowlist.read(path, also)
     except UserError:
         _require_present(path)
         raise
@@ -206,9 +207,9 @@ def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:
 def _require_present(path: Path) -> None:
     """Refuse a run that was begun with a version whose classes have moved since."""
     with path.open(errors="replace") as file:
-        text = file.read(trusted.MOST_BYTES)
+        text = file.read(allowlist.MOST_BYTES)
     targets = re.findall(r"_target_: (consistency(?:\.\w+)+)\s*$", text, re.M)
-    gone = next((target for target in targets if trusted.named(target) is None), None)
+    gone = next((target for target in targets if allowlist.named(target) is None), None)
     require(
         gone is None,
         f"a run that this version began, in {path.parent}",

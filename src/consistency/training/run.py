@@ -16,8 +16,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from consistency.command import ROOT, called, shell_line
+from consistency.commands.overrides import shell_line
+from consistency.commands.python import called
 from consistency.errors import require
+from consistency.paths import ROOT
+from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import is_first, require_launched
 from consistency.training.arguments import require_taken
 from consistency.training.build import (
@@ -33,8 +36,7 @@ from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import callback_of
 from consistency.training.callbacks.pictures import SampleGrids
-from consistency.training.faults import explained
-from consistency.training.launch import one_job
+from consistency.training.io_errors import as_user_error
 from consistency.training.logging import MetricsFile, PatientTensorBoardLogger, PatientWandbLogger
 from consistency.training.module import ConsistencyModule
 from consistency.training.resuming import RunStart, begin, keep_config
@@ -58,7 +60,7 @@ def train(config: DictConfig, output: Path) -> float:
             print("All its steps are done; trainer.max_steps=<more> makes it longer.")
         return start.value
     L.seed_everything(config.seed, workers=True, verbose=False)
-    with one_job(), explained():
+    with one_job(), as_user_error():
         loggers = build_loggers(config)
         data = build_data(config)
         module = build_module(config, data)

@@ -14,7 +14,7 @@ from consistency.errors import require
 from consistency.training import rotation
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import Periodic, callback_of
-from consistency.training.faults import tell
+from consistency.training.io_errors import warn
 from consistency.training.lightning_patches import set_counters
 from consistency.training.module import ConsistencyModule
 
@@ -94,7 +94,7 @@ class RunCheckpoints(Periodic, Checkpoint):
     def _save_last(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         reason = self.keep_last(trainer)
         if reason and trainer.is_global_zero:
-            tell(f"the checkpoint of step k={module.k} could not be written: {reason}")
+            warn(f"the checkpoint of step k={module.k} could not be written: {reason}")
 
     def _save_best(self, trainer: L.Trainer) -> None:
         metric = trainer.callback_metrics.get(self.monitor) if self.monitor else None
@@ -107,7 +107,7 @@ class RunCheckpoints(Periodic, Checkpoint):
         if reason:
             self.best_value = before
             if trainer.is_global_zero:
-                tell(f"the best checkpoint so far could not be written: {reason}")
+                warn(f"the best checkpoint so far could not be written: {reason}")
 
 
 def _written(trainer: L.Trainer, path: Path, then: Callable[[], None] = lambda: None) -> str | None:

@@ -12,12 +12,12 @@ from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION
 from consistency.evaluation.measuring import Measure, Numbered, Settings, drawn
-from consistency.evaluation.ranks import batches
 from consistency.evaluation.reference import images_of
 from consistency.randomness import generator
+from consistency.runtime.ranks import batches
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
-from consistency.training.faults import spared
+from consistency.training.io_errors import tolerate_write_errors
 from consistency.training.module import ConsistencyModule
 
 
@@ -101,7 +101,7 @@ class Evaluation(Periodic):
                 "k": module.k,
                 "results": self.report,
             }
-            with spared(str(self.file)):
+            with tolerate_write_errors(str(self.file)):
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 self.file.write_text(json.dumps(text, indent=2) + "\n")
 

@@ -12,7 +12,7 @@ from consistency.errors import require
 from consistency.generation import generate
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
-from consistency.training.faults import spared
+from consistency.training.io_errors import tolerate_write_errors
 from consistency.training.logging import PatientTensorBoardLogger
 from consistency.training.module import ConsistencyModule
 
@@ -89,7 +89,7 @@ class SampleGrids(Periodic):
                 caption = f"{name.replace('_', ' ')}, step {module.k}"
                 panels.append((caption, pictures.grid(torch.cat(list(batches)).cpu(), columns)))
         sheet = pictures.side_by_side(panels)
-        with spared(f"the picture of step k={module.k}"):
+        with tolerate_write_errors(f"the picture of step k={module.k}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             sheet.save(self.folder / f"step_{module.k:08d}.png")
             sheet.save(self.newest)
@@ -119,5 +119,5 @@ class Curves(Periodic):
         for logger in trainer.loggers:
             logger.save()
         if trainer.is_global_zero and self.metrics.is_file():
-            with spared(str(self.picture)):
+            with tolerate_write_errors(str(self.picture)):
                 pictures.draw_curves(self.metrics, self.picture)

@@ -10,10 +10,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from consistency.runtime import interrupt, meeting
+from consistency.runtime import rendezvous, signals
 from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.callbacks.periodic import callback_of
-from consistency.training.faults import tell
+from consistency.training.io_errors import warn
 from consistency.training.lightning_patches import take_signals
 from consistency.training.module import ConsistencyModule
 
@@ -37,7 +37,7 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Handle SIGUSR1 if nothing else does (Lightning restores all handlers at the end), and the first Ctrl-C."""
-        interrupt.call_instead(partial(self._note, signal.SIGINT))
+        signals.call_instead(partial(self._note, signal.SIGINT))
         free = signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
         if free and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, lambda number, _: self._note(number))
@@ -63,11 +63,11 @@ class Preemption(Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         self._leave(trainer, module)
-        interrupt.call_instead(None)
+        signals.call_instead(None)
 
     def on_exception(self, *_: Any) -> None:
-        interrupt.call_instead(None)
-        meeting.current.leaving.set()
+        signals.call_instead(None)
+        rendezvous.current.leaving.set()
 
     def _leave(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         number, requeue = self._agreed(trainer)
@@ -80,7 +80,7 @@ class Preemption(Callback):
                 f"no checkpoint of it: {reason}" if reason else f"checkpoint: {checkpoints.last}"
             )
         if trainer.is_global_zero:
-            tell(f"{signal.Signals(number).name}: stopped after step k={module.k}; {saved}")
+            warn(f"{signal.Signals(number).name}: stopped after step k={module.k}; {saved}")
         if requeue:
             self._requeue(number, None)
         raise Preempted(128 + number)

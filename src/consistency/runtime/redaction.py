@@ -1,7 +1,7 @@
-"""Passwords, keys and tokens: the options of a run use them, and they are kept out of all that is written or printed.
+"""Redaction: passwords, keys and tokens in the options of a run are neither written nor printed.
 
-Secret is what stands between :// and @ in an address (s3://key:secret@bucket), and the value of an option or parameter
-whose name says so (data.source.storage_options.aws_secret_access_key=..., ?token=...). The environment is never stored.
+A secret is the text between :// and @ in an address (s3://key:secret@bucket), or the value of an option or parameter with
+a name like `NAMES` (data.source.storage_options.aws_secret_access_key=..., ?token=...). The environment is never stored.
 """
 
 import re
@@ -13,18 +13,18 @@ from typing import Any
 MASK = "***"
 NAMES = r"secret|password|passwd|token|credential|signature|(?:api|access|account|private)_?key"
 _NAME = re.compile(NAMES, re.I)
-# A secret may hold / and @ itself, as those of S3 do; a number before a / is a port; a path has lost one of its slashes.
+# A secret may contain / and @, as those of S3 do; a number before a / is a port; a path has lost one of its slashes.
 _ADDRESS = re.compile(r"(?<=\w:/)(/?)(?:[^/\s]*|[^/\s@:]*:(?!\d+/)\S*)@")
 _OPTION = re.compile(rf"""((?:{NAMES})[\w-]*['"]?\s*[=:]\s*['"]?)[^\s'"&,}}\]]+""", re.I)
 
 
 def masked_text(text: str) -> str:
-    """The text with *** in the place of every secret."""
+    """Replace every secret in a text by ***."""
     return _OPTION.sub(rf"\1{MASK}", _ADDRESS.sub(rf"\1{MASK}@", text))
 
 
 def masked(value: Any, *, secret: bool = False) -> Any:
-    """A plain configuration with *** in the place of every secret; all else as it is."""
+    """Replace every secret in a plain configuration by ***."""
     if isinstance(value, dict):
         return {k: masked(v, secret=secret or bool(_NAME.search(str(k)))) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -34,19 +34,19 @@ def masked(value: Any, *, secret: bool = False) -> Any:
     return masked_text(value) if isinstance(value, str) else value
 
 
-class Masking:
-    """A stream of text that masks whatever is written to it."""
+class MaskedStream:
+    """A text stream that masks secrets."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Writes the text without its secrets."""
+        """Write a text without its secrets."""
         self.stream.write(masked_text(text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Writes all texts without their secrets."""
+        """Write texts without their secrets."""
         for line in lines:
             self.write(line)
 
@@ -56,8 +56,6 @@ class Masking:
 
 @contextmanager
 def masked_output() -> Iterator[None]:
-    """Masks what this process prints."""
-    out: Any = Masking(sys.stdout)
-    err: Any = Masking(sys.stderr)
-    with redirect_stdout(out), redirect_stderr(err):
+    """Mask the secrets that the body prints."""
+    with redirect_stdout(MaskedStream(sys.stdout)), redirect_stderr(MaskedStream(sys.stderr)):
         yield

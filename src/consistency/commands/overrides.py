@@ -1,0 +1,132 @@
+"""Overrides: options of the command line, quoted for Hydra, and command lines, quoted for a shell."""
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import OmegaConf
+
+from consistency.errors import require
+from consistency.paths import ROOT, expanded, path_of
+from consistency.schema import is_path
+
+OVERRIDE = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+SWEEP = re.compile(r"(choice|glob|interval|range|shuffle|sort|tag)\s*\(.*\)", re.DOTALL)
+FOLDERS = ("output", "hydra.run.dir", "hydra.sweep.dir")
+"""Options that a sweep does not vary: a comma in them belongs to the path."""
+
+
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Return whether the arguments start a sweep."""
+    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+
+
+def for_hydra(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with every path quoted, so that Hydra's grammar takes it literally."""
+    sweep = is_sweep(arguments)
+    options = [option for argument in arguments for option in spelled_out(argument)]
+    return [_with_quoted_paths(option, sweep=sweep) for option in options]
+
+
+def _with_quoted_paths(argument: str, *, sweep: bool) -> str:
+    match = OVERRIDE.fullmatch(argument)
+    if match is None or not is_path(match[2]):
+        return argument
+    prefix, key, value = match.groups()
+    single = not sweep or key in FOLDERS or _exists(value)
+    if not single and SWEEP.fullmatch(value):
+        return argument
+    paths = [value] if single else _split_paths(value)
+    return f"{prefix}{key}={','.join(map(_quoted_path, paths))}"
+
+
+def _split_paths(value: str) -> Iterator[str]:
+    """Split the paths of a sweep at commas: the longest that exist, else as short as possible."""
+    parts = value.split(",")
+    while parts:
+        starts = [",".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        whole = [piece for piece in starts if piece.count("${") <= piece.count("}")]
+        known = (p for p in starts[::-1] if QUOTED.fullmatch(p.strip()) or _exists(p.strip()))
+        piece = next(known, (whole or starts[-1:])[0])
+        yield piece if _exists(piece) else piece.strip()
+        parts = parts[starts.index(piece) + 1 :]
+
+
+def _exists(value: str) -> bool:
+    return bool(value) and os.path.lexists(expanded(value))
+
+
+def _quoted_path(value: str) -> str:
+    """Quote a path, except null and an empty text; an interpolation works in quotes as well."""
+    if QUOTED.fullmatch(value) and not _exists(value):
+        value = str(OverridesParser.create().parse_override(f"x={value}").value())
+    elif value.lower() in ("", "null"):
+        return value
+    return quoted(expanded(value))
+
+
+def quoted(text: str) -> str:
+    """Quote a text so that Hydra takes every character of it literally."""
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def spelled_out(argument: str) -> list[str]:
+    """Spell out the short forms of a choice.
+
+    null is its option `none`; a path is its option `file`: mask=a.png is mask=file mask.path=a.png.
+    """
+    if argument == "experiment=null":
+        return []
+    group, _, value = argument.partition("=")
+    folder = ROOT / "conf" / group.partition("@")[0]
+    options = {file.stem for file in folder.glob("*.yaml")} if group else set()
+    if options and "null" in value.split(","):
+        expected = f"{group}= among {', '.join(sorted(options))}"
+        require("none" in options, expected, argument, "choose one")
+        return [f"{group}={','.join('none' if v == 'null' else v for v in value.split(','))}"]
+    if "file" not in options or value in options or not group.isidentifier():
+        return [argument]
+    is_file = bool(Path(value).suffix) or path_of(value).is_file()
+    return [f"{group}=file", f"{group}.path={value}"] if is_file else [argument]
+
+
+def given_options(hydra: Any) -> list[str]:
+    """Return the options of a job as they were given, without resolving them; `hydra` is Hydra's own configuration."""
+    options = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    assert isinstance(options, list)
+    return [str(option) for option in options]
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Yield the overrides that turn the configuration `old` into `new`, except `output`."""
+    for name in dict.fromkeys([*old, *new]):
+        key = f"{above}.{name}" if above else name
+        if key == "output" or (name in old and name in new and old[name] == new[name]):
+            continue
+        if name not in new:
+            yield f"~{key}"
+        elif isinstance(old.get(name), dict) and isinstance(new[name], dict):
+            yield from changes(old[name], new[name], key)
+        else:
+            yield f"++{key}={_literal(new[name])}"
+
+
+def _literal(value: Any) -> str:
+    """Write a plain value in Hydra's grammar."""
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_literal(each)}' for key, each in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_literal, value))}]"
+    return quoted(value) if isinstance(value, str) else "null" if value is None else str(value)
+
+
+def shell_line(verb: str, *options: str) -> str:
+    """Return the command line of a verb, quoted for a shell."""
+    return shlex.join([sys.executable, str(ROOT / "src" / f"{verb}.py"), *options])

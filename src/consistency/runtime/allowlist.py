@@ -1,0 +1,188 @@
+"""Allowlist: the classes and functions that a configuration from elsewhere may name.
+
+Hydra calls whatever a `_target_` names, so the configuration in a checkpoint or in a run folder is a program. It may name
+what the files of conf/ and experiments/ name, all parts of the method, and torch's optimizers; other functions of this
+package may write, download or start processes.
+"""
+
+import re
+from collections.abc import Collection, Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from consistency.errors import UserError, require
+from consistency.paths import ROOT
+
+SHELL = ("consistency.checkpoint", "consistency.perceptual")
+"""Modules at the top of the package that are not of the method."""
+
+EDITING = ("mask", "task")
+"""Folders of conf/ that no run uses."""
+
+WRITERS = ("callbacks", "logger", "trainer")
+PATHS = ("default_root_dir", "folder", "metrics", "path", "picture")
+"""The parts of a configuration that write files (also below `mode`), and their arguments that are paths."""
+
+READERS = {
+    "consistency.checkpoint.load_teacher": ("path",),
+    "consistency.training.callbacks.evaluation.Evaluation": ("extractor", "reference", "cache"),
+}
+"""Arguments of writers that are paths to read, or to a cache that runs share."""
+
+MOST_BYTES = 1 << 18
+MOST_VALUES, MOST_LEVELS, MOST_CHARACTERS = 20_000, 16, 4096
+
+
+@cache
+def shipped() -> frozenset[str]:
+    """Return every `_target_` that a run may have in conf/ and experiments/."""
+    files = [file for name in ("conf", "experiments") for file in (ROOT / name).rglob("*.yaml")]
+    texts = (file.read_text() for file in files if file.parent.name not in EDITING)
+    return frozenset(re.findall(r"_target_: *([\w.]+)", "\n".join(texts)))
+
+
+@cache
+def method() -> frozenset[str]:
+    """Return the modules of the method: those at the top of the package of which conf/ names a part."""
+    modules = {target.rpartition(".")[0] for target in shipped()}
+    return frozenset(m for m in modules if re.fullmatch(r"consistency\.\w+", m)) - set(SHELL)
+
+
+def named(target: object) -> object:
+    """Return the class or function of this package that a `_target_` names in the module that defines it, else None."""
+    module, _, name = str(target).rpartition(".")
+    plain = isinstance(target, str) and all(part.isidentifier() for part in target.split("."))
+    if not plain or not module.startswith("consistency."):
+        return None
+    try:
+        value = getattr(import_module(module), name, None)
+    except ImportError:
+        return None
+    return value if callable(value) and getattr(value, "__module__", None) == module else None
+
+
+def is_allowed(target: object) -> bool:
+    """Return whether a configuration from elsewhere may name a target."""
+    if not isinstance(target, str):
+        return False
+    module, _, name = target.rpartition(".")
+    if module.startswith("consistency."):
+        part = module in method() or module.startswith("consistency.networks.")
+        return (part or target in shipped()) and named(target) is not None
+    if module == "torch.optim":
+        from torch import optim
+
+        kind = getattr(optim, name, None)
+        return isinstance(kind, type) and optim.Optimizer in kind.__mro__[1:]
+    return target in shipped()
+
+
+def require_trusted(tree: object, origin: object, also: Collection[str] = ()) -> None:
+    """Refuse a configuration, before anything of it is built, unless it is data all through.
+
+    Every `_target_` is allowed, Hydra's other keywords but `_partial_` are missing, nothing is interpolated, its size is
+    sensible, and the paths that a run writes are below its own `output`.
+
+    tree: plain values, as `OmegaConf.to_container(config, resolve=False)` returns them.
+    origin: the file it comes from, for the message.
+    also: further targets that are allowed.
+    """
+    for key, reason in _objections(tree, also):
+        raise UserError(
+            f"a configuration of plain values that names parts of consistency in {origin}",
+            f"{reason} at {key[:120] or 'its top'}",
+            "do not use it unless you know who wrote it; `consistency.runtime.allowlist` defines the names",
+        )
+
+
+def read(path: Path, also: Collection[str] = ()) -> dict[str, Any]:
+    """Read the configuration in a YAML file from elsewhere and check it; nothing is resolved or built."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    require(path.is_file(), f"a configuration at {path}", "no such file", "check the path")
+    size = path.stat().st_size
+    require(size <= MOST_BYTES, f"at most {MOST_BYTES:,} bytes in {path}", f"{size:,}", "check it")
+    try:
+        text = path.read_text()
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("values that stand for others")  # ten lines of them fill the memory
+        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        raise UserError(
+            f"a configuration in {path}",
+            f"something else ({type(error).__name__}: {str(error)[:120]})",
+            "take the file as the run wrote it",
+        ) from error
+    require_trusted(tree, path, also)
+    require(isinstance(tree, dict), f"a configuration in {path}", "a list", "check the path")
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _objections(tree: object, also: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield key and reason of everything that is wrong with a tree."""
+    count, waiting = 0, [("", tree, 0)]
+    while waiting:
+        key, value, level = waiting.pop()
+        count += 1
+        if count > MOST_VALUES or level > MOST_LEVELS:
+            yield key, "more values than any configuration has"
+            return
+        if isinstance(value, dict):
+            yield from ((key, reason) for reason in _wrong_node(value, also))
+            waiting += [(f"{key}.{k}".strip("."), v, level + 1) for k, v in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{key}[{i}]", v, level + 1) for i, v in enumerate(value)]
+        elif not (value is None or isinstance(value, str | int | float)):
+            yield key, f"a value of type {type(value).__name__}"
+        elif isinstance(value, str) and "${" in value:
+            yield key, "an interpolation"
+        elif isinstance(value, str) and len(value) > MOST_CHARACTERS:
+            yield key, "a text longer than any option"
+    if isinstance(tree, dict):
+        yield from _wrong_paths(tree)
+
+
+def _wrong_node(node: dict[Any, Any], also: Collection[str]) -> Iterator[str]:
+    for key in node:
+        if not isinstance(key, str) or "${" in key or len(key) > MOST_CHARACTERS:
+            yield "a key that is no name"
+        elif key.startswith("_") and key not in ("_target_", "_partial_"):
+            yield f"the key {key[:40]}"
+    if not isinstance(node.get("_partial_", False), bool):
+        yield "a _partial_ that is neither true nor false"
+    if "_target_" in node:
+        target = node["_target_"]
+        if not (isinstance(target, str) and target in also) and not is_allowed(target):
+            yield f"the target {target[:120] if isinstance(target, str) else type(target).__name__}"
+
+
+def _wrong_paths(tree: dict[Any, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the paths that a run writes outside of its `output`."""
+    output = PurePosixPath(str(tree.get("output")))
+    mode = tree.get("mode")
+    for base, branch in (("", tree), ("mode.", mode if isinstance(mode, dict) else {})):
+        for name in WRITERS:
+            for key, text in _texts(branch.get(name), f"{base}{name}"):
+                path = PurePosixPath(text)
+                inside = output.is_absolute() and path.is_relative_to(output)
+                is_path = path.is_absolute() or key.endswith(tuple(f".{p}" for p in PATHS))
+                if (is_path and not inside) or ".." in path.parts or text.startswith("~"):
+                    yield key, f"the path {text[:120]}, outside of output={output}"
+
+
+def _texts(tree: object, key: str) -> Iterator[tuple[str, str]]:
+    """Yield all texts in a tree with their keys, except the arguments of `READERS`."""
+    if isinstance(tree, str):
+        yield key, tree
+    elif isinstance(tree, dict):
+        read = READERS.get(str(tree.get("_target_")), ())
+        for name, value in tree.items():
+            if name not in read:
+                yield from _texts(value, f"{key}.{name}")
+    elif isinstance(tree, list | tuple):
+        for number, value in enumerate(tree):
+            yield from _texts(value, f"{key}[{number}]")

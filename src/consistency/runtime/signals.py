@@ -1,0 +1,186 @@
+"""Signals: the first Ctrl-C ends a command in good order, the second at once, neither with a traceback.
+
+Processes that a command starts by multiprocessing ignore Ctrl-C; the command ends them. A rank ends without a message,
+because the process that started it prints one.
+"""
+
+import atexit
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from consistency.runtime.ranks import PARENT, is_started_here
+
+STOPPED = 130
+"""Exit status of a command that Ctrl-C has ended."""
+
+SAME_SECONDS = 0.3
+"""A launcher repeats the Ctrl-C of the terminal within this time: both are one."""
+
+STUCK_SECONDS = 2.0
+"""A process whose main thread does not handle Ctrl-C within this time, because it runs other code than Python's, is ended."""
+
+FIRST, SECOND = "stopped by Ctrl-C", "stopped at once by another Ctrl-C"
+PR_SET_PDEATHSIG = 1
+
+
+class Interrupted(SystemExit):
+    """The end of a command by Ctrl-C."""
+
+
+class _Handler:
+    """The handler of SIGINT and its state."""
+
+    def __init__(self) -> None:
+        self.first = 0.0
+        self.handled = threading.Event()
+        self.raises = False
+        self.instead: Callable[[], None] | None = None
+        self.cleanup: Callable[[], None] | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.handled.set()
+        now = time.monotonic()
+        if self.first:
+            if now - self.first > SAME_SECONDS:
+                self.exit(SECOND)
+            return
+        self.first = now
+        if self.instead is not None:
+            self.instead()
+        elif self.raises:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise Interrupted(STOPPED)
+        else:
+            self.exit(FIRST)
+
+    def watch(self, signals: int) -> None:
+        """Read every signal from a pipe as it comes, also while the main thread is stuck."""
+        first = 0.0
+        while content := os.read(signals, 64):
+            for _ in range(content.count(signal.SIGINT)):
+                now = time.monotonic()
+                if first and now - first > SAME_SECONDS:
+                    self.exit(SECOND)
+                first = first or now
+                if self.instead is None:
+                    threading.Thread(target=self._end_if_stuck, daemon=True).start()
+        os.close(signals)
+
+    def _end_if_stuck(self) -> None:
+        if not self.handled.wait(STUCK_SECONDS):
+            self.exit(FIRST)
+
+    def exit(self, text: str) -> None:
+        """End the process at once."""
+        print_line(text)
+        if self.cleanup is not None:
+            self.cleanup()
+        os._exit(STOPPED)
+
+
+_handler = _Handler()
+
+
+def print_line(text: str) -> None:
+    """Print a line to stderr. Python's own streams refuse it in a handler that interrupts their writing."""
+    if not is_started_here():
+        with suppress(OSError):
+            os.write(2, f"{text}\n".encode())
+
+
+def take_over() -> None:
+    """Handle Ctrl-C in a process that is nothing but a command, and end a rank with the process that started it.
+
+    Scripts call it before they import torch, so that Ctrl-C never prints a traceback.
+    """
+    if multiprocessing.current_process().name != "MainProcess":  # true while a worker imports
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    else:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _handler)
+            # Called last, because it is registered first: Python itself ends next.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        if is_started_here():
+            die_with(int(os.environ[PARENT]))
+    unblock()
+
+
+@contextmanager
+def stoppable(cleanup: Callable[[], None]) -> Iterator[None]:
+    """Raise `Interrupted` in the body at the first Ctrl-C, and end the process at the second.
+
+    cleanup: called before the process is ended otherwise than by `Interrupted`.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    if not main or before is signal.SIG_IGN:
+        yield
+        return
+    _handler.first = 0.0
+    _handler.handled.clear()
+    _handler.raises, _handler.cleanup = True, cleanup
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.signal(signal.SIGINT, _handler)
+    woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_handler.watch, args=(reading,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken)
+        signal.signal(signal.SIGINT, before)
+        os.close(writing)
+        _handler.raises, _handler.instead, _handler.cleanup = False, None, None
+
+
+def call_instead(function: Callable[[], None] | None) -> None:
+    """Let the first Ctrl-C call a function instead of raising; None restores the exception."""
+    _handler.instead = function
+
+
+def block() -> None:
+    """Hold Ctrl-C back until `unblock`, here and in processes started meanwhile.
+
+    A new process would answer it with a traceback until it has imported this module.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+def unblock() -> None:
+    """Deliver Ctrl-C again, also one that was held back."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Hold Ctrl-C back while the body starts processes by multiprocessing."""
+    block()
+    try:
+        yield
+    finally:
+        unblock()
+
+
+def die_with(parent: int) -> None:
+    """Kill this process when `parent`, which started it, dies (PR_SET_PDEATHSIG; Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _ignore_in_child() -> None:
+    if signal.getsignal(signal.SIGINT) is _handler:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+os.register_at_fork(after_in_child=_ignore_in_child)

@@ -1,0 +1,38 @@
+"""Errors of disks, folders and connections around a run: one line each, and training continues if it can."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from consistency.errors import UserError
+
+
+def warn(text: str) -> None:
+    """Print a warning clear of the progress bar."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+@contextmanager
+def tolerate_write_errors(name: str) -> Iterator[None]:
+    """Warn if the body cannot write the file `name`, and continue."""
+    try:
+        yield
+    except OSError as error:
+        warn(f"{name} could not be written, the run goes on: {error}")
+
+
+@contextmanager
+def as_user_error() -> Iterator[None]:
+    """Turn an uncaught OSError in the body, of a logger or of the data, into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        # An error of a loader's worker has that process's traceback in front.
+        reason = str(error).strip().splitlines()[-1:]
+        raise UserError(
+            "disks, folders and connections that work",
+            f"{type(error).__name__}: {''.join(reason)}",
+            "mend that; resume= continues the last checkpoint",
+        ) from error
