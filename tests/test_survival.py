@@ -19,7 +19,10 @@ from torch import Tensor
 
 from conftest import REPORT, ROOT, TINY, Run
 from consistency import checkpoint
-from consistency.checkpoint import load, read
+from consistency.checkpoint import load
+from consistency.formats import ours
+from consistency.formats.ours import read
+from consistency.runtime import files
 from consistency.training.logging import MetricsFile
 
 SAME = ["mode=ct", "mode.total_steps=30", "data.device_batch_size=4"]
@@ -36,7 +39,7 @@ def probe(kind: str, **arguments: object) -> str:
 def last(run: Path, name: str = "last") -> dict[str, Any]:
     """A checkpoint of a run, read as a resumed run would: it must agree with its checksum."""
     path = run / "checkpoints" / f"{name}.ckpt"
-    assert checkpoint.checksum_path(path).is_file()
+    assert files.checksum_path(path).is_file()
     return read(path)
 
 
@@ -172,7 +175,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
         "fsync": (os, "fsync"),
         "replace": (Path, "replace"),
     }[place]
-    write, real = checkpoint.write, getattr(owner, name)
+    write, real = ours.write, getattr(owner, name)
     saved: list[int] = []
 
     def counted(content: dict[str, Any], path: Path) -> None:

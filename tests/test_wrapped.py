@@ -13,7 +13,7 @@ import consistency
 from conftest import Run
 from consistency import checkpoint
 from consistency.errors import UserError
-from consistency.formats import diffusers, nvlabs, wrapped
+from consistency.formats import diffusers_names, nvlabs, wrapped
 from consistency.formats.opened import Hints
 from golden_harness import FOLDER, read_json
 from test_conversion import convert
@@ -260,7 +260,7 @@ def test_state_dicts_of_nvlabs_networks_open(tmp_path: Path) -> None:
         assert same(loaded.denoiser.network.state_dict(), weights)
         assert loaded.card.network == settings | {"dropout": 0.0}
         assert loaded.denoiser.preconditioning.c_noise_scale == 0.25
-        with pytest.raises(UserError, match="does not say"):
+        with pytest.raises(UserError, match="does not record"):
             consistency.load(tmp_path / "net.pt")
 
 
@@ -284,9 +284,7 @@ def test_state_dicts_in_the_names_of_diffusers_open(tmp_path: Path) -> None:
     for in_blocks in (True, False):
         node = node | {"resblock_updown": in_blocks}
         weights = randomised(checkpoint.build(node, checkpoint.NETWORKS, nn.Module))
-        theirs: dict[str, Tensor] = {}
-        for ours, names in diffusers.parameters(node):
-            theirs |= diffusers.give(weights[ours], names)
+        theirs = diffusers_names.their_weights(node, weights)
         torch.save({"state_dict": under("model.", theirs)}, tmp_path / "unet.ckpt")
         loaded = consistency.load(
             tmp_path / "unet.ckpt", "teacher", image_size=8, num_head_channels=32

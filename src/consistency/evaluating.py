@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from consistency.checkpoint import find, fingerprint, load_sets
+from consistency.checkpoint import find, load_sets
 from consistency.command import require_fresh
 from consistency.data.decoding import MODES, colour_of
 from consistency.data.encoded import to_tensor
@@ -26,6 +26,7 @@ from consistency.errors import UserError, require
 from consistency.evaluation.measuring import Measure, Numbered, Settings, drawn
 from consistency.evaluation.ranks import batches, place
 from consistency.paths import path_of
+from consistency.runtime.files import fingerprint
 from consistency.runtime.ranks import is_first
 from consistency.sampling import (
     bound_sampler,

@@ -109,13 +109,12 @@ class ArrayMachine(Machine):
     }
     known: ClassVar[Set[str]] = {*calls, "numpy.ndarray"}
 
-    def op_build(self, argument: None) -> None:
+    def set_state(self, target: Any, state: Any) -> Any:
         """Gives an array its description; all else as in checkpoints."""
-        target = self.stack[-2]
         if isinstance(target, Object) and target.kind == "numpy.ndarray":
-            target.state = self.stack.pop()
-        else:
-            super().op_build(argument)
+            target.state = state
+            return target
+        return super().set_state(target, state)
 
 
 def _array(found: Object) -> UInt8[Tensor, "..."]:

@@ -18,8 +18,8 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.errors import UsageError
 
-from consistency.checkpoint import write_text
 from consistency.errors import require
+from consistency.runtime.files import write_text
 from consistency.training.faults import tell
 
 FLUSH_SECONDS = 0.5

@@ -14,11 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from consistency import trusted
-from consistency.checkpoint import CHECKPOINTS, LAST, PREVIOUS, write_text
+from consistency.checkpoint import CHECKPOINTS, LAST, PREVIOUS
 from consistency.command import AUTO, given_options, require_fresh
 from consistency.errors import UserError, require
 from consistency.masking import MASK, masked
 from consistency.paths import path_of
+from consistency.runtime.files import write_text
 from consistency.runtime.meeting import decided
 from consistency.schema import Train
 from consistency.training.rotation import newest

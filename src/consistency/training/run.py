@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from consistency.checkpoint import find, fingerprint, load_initial
+from consistency.checkpoint import find, load_initial
 from consistency.command import ROOT, called, shell_line
 from consistency.data.held import kept
 from consistency.data.module import DataModule
@@ -29,6 +29,7 @@ from consistency.denoiser import Denoiser
 from consistency.errors import require
 from consistency.inference.card import ModelCard
 from consistency.masking import masked
+from consistency.runtime.files import fingerprint
 from consistency.runtime.ranks import is_first, require_launched
 from consistency.training.arguments import plugins_of, require_taken, require_whole
 from consistency.training.callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from consistency import checkpoint
 from consistency.errors import require
+from consistency.formats import ours
 from consistency.training import rotation
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import Periodic
@@ -23,7 +24,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint_content: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        checkpoint.write(checkpoint_content, Path(path))
+        ours.write(checkpoint_content, Path(path))
 
 
 class RunCheckpoints(Periodic, Checkpoint):
