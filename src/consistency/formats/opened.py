@@ -69,6 +69,9 @@ class Lazy(Mapping[str, StateDict], Generic[T]):
     def __getitem__(self, name: str) -> StateDict:
         return self.read(self.entries[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
