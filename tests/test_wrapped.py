@@ -167,6 +167,15 @@ def test_several_averages_have_names_of_their_own(tmp_path: Path) -> None:
     assert same(opened(tmp_path / "model.pt"), EMA)
 
 
+def test_networks_of_two_sizes_in_one_file_open(tmp_path: Path) -> None:
+    """A teacher and a smaller student: the settings are those of the set that is loaded."""
+    network = checkpoint.build(TINY_ADM | {"channel_mult": [1, 2]}, checkpoint.NETWORKS, nn.Module)
+    larger = network.state_dict()
+    torch.save({"student": ONLINE, "teacher": larger}, tmp_path / "model.pt")
+    assert same(opened(tmp_path / "model.pt", "online"), ONLINE)
+    assert same(opened(tmp_path / "model.pt", "teacher"), larger)
+
+
 def test_what_was_taken_off_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = under("module._orig_mod.", ONLINE) | {"lpips.lin0.weight": torch.zeros(3)}
     torch.save({"state_dict": content, "ema": EMA}, tmp_path / "model.pt")

@@ -14,7 +14,7 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 2, phrases    processes solvers pairs distances weightings denoiser tangents
     floor 3, sentences  steps samplers editing
     floor 4, paragraph  objectives
-    the shell           inference: card (what a model is); checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
+    the shell           inference: card (what a model is), model (denoises, samples, edits); checkpoint (load), generation (numbered samples and edits), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
                         orphans (no process outlives its parent), output (folders that a command makes), caches (where there is no home), paths (as people give
                         them), binding (do parts take the arguments beside them),
@@ -22,9 +22,10 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
                         sampling, evaluating, retouching, searching, page, comparison, conversion and speed (the commands)
       runtime           ranks (this process among others), meeting (the first decides, all know of an end), files (written whole,
                         checksums), interrupt (Ctrl-C), first (what a verb imports first)
-      formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
-                        opened (what a file yields), released (published files by name), reading, pickles, messagepack,
-                        wrapped (state dicts wherever they stand) and timetable (parts of the above)
+      formats           ours, sealed (ours as safetensors), openai nvlabs jcm diffusers (diffusers_names, diffusers_settings,
+                        diffusers_write): files of other programs in, ours out; opened (the Checkpoint that every reader
+                        returns), reading (detects the format), released (published files by name), pickles, pickle_calls,
+                        messagepack, wrapped (state dicts below any keys) and timetable (the time embedding for diffusers)
       data              module (the LightningDataModule), batches (order by position), source (what one is), feed (other
                         loaders); held in memory:
                         held digits mixture cifar idx (MNIST); encoded (as image files): folder archive (NVlabs' zips) lsun

@@ -72,6 +72,7 @@ def load(
         num_heads,
         num_heads_upsample,
         published.role if published else None,
+        weights,
     )
     return build_model(read_checkpoint(find(checkpoint), hints), weights, role)
 
@@ -103,7 +104,7 @@ def load_initial(
 
     c_noise_scale: that of `network`; weights trained with another time input would load and be meaningless.
     """
-    content = read_checkpoint(find(checkpoint), Hints())
+    content = read_checkpoint(find(checkpoint), Hints(weights=weights))
     model = build_model(content, weights, content.card.role or "consistency")
     initial, own = model.denoiser.network.state_dict(), network.state_dict()
     require(

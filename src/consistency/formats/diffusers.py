@@ -90,7 +90,7 @@ def open_path(path: Path, hints: Hints) -> Checkpoint:
     else:
         kind = variant(path.name)
         files = {VARIANTS.get(kind, kind or "ema"): path}
-    first = files.get("ema", next(iter(files.values())))
+    first = files.get(hints.weights) or files.get("ema") or next(iter(files.values()))
     unet = first.parent
     for folder in (unet.parent, unet.parent.parent):
         require_pipeline(folder)

@@ -31,14 +31,8 @@ CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 NUMBERS = dict(zip(range(0xCA, 0xD4), ">f >d >B >H >I >Q >b >h >i >q".split(), strict=True))
 """First byte of a number -> its form in `struct`."""
 
-SHORT = (
-    (0x00, 0x7F, "positive"),
-    (0x80, 0x8F, "mapping"),
-    (0x90, 0x9F, "sequence"),
-    (0xA0, 0xBF, "text"),
-    (0xE0, 0xFF, "negative"),
-)
-"""Ranges of first bytes that hold a short length, or a small number, themselves -> the method that reads the rest."""
+SHORT = ((0x80, 0x8F, "mapping"), (0x90, 0x9F, "sequence"), (0xA0, 0xBF, "text"))
+"""Ranges of first bytes that hold a short length -> the method that reads the rest."""
 
 LONG = {
     first + i: (method, form)
@@ -80,6 +74,8 @@ class Reader:
         if self.values > MAX_VALUES or self.depth > MAX_DEPTH:
             raise ContentError("more values, or deeper ones, than any checkpoint has")
         first = self.number(">B")
+        if first <= 0x7F or first >= 0xE0:
+            return first if first <= 0x7F else first - 0x100
         for low, high, method in SHORT:
             if low <= first <= high:
                 return getattr(self, method)(first - low)
@@ -93,12 +89,6 @@ class Reader:
         if 0xD4 <= first <= 0xD8:
             return self.extension(1 << (first - 0xD4))
         raise ContentError("a byte that begins no value")
-
-    def positive(self, number: int) -> int:
-        return number
-
-    def negative(self, number: int) -> int:
-        return number - 0x20
 
     def text(self, length: int) -> Any:
         content = bytes(self.take(length))

@@ -89,7 +89,7 @@ def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None
         return wrapped.open_sets(
             content, path, hints, format=FORMAT, anchors=ANCHORS, open_state=open_state
         )
-    card = card_of_module(next(iter(models.values())))
+    card = card_of_module(models.get(hints.weights) or next(iter(models.values())))
     sets = Lazy(models, partial(module_weights, card.network))
     return Checkpoint(path=path, format=FORMAT, card=card, weights=sets)
 

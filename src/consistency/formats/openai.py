@@ -63,10 +63,6 @@ def open_state(
 
 def settings(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str]]:
     """Return the arguments of `ADM` for these weights, and the assumptions made."""
-    if any(name.endswith(".qkv.weight") and value.ndim == 3 for name, value in weights.items()):
-        raise ContentError(
-            "weights of guided-diffusion, which predict noise in another time and order qkv by heads"
-        )
     levels, blocks, between = layout(weights)
     channels, out = weights["input_blocks.0.0.weight"].shape[1], weights["out.2.weight"].shape[0]
     if out != channels:
@@ -81,9 +77,9 @@ def settings(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str
     attention = [k for k, name in enumerate(firsts) if f"{name}.1.qkv.weight" in weights]
     known = RELEASED.get((width, tuple(mult)))
     size = hints.image_size or (known[0] if known else 32 << min(attention, default=1))
-    notes = (
-        [] if hints.image_size or known else [assumes(f"images of {size} x {size}", "image_size=")]
-    )
+    notes = []
+    if hints.image_size is None and known is None:
+        notes.append(assumes(f"images of {size} x {size}", "image_size="))
     heads = hints.num_head_channels
     if heads is None and hints.num_heads is None:
         widths = {v.shape[1] for name, v in weights.items() if name.endswith(".qkv.weight")}
@@ -118,6 +114,10 @@ def settings(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str
 
 def layout(weights: StateDict) -> tuple[int, int, bool]:
     """Return the number of levels, of decoder blocks in each, and whether layers or else blocks change the resolution."""
+    if any(name.endswith(".qkv.weight") and value.ndim == 3 for name, value in weights.items()):
+        raise ContentError(
+            "weights of guided-diffusion, which predict noise in another time and order qkv by heads"
+        )
     # Encoder and decoder have equally many blocks, of which a pooling block has no weights.
     length = 1 + max(int(n.split(".")[1]) for n in weights if n.startswith("output_blocks."))
     if length > len(weights):

@@ -50,6 +50,7 @@ class Hints:
     num_heads: attention heads; counts only without num_head_channels.
     num_heads_upsample: attention heads of the decoder, if their number differs.
     role: role of a published file.
+    weights: the set of weights whose settings are taken, if a file holds networks of several sizes.
     """
 
     image_size: int | None = None
@@ -58,6 +59,7 @@ class Hints:
     num_heads: int | None = None
     num_heads_upsample: int | None = None
     role: Role | None = None
+    weights: str = "ema"
 
 
 class Lazy(Mapping[str, StateDict], Generic[T]):

@@ -17,8 +17,8 @@ from consistency.runtime.files import verify_checksum
 
 CONTAINERS: dict[bytes, Callable[[Path], Any]] = {
     rb"PK\x03\x04": read_zip,
-    rb"\x80[\x02-\x05]": read_pickle,
     rb".{4}\0{4}\{": read_sealed,
+    rb"\x80[\x02-\x05]": read_pickle,
     rb"\{": diffusers.read_shards,
     rb"[\x81-\x8f\xde\xdf]": read_messagepack,
 }

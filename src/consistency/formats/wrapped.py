@@ -91,14 +91,15 @@ def open_sets(
     anchors: Sequence[str],
     open_state: OpenState,
 ) -> Checkpoint | None:
-    """Return the sets of weights of a network in a file's content, None without any. All have the settings of the first.
+    """Return the sets of weights of a network in a file's content, None without any.
 
     anchors: parameters that every network of the format has.
     """
     locations = find(content, anchors)
     if not locations:
         return None
-    first = next(location for location in locations.values() if not location.fault)
+    candidates = (locations.get(hints.weights), *locations.values())
+    first = next(location for location in candidates if location and not location.fault)
     card, notes, renamed = open_state(first.weights, hints)
 
     def weights(location: Location) -> StateDict:
