@@ -730,6 +730,15 @@ HOSTILE: dict[str, tuple[Write, str]] = {
     ),
     "header length": (lambda p: put(p, struct.pack("<Q", 1 << 60) + b'{"a":1}'), "begins with"),
     "header nonsense": (lambda p: put(p, safetensors_file(b"{" + b" " * 40)), "no sense"),
+    "header as long as a pickle begins": (
+        lambda p: put(
+            p,
+            safetensors_file(
+                b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(0x280), b"\x00" * 4
+            ),
+        ),
+        "1 tensors named a",
+    ),
     "tensor past the end": (
         lambda p: put(
             p,

@@ -42,19 +42,14 @@ SETS = {"ema": "ema", "net": "online"}
 ANCHORS = ("map_layer0.weight", "map_layer1.weight")
 """Two parameters that every network has."""
 
-SHARED = {
+SHARED = ("in_channels", "out_channels", "model_channels", "channel_mult", "channel_mult_emb", "dropout")  # fmt: skip
+RENAMED = {
     "img_resolution": "image_size",
-    "in_channels": "in_channels",
-    "out_channels": "out_channels",
-    "model_channels": "model_channels",
-    "channel_mult": "channel_mult",
-    "channel_mult_emb": "channel_mult_emb",
     "num_blocks": "num_res_blocks",
     "attn_resolutions": "attention_resolutions",
-    "dropout": "dropout",
 }
-SONG = {"channel_mult_noise": "channel_mult_noise", "resample_filter": "resample_filter"}
-"""Arguments of the published constructors -> ours."""
+SONG = ("channel_mult_noise", "resample_filter")
+"""Arguments of the published constructors that ours have, under the same or another name; those of `SongUNet` alone."""
 
 COMMON = {"label_dim": 0, "augment_dim": 0, "channel_mult_emb": 4, "dropout": 0.1}
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -150,9 +145,9 @@ def settings(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the node of our network from the arguments of theirs."""
     theirs = COMMON | DEFAULTS[kind] | arguments
     require_images(kind, theirs["in_channels"], theirs["out_channels"])
-    names = SHARED | (SONG if kind == "SongUNet" else {})
     ours: dict[str, Any] = {"_target_": f"{PACKAGES[kind]}.{kind}"}
-    ours |= {name: theirs[argument] for argument, name in names.items()}
+    ours |= {name: theirs[argument] for argument, name in RENAMED.items()}
+    ours |= {name: theirs[name] for name in SHARED + (SONG if kind == "SongUNet" else ())}
     ours |= {"num_classes": theirs["label_dim"] or None, "augment_dim": 0}
     if kind == "SongUNet":
         for name, kinds in KINDS.items():
