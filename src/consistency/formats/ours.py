@@ -14,7 +14,7 @@ The card is the saved form of a `ModelCard`:
 """
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -68,9 +68,14 @@ def read(path: Path) -> dict[str, Any]:
 def write(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint and its checksum, whole or not at all. Raise OSError if that fails."""
     with written_whole(path, checksum=True) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # torch hides the OSError of a failed write behind its own
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+        save(content, file)
+
+
+def save(content: dict[str, Any], file: IO[bytes]) -> None:
+    """Save by torch, which hides the OSError of a failed write behind its own error; raise that OSError."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
