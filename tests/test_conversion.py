@@ -17,7 +17,9 @@ import foreign
 from conftest import ROOT, SHORT, TINY, Outcome, Run
 from consistency import checkpoint, command, conversion
 from consistency.errors import UserError
-from consistency.formats import nvlabs, released
+from consistency.formats import nvlabs, ours, released
+from consistency.inference.model import Model
+from consistency.runtime.files import checksum_path
 from test_formats import (
     CHECKED,
     TINY_SONG,
@@ -62,7 +64,7 @@ def role_of(kind: str) -> list[str]:
     return [] if kind in TOLD else ["role=consistency"]
 
 
-def same_model(a: checkpoint.Loaded, b: checkpoint.Loaded) -> None:
+def same_model(a: Model, b: Model) -> None:
     ours, theirs = a.denoiser.network.state_dict(), b.denoiser.network.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -200,7 +202,7 @@ def test_verify_finds_a_broken_model(convert: Run, tmp_path: Path) -> None:
     """Weights that overflow, and a consistency model without the boundary condition."""
     weights = {name: value * 1e30 for name, value in tiny_adm().items()}
     path = tmp_path / "huge.ckpt"
-    checkpoint.write({"card": tiny_card(), "weights": weights}, path)
+    ours.write({"card": tiny_card(), "weights": weights}, path)
     outcome = convert(f"verify={path}")
     assert outcome.status == 2
     assert "not finite at t = " in outcome.err
@@ -287,12 +289,12 @@ def test_a_model_trained_here_opens_in_diffusers(
     )
     assert outcome.status == 0, outcome.err
     last, folder = checkpoint.find(output), tmp_path / "pipeline"
-    content = checkpoint.read(last)  # two steps leave the output near its initial zero
+    content = ours.read(last)  # two steps leave the output near its initial zero
     for average in content["callbacks"]["EvaluationEMA"]["averages"].values():
         average |= {
             k: torch.randn_like(v) * (v[0].numel() or 1) ** -0.5 for k, v in average.items()
         }
-    checkpoint.write(content, last)
+    ours.write(content, last)
     outcome = convert(f"source={output}", "to=diffusers", f"output={folder}")
     assert outcome.status == 0, outcome.err
     pipe = diffusers.ConsistencyModelPipeline.from_pretrained(folder, use_safetensors=True)
@@ -375,7 +377,7 @@ def test_a_published_name_is_fetched_once(release: Path, files: dict[str, Path])
         same_model(consistency.load(NAME), consistency.load(files["openai"], "consistency"))
     assert Server.requests == ["all"]
     digest = hashlib.sha256(Server.content).hexdigest()
-    assert checkpoint.checksum_path(release).read_text().startswith(digest)
+    assert checksum_path(release).read_text().startswith(digest)
     with pytest.raises(UserError, match="a consistency checkpoint"):
         consistency.load(NAME, "teacher")
     content = bytearray(release.read_bytes())

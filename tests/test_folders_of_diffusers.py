@@ -15,7 +15,8 @@ from torch import Tensor
 import consistency
 from conftest import Run
 from consistency.errors import UserError
-from consistency.formats import diffusers as diffusers_format
+from consistency.formats.diffusers_names import their_weights
+from consistency.formats.diffusers_write import write_diffusers
 from golden_harness import read_json
 from test_conversion import convert
 from test_formats import tiny, tiny_adm, tiny_card, write_config
@@ -28,10 +29,10 @@ EMA = {name: value + 1 for name, value in ONLINE.items()}
 
 def theirs(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights under the names of diffusers."""
-    found: dict[str, Tensor] = {}
-    for ours, names in diffusers_format.parameters(tiny_card()["network"]):
-        found |= diffusers_format.give(weights[ours].clone(), names)
-    return {name: value.contiguous() for name, value in found.items()}
+    found = their_weights(tiny_card()["network"], weights)
+    return {
+        name: value.clone(memory_format=torch.contiguous_format) for name, value in found.items()
+    }
 
 
 def write_unet(folder: Path) -> Path:
@@ -127,7 +128,7 @@ def test_a_checkpoint_of_accelerate_holds_both_sets(role: str, tmp_path: Path) -
 
 
 def write_pipeline(folder: Path, name: str = f"{NAME}.safetensors") -> Path:
-    diffusers_format.write_diffusers(folder, tiny(), ONLINE)
+    write_diffusers(folder, tiny(), ONLINE)
     (folder / "unet" / f"{NAME}.safetensors").unlink()
     put(folder / "unet", ONLINE, name)
     return folder

@@ -22,10 +22,11 @@ import foreign
 from conftest import REPORT
 from consistency import checkpoint
 from consistency.errors import UserError
-from consistency.formats import diffusers as diffusers_format
-from consistency.formats import jcm, nvlabs, openai, sealed
+from consistency.formats import diffusers_write, jcm, nvlabs, openai, ours, sealed
 from consistency.formats.opened import Hints
 from consistency.inference.card import ModelCard
+from consistency.inference.model import Model
+from consistency.runtime.files import checksum_path
 from golden_harness import FOLDER, OUTPUT, Archive, read_json, read_safetensors
 from golden_networks import model_configurations, openai_arguments
 
@@ -310,12 +311,12 @@ def write_files(folder: Path) -> dict[str, Path]:
         "diffusers": folder / "pipeline",
         "unet": folder / "pipeline_of_others" / "unet",
     }
-    checkpoint.write({"card": card.saved(), "weights": weights}, files["ours"])
-    checkpoint.checksum_path(files["ours"]).unlink()
+    ours.write({"card": card.saved(), "weights": weights}, files["ours"])
+    checksum_path(files["ours"]).unlink()
     sealed.write_sealed(files["sealed"], card, weights)
     openai.write_openai(files["openai_card"], card, weights)
-    diffusers_format.write_diffusers(files["diffusers"], card, weights)
-    diffusers_format.write_diffusers(files["unet"].parent, card, weights)
+    diffusers_write.write_diffusers(files["diffusers"], card, weights)
+    diffusers_write.write_diffusers(files["unet"].parent, card, weights)
     unsealed(files["unet"] / "diffusion_pytorch_model.safetensors")
     files["openai"] = foreign.write_openai(folder / "ema.pt", weights)
     files["nvlabs"] = foreign.write_nvlabs(folder / "snapshot.pkl", TINY_SONG, prefixed)
@@ -369,7 +370,7 @@ def pipeline_images(pipe: Any, label: list[int] | None, **steps: Any) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
 
 
-def our_images(loaded: checkpoint.Loaded, label: list[int] | None, times: list[float]) -> Tensor:
+def our_images(loaded: Model, label: list[int] | None, times: list[float]) -> Tensor:
     """The same draws through our sampler."""
     from consistency.samplers import multistep
 
@@ -385,7 +386,7 @@ def our_images(loaded: checkpoint.Loaded, label: list[int] | None, times: list[f
     )
 
 
-def same_images(pipe: Any, loaded: checkpoint.Loaded, label: list[int] | None) -> None:
+def same_images(pipe: Any, loaded: Model, label: list[int] | None) -> None:
     """One step, and two at points of the pipeline's grid; float32 rounding apart."""
     from consistency.grids import KarrasGrid
 
@@ -451,7 +452,7 @@ def test_a_real_pipeline_opens_here_and_ours_opens_there(name: str, tmp_path: Pa
     same_images(pipe, loaded, label)
 
     state = loaded.denoiser.network.state_dict()
-    diffusers_format.write_diffusers(tmp_path / "ours", loaded.card, state)
+    diffusers_write.write_diffusers(tmp_path / "ours", loaded.card, state)
     back = diffusers.ConsistencyModelPipeline.from_pretrained(
         tmp_path / "ours", use_safetensors=True
     )
@@ -489,7 +490,7 @@ def test_what_diffusers_cannot_express_is_refused(
     }
     network = checkpoint.build(card["network"], checkpoint.NETWORKS, torch.nn.Module)
     with pytest.raises(UserError, match=hint):
-        diffusers_format.write_diffusers(
+        diffusers_write.write_diffusers(
             tmp_path / "folder", ModelCard.parse(card, ""), network.state_dict()
         )
     assert not (tmp_path / "folder").exists()
@@ -559,7 +560,7 @@ def safetensors_file(header: bytes, data: bytes = b"") -> bytes:
 
 def write_card(path: Path, **changes: Any) -> Path:
     """A checkpoint of ours with a changed card and valid weights."""
-    checkpoint.write({"card": tiny_card(**changes), "weights": tiny_adm()}, path)
+    ours.write({"card": tiny_card(**changes), "weights": tiny_adm()}, path)
     return path
 
 
@@ -571,7 +572,7 @@ def write_weights(path: Path, change: Callable[[dict[str, Tensor]], None]) -> Pa
 
 def write_config(folder: Path, **changes: Any) -> Path:
     """A UNet of diffusers with a changed configuration."""
-    diffusers_format.write_diffusers(folder, tiny(role="teacher"), tiny_adm())
+    diffusers_write.write_diffusers(folder, tiny(role="teacher"), tiny_adm())
     unsealed(folder / "diffusion_pytorch_model.safetensors")
     config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps(config | changes))
@@ -729,6 +730,15 @@ HOSTILE: dict[str, tuple[Write, str]] = {
     ),
     "header length": (lambda p: put(p, struct.pack("<Q", 1 << 60) + b'{"a":1}'), "begins with"),
     "header nonsense": (lambda p: put(p, safetensors_file(b"{" + b" " * 40)), "no sense"),
+    "header as long as a pickle begins": (
+        lambda p: put(
+            p,
+            safetensors_file(
+                b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(0x280), b"\x00" * 4
+            ),
+        ),
+        "1 tensors named a",
+    ),
     "tensor past the end": (
         lambda p: put(
             p,
@@ -1028,7 +1038,7 @@ def test_a_checksum_beside_any_file_is_verified(files: dict[str, Path], tmp_path
     content = bytearray(files["jcm"].read_bytes())
     path = put(tmp_path / "checkpoint_80", bytes(content))
     digest = hashlib.sha256(content).hexdigest()
-    checkpoint.checksum_path(path).write_text(f"{digest}  {path.name}\n")
+    checksum_path(path).write_text(f"{digest}  {path.name}\n")
     consistency.load(path, "teacher")
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

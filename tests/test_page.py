@@ -22,9 +22,10 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from conftest import REPORT, ROOT, Run
-from consistency import checkpoint, page, schema
+from consistency import page, schema
 from consistency.checkpoint import load
 from consistency.errors import UserError
+from consistency.formats import ours
 from consistency.page import BLANK, Actions, mask_of
 from test_formats import tiny_adm, tiny_card
 
@@ -76,7 +77,7 @@ def test_inpainting_keeps_what_is_not_painted(trained: dict[str, Path], photo: P
 
 def test_what_a_task_does_not_know_does_not_matter(tmp_path: Path) -> None:
     """The colours when colorizing, the order of the pixels of a patch when super-resolving; a model in colour."""
-    checkpoint.write({"card": tiny_card(), "weights": tiny_adm()}, tmp_path / "model.ckpt")
+    ours.write({"card": tiny_card(), "weights": tiny_adm()}, tmp_path / "model.ckpt")
     actions = Actions(load(tmp_path / "model.ckpt"), tmp_path)
     given = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     other = {

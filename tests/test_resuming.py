@@ -13,9 +13,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from conftest import TINY, Run
-from consistency import checkpoint, command
+from consistency import command
 from consistency.checkpoint import LAST, NEXT, PREVIOUS
 from consistency.errors import UserError
+from consistency.formats import ours
+from consistency.runtime import files
 from consistency.training import resuming
 from consistency.training import run as training
 from consistency.training.logging import MetricsFile
@@ -54,8 +56,8 @@ def begun(finished: Path, tmp_path: Path) -> Path:
         (run / "checkpoints" / f"{PREVIOUS}{suffix}").replace(
             run / "checkpoints" / f"{LAST}{suffix}"
         )
-    digest = checkpoint.fingerprint(run / "checkpoints" / LAST)
-    checkpoint.write_checksum(run / "checkpoints" / LAST, digest)
+    digest = files.fingerprint(run / "checkpoints" / LAST)
+    files.write_checksum(run / "checkpoints" / LAST, digest)
     return run
 
 
@@ -343,7 +345,7 @@ def test_whenever_a_process_dies_the_newest_but_one_is_there(
     monkeypatch.setattr(torch, "save", dying(torch.save))
 
     def keep(folder: Path, k: int) -> None:
-        checkpoint.write({"k": k}, folder / NEXT)
+        ours.write({"k": k}, folder / NEXT)
         promote(folder)
 
     def survives(folder: Path, touches: int, action: Callable[[], None]) -> bool:
@@ -374,8 +376,8 @@ def test_whenever_a_process_dies_the_newest_but_one_is_there(
             after = [torch.load(folder / n, weights_only=True)["k"] for n in (LAST, PREVIOUS)]
             assert after == [again[1]["k"] + 1, again[1]["k"]]
             for name in (LAST, PREVIOUS):
-                assert checkpoint.checksum_path(folder / name).is_file()
-                checkpoint.verify_checksum(folder / name)
+                assert files.checksum_path(folder / name).is_file()
+                files.verify_checksum(folder / name)
             assert len(list(folder.iterdir())) == 4
             if mended:
                 break
@@ -386,7 +388,7 @@ def test_whenever_a_process_dies_the_newest_but_one_is_there(
 
 def test_damaged_checkpoints_are_no_run(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
-    checkpoint.write({"k": 1}, tmp_path / LAST)
+    ours.write({"k": 1}, tmp_path / LAST)
     (tmp_path / LAST).write_bytes(b"something else")
     with pytest.raises(UserError, match="damaged"):
         newest(tmp_path)

@@ -13,11 +13,12 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from conftest import ROOT, Run
-from consistency import checkpoint, schema
+from consistency import schema
 from consistency.commands.overrides import for_hydra, spelled_out
 from consistency.data.listing import read_images
 from consistency.editing import Box, Center, Random
 from consistency.errors import UserError
+from consistency.formats import ours
 from consistency.randomness import generator
 from consistency.retouching import Interpolation, MaskFile, ZeroShot
 from test_formats import tiny_adm, tiny_card
@@ -31,7 +32,7 @@ SHORT = ["task.num_scales=4", "outputs=2"]
 def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A consistency model of 8x8 colour images, with random weights."""
     path = tmp_path_factory.mktemp("coloured") / "model.ckpt"
-    checkpoint.write({"card": tiny_card(), "weights": tiny_adm()}, path)
+    ours.write({"card": tiny_card(), "weights": tiny_adm()}, path)
     return path
 
 
@@ -49,7 +50,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, value in tiny_adm().items()
     }
     card = tiny_card(role="teacher", preconditioning=scalings)
-    checkpoint.write({"card": card, "weights": weights}, path)
+    ours.write({"card": card, "weights": weights}, path)
     return path
 
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from conftest import REPORT, ROOT, TINY, Run
-from consistency import checkpoint
-from consistency.checkpoint import load, read
+from consistency.checkpoint import load
+from consistency.formats import ours
+from consistency.formats.ours import read
+from consistency.runtime import files
 from consistency.training.logging import MetricsFile
 
 SAME = ["mode=ct", "mode.total_steps=30", "data.device_batch_size=4"]
@@ -36,7 +38,7 @@ def probe(kind: str, **arguments: object) -> str:
 def last(run: Path, name: str = "last") -> dict[str, Any]:
     """A checkpoint of a run, read as a resumed run would: it must agree with its checksum."""
     path = run / "checkpoints" / f"{name}.ckpt"
-    assert checkpoint.checksum_path(path).is_file()
+    assert files.checksum_path(path).is_file()
     return read(path)
 
 
@@ -172,7 +174,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
         "fsync": (os, "fsync"),
         "replace": (Path, "replace"),
     }[place]
-    write, real = checkpoint.write, getattr(owner, name)
+    write, real = ours.write, getattr(owner, name)
     saved: list[int] = []
 
     def counted(content: dict[str, Any], path: Path) -> None:
@@ -188,7 +190,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     run = tmp_path / "run"
     arguments = ["callbacks.checkpoint.every_n_train_steps=2", "trainer.max_steps=6"]
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write", counted)
+        patch.setattr(ours, "write", counted)
         patch.setattr(owner, name, failing)
         outcome = verb("train", *TINY, *arguments, f"output={run}")
     assert saved == [2, 4, 6]
@@ -225,11 +227,11 @@ def test_a_full_disk_is_told_as_one_wherever_it_is_met() -> None:
     """Not as what torch makes of it."""
     content = {"weights": torch.zeros(100), "more": torch.zeros(200)}
     whole = FullOnce(0)
-    checkpoint._save(content, whole)
+    ours.save(content, whole)
     assert whole.made > 10
     for number in range(1, whole.made + 1):
         with pytest.raises(OSError) as caught:
-            checkpoint._save(content, FullOnce(number))
+            ours.save(content, FullOnce(number))
         assert caught.value.errno == errno.ENOSPC
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from conftest import TINY, Run
-from consistency import checkpoint
 from consistency.errors import UserError
+from consistency.formats import ours
 from consistency.timepoints import is_unimodal, ternary_search
 
 SHORT_RUN = [
@@ -118,9 +118,9 @@ def test_wrong_options_are_told(
 def test_a_checkpoint_that_says_nothing_of_its_data_is_told(
     verb: Run, trained: dict[str, Path], tmp_path: Path
 ) -> None:
-    content = checkpoint.read(trained["ect"] / "checkpoints" / "last.ckpt")
+    content = ours.read(trained["ect"] / "checkpoints" / "last.ckpt")
     content["config"] = {}
-    checkpoint.write(content, tmp_path / "bare.ckpt")
+    ours.write(content, tmp_path / "bare.ckpt")
     done = verb("search", f"checkpoint={tmp_path / 'bare.ckpt'}", f"output={tmp_path / 'out'}")
     assert done.status == 2
     assert "nothing of its data" in done.err

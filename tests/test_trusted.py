@@ -15,8 +15,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from conftest import REPORT, ROOT, Run
-from consistency import checkpoint, schema, searching
+from consistency import schema, searching
 from consistency.errors import UserError
+from consistency.formats import ours
 from consistency.runtime import allowlist
 from consistency.runtime.allowlist import require_trusted
 from consistency.runtime.redaction import masked
@@ -127,7 +128,7 @@ FOREIGN_TARGETS = [
 ]
 OWN_TARGETS = [
     # of this package, but they write, download, start processes or build in their turn
-    "consistency.checkpoint.write",
+    "consistency.formats.ours.write",
     "consistency.checkpoint.load",
     "consistency.checkpoint.build",
     "consistency.comparison._train",
@@ -324,7 +325,7 @@ def test_a_hostile_file_is_one_error(name: str, tmp_path: Path, tripwires: list[
 def test_the_configuration_of_a_run_reads_back(trained: dict[str, Path]) -> None:
     for folder in trained.values():
         config = allowlist.read(folder / "config.yaml")
-        content = checkpoint.read(folder / "checkpoints" / "last.ckpt")
+        content = ours.read(folder / "checkpoints" / "last.ckpt")
         assert config == content["config"]
         assert config == yaml.safe_load((folder / "config.yaml").read_text())
 
@@ -335,7 +336,7 @@ def test_the_configuration_of_a_run_reads_back(trained: dict[str, Path]) -> None
 def test_a_search_builds_nothing_that_a_checkpoint_names_but_our_sources(
     trained: dict[str, Path], tmp_path: Path, tripwires: list[str]
 ) -> None:
-    content = checkpoint.read(trained["ect"] / "checkpoints" / "last.ckpt")
+    content = ours.read(trained["ect"] / "checkpoints" / "last.ckpt")
     content["config"]["callbacks"]["evaluation"] = composed()["callbacks"]["evaluation"]
     content["config"]["callbacks"]["evaluation"]["folder"] = content["config"]["output"]
     for number, node in enumerate(
@@ -346,7 +347,7 @@ def test_a_search_builds_nothing_that_a_checkpoint_names_but_our_sources(
         ]
     ):
         content["config"]["data"]["held_out"] = node
-        checkpoint.write(content, tmp_path / f"{number}.ckpt")
+        ours.write(content, tmp_path / f"{number}.ckpt")
         with pytest.raises(UserError, match=r"the target"):
             searching.measure_of(OmegaConf.create({}), tmp_path / f"{number}.ckpt")
     assert not tripwires

@@ -13,7 +13,7 @@ import consistency
 from conftest import Run
 from consistency import checkpoint
 from consistency.errors import UserError
-from consistency.formats import diffusers, nvlabs, wrapped
+from consistency.formats import diffusers_names, nvlabs, wrapped
 from consistency.formats.opened import Hints
 from golden_harness import FOLDER, read_json
 from test_conversion import convert
@@ -167,6 +167,15 @@ def test_several_averages_have_names_of_their_own(tmp_path: Path) -> None:
     assert same(opened(tmp_path / "model.pt"), EMA)
 
 
+def test_networks_of_two_sizes_in_one_file_open(tmp_path: Path) -> None:
+    """A teacher and a smaller student: the settings are those of the set that is loaded."""
+    network = checkpoint.build(TINY_ADM | {"channel_mult": [1, 2]}, checkpoint.NETWORKS, nn.Module)
+    larger = network.state_dict()
+    torch.save({"student": ONLINE, "teacher": larger}, tmp_path / "model.pt")
+    assert same(opened(tmp_path / "model.pt", "online"), ONLINE)
+    assert same(opened(tmp_path / "model.pt", "teacher"), larger)
+
+
 def test_what_was_taken_off_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = under("module._orig_mod.", ONLINE) | {"lpips.lin0.weight": torch.zeros(3)}
     torch.save({"state_dict": content, "ema": EMA}, tmp_path / "model.pt")
@@ -260,7 +269,7 @@ def test_state_dicts_of_nvlabs_networks_open(tmp_path: Path) -> None:
         assert same(loaded.denoiser.network.state_dict(), weights)
         assert loaded.card.network == settings | {"dropout": 0.0}
         assert loaded.denoiser.preconditioning.c_noise_scale == 0.25
-        with pytest.raises(UserError, match="does not say"):
+        with pytest.raises(UserError, match="does not record"):
             consistency.load(tmp_path / "net.pt")
 
 
@@ -284,9 +293,7 @@ def test_state_dicts_in_the_names_of_diffusers_open(tmp_path: Path) -> None:
     for in_blocks in (True, False):
         node = node | {"resblock_updown": in_blocks}
         weights = randomised(checkpoint.build(node, checkpoint.NETWORKS, nn.Module))
-        theirs: dict[str, Tensor] = {}
-        for ours, names in diffusers.parameters(node):
-            theirs |= diffusers.give(weights[ours], names)
+        theirs = diffusers_names.their_weights(node, weights)
         torch.save({"state_dict": under("model.", theirs)}, tmp_path / "unet.ckpt")
         loaded = consistency.load(
             tmp_path / "unet.ckpt", "teacher", image_size=8, num_head_channels=32

@@ -14,7 +14,7 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 2, phrases    processes solvers pairs distances weightings denoiser tangents
     floor 3, sentences  steps samplers editing
     floor 4, paragraph  objectives
-    the shell           inference: card (what a model is); checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
+    the shell           inference: card (what a model is), model (denoises, samples, edits); checkpoint (load), generation (numbered samples and edits), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
                         output (folders that a command makes), caches (where there is no home), paths (as people give
                         them), binding (do parts take the arguments beside them),
@@ -23,9 +23,10 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
       runtime           ranks, rendezvous (the first decides, all know of an end), launch (DDP), signals (Ctrl-C), files
                         (written whole, with checksums), redaction (no secrets in what is written), allowlist (what a
                         configuration from elsewhere may name)
-      formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
-                        opened (what a file yields), released (published files by name), reading, pickles, messagepack,
-                        wrapped (state dicts wherever they stand) and timetable (parts of the above)
+      formats           ours, sealed (ours as safetensors), openai nvlabs jcm diffusers (diffusers_names, diffusers_settings,
+                        diffusers_write): files of other programs in, ours out; opened (the Checkpoint that every reader
+                        returns), reading (detects the format), released (published files by name), pickles, pickle_calls,
+                        messagepack, wrapped (state dicts below any keys) and timetable (the time embedding for diffusers)
       data              module (the LightningDataModule), batches (order by position), source (what one is), feed (other
                         loaders); held in memory:
                         held digits mixture cifar idx (MNIST); encoded (as image files): folder archive (NVlabs' zips) lsun
@@ -41,49 +42,28 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from consistency import caches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from os import PathLike
 
     from omegaconf import DictConfig
 
-    from consistency.checkpoint import Loaded
+    from consistency.checkpoint import load as load
+    from consistency.inference.model import Model as Model
 
 caches.settle()  # before a library that has one is imported
 
 
-def load(
-    path: str | PathLike[str],
-    role: Literal["teacher", "consistency"] | None = None,
-    *,
-    weights: str = "ema",
-    image_size: int | None = None,
-    num_head_channels: int | None = None,
-    attention_resolutions: Sequence[int] | None = None,
-    num_heads: int | None = None,
-    num_heads_upsample: int | None = None,
-) -> Loaded:
-    """Opens a checkpoint of any format; the result answers `denoise(x_t, t, label=None)` with the estimate of x_0.
-
-        model = load("runs/my_run")
-        images = model.sample(16, steps=2, seed=0)
-        edited = model.edit(images, consistency.editing.colorize)
-
-    path: a run folder, a file or folder of one of the formats in `consistency.formats`, or a published name such as
-    openai:cd_imagenet64_lpips; role: what the model is, where the file does not say; weights: which ones, where the
-    file holds several. The last five say what some files do not record, `consistency.formats.opened.Hints`.
-    """
-    from consistency import checkpoint
-    from consistency.formats.opened import Hints
-
-    hints = Hints(
-        image_size, num_head_channels, attention_resolutions, num_heads, num_heads_upsample
-    )
-    return checkpoint.load(path, weights=weights, role=role, hints=hints)
+def __getattr__(name: str) -> object:
+    """Import torch only with the first use of `load` or `Model`."""
+    homes = {"load": "consistency.checkpoint", "Model": "consistency.inference.model"}
+    if name not in homes:
+        raise AttributeError(f"module 'consistency' has no attribute {name!r}")
+    return getattr(import_module(homes[name]), name)
 
 
 def compose(overrides: Sequence[str] = (), verb: str = "train") -> DictConfig:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from consistency.checkpoint import find, fingerprint, load_sets
+from consistency.checkpoint import find, load_sets
 from consistency.command import require_fresh
 from consistency.data.decoding import MODES, colour_of, read_picture, to_tensor
 from consistency.data.held import load_into_memory
@@ -24,6 +24,7 @@ from consistency.data.source import Source
 from consistency.errors import UserError, require
 from consistency.evaluation.measuring import Measure, Numbered, Settings, drawn
 from consistency.paths import path_of
+from consistency.runtime.files import fingerprint
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import batches, is_first, rank_and_size
 from consistency.sampling import (

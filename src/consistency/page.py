@@ -21,7 +21,7 @@ from PIL import Image as PILImage
 from torch import Generator, Tensor
 
 from consistency import pictures
-from consistency.checkpoint import Loaded, load
+from consistency.checkpoint import load
 from consistency.data.cropping import fit
 from consistency.data.decoding import (
     MODES,
@@ -33,6 +33,7 @@ from consistency.data.decoding import (
 )
 from consistency.editing import Pairing, colorize, inpaint, superres
 from consistency.errors import UserError, require
+from consistency.inference.model import Model
 from consistency.sampling import chosen_device
 
 MOST_IMAGES = 64
@@ -147,7 +148,7 @@ class Actions:
     that transparent images are put on.
     """
 
-    def __init__(self, model: Loaded, uploads: Path, background: str | None = None) -> None:
+    def __init__(self, model: Model, uploads: Path, background: str | None = None) -> None:
         self.model, self.uploads = model, uploads.resolve()
         self.background = colour_of(background)
 
@@ -217,7 +218,7 @@ class Actions:
         return None if label == "any" else self.labels.index(label) - 1
 
 
-def page(gradio: ModuleType, model: Loaded, uploads: Path, background: str | None = None) -> Any:
+def page(gradio: ModuleType, model: Model, uploads: Path, background: str | None = None) -> Any:
     """The page: gradio's Blocks, not served yet."""
     actions = Actions(model, uploads, background)
     channels, height, _ = model.shape

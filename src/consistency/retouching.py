@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from consistency import pictures
-from consistency.checkpoint import Loaded, load
+from consistency.checkpoint import load
 from consistency.command import require_fresh
 from consistency.data.cropping import halving
 from consistency.data.decoding import read_picture
@@ -32,6 +32,7 @@ from consistency.editing import (
 from consistency.errors import require
 from consistency.generation import edits
 from consistency.grids import KarrasGrid
+from consistency.inference.model import Model
 from consistency.paths import path_of
 from consistency.pixels import to_uint8, to_unit
 from consistency.preconditioning import TrigFlow
@@ -71,7 +72,7 @@ class MaskFile:
 class Request:
     """What is asked of a task: the model, the images and how many of what."""
 
-    model: Loaded
+    model: Model
     grid: KarrasGrid
     device: torch.device
     seed: int
@@ -80,7 +81,7 @@ class Request:
     labels: Any
     start: Start | None
     images: UInt8[Tensor, "n c h w"] | None
-    teacher: Loaded | None
+    teacher: Model | None
 
     def labels_for(self, count: int, each: int = 1) -> Label:
         """The class of each of count x each images."""
@@ -318,7 +319,7 @@ def edit(config: DictConfig, output: Path) -> None:
     print(f"{count} images of {model.path} ({model.weights}): {output / 'grid.png'}")
 
 
-def opened(path: str, weights: str, role: Any, device: torch.device) -> Loaded:
+def opened(path: str, weights: str, role: Any, device: torch.device) -> Model:
     """The checkpoint on its device, if the noise process is the one that editing knows."""
     model = load(path, weights=weights, role=role)
     require(

@@ -20,15 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from consistency import pictures
-from consistency.checkpoint import Loaded, fingerprint, load
+from consistency.checkpoint import load
 from consistency.command import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.errors import require
 from consistency.generation import generate
+from consistency.inference.model import Model
 from consistency.pixels import to_uint8
 from consistency.preconditioning import TrigFlow
 from consistency.randomness import SampleNoise
 from consistency.runtime import signals
+from consistency.runtime.files import fingerprint
 from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
 from consistency.tensors import Data, Denoise, Label, Time
 
@@ -61,14 +63,14 @@ def plain(value: object) -> object:
     return list(value) if isinstance(value, ListConfig) else value
 
 
-def fill_process(config: DictConfig, loaded: Loaded) -> None:
+def fill_process(config: DictConfig, loaded: Model) -> None:
     """Puts the time range and points of the checkpoint's own process where the configuration has null."""
     for name, value in asdict(loaded.card.process).items():
         if config.process[name] is None:
             config.process[name] = list(value) if isinstance(value, tuple) else value
 
 
-def bound_sampler(node: DictConfig, config: DictConfig, loaded: Loaded) -> Sampler:
+def bound_sampler(node: DictConfig, config: DictConfig, loaded: Model) -> Sampler:
     """A sampler of the configuration, with the time range and points of the checkpoint's own process."""
     fill_process(config, loaded)
     place = searched_path(loaded.path)
@@ -99,7 +101,7 @@ def searched_times(place: Path) -> list[float]:
     return [float(t) for t in listed]
 
 
-def require_suited(sampler: Sampler, loaded: Loaded, *, force: bool) -> None:
+def require_suited(sampler: Sampler, loaded: Model, *, force: bool) -> None:
     """Refuses a sampler that asks the model for what it has not learnt, unless that is what is wanted."""
     function = sampler.func if isinstance(sampler, partial) else sampler
     require(
@@ -200,7 +202,7 @@ def require_devices(config: DictConfig, device: torch.device) -> None:
     )
 
 
-def settings_of(config: DictConfig, loaded: Loaded) -> dict[str, Any]:
+def settings_of(config: DictConfig, loaded: Model) -> dict[str, Any]:
     """All that samples depend on: the options, and the content of the checkpoint."""
     options = OmegaConf.to_container(config, resolve=True)
     assert isinstance(options, dict)
@@ -337,7 +339,7 @@ def write(images: UInt8[Tensor, "n c h w"], output: Path, *, single: bool) -> No
 
 def write_trajectory(
     config: DictConfig,
-    loaded: Loaded,
+    loaded: Model,
     sampler: Sampler,
     labels: Label,
     device: torch.device,

@@ -17,14 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from consistency import checkpoint
-from consistency.checkpoint import Loaded
 from consistency.command import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.measuring import Measure, Numbered, Settings
+from consistency.formats import ours
 from consistency.generation import generate
-from consistency.runtime import signals
+from consistency.inference.model import Model
+from consistency.runtime import files, signals
 from consistency.runtime.allowlist import require_trusted
 from consistency.samplers import multistep
 from consistency.sampling import chosen_device, searched_path
@@ -102,13 +103,13 @@ def settings_of(config: DictConfig, path: Path) -> dict[str, Any]:
     evaluation = OmegaConf.to_container(config.evaluation, resolve=True)
     return {name: config[name] for name in names} | {
         "evaluation": evaluation,
-        "checkpoint": checkpoint.fingerprint(path),
+        "checkpoint": files.fingerprint(path),
     }
 
 
 def measure_of(config: DictConfig, path: Path) -> Measure:
     """What samples are measured with, against the data of the run that a checkpoint comes from."""
-    run = checkpoint.read(path).get("config", {}) if path.is_file() else {}
+    run = ours.read(path).get("config", {}) if path.is_file() else {}
     data: dict[str, Any] = run.get("data") or {}
     require(
         bool(data.get("source")),
@@ -148,7 +149,7 @@ class Artist:
         elif processes > 1:
             device = torch.device(device.type, number % torch.accelerator.device_count())
         self.device = device
-        self.loaded: Loaded = checkpoint.load(self.config.checkpoint, weights=self.config.weights)
+        self.loaded: Model = checkpoint.load(self.config.checkpoint, weights=self.config.weights)
         self.loaded.denoiser.to(device)
 
     @classmethod

@@ -1,15 +1,15 @@
-"""Checkpoint formats: the files of other programs in, ours out.
+"""Checkpoint formats: the files of other programs in, ours in and out.
 
-| file | what it is | module |
+| file | content | module |
 |---|---|---|
-| `.ckpt` of a run, `.safetensors` that we wrote | ours, with its card | `sealed`, `consistency.checkpoint` |
+| `.ckpt` of a run, converted model | ours, with its card | `ours`, `sealed` (safetensors) |
 | `.pt`, `.safetensors` | flat state dict of OpenAI's `UNetModel` | `openai` |
 | `.pkl`, `training-state-*.pt` | NVlabs modules (EDM, ECT) | `nvlabs` |
 | no suffix | training state of the JAX code, flax MessagePack | `jcm` |
-| folder | `ConsistencyModelPipeline` or `UNet2DModel` | `diffusers` |
+| folder | `ConsistencyModelPipeline` or `UNet2DModel` | `diffusers` and its `_names`, `_settings`, `_write` |
 
-A format is known by the content, never by the name. Nothing in a file is executed, every size in it is checked before
-memory is taken, and what does not fit ends in one error. `reading` finds the format; `opened` is what every reader
-returns; `pickles` and `messagepack` read containers as data; `timetable` rewrites a time embedding for diffusers;
-`released` knows the published files by name.
+Nothing in a file is executed, every size in it is checked before memory is taken, and a file that does not fit ends in one
+error. `reading` detects the format; every reader returns the `Checkpoint` of `opened`; `pickles`, with `pickle_calls`, and
+`messagepack` read containers as data; `wrapped` finds state dicts below any keys; `timetable` rewrites a time embedding
+for diffusers; `released` knows the published files by name.
 """

@@ -1,72 +1,89 @@
 """openai/consistency_models_cifar10: the training state of the JAX code, written by flax, read without JAX.
 
 The network is NCSN++, under the names of `SongUNet` here, with c_noise = 0.25 ln t. Convolutions are stored
-(h, w, in, out), linear maps (in, out), and queries, keys and values apart. The file does not say whether it is a
-denoiser or a consistency model, nor which feature maps have attention where all have the same width.
+(h, w, in, out), linear maps (in, out), and queries, keys and values apart. The file does not record whether it is a
+denoiser or a consistency model, nor which feature maps have attention if all have the same width.
 """
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from consistency.formats.opened import NVLABS, ContentError, Hints, Opened, describe, process
+from consistency.formats.opened import (
+    C_NOISE_NVLABS,
+    Checkpoint,
+    ContentError,
+    Hints,
+    Lazy,
+    StateDict,
+    assumes,
+    card_of,
+)
 from consistency.networks.song import SongUNet
 from consistency.networks.unet import UNetBlock, fir_filter
 
 FORMAT = "JAX (flax)"
 PARAMETERS = {"ema": "params_ema", "online": "params", "target": "target_params"}
+OTHER = "parameters of a JAX network other than the released NCSN++"
 TAPS = [1, 3, 3, 1]
-SIZE = 32
-"""Side of the images of every released file."""
+SIZE, TOPS = 32, [256, 256, 256]
+"""Side of the images, and widths of the levels, of every released file."""
 
 
-def is_jcm(content: object) -> bool:
-    """Whether a file's content is a training state of the JAX code."""
-    return isinstance(content, dict) and isinstance(content.get("params_ema"), dict)
+def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None:
+    """Return the averaged (`ema`), online and target parameters of a training state; None for any other content."""
+    average = content.get("params_ema") if isinstance(content, dict) else None
+    if not isinstance(average, dict) or any(isinstance(v, Tensor) for v in average.values()):
+        return None  # other programs keep flat state dicts under this key
+    assert isinstance(content, dict)
+    trees = {name: content[key] for name, key in PARAMETERS.items() if key in content}
+    network, notes = settings(flattened(trees["ema"]), hints)
+    card = card_of(network, C_NOISE_NVLABS, second_time=0.58535)
+    sets = Lazy(trees, partial(song_parameters, network))
+    return Checkpoint(path=path, format=FORMAT, card=card, weights=sets, notes=tuple(notes))
 
 
-def open_state(state: dict[str, Any], weights: str, hints: Hints) -> Opened:
-    """The network of a training state: its online, target or averaged (`ema`) parameters."""
-    params = flattened(state[PARAMETERS[weights]])
-    network, notes = settings(params, hints)
+def song_parameters(settings: dict[str, Any], tree: object) -> StateDict:
+    """Return the parameters of a training state under the names of `SongUNet`."""
     with torch.device("meta"):
-        arguments = {key: value for key, value in network.items() if key != "_target_"}
-        shape = SongUNet(**arguments)
-    noise = process(second_time=0.58535)
-    card = describe(
-        role=None, network=network, process=noise, c_noise_scale=NVLABS, num_classes=None
-    )
-    moved = song_weights(params, shape)
-    return Opened(format=FORMAT, weights=moved, card=card, notes=notes)
+        network = SongUNet(**{key: value for key, value in settings.items() if key != "_target_"})
+    return song_weights(flattened(tree), network)
 
 
 def flattened(tree: object, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
-    """The arrays of a nested dictionary by their dotted names."""
+    """Return the arrays of a nested dictionary by their dotted names."""
     if isinstance(tree, Tensor):
         return {prefix.removesuffix("."): tree}
     if not isinstance(tree, dict) or depth > 4:
         raise ContentError("parameters that are no arrays")
-    found: dict[str, Tensor] = {}
+    flat: dict[str, Tensor] = {}
     for name, branch in tree.items():
-        found |= flattened(branch, f"{prefix}{name}.", depth + 1)
-    return found
+        flat |= flattened(branch, f"{prefix}{name}.", depth + 1)
+    return flat
 
 
-def settings(params: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The arguments of `SongUNet` for these parameters, and what had to be assumed."""
+def settings(params: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str]]:
+    """Return the arguments of `SongUNet` for these parameters, and the assumptions made."""
     if not {"GaussianFourierProjection_0.W", "Downsample_0.Conv2d_0.weight"} <= params.keys():
-        raise ContentError("parameters of a JAX network other than the released NCSN++")
+        raise ContentError(OTHER)
     levels = 1 + _count(params, "Downsample_")
     blocks = _count(params, "ResnetBlockBigGANpp_")
     each, rest = divmod(blocks - 3 * levels, 2 * levels)
     if rest or each < 1:
-        raise ContentError("parameters of a JAX network other than the released NCSN++")
+        raise ContentError(OTHER)
     width = params["Conv_0.kernel"].shape[3]
     firsts = (f"ResnetBlockBigGANpp_{k * (each + 1)}" for k in range(levels))
     tops = [params[f"{name}.Conv_0.kernel"].shape[3] for name in firsts]
     size = hints.image_size or SIZE
-    sides, notes = attention_sides(params, size, tops, each, hints)
+    notes: list[str] = []
+    sides = list(hints.attention_resolutions or ())
+    if hints.attention_resolutions is None:
+        sides, notes = attention_sides(params, size, tops, each)
+    if hints.image_size is None and (width, tops) != (128, TOPS):
+        notes.append(assumes(f"images of {size} x {size}", "image_size="))
     network = {
         "_target_": "consistency.networks.song.SongUNet",
         "image_size": size,
@@ -86,48 +103,39 @@ def settings(params: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any], t
         "channel_mult_emb": 4,
         "resample_filter": TAPS,
     }
-    if hints.image_size is None and (width, tops) != (128, [256, 256, 256]):
-        notes.append(
-            f"assumes images of {size} x {size} (the file does not say; image_size= sets it)"
-        )
-    return network, tuple(notes)
+    return network, notes
 
 
 def attention_sides(
-    params: dict[str, Tensor], size: int, tops: list[int], each: int, hints: Hints
+    params: StateDict, size: int, tops: list[int], each: int
 ) -> tuple[list[int], list[str]]:
-    """Sides of the feature maps with attention: of the widths that fit, the second level, as in the released files."""
-    if hints.attention_resolutions is not None:
-        return list(hints.attention_resolutions), []
+    """Return the sides of the feature maps with attention: of the levels that fit, the second, as in released files."""
     number, rest = divmod(_count(params, "AttnBlockpp_") - 1, each + 1)
     if rest or number > len(tops):
-        raise ContentError("parameters of a JAX network other than the released NCSN++")
-    found: list[int] = []
+        raise ContentError(OTHER)
+    levels: list[int] = []
     notes: list[str] = []
     for n in range(number):
-        wanted = params[f"AttnBlockpp_{n * each}.NIN_0.W"].shape[1]
-        first = 1 + max(found, default=-1)
-        fitting = [k for k in range(first, len(tops)) if tops[k] == wanted]
+        width = params[f"AttnBlockpp_{n * each}.NIN_0.W"].shape[1]
+        fitting = [k for k in range(1 + max(levels, default=-1), len(tops)) if tops[k] == width]
         if not fitting:
-            raise ContentError("parameters of a JAX network other than the released NCSN++")
-        found.append(1 if 1 in fitting else fitting[0])
-        if len(fitting) > 1 and (size, tops) != (SIZE, [256, 256, 256]):
-            notes.append(
-                f"assumes attention at {size >> found[-1]} x {size >> found[-1]} (the file does not say; "
-                "attention_resolutions= sets it)"
-            )
-    return [size >> k for k in found], notes
+            raise ContentError(OTHER)
+        levels.append(1 if 1 in fitting else fitting[0])
+        side = size >> levels[-1]
+        if len(fitting) > 1 and (size, tops) != (SIZE, TOPS):
+            notes.append(assumes(f"attention at {side} x {side}", "attention_resolutions="))
+    return [size >> k for k in levels], notes
 
 
-def _count(params: dict[str, Tensor], prefix: str) -> int:
-    """How many modules there are whose name begins so and ends with a number."""
+def _count(params: StateDict, prefix: str) -> int:
+    """Return the number of modules with a name of this prefix and a number."""
     return len({name.split(".")[0] for name in params if name.startswith(prefix)})
 
 
 def song_weights(params: dict[str, Tensor], network: SongUNet) -> dict[str, Tensor]:
-    """Parameters of the JAX NCSN++ under the names of `SongUNet`, whose blocks stand in their order."""
-    rest, ours = dict(params), {"map_noise.freqs": params["GaussianFourierProjection_0.W"]}
-    del rest["GaussianFourierProjection_0.W"]
+    """Return parameters of the JAX NCSN++ under the names of `SongUNet`, whose blocks stand in their order."""
+    rest = dict(params)
+    ours = {"map_noise.freqs": rest.pop("GaussianFourierProjection_0.W")}
 
     def move(theirs: str, name: str, weight: str = "kernel") -> None:
         value = rest.pop(f"{theirs}.{weight}")
@@ -162,6 +170,6 @@ def song_weights(params: dict[str, Tensor], network: SongUNet) -> dict[str, Tens
             ours[f"{name}.qkv.{kind}"] = torch.stack(qkv, dim=1).flatten(0, 1)
             ours[f"{name}.proj.{kind}"] = proj
     if rest:
-        raise ContentError(f"parameters without a place in NCSN++, such as {min(rest)[:80]}")
+        raise ContentError(f"parameters without a counterpart in NCSN++, such as {min(rest)[:80]}")
     constants = (name for name in network.state_dict() if name.endswith("resample_filter"))
     return ours | {name: fir_filter(TAPS) for name in constants}

@@ -5,7 +5,9 @@ length is held against the bytes that are left before memory is taken for it.
 """
 
 import math
+import mmap
 import struct
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,134 +17,132 @@ from consistency.formats.opened import ContentError
 
 MAX_DEPTH = 32
 MAX_VALUES = 2_000_000
-ARRAY, SCALAR = 1, 3
-"""Types of flax's extension values; an array and a scalar are stored alike."""
+EXTENSIONS = (1, 3)
+"""Types of flax's arrays and scalars, which are stored alike."""
 
-DTYPES = {
-    b"float32": torch.float32,
-    b"float64": torch.float64,
-    b"float16": torch.float16,
-    b"bfloat16": torch.bfloat16,
-    b"int8": torch.int8,
-    b"int16": torch.int16,
-    b"int32": torch.int32,
-    b"int64": torch.int64,
-    b"uint8": torch.uint8,
-    b"uint32": torch.uint32,
-    b"bool": torch.bool,
+DTYPES: dict[object, torch.dtype] = {
+    name.encode(): getattr(torch, name)
+    for name in (
+        *("float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64"),
+        *("uint8", "uint32", "bool"),
+    )
 }
+CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 NUMBERS = dict(zip(range(0xCA, 0xD4), ">f >d >B >H >I >Q >b >h >i >q".split(), strict=True))
 """First byte of a number -> its form in `struct`."""
 
-LENGTHS = dict(zip((0, 1, 2), ">B >H >I".split(), strict=True))
-"""How the length of a long value is written, by the last bits of its first byte."""
+SHORT = ((0x80, 0x8F, "mapping"), (0x90, 0x9F, "sequence"), (0xA0, 0xBF, "text"))
+"""Ranges of first bytes that hold a short length -> the method that reads the rest."""
+
+LONG = {
+    first + i: (method, form)
+    for first, method, forms in (
+        (0xC4, "take", (">B", ">H", ">I")),
+        (0xC7, "extension", (">B", ">H", ">I")),
+        (0xD9, "text", (">B", ">H", ">I")),
+        (0xDC, "sequence", (">H", ">I")),
+        (0xDE, "mapping", (">H", ">I")),
+    )
+    for i, form in enumerate(forms)
+}
+"""First byte of a long value -> the method that reads it, and the form of the length that follows."""
 
 
 class Reader:
-    """Reads one value after another from bytes. `raw` leaves text as bytes, as flax does inside an array."""
+    """A reader of one value after another from bytes. `raw` leaves text as bytes, as flax does inside an array."""
 
     def __init__(self, content: bytes | memoryview, *, raw: bool = False, depth: int = 0) -> None:
-        self.content, self.place = memoryview(content), 0
+        self.content, self.offset = memoryview(content), 0
         self.raw, self.depth, self.values = raw, depth, 0
 
     def take(self, length: int) -> memoryview:
-        """The next `length` bytes."""
-        if length > len(self.content) - self.place:
+        """Return the next `length` bytes."""
+        self.require(length)
+        self.offset += length
+        return self.content[self.offset - length : self.offset]
+
+    def require(self, length: int) -> None:
+        if length > len(self.content) - self.offset:
             raise ContentError("a file that ends early")
-        self.place += length
-        return self.content[self.place - length : self.place]
 
     def number(self, form: str) -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def value(self) -> Any:
-        """The next value, with all that is inside it."""
+        """Return the next value, with all that is inside it."""
         self.values += 1
         if self.values > MAX_VALUES or self.depth > MAX_DEPTH:
             raise ContentError("more values, or deeper ones, than any checkpoint has")
         first = self.number(">B")
         if first <= 0x7F or first >= 0xE0:
             return first if first <= 0x7F else first - 0x100
-        if first <= 0x8F:
-            return self.mapping(first & 0x0F)
-        if first <= 0x9F:
-            return self.sequence(first & 0x0F)
-        if first <= 0xBF:
-            return self.text(first & 0x1F)
-        if first in (0xC0, 0xC2, 0xC3):
-            return {0xC0: None, 0xC2: False, 0xC3: True}[first]
-        if 0xC4 <= first <= 0xC6:
-            return self.take(self.number(LENGTHS[first - 0xC4]))
-        if 0xC7 <= first <= 0xC9:
-            return self.extension(self.number(LENGTHS[first - 0xC7]))
+        for low, high, method in SHORT:
+            if low <= first <= high:
+                return getattr(self, method)(first - low)
+        if first in CONSTANTS:
+            return CONSTANTS[first]
         if first in NUMBERS:
             return self.number(NUMBERS[first])
+        if first in LONG:
+            method, form = LONG[first]
+            return getattr(self, method)(self.number(form))
         if 0xD4 <= first <= 0xD8:
             return self.extension(1 << (first - 0xD4))
-        if 0xD9 <= first <= 0xDB:
-            return self.text(self.number(LENGTHS[first - 0xD9]))
-        if first in (0xDC, 0xDD):
-            return self.sequence(self.number(LENGTHS[first - 0xDB]))
-        if first in (0xDE, 0xDF):
-            return self.mapping(self.number(LENGTHS[first - 0xDD]))
         raise ContentError("a byte that begins no value")
 
     def text(self, length: int) -> Any:
         content = bytes(self.take(length))
         return content if self.raw else content.decode()
 
-    def inside(self, count: int) -> range:
-        """Steps into a container of `count` values, each of which takes at least one byte."""
-        if count > len(self.content) - self.place:
-            raise ContentError("a file that ends early")
-        self.depth += 1
-        return range(count)
-
     def sequence(self, count: int) -> list[Any]:
-        items = [self.value() for _ in self.inside(count)]
+        self.require(count)  # every value takes at least one byte
+        self.depth += 1
+        items = [self.value() for _ in range(count)]
         self.depth -= 1
         return items
 
     def mapping(self, count: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for _ in self.inside(count):
+        self.require(count)
+        self.depth += 1
+        items: dict[str, Any] = {}
+        for _ in range(count):
             key = self.value()
-            if not isinstance(key, str) or key in found:
+            if not isinstance(key, str) or key in items:
                 raise ContentError("a map whose keys are not different names")
-            found[key] = self.value()
+            items[key] = self.value()
         self.depth -= 1
-        return found
+        return items
 
     def extension(self, length: int) -> Tensor:
-        """An array: (shape, name of its type, bytes), itself in MessagePack."""
+        """Return an array: (shape, name of its type, bytes), itself in MessagePack."""
         kind = self.number(">b")
         inner = Reader(self.take(length), raw=True, depth=self.depth + 1)
-        if kind not in (ARRAY, SCALAR):
+        if kind not in EXTENSIONS:
             raise ContentError("a value that is no array")
         parts = inner.value()
-        if not isinstance(parts, list) or len(parts) != 3 or inner.place != length:
+        if not isinstance(parts, list) or len(parts) != 3 or inner.offset != length:
             raise ContentError("an array without its three parts")
         shape, name, content = parts
-        whole = isinstance(shape, list) and len(shape) <= 8
-        if not whole or not all(isinstance(n, int) and 0 <= n < 2**40 for n in shape):
+        sides = shape if isinstance(shape, list) and len(shape) <= 8 else [None]
+        if not all(isinstance(n, int) and 0 <= n < 2**40 for n in sides):
             raise ContentError("an array with an impossible shape")
-        if not isinstance(name, bytes) or name not in DTYPES:
+        dtype = DTYPES.get(name) if isinstance(name, bytes) else None
+        if dtype is None:
             raise ContentError("an array of an unknown type")
-        dtype = DTYPES[name]
-        if (
-            not isinstance(content, bytes | memoryview)
-            or len(content) != math.prod(shape) * dtype.itemsize
-        ):
+        size = math.prod(shape) * dtype.itemsize
+        if not isinstance(content, bytes | memoryview) or len(content) != size:
             raise ContentError("an array of another size than its shape")
-        if not len(content):
+        if not size:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(bytearray(content), dtype=dtype).reshape(shape)
 
 
-def read_messagepack(content: bytes | memoryview) -> Any:
-    """The one value that `content` consists of."""
-    reader = Reader(content)
-    found = reader.value()
-    if reader.place != len(content):
+def read_messagepack(path: Path) -> Any:
+    """Return the one value that a file consists of."""
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    reader = Reader(memoryview(content))
+    value = reader.value()
+    if reader.offset != len(content):
         raise ContentError("more bytes than the file declares")
-    return found
+    return value

@@ -1,60 +1,68 @@
 """NVlabs/edm and codes that grew from it (ECT): a pickle of whole modules with their settings and their source.
 
 The source is not read. Names are those of our `SongUNet` and `DhariwalUNet`, c_noise = 0.25 ln t, and qkv stands in the
-order (head, dim, three), as it does in ours. Augmentation layers are left out: without augmentation labels they add
-nothing. `network-snapshot-*.pkl` holds the average of the weights, `training-state-*.pt` the weights in training.
+order (head, dim, three), as in ours. Augmentation layers are left out: without augmentation labels they add nothing.
+`network-snapshot-*.pkl` holds the average of the weights, `training-state-*.pt` the weights in training.
 """
 
 import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from consistency.formats.opened import NVLABS, ContentError, Hints, Opened, describe, process
-from consistency.formats.pickles import Object, told
-from consistency.inference.card import Role
+from consistency.formats import wrapped
+from consistency.formats.opened import (
+    C_NOISE_NVLABS,
+    PUBLISHED,
+    Checkpoint,
+    ContentError,
+    Hints,
+    Lazy,
+    StateDict,
+    card_of,
+)
+from consistency.formats.pickles import Object, brief
+from consistency.inference.card import ModelCard, Role
 from consistency.networks.unet import fir_filter
 
 FORMAT = "NVlabs"
 ROLES: dict[str, Role] = {"EDMPrecond": "teacher", "ECMPrecond": "consistency"}
 """The preconditioning classes whose scalings we have: EDM's, and ECT's with the boundary condition."""
 
-SHARED = {
+PACKAGES = {
+    "SongUNet": "consistency.networks.song",
+    "DhariwalUNet": "consistency.networks.dhariwal",
+}
+SETS = {"ema": "ema", "net": "online"}
+"""Keys of a snapshot and of a training state -> names of the sets of weights."""
+
+ANCHORS = ("map_layer0.weight", "map_layer1.weight")
+"""Two parameters that every network has."""
+
+SHARED = ("in_channels", "out_channels", "model_channels", "channel_mult", "channel_mult_emb", "dropout")  # fmt: skip
+RENAMED = {
     "img_resolution": "image_size",
-    "in_channels": "in_channels",
-    "out_channels": "out_channels",
-    "model_channels": "model_channels",
-    "channel_mult": "channel_mult",
-    "channel_mult_emb": "channel_mult_emb",
     "num_blocks": "num_res_blocks",
     "attn_resolutions": "attention_resolutions",
-    "dropout": "dropout",
 }
-SONG = {"channel_mult_noise": "channel_mult_noise", "resample_filter": "resample_filter"}
-"""Arguments of the published constructors -> ours."""
+SONG = ("channel_mult_noise", "resample_filter")
+"""Arguments of the published constructors that ours have, under the same or another name; those of `SongUNet` alone."""
 
+COMMON = {"label_dim": 0, "augment_dim": 0, "channel_mult_emb": 4, "dropout": 0.1}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "SongUNet": {
-        "model_channels": 128,
-        "channel_mult": [1, 2, 2, 2],
-        "num_blocks": 4,
-        "attn_resolutions": [16],
-        "embedding_type": "positional",
-        "encoder_type": "standard",
-        "decoder_type": "standard",
-        "channel_mult_noise": 1,
-        "resample_filter": [1, 1],
+        **{"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4},
+        **{"attn_resolutions": [16], "channel_mult_noise": 1, "resample_filter": [1, 1]},
+        **{"embedding_type": "positional", "encoder_type": "standard", "decoder_type": "standard"},
     },
     "DhariwalUNet": {
-        "model_channels": 192,
-        "channel_mult": [1, 2, 3, 4],
-        "num_blocks": 3,
-        "attn_resolutions": [32, 16, 8],
+        **{"model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3},
+        **{"attn_resolutions": [32, 16, 8]},
     },
 }
-ANCHORS = ("map_layer0.weight", "map_layer1.weight")
-"""Two names that every network has."""
-
 KINDS = {
     "embedding_type": ("positional", "fourier"),
     "encoder_type": ("standard", "residual"),
@@ -62,113 +70,117 @@ KINDS = {
 }
 """The kinds of a SongUNet that we have."""
 
-COMMON = {"label_dim": 0, "augment_dim": 0, "channel_mult_emb": 4, "dropout": 0.1}
 
-
-def is_nvlabs(content: object) -> bool:
-    """Whether a file's content is a snapshot or a training state."""
-    return isinstance(content, dict) and bool(held(content))
-
-
-def held(content: dict[str, Any]) -> dict[str, Object]:
-    """The model of a snapshot as `ema`, that of a training state as `online`."""
-    names = {"ema": "ema", "net": "online"}
-    found = {ours: content.get(key) for key, ours in names.items()}
-    return {
-        ours: module
-        for ours, module in found.items()
-        if isinstance(module, Object) and isinstance(module.state, dict)
+def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None:
+    """Return the networks of a snapshot or a training state, or the sets of weights of a network; None without any."""
+    models = {
+        name: model
+        for key, name in SETS.items()
+        if isinstance(content, dict)
+        and isinstance(model := content.get(key), Object)
+        and isinstance(model.state, dict)
     }
+    if not models:
+        return wrapped.open_sets(
+            content, path, hints, format=FORMAT, anchors=ANCHORS, open_state=open_state
+        )
+    card = card_of_module(models.get(hints.weights) or next(iter(models.values())))
+    sets = Lazy(models, partial(module_weights, card.network))
+    return Checkpoint(path=path, format=FORMAT, card=card, weights=sets)
 
 
-def open_module(module: Object) -> Opened:
-    """One preconditioned network."""
+def card_of_module(module: Object) -> ModelCard:
+    """Return the card of a preconditioned network."""
     if module.kind == "Precond":
         raise ContentError("a model of class Precond, a network of EDM2, which is not built here")
     if module.kind not in ROLES:
+        known = ", ".join(ROLES)
         raise ContentError(
-            f"a model of class {module.kind}, whose preconditioning is not one of {', '.join(ROLES)}"
+            f"a model of class {module.kind}, whose preconditioning is not one of {known}"
         )
-    state, inner = module.state, _part(module, "_modules").get("model")
-    if not isinstance(inner, Object) or inner.kind not in DEFAULTS:
-        kind = inner.kind if isinstance(inner, Object) else told(inner)
+    inner = _part(module, "_modules").get("model")
+    kind = inner.kind if isinstance(inner, Object) else brief(inner)
+    if not isinstance(inner, Object) or kind not in DEFAULTS:
         raise ContentError(f"a network of class {kind}, which is not one of {', '.join(DEFAULTS)}")
     arguments = inner.state.get("_init_kwargs")
     if not isinstance(arguments, dict):
         raise ContentError("a network without its settings")
-    network = settings(inner.kind, arguments)
+    role = ROLES[module.kind]
+    process = replace(PUBLISHED, sigma_data=float(module.state["sigma_data"]))
+    if role == "consistency":
+        process = replace(process, t_min=float(module.state["sigma_min"]))
+    network = settings(kind, arguments)
+    second = second_time(network)
+    return card_of(network, C_NOISE_NVLABS, role=role, process=process, second_time=second)
+
+
+def second_time(network: dict[str, Any]) -> float:
+    """Return the second time point of two-step sampling, published for 64 x 64 and for CIFAR-10."""
+    return 1.526 if network["image_size"] == 64 else 0.821
+
+
+def module_weights(network: dict[str, Any], module: Object) -> StateDict:
+    """Return the parameters and buffers of a preconditioned network."""
     weights = {
-        name: value
-        for name, value in collect(inner).items()
-        if name != "map_augment.weight" and not name.endswith("resample_filter")
+        f"{prefix}{name}": value
+        for prefix, inner in modules(_part(module, "_modules")["model"]).items()
+        for part in ("_parameters", "_buffers")
+        for name, value in _part(inner, part).items()
+        if value is not None
     }
-    weights |= fir_filters(inner, network.get("resample_filter", [1, 1]))
-    role, second_time = ROLES[module.kind], 1.526 if network["image_size"] == 64 else 0.821
-    t_min = float(state["sigma_min"]) if role == "consistency" else 0.002
-    noise = process(sigma_data=float(state["sigma_data"]), t_min=t_min, second_time=second_time)
-    card = describe(
-        role=role,
-        network=network,
-        process=noise,
-        c_noise_scale=NVLABS,
-        num_classes=network["num_classes"],
-    )
-    return Opened(format=FORMAT, weights=weights, card=card)
+    return renamed(network, weights)
+
+
+def renamed(network: dict[str, Any], weights: StateDict) -> StateDict:
+    """Return weights without the augmentation layer, and with the constant filters made anew."""
+    taps = fir_filter(network.get("resample_filter", [1, 1]))
+    return {
+        name: taps if name.endswith("resample_filter") else value
+        for name, value in weights.items()
+        if name != "map_augment.weight"
+    }
 
 
 def settings(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The node of our network from the arguments of theirs."""
-    given = COMMON | DEFAULTS[kind] | arguments
-    require_images(kind, given["in_channels"], given["out_channels"])
-    names = SHARED | (SONG if kind == "SongUNet" else {})
-    place = "song" if kind == "SongUNet" else "dhariwal"
-    ours: dict[str, Any] = {"_target_": f"consistency.networks.{place}.{kind}"}
-    ours |= {name: given[theirs] for theirs, name in names.items()}
-    ours |= {"num_classes": given["label_dim"] or None, "augment_dim": 0}
+    """Return the node of our network from the arguments of theirs."""
+    theirs = COMMON | DEFAULTS[kind] | arguments
+    require_images(kind, theirs["in_channels"], theirs["out_channels"])
+    ours: dict[str, Any] = {"_target_": f"{PACKAGES[kind]}.{kind}"}
+    ours |= {name: theirs[argument] for argument, name in RENAMED.items()}
+    ours |= {name: theirs[name] for name in SHARED + (SONG if kind == "SongUNet" else ())}
+    ours |= {"num_classes": theirs["label_dim"] or None, "augment_dim": 0}
     if kind == "SongUNet":
         for name, kinds in KINDS.items():
-            if given[name] not in kinds:
+            if theirs[name] not in kinds:
                 raise ContentError(
-                    f"a SongUNet with {name}={told(given[name])}, which is not one of {', '.join(kinds)}"
+                    f"a SongUNet with {name}={brief(theirs[name])}, which is not one of {', '.join(kinds)}"
                 )
-        ours["fourier_scale"] = 16.0 if given["embedding_type"] == "fourier" else None
-        ours["residual_input"] = given["encoder_type"] == "residual"
-        ours["skip_output"] = given["decoder_type"] == "skip"
+        ours["fourier_scale"] = 16.0 if theirs["embedding_type"] == "fourier" else None
+        ours["residual_input"] = theirs["encoder_type"] == "residual"
+        ours["skip_output"] = theirs["decoder_type"] == "skip"
     return ours
 
 
 def require_images(kind: str, channels: object, out: object) -> None:
-    """Refuses a network that gives something else than images like those it is given."""
+    """Refuse a network whose output is not an image like its input."""
     if channels != out:
         raise ContentError(
-            f"a {kind} with out_channels={told(out)} for in_channels={told(channels)}, which no consistency model has"
+            f"a {kind} with out_channels={brief(out)} for in_channels={brief(channels)}, "
+            "which no consistency model has"
         )
 
 
-def open_state(weights: dict[str, Tensor], hints: Hints) -> Opened:
-    """The network that a state dict belongs to, with EDM's noise process; which scalings belong to it is not in it."""
+def open_state(
+    weights: dict[str, Tensor], hints: Hints
+) -> tuple[ModelCard, list[str], wrapped.Renamed]:
+    """Return the card of a state dict, with EDM's noise process; it does not record which scalings belong to it."""
     network, notes = settings_of(weights, hints)
-    filters = {
-        name: fir_filter(network.get("resample_filter", [1, 1]))
-        for name in weights
-        if name.endswith("resample_filter")
-    }
-    own = {name: value for name, value in weights.items() if name != "map_augment.weight"}
-    noise = process(second_time=1.526 if network["image_size"] == 64 else 0.821)
-    card = describe(
-        role=None,
-        network=network,
-        process=noise,
-        c_noise_scale=NVLABS,
-        num_classes=network["num_classes"],
-    )
-    return Opened(format=FORMAT, weights=own | filters, card=card, notes=tuple(notes))
+    card = card_of(network, C_NOISE_NVLABS, second_time=second_time(network))
+    return card, notes, partial(renamed, network)
 
 
-def settings_of(weights: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any], list[str]]:
-    """The arguments of our network for these weights, whose names hold the sides of the feature maps, and what had to be
-    assumed.
-    """
+def settings_of(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str]]:
+    """Return the arguments of our network, read off names (with the sides of feature maps) and shapes; and assumptions."""
     blocks = {
         (int(side), int(number))
         for side, number in re.findall(r"^enc\.(\d+)x\d+_block(\d+)\.", "\n".join(weights), re.M)
@@ -184,20 +196,17 @@ def settings_of(weights: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any
     embedding, noise = weights["map_layer0.weight"].shape
     width = stem.shape[0] if kind == "SongUNet" else noise
     label = weights.get("map_label.weight")
+    firsts = {side: f"enc.{side}x{side}_block0" for side in sides}
     ours: dict[str, Any] = {
-        "_target_": f"consistency.networks.{'song' if kind == 'SongUNet' else 'dhariwal'}.{kind}",
+        "_target_": f"{PACKAGES[kind]}.{kind}",
         "image_size": sides[0],
         "in_channels": stem.shape[1],
         "out_channels": stem.shape[1],
         "model_channels": width,
-        "channel_mult": [
-            weights[f"enc.{side}x{side}_block0.conv1.weight"].shape[0] // width for side in sides
-        ],
+        "channel_mult": [weights[f"{b}.conv1.weight"].shape[0] // width for b in firsts.values()],
         "channel_mult_emb": embedding // width,
         "num_res_blocks": len(blocks) // len(sides),
-        "attention_resolutions": [
-            side for side in sides if f"enc.{side}x{side}_block0.qkv.weight" in weights
-        ],
+        "attention_resolutions": [s for s, b in firsts.items() if f"{b}.qkv.weight" in weights],
         "dropout": 0.0,
         "num_classes": None if label is None else label.shape[1],
         "augment_dim": 0,
@@ -208,26 +217,19 @@ def settings_of(weights: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any
     ours["residual_input"] = any(name.endswith("_aux_residual.weight") for name in weights)
     ours["skip_output"] = sum(name.endswith("_aux_norm.weight") for name in weights) > 1
     ours["channel_mult_noise"] = noise // width
-    filters = (value for name, value in weights.items() if name.endswith("resample_filter"))
-    found = next(filters, None)
-    wide = ours["residual_input"] if found is None else found.shape[-1] == 4
+    taps = next((v.shape[-1] for n, v in weights.items() if n.endswith("resample_filter")), None)
+    wide = ours["residual_input"] if taps is None else taps == 4
     ours["resample_filter"] = [1, 3, 3, 1] if wide else [1, 1]
-    notes = []
-    if found is None and len(sides) > 1:
-        notes.append(f"assumes resample_filter={ours['resample_filter']} (the file does not say)")
-    return ours, notes
-
-
-def _part(module: Object, name: str) -> dict[str, Any]:
-    found = module.state.get(name)
-    if not isinstance(found, dict):
-        raise ContentError(f"a module without its {name}")
-    return found
+    if taps is not None or len(sides) == 1:
+        return ours, []
+    return ours, [
+        f"assumes resample_filter={ours['resample_filter']} (the file does not record it)"
+    ]
 
 
 def modules(root: Object) -> dict[str, Object]:
-    """All modules below `root` by their dotted names. Refuses a module that stands in two places."""
-    found: dict[str, Object] = {}
+    """Return all modules below `root` by their dotted names. Refuse a module that stands in two places."""
+    tree: dict[str, Object] = {}
     seen: set[int] = set()
     waiting = [("", root)]
     while waiting:
@@ -235,28 +237,15 @@ def modules(root: Object) -> dict[str, Object]:
         if id(module) in seen or prefix.count(".") > 8:
             raise ContentError("modules that contain each other")
         seen.add(id(module))
-        found[prefix] = module
+        tree[prefix] = module
         for name, child in _part(module, "_modules").items():
             if isinstance(child, Object):
                 waiting.append((f"{prefix}{name}.", child))
-    return found
+    return tree
 
 
-def collect(root: Object) -> dict[str, Tensor]:
-    """All parameters and buffers below `root` by their dotted names."""
-    return {
-        f"{prefix}{name}": value
-        for prefix, module in modules(root).items()
-        for part in ("_parameters", "_buffers")
-        for name, value in _part(module, part).items()
-        if value is not None
-    }
-
-
-def fir_filters(root: Object, taps: list[float]) -> dict[str, Tensor]:
-    """The resampling filters, which are constants, in every place where the file has one."""
-    return {
-        f"{prefix}resample_filter": fir_filter(taps)
-        for prefix, module in modules(root).items()
-        if _part(module, "_buffers").get("resample_filter") is not None
-    }
+def _part(module: Object, name: str) -> dict[str, Any]:
+    part = module.state.get(name)
+    if not isinstance(part, dict):
+        raise ContentError(f"a module without its {name}")
+    return part

@@ -16,17 +16,26 @@ import torch
 from torch import Tensor
 
 from consistency.errors import require
-from consistency.formats.opened import OPENAI, ContentError, Hints, Opened, describe, process
-from consistency.formats.pickles import CARD
+from consistency.formats import wrapped
+from consistency.formats.opened import (
+    C_NOISE_OPENAI,
+    Checkpoint,
+    ContentError,
+    Hints,
+    StateDict,
+    assumes,
+    card_of,
+)
+from consistency.formats.pickles import CARD, OPENAI
 from consistency.inference.card import ModelCard
+from consistency.runtime.files import written_whole
 
-FORMAT = "OpenAI"
 ADM = "consistency.networks.adm.ADM"
 ANCHORS = ("time_embed.0.weight", "input_blocks.0.0.weight")
-"""Two names that every network has."""
+"""Two parameters that every network has."""
 
 HEAD_CHANNELS = (64, 32, 16)
-"""What the published attention accepts, the released value first."""
+"""Widths of a head that the published attention accepts, the released one first."""
 
 RELEASED: dict[tuple[int, tuple[int | float, ...]], tuple[int, float]] = {
     (192, (1, 2, 3, 4)): (64, 1.38237),
@@ -35,22 +44,76 @@ RELEASED: dict[tuple[int, tuple[int | float, ...]], tuple[int, float]] = {
 """Channels and multipliers of the released networks -> side of their images, published second time of two steps."""
 
 
-def open_state(weights: dict[str, Tensor], hints: Hints) -> Opened:
-    """The network that a flat state dict belongs to."""
-    network, notes = settings(weights, hints)
-    known = (network["model_channels"], tuple(network["channel_mult"]))
-    card = describe(
-        role=None,
-        network=network,
-        process=process(second_time=RELEASED[known][1] if known in RELEASED else 0.821),
-        num_classes=network["num_classes"],
-        c_noise_scale=OPENAI,
+def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None:
+    """Return the sets of weights of a `UNetModel`, wherever they stand; None without any."""
+    return wrapped.open_sets(
+        content, path, hints, format=OPENAI, anchors=ANCHORS, open_state=open_state
     )
-    return Opened(format=FORMAT, weights=weights, card=card, notes=notes)
 
 
-def settings(weights: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The arguments of `ADM` for these weights, and what had to be assumed."""
+def open_state(
+    weights: dict[str, Tensor], hints: Hints
+) -> tuple[ModelCard, list[str], wrapped.Renamed]:
+    """Return card and assumptions for a flat state dict; the names are ours already."""
+    network, notes = settings(weights, hints)
+    known = RELEASED.get((network["model_channels"], tuple(network["channel_mult"])))
+    card = card_of(network, C_NOISE_OPENAI, second_time=known[1] if known else 0.821)
+    return card, notes, lambda state: state
+
+
+def settings(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str]]:
+    """Return the arguments of `ADM` for these weights, and the assumptions made."""
+    levels, blocks, between = layout(weights)
+    channels, out = weights["input_blocks.0.0.weight"].shape[1], weights["out.2.weight"].shape[0]
+    if out != channels:
+        raise ContentError(
+            f"a UNetModel with {out} output channels (out.2.weight) for {channels} of the image, as "
+            "learn_sigma=True or a condition makes them, which no consistency model has"
+        )
+    width = weights["time_embed.0.weight"].shape[1]
+    firsts = [f"input_blocks.{1 + k * blocks}" for k in range(levels)]
+    tops = [weights[f"{name}.0.out_layers.3.weight"].shape[0] for name in firsts]
+    mult = [n // width if n % width == 0 else n / width for n in tops]
+    attention = [k for k, name in enumerate(firsts) if f"{name}.1.qkv.weight" in weights]
+    known = RELEASED.get((width, tuple(mult)))
+    size = hints.image_size or (known[0] if known else 32 << min(attention, default=1))
+    notes = []
+    if hints.image_size is None and known is None:
+        notes.append(assumes(f"images of {size} x {size}", "image_size="))
+    heads = hints.num_head_channels
+    if heads is None and hints.num_heads is None:
+        widths = {v.shape[1] for name, v in weights.items() if name.endswith(".qkv.weight")}
+        fitting = (n for n in HEAD_CHANNELS if all(c % n == 0 for c in widths))
+        heads = next(fitting, None)
+        if known is None:
+            width_of = f"attention heads of {heads or 'all'} channels"
+            notes.append(assumes(width_of, "num_head_channels= or num_heads="))
+    classes = weights.get("label_emb.weight")
+    embedding = weights["input_blocks.1.0.emb_layers.1.weight"].shape[0]
+    upsample = hints.num_heads_upsample
+    network = {
+        "_target_": ADM,
+        "image_size": size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "model_channels": width,
+        "num_res_blocks": blocks - 1,
+        "attention_resolutions": [size >> k for k in attention],
+        "channel_mult": mult,
+        "num_classes": None if classes is None else classes.shape[0],
+        "dropout": 0.0,
+        "num_heads": hints.num_heads or 1,
+        "num_head_channels": heads,
+        "use_scale_shift_norm": embedding == 2 * tops[0],
+        "resblock_updown": not between,
+        "conv_resample": not between or any(n.endswith(".op.weight") for n in weights),
+        "num_groups": 32,
+    }
+    return network | ({} if upsample is None else {"num_heads_upsample": upsample}), notes
+
+
+def layout(weights: StateDict) -> tuple[int, int, bool]:
+    """Return the number of levels, of decoder blocks in each, and whether layers or else blocks change the resolution."""
     if any(name.endswith(".qkv.weight") and value.ndim == 3 for name, value in weights.items()):
         raise ContentError(
             "weights of guided-diffusion, which predict noise in another time and order qkv by heads"
@@ -59,98 +122,40 @@ def settings(weights: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Any], 
     length = 1 + max(int(n.split(".")[1]) for n in weights if n.startswith("output_blocks."))
     if length > len(weights):
         raise ContentError("weights of a network that is no ADM")
-    resampling_layers = sum(
-        f"input_blocks.{k}.0.in_layers.0.weight" not in weights for k in range(1, length)
-    )
-    resampling_blocks = sum(
-        any(f"output_blocks.{k}.{i}.in_layers.0.weight" in weights for i in (1, 2))
-        for k in range(length)
-    )
-    levels = 1 + (resampling_layers or resampling_blocks)
+    layers = sum(f"input_blocks.{k}.0.in_layers.0.weight" not in weights for k in range(1, length))
+    inside = (f"output_blocks.{k}.{{}}.in_layers.0.weight" for k in range(length))
+    in_blocks = sum(n.format(1) in weights or n.format(2) in weights for n in inside)
+    levels = 1 + (layers or in_blocks)
     blocks, rest = divmod(length, levels)
-    channels = weights["input_blocks.0.0.weight"].shape[1]
     if rest or blocks < 2:
         raise ContentError("weights of another network than those of consistency models")
-    if weights["out.2.weight"].shape[0] != channels:
-        raise ContentError(
-            f"a UNetModel with {weights['out.2.weight'].shape[0]} output channels (out.2.weight) for {channels} of the "
-            "image, as learn_sigma=True or a condition makes them, which no consistency model has"
-        )
-    width = weights["time_embed.0.weight"].shape[1]
-    firsts = [f"input_blocks.{1 + k * blocks}" for k in range(levels)]
-    tops = [weights[f"{name}.0.out_layers.3.weight"].shape[0] for name in firsts]
-    mult = [n // width if n % width == 0 else n / width for n in tops]
-    with_attention = [k for k, name in enumerate(firsts) if f"{name}.1.qkv.weight" in weights]
-    embedding = weights["input_blocks.1.0.emb_layers.1.weight"].shape[0]
-    widths = {value.shape[1] for name, value in weights.items() if name.endswith(".qkv.weight")}
-
-    notes = []
-    known = RELEASED.get((width, tuple(mult)))
-    size = hints.image_size or (known[0] if known else None)
-    if size is None:
-        size = 32 << min(with_attention, default=1)
-        notes.append(
-            f"assumes images of {size} x {size} (the file does not say; image_size= sets it)"
-        )
-    heads = hints.num_head_channels
-    if heads is None and hints.num_heads is None:
-        fitting = (n for n in HEAD_CHANNELS if all(c % n == 0 for c in widths))
-        heads = next(fitting, None)
-        if known is None:
-            notes.append(
-                f"assumes attention heads of {heads or 'all'} channels (the file does not say; num_head_channels= or "
-                "num_heads= sets it)"
-            )
-    classes = weights.get("label_emb.weight")
-    network = {
-        "_target_": ADM,
-        "image_size": size,
-        "in_channels": channels,
-        "out_channels": channels,
-        "model_channels": width,
-        "num_res_blocks": blocks - 1,
-        "attention_resolutions": [size >> k for k in with_attention],
-        "channel_mult": mult,
-        "num_classes": None if classes is None else classes.shape[0],
-        "dropout": 0.0,
-        "num_heads": hints.num_heads or 1,
-        "num_head_channels": heads,
-        "use_scale_shift_norm": embedding == 2 * tops[0],
-        "resblock_updown": not resampling_layers,
-        "conv_resample": not resampling_layers or any(n.endswith(".op.weight") for n in weights),
-        "num_groups": 32,
-    }
-    if hints.num_heads_upsample is not None:
-        network["num_heads_upsample"] = hints.num_heads_upsample
-    return network, tuple(notes)
+    return levels, blocks, layers > 0
 
 
-def write_openai(path: Path, card: ModelCard, weights: dict[str, Tensor]) -> None:
-    """Writes a .pt file that the published code loads: a flat state dict, and our card as a record that torch skips."""
+def write_openai(path: Path, card: ModelCard, weights: StateDict) -> None:
+    """Write a .pt file that the published code loads: a flat state dict, and our card as a record that torch skips."""
     require_openai(card)
-    part = path.with_name(f"{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(weights), part)
-    with zipfile.ZipFile(part, "a") as archive:
-        root = archive.namelist()[0].split("/")[0]
-        archive.writestr(f"{root}/{CARD}", json.dumps(card.saved(), sort_keys=True))
-    part.replace(path)
+    with written_whole(path) as file:
+        torch.save(dict(weights), file)
+        with zipfile.ZipFile(file, "a") as archive:
+            root = archive.namelist()[0].split("/")[0]
+            archive.writestr(f"{root}/{CARD}", json.dumps(card.saved(), sort_keys=True))
 
 
 def require_openai(card: ModelCard) -> None:
-    """Refuses a model that `UNetModel` cannot be."""
+    """Refuse a model that `UNetModel` cannot be."""
     network, scalings = card.network, card.preconditioning
     reasons = {
         "a network other than ADM": network["_target_"] != ADM,
-        "another time input than c_noise = 250 ln t": scalings.get("c_noise_scale") != OPENAI,
+        "another time input than c_noise = 250 ln t": scalings.get("c_noise_scale")
+        != C_NOISE_OPENAI,
         "groups of another number than 32": network.get("num_groups", 32) != 32,
         "another sigma_data than 0.5": scalings.get("sigma_data") != 0.5,
     }
-    found = [reason for reason, holds in reasons.items() if holds]
     require(
-        not found,
+        not any(reasons.values()),
         "a model that the published UNetModel can be",
-        ", ".join(found),
+        ", ".join(reason for reason, holds in reasons.items() if holds),
         "convert to=ours, or train with model=adm_imagenet64 or adm_lsun256 (any size)",
     )
     if scalings.get("t_min", 0.002) != 0.002:

@@ -1,31 +1,56 @@
-"""What every reader of a checkpoint format returns: weights under our names, and the card that builds their denoiser."""
+"""The content of a checkpoint, as every reader of a format returns it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from consistency.errors import require
+from consistency.errors import UserError
 from consistency.inference.card import ModelCard, Process, Role
 
 T = TypeVar("T")
+StateDict: TypeAlias = Mapping[str, Tensor]
 
-OPENAI, NVLABS = 250.0, 0.25
-"""c_noise / ln t of the networks of OpenAI's PyTorch code and of diffusers, and of the NVlabs and JAX codes."""
+C_NOISE_OPENAI, C_NOISE_NVLABS = 250.0, 0.25
+"""c_noise / ln t of the networks of OpenAI's PyTorch code and of diffusers; of the NVlabs and JAX codes."""
+
+PUBLISHED = Process(sigma_data=0.5, t_min=0.002, t_max=80.0, rho=7.0)
+"""The noise process of EDM, which all published models have."""
+
+KNOWN = (
+    "a run folder or checkpoint of ours, an OpenAI .pt, an NVlabs .pkl, a flax file of the JAX code, "
+    "or a diffusers folder"
+)
 
 
 class ContentError(ValueError):
-    """The content of a file is not that of a checkpoint; the message says what was found."""
+    """A file's content is not a checkpoint. The message describes the content."""
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """Return the error for a checkpoint that cannot be used, whatever failed."""
+    line = (str(error).splitlines() or [""])[0][:120]
+    reason = f"content that makes no sense ({type(error).__name__}: {line})"
+    return UserError(
+        f"a checkpoint at {path}: {KNOWN}",
+        str(error) if isinstance(error, ContentError) else reason,
+        "check that the file is complete and is the one you mean, or take another",
+    )
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What some formats do not record; None takes what the released files have.
+    """Settings that some formats do not record; None takes those of the released files.
 
-    image_size: side of the images; num_head_channels: channels of one attention head; attention_resolutions: sides of
-    the feature maps with attention; num_heads, num_heads_upsample: attention heads, and those on the way up where their
-    number differs; they count where num_head_channels is not given.
+    image_size: side of the images.
+    num_head_channels: channels of one attention head.
+    attention_resolutions: sides of the feature maps with attention.
+    num_heads: attention heads; counts only without num_head_channels.
+    num_heads_upsample: attention heads of the decoder, if their number differs.
+    role: role of a published file.
+    weights: the set of weights whose settings are taken, if a file holds networks of several sizes.
     """
 
     image_size: int | None = None
@@ -33,61 +58,78 @@ class Hints:
     attention_resolutions: Sequence[int] | None = None
     num_heads: int | None = None
     num_heads_upsample: int | None = None
+    role: Role | None = None
+    weights: str = "ema"
+
+
+class Lazy(Mapping[str, StateDict], Generic[T]):
+    """Sets of weights by name, each made by `read` when it is looked up."""
+
+    def __init__(self, entries: Mapping[str, T], read: Callable[[T], StateDict]) -> None:
+        self.entries, self.read = entries, read
+
+    def __getitem__(self, name: str) -> StateDict:
+        return self.read(self.entries[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
-    """The content of a checkpoint file of any format.
+class Checkpoint:
+    """A checkpoint of any format.
 
+    path: the file or folder.
     format: its name.
-    weights: of the network, under our names.
     card: without a role if the file does not record one.
+    weights: the sets of weights by name, state dicts under our names of the parameters. They are not typed as such, because
+        a check of types at run time would build a lazy set.
     notes: assumptions that the file leaves open.
     """
 
+    path: Path
     format: str
-    weights: dict[str, Tensor]
     card: ModelCard
+    weights: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
-
-def chosen(held: Mapping[str, T], weights: str) -> T:
-    """The set of weights of that name; a file with one set of weights answers to `ema`."""
-    if len(held) == 1 and weights == "ema":
-        return next(iter(held.values()))
-    require(
-        weights in held,
-        f"weights among {', '.join(held)}",
-        weights,
-        "choose one of those that this checkpoint holds",
-    )
-    return held[weights]
+    @property
+    def names(self) -> list[str]:
+        """Names of the sets of weights, without `ema` if that stands for the first of several averages."""
+        averages = any(name.startswith("ema:") for name in self.weights)
+        return [name for name in self.weights if name != "ema" or not averages]
 
 
-def process(
-    *, sigma_data: float = 0.5, t_min: float = 0.002, t_max: float = 80.0, second_time: float
-) -> Process:
-    """Return the published noise process; second_time: the second time point of two-step sampling."""
-    times = (t_max, second_time)
-    return Process(sigma_data=sigma_data, t_min=t_min, t_max=t_max, rho=7.0, times=times)
-
-
-def describe(
-    *,
-    role: Role | None,
+def card_of(
     network: dict[str, Any],
-    process: Process,
     c_noise_scale: float,
-    num_classes: int | None,
+    *,
+    role: Role | None = None,
+    process: Process = PUBLISHED,
+    second_time: float = 0.821,
 ) -> ModelCard:
-    """Return the card of a network; without a role its scalings stay open until `with_role`."""
+    """Return the card of a network; without a role its scalings stay open until `with_role`.
+
+    second_time: the second time point of two-step sampling.
+    """
     card = ModelCard(
-        role=role,
+        role=None,
         network=network,
         preconditioning={"sigma_data": process.sigma_data, "c_noise_scale": c_noise_scale},
-        process=process,
+        process=replace(process, times=(process.t_max, second_time)),
         channels=network["in_channels"],
         image_size=network["image_size"],
-        num_classes=num_classes,
+        num_classes=network["num_classes"],
     )
     return card if role is None else card.with_role(role, "")
+
+
+def assumes(what: str, option: str) -> str:
+    """Return the note on a setting that a file does not record."""
+    return f"assumes {what} (the file does not record it; {option} sets it)"

@@ -1,27 +1,24 @@
 """The published files by name: `openai:cd_imagenet64_lpips`, `jcm:cd-lpips`, `edm:edm-cifar10-32x32-uncond-vp`.
 
-A name stands wherever a checkpoint may stand. The file is fetched once, into `$CONSISTENCY_CACHE` or
-`~/.cache/consistency`; a download that broke off continues where it stopped; its size is compared with what the server
-announces and with what the weights must take; its checksum is kept beside it and verified at each use.
+A name is accepted in place of any checkpoint. The file is downloaded once, into `$CONSISTENCY_CACHE` or
+`~/.cache/consistency`; a broken download continues at its end; its size is compared with that of the server's file and
+with that of the weights; its checksum is kept beside it and verified at each use.
 """
 
 import fcntl
-import hashlib
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from http.client import HTTPException
 from pathlib import Path
 
-from tqdm import tqdm
-
 from consistency import caches
 from consistency.errors import UserError, require
 from consistency.inference.card import Role
+from consistency.runtime.files import fingerprint, part_path, write_checksum
 
+PROGRAMS = ("openai:", "jcm:", "edm:")
 OPENAI = "https://openaipublic.blob.core.windows.net/consistency"
 JCM = f"{OPENAI}/jcm_checkpoints"
 EDM = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
@@ -31,36 +28,11 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Released:
-    """One published file; bytes_at_least: what its weights alone take in float32."""
+    """One published file; bytes_at_least: size of its weights alone in float32."""
 
     url: str
     role: Role
     bytes_at_least: int
-
-
-def _openai(name: str) -> Released:
-    parameters = 295_899_267 if "imagenet64" in name else 526_304_771
-    return Released(f"{OPENAI}/{name}.pt", _role(name), 4 * parameters)
-
-
-def _jcm(name: str, number: int | None) -> Released:
-    path = name if number is None else f"{name}/checkpoints/checkpoint_{number}"
-    return Released(f"{JCM}/{path}", _role(name), 2 * 4 * 56_395_523)
-
-
-def _edm(name: str) -> Released:
-    counts = {
-        "imagenet": 295_899_267,
-        "cifar10": 55_733_891,
-        "ffhq": 61_805_571,
-        "afhqv2": 61_805_571,
-    }
-    parameters = counts[name.split("-")[1]]
-    return Released(f"{EDM}/{name}.pkl", "teacher", 4 * parameters)
-
-
-def _role(name: str) -> Role:
-    return "teacher" if name.startswith("edm") else "consistency"
 
 
 OPENAI_NAMES = [
@@ -68,37 +40,50 @@ OPENAI_NAMES = [
     for data in ("imagenet64", "bedroom256", "cat256")
     for method, suffix in (("edm", "_ema"), ("cd", "_l2"), ("cd", "_lpips"), ("ct", ""))
 ]
-JCM_NUMBERS: dict[str, int | None] = {
-    "edm_cifar10_ema": None,
-    "cd-l1": 80,
-    "cd-l2": 80,
-    "cd-lpips": 80,
-    "ct-lpips": 74,
-    "cifar10-continuous-cd-l2": 40,
-    "cifar10-continuous-cd-l2-stopgrad": 40,
-    "cifar10-continuous-cd-lpips-stopgrad": 40,
-    "continuous-ct-l2": 80,
-    "continuous-ct-lpips": 40,
+JCM_PATHS = {
+    "edm_cifar10_ema": "",
+    "cd-l1": "/checkpoints/checkpoint_80",
+    "cd-l2": "/checkpoints/checkpoint_80",
+    "cd-lpips": "/checkpoints/checkpoint_80",
+    "ct-lpips": "/checkpoints/checkpoint_74",
+    "cifar10-continuous-cd-l2": "/checkpoints/checkpoint_40",
+    "cifar10-continuous-cd-l2-stopgrad": "/checkpoints/checkpoint_40",
+    "cifar10-continuous-cd-lpips-stopgrad": "/checkpoints/checkpoint_40",
+    "continuous-ct-l2": "/checkpoints/checkpoint_80",
+    "continuous-ct-lpips": "/checkpoints/checkpoint_40",
 }
 EDM_NAMES = [
     *(f"edm-cifar10-32x32-{cond}-{kind}" for cond in ("cond", "uncond") for kind in ("vp", "ve")),
     *(f"edm-{data}-64x64-uncond-{kind}" for data in ("ffhq", "afhqv2") for kind in ("vp", "ve")),
     "edm-imagenet-64x64-cond-adm",
 ]
+PARAMETERS = {
+    "openai:imagenet64": 295_899_267,
+    "openai:": 526_304_771,
+    "jcm:": 2 * 56_395_523,
+    "edm:imagenet": 295_899_267,
+    "edm:cifar10": 55_733_891,
+    "edm:": 61_805_571,
+}
+"""Numbers that a published file holds, by its program and the data in its name."""
+
+
+def _released(program: str, name: str, url: str) -> Released:
+    role: Role = "teacher" if name.startswith("edm") else "consistency"
+    kinds = (kind.split(":") for kind in PARAMETERS)
+    kind = next(f"{p}:{data}" for p, data in kinds if p == program and data in name)
+    return Released(url, role, 4 * PARAMETERS[kind])
+
+
 RELEASED: dict[str, Released] = {
-    **{f"openai:{name}": _openai(name) for name in OPENAI_NAMES},
-    **{f"jcm:{name}": _jcm(name, number) for name, number in JCM_NUMBERS.items()},
-    **{f"edm:{name}": _edm(name) for name in EDM_NAMES},
+    **{f"openai:{name}": _released("openai", name, f"{OPENAI}/{name}.pt") for name in OPENAI_NAMES},
+    **{f"jcm:{n}": _released("jcm", n, f"{JCM}/{n}{path}") for n, path in JCM_PATHS.items()},
+    **{f"edm:{name}": _released("edm", name, f"{EDM}/{name}.pkl") for name in EDM_NAMES},
 }
 
 
-def is_name(checkpoint: object) -> bool:
-    """Whether a checkpoint is named as a published file."""
-    return str(checkpoint).startswith(("openai:", "jcm:", "edm:"))
-
-
-def find(name: str) -> Released:
-    """The published file of that name."""
+def fetch(name: str) -> Path:
+    """Return the path of the published file of that name; download it, one process at a time, if it is missing."""
     near = get_close_matches(name, RELEASED, n=3, cutoff=0.4)
     require(
         name in RELEASED,
@@ -106,61 +91,50 @@ def find(name: str) -> Released:
         name,
         f"perhaps {' or '.join(near)}" if near else "for example openai:cd_imagenet64_lpips",
     )
-    return RELEASED[name]
-
-
-def fetch(name: str) -> Path:
-    """Where the published file of that name stands, after fetching it if it is not there yet."""
-    released = find(name)
-    path = caches.own() / name.split(":")[0] / Path(released.url).name
-    if released.url.startswith(JCM):
-        path = path.with_name(f"{name.split(':')[1]}.flax")
+    released, (program, title) = RELEASED[name], name.split(":")
+    file = f"{title}.flax" if released.url.startswith(JCM) else Path(released.url).name
+    path = caches.own() / program / file
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(path):
+        with path.with_name(f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.is_file():
                 download(released.url, path, released.bytes_at_least)
     return path
 
 
-@contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Lets one process at a time fetch the file."""
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def download(url: str, path: Path, bytes_at_least: int) -> None:
-    """Fetches `url` to `path` and writes its checksum beside it; keeps a broken part, and continues one."""
-    part, tag = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.etag")
+    """Download `url` to `path` and write its checksum beside it; keep a broken part, and continue one."""
+    part, tag = part_path(path), path.with_name(f"{path.name}.etag")
     try:
         expected = _receive(url, part, tag)
     except (OSError, HTTPException, ValueError) as error:  # URLError is an OSError
         raise UserError(
-            f"expected to download {url}\n"
-            f"  got: {getattr(error, 'reason', None) or error or type(error).__name__}\n"
-            f"  do: run it again to continue, or fetch the file on a machine with a network and put it at {path}"
+            f"to download {url}",
+            getattr(error, "reason", None) or error or type(error).__name__,
+            f"run it again to continue, or fetch the file on a machine with a network and put it at {path}",
         ) from error
     size = part.stat().st_size
-    complete = size == expected and size >= bytes_at_least
-    if size > expected or (size == expected and not complete):
+    if size > expected or size == expected < bytes_at_least:
         part.unlink()
     require(
-        complete,
+        size == expected >= bytes_at_least,
         f"{max(expected, bytes_at_least):,} bytes from {url}",
         f"{size:,} bytes",
         "run it again; what arrived so far is kept" if size < expected else "run it again",
     )
-    with part.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    path.with_name(f"{path.name}.sha256").write_text(f"{found}  {path.name}\n")
+    write_checksum(path, fingerprint(part))
     part.replace(path)
     tag.unlink(missing_ok=True)
 
 
 def _receive(url: str, part: Path, tag: Path) -> int:
-    """Appends what is missing to `part`; the size that the whole file should have."""
+    """Append the missing bytes to `part`; return the size of the whole file.
+
+    tag: file with the server's name of the version that `part` is from.
+    """
+    from tqdm import tqdm  # not needed to load a checkpoint
+
     known = tag.read_text() if tag.is_file() else ""
     have = part.stat().st_size if part.is_file() and known else 0
     request = urllib.request.Request(url, headers={"User-Agent": "consistency"})
@@ -175,15 +149,15 @@ def _receive(url: str, part: Path, tag: Path) -> int:
         raise
     with response:
         begins = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        going_on = response.status == 206 and begins
-        have = have if going_on else 0
+        continues = response.status == 206 and begins
+        have = have if continues else 0
         length = response.headers.get("Content-Length")
         if length is None:
-            raise ValueError("a server that does not say how large the file is")
+            raise ValueError("a server that does not send the size of the file")
         total = have + int(length)
         tag.write_text(response.headers.get("ETag", ""))
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem)
-        with part.open("ab" if going_on else "wb") as file, bar:
+        with part.open("ab" if continues else "wb") as file, bar:
             while piece := response.read(CHUNK):
                 file.write(piece)
                 bar.update(len(piece))

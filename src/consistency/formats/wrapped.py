@@ -1,29 +1,37 @@
-"""State dicts as programs wrap them: sets of weights are found by the names that a network has, wherever they stand.
+"""State dicts as programs wrap them: sets of weights are found by the names that a network has, below any keys.
 
 A checkpoint may hold its weights below other keys (`{"state_dict": ...}`, `{"model": ..., "ema": ...}`), and their names
 may have prefixes (`module.` of DDP, `_orig_mod.` of torch.compile, `model.` of Lightning, `inner_model.` of k-diffusion).
-Whatever stands before the names of one network is the place of one set. An average may also be kept without names: a
-list in the order of the parameters (`shadow_params`), or names without their dots (LitEma).
+Keys and prefix together are the location of one set. An average may also lack names: a list in the order of the
+parameters (`shadow_params`), or names without their dots (LitEma).
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from consistency.errors import require
-from consistency.formats.pickles import Object, told
+from consistency.formats.opened import Checkpoint, Hints, Lazy, StateDict
+from consistency.formats.pickles import Object, brief
+from consistency.inference.card import ModelCard
 
 MOST_PARTS, MOST_LEVELS, MOST_LISTED = 50_000, 8, 16
 
+Keys: TypeAlias = tuple[str, ...]
+Renamed: TypeAlias = Callable[[StateDict], StateDict]
+OpenState: TypeAlias = Callable[[dict[str, Tensor], Hints], tuple[ModelCard, list[str], Renamed]]
+"""State dict of a format -> its card, what had to be assumed, and the renaming of any set of weights into our names."""
+
 NEUTRAL = {"", "_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module"}
-"""What wraps a network without saying anything about its weights."""
+"""Wrappers of a network that do not name its weights."""
 
 WRAPPER = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-"""What wraps a part of a network, inside its names."""
+"""Wrappers of a part of a network, inside its names."""
 
 OTHER_STATE = re.compile(
     r"(alphas?|betas|sigmas|log|sqrt|posterior|logvar|num|lvlb)(_\w+)?|log_sigmas|steps?|epochs?|initted|decay"
@@ -32,7 +40,7 @@ OTHER_STATE = re.compile(
 """Last parts of names of buffers that samplers, averages and profilers keep beside weights."""
 
 NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|loops|grads?$|rng|opt_state|hyper_parameters")
-"""Keys below which no weights of a network stand, though the names of its parameters may."""
+"""Keys without weights of a network below them, though with the names of its parameters."""
 
 AVERAGE = re.compile(
     r"(^|[._])(ema|average[ds]?|avg|shadow|swa|polyak)|(ema|shadow|avg|averaged)($|[._\d])"
@@ -42,152 +50,185 @@ NO_AVERAGE = re.compile(r"no(n|t|t_in)?_?ema")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """One set of weights in a file: where it stands, and its tensors under the network's own names.
+class Location:
+    """One set of weights in a file.
 
-    left: tensors beside it that belong to no set; without: why an average that stands there cannot be used, else empty.
+    keys: the keys and prefixes before its names.
+    weights: its tensors under the network's own names.
+    others: tensors beside it that belong to no set.
+    fault: why an average there cannot be used; empty for a set that can.
     """
 
-    parts: tuple[str, ...]
+    keys: Keys
     weights: dict[str, Tensor]
-    left: tuple[str, ...] = ()
-    without: str = ""
+    others: tuple[str, ...] = ()
+    fault: str = ""
 
     @property
     def label(self) -> str:
-        """The place as a person would write it; empty for weights that stand in the open."""
-        return ".".join(self.parts)
+        """The keys as a person would write them; empty for weights at the top of the file."""
+        return ".".join(self.keys)
 
     @property
     def kind(self) -> str | None:
-        """Which weights the place says that they are, by its innermost word for it; None if it says nothing."""
-        told_by = [part.lower() for part in self.parts if part not in NEUTRAL]
-        for part in told_by[::-1]:
-            if AVERAGE.search(part) and not NO_AVERAGE.search(part):
+        """ema, online, target or teacher, by the innermost key that names one; None without such a key."""
+        words = [key.lower() for key in self.keys if key not in NEUTRAL]
+        for word in words[::-1]:
+            if AVERAGE.search(word) and not NO_AVERAGE.search(word):
                 return "ema"
-            for word, kind in KINDS.items():
-                if word in part:
+            for name, kind in KINDS.items():
+                if name in word:
                     return kind
-        return "online" if told_by else None
-
-    def note(self, places: dict[str, "Place"]) -> str:
-        """What a person should know of the choice among `places`; empty for weights that stand in the open, alone."""
-        said = [f"takes the weights below {self.label[:80]}"] if self.label else []
-        others = [name for name, place in places.items() if place is not self]
-        if others:
-            said.append(f"holds weights={' and weights='.join(others)} as well")
-        if self.left:
-            said.append(f"leaves out {len(self.left)} other tensors, such as {self.left[0][:80]}")
-        return ", ".join(said)
+        return "online" if words else None
 
 
-def find(content: object, anchors: Sequence[str]) -> dict[str, Place]:
-    """All sets of weights by the names that `weights=` takes.
+def open_sets(
+    content: object,
+    path: Path,
+    hints: Hints,
+    *,
+    format: str,
+    anchors: Sequence[str],
+    open_state: OpenState,
+) -> Checkpoint | None:
+    """Return the sets of weights of a network in a file's content, None without any.
 
-    anchors: parameters that every network of the format has; what stands before all of them is a prefix.
+    anchors: parameters that every network of the format has.
     """
-    places: list[Place] = []
-    dotless: list[tuple[tuple[str, ...], dict[str, Tensor]]] = []
-    for parts, state in _states(content):
-        found = _split(parts, state, anchors)
-        places += found[0]
-        dotless += found[1]
-    if not places:
+    locations = find(content, anchors)
+    if not locations:
+        return None
+    candidates = (locations.get(hints.weights), *locations.values())
+    first = next(location for location in candidates if location and not location.fault)
+    card, notes, renamed = open_state(first.weights, hints)
+
+    def weights(location: Location) -> StateDict:
+        require(
+            not location.fault,
+            "weights with names, or in the order of the network's parameters",
+            f"{location.label}: {location.fault}",
+            "choose other weights= of this checkpoint",
+        )
+        return renamed(location.weights)
+
+    notes = [*filter(None, [origins(locations)]), *notes]
+    sets = Lazy(locations, weights)
+    return Checkpoint(path=path, format=format, card=card, weights=sets, notes=tuple(notes))
+
+
+def origins(locations: dict[str, Location]) -> str:
+    """Return a note on the keys of the sets and the tensors left out; empty for one set at the top of the file."""
+    sets = [
+        f"weights={name}{f' below {location.label[:80]}' if location.label else ''}"
+        for name, location in locations.items()
+    ]
+    others = next((location.others for location in locations.values() if location.others), ())
+    parts = [f"takes {', '.join(sets)}"]
+    if others:
+        parts.append(f"leaves out {len(others)} other tensors, such as {others[0][:80]}")
+    alone = len(locations) == 1 and not next(iter(locations.values())).label
+    return ", ".join(parts[1:] if alone else parts)
+
+
+def find(content: object, anchors: Sequence[str]) -> dict[str, Location]:
+    """Return all sets of weights by the names that `weights=` takes."""
+    locations: list[Location] = []
+    dotless: list[tuple[Keys, dict[str, Tensor]]] = []
+    for keys, state in _states(content):
+        named, unnamed = _split(keys, state, anchors)
+        locations += named
+        dotless += unnamed
+    if not locations:
         return {}
-    first = next((p for p in places if p.kind in ("online", None)), places[0])
-    places += [_dotted(parts, state, first) for parts, state in dotless]
-    places += [_ordered(parts, listed, first) for parts, listed in _lists(content)]
-    return _named(places)
+    first = next((p for p in locations if p.kind in ("online", None)), locations[0])
+    locations += [_dotted(keys, state, first) for keys, state in dotless]
+    locations += [_ordered(keys, tensors, first) for keys, tensors in _lists(content)]
+    return _named(locations)
 
 
 def first_names(content: object, count: int = 4) -> str:
-    """What a file holds, for a message: the first names of its first tensors, or else its keys."""
-    for parts, state in _states(content):
-        names = ", ".join(told(name).strip("'") for name in list(state)[:count])
-        below = f" below {told('.'.join(parts))}" if parts else ""
+    """Return the first names of a file's first tensors, or else its keys, for a message."""
+    for keys, state in _states(content):
+        names = ", ".join(brief(name).strip("'") for name in list(state)[:count])
+        below = f" below {brief('.'.join(keys))}" if keys else ""
         return f"{len(state)} tensors{below} named {names}{' ...' if len(state) > count else ''}"
     if isinstance(content, dict):
-        keys = [told(key).strip("'") for key in list(content)[:count]]
-        return f"the keys {', '.join(keys)}{' ...' if len(content) > count else ''}"
+        names = ", ".join(brief(key).strip("'") for key in list(content)[:count])
+        return f"the keys {names}{' ...' if len(content) > count else ''}"
     return f"a {type(content).__name__}"
 
 
 def _tensor(value: object) -> Tensor | None:
-    """A tensor, or the tensor that an array of numpy is."""
+    """Return a tensor, or the tensor of an array of numpy."""
     if isinstance(value, Object) and value.kind == "numpy.ndarray":
         value = value.state
     return value if isinstance(value, Tensor) else None
 
 
-def _dictionaries(content: object) -> Iterator[tuple[tuple[str, ...], dict[Any, Any]]]:
-    """All dictionaries of a file with their places, the outer ones first; what holds others is walked once."""
+def _dictionaries(content: object) -> Iterator[tuple[Keys, dict[Any, Any]]]:
+    """Yield all dictionaries of a file with their keys, the outer ones first; each with dictionaries inside once."""
     seen: set[int] = set()
-    waiting: list[tuple[tuple[str, ...], object]] = [((), content)]
-    for parts, value in waiting:  # grows while it is walked
+    waiting: list[tuple[Keys, object]] = [((), content)]
+    for keys, value in waiting:  # grows while it is walked
         if isinstance(value, list | tuple) and 0 < len(value) <= MOST_LISTED:
             value = dict(enumerate(value))
         if not isinstance(value, dict) or id(value) in seen:
             continue
-        if any(isinstance(inner, dict | list | tuple) for inner in value.values()):
+        inside = {k: v for k, v in value.items() if isinstance(v, dict | list | tuple)}
+        if inside:
             seen.add(id(value))
-        yield parts, value
-        if len(parts) < MOST_LEVELS and len(waiting) < MOST_PARTS:
+        yield keys, value
+        if len(keys) < MOST_LEVELS and len(waiting) < MOST_PARTS:
             waiting += [
-                ((*parts, str(key)[:80]), inner)
-                for key, inner in value.items()
-                if isinstance(inner, dict | list | tuple)
-                and not NO_WEIGHTS.search(str(key).lower())
+                ((*keys, str(key)[:80]), inner)
+                for key, inner in inside.items()
+                if not NO_WEIGHTS.search(str(key).lower())
             ]
 
 
-def _states(content: object) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """All dictionaries of named tensors, whatever else they hold."""
-    for parts, value in _dictionaries(content):
-        found = {k: _tensor(v) for k, v in value.items() if isinstance(k, str)}
-        state = {name: tensor for name, tensor in found.items() if tensor is not None}
+def _states(content: object) -> Iterator[tuple[Keys, dict[str, Tensor]]]:
+    """Yield the named tensors of every dictionary that has some."""
+    for keys, value in _dictionaries(content):
+        tensors = {k: _tensor(v) for k, v in value.items() if isinstance(k, str)}
+        state = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         if state:
-            yield parts, state
+            yield keys, state
 
 
 def _split(
-    parts: tuple[str, ...], state: dict[str, Tensor], anchors: Sequence[str]
-) -> tuple[list[Place], list[tuple[tuple[str, ...], dict[str, Tensor]]]]:
-    """The sets of weights in one dictionary: those with the network's names, and those whose names have lost their dots."""
-    whole = _prefixes(state, anchors)
-    if not whole:  # parts of a network may be wrapped one by one
+    keys: Keys, state: dict[str, Tensor], anchors: Sequence[str]
+) -> tuple[list[Location], list[tuple[Keys, dict[str, Tensor]]]]:
+    """Return the sets of weights in one dictionary: those with the network's names, and those with names without dots."""
+    dotted = _prefixes(state, anchors)
+    if not dotted:  # parts of a network may be wrapped one by one
         state = {WRAPPER.sub("", name): tensor for name, tensor in state.items()}
-        whole = _prefixes(state, anchors)
-    flat = _flat(anchors[0])
+        dotted = _prefixes(state, anchors)
+    flat = anchors[0].replace(".", "")
     tails = {n.removesuffix(flat) for n in state if n.endswith(flat) and "." in n}
-    prefixes = whole | {f"{prefix.rpartition('.')[0]}." for prefix in tails}
-    if not prefixes:
-        return [], []
+    prefixes = dotted | {f"{prefix.rpartition('.')[0]}." for prefix in tails}
     groups: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
-    left = []
+    others = []
     longest = sorted(prefixes, key=len, reverse=True)
     for name, tensor in state.items():
         if OTHER_STATE.fullmatch(name.rpartition(".")[2]):
             continue
         prefix = next((prefix for prefix in longest if name.startswith(prefix)), None)
         if prefix is None:
-            left.append(name)
+            others.append(name)
         else:
             groups[prefix][WRAPPER.sub("", name.removeprefix(prefix))] = tensor
-
-    def place(prefix: str) -> tuple[str, ...]:
-        return (*parts, *prefix.removesuffix(".").split(".")) if prefix else parts
-
-    found = [
-        Place(parts=place(prefix), weights=group, left=tuple(left))
-        for prefix, group in groups.items()
-        if prefix in whole
-    ]
-    dotless = [(place(prefix), group) for prefix, group in groups.items() if prefix not in whole]
-    return found, dotless
+    locations, dotless = [], []
+    for prefix, group in groups.items():
+        below = (*keys, *prefix.removesuffix(".").split(".")) if prefix else keys
+        if prefix in dotted:
+            locations.append(Location(keys=below, weights=group, others=tuple(others)))
+        else:
+            dotless.append((below, group))
+    return locations, dotless
 
 
 def _prefixes(state: dict[str, Tensor], anchors: Sequence[str]) -> set[str]:
-    """What stands before all anchors of a network."""
+    """Return the prefixes that stand before all anchors of a network."""
     return {
         prefix
         for prefix in (n.removesuffix(anchors[0]) for n in state if n.endswith(anchors[0]))
@@ -195,71 +236,49 @@ def _prefixes(state: dict[str, Tensor], anchors: Sequence[str]) -> set[str]:
     }
 
 
-def _flat(name: str) -> str:
-    return name.replace(".", "")
-
-
-def _dotted(parts: tuple[str, ...], state: dict[str, Tensor], first: Place) -> Place:
-    """An average whose names have lost their dots, under the names of the weights in training."""
-    names = {_flat(name): name for name in first.weights}
+def _dotted(keys: Keys, state: dict[str, Tensor], first: Location) -> Location:
+    """Return an average whose names have no dots, under the names of the weights in training."""
+    names = {name.replace(".", ""): name for name in first.weights}
     anchor = next(name for name in state if name.endswith(tuple(names)))
     prefix = min((anchor.removesuffix(n) for n in names if anchor.endswith(n)), key=len)
-    found = {
-        names[tail]: tensor
-        for tail, tensor in ((name.removeprefix(prefix), t) for name, t in state.items())
-        if tail in names
-    }
-    whole = len(names) == len(first.weights) == len(found) == len(state)
-    return Place(
-        parts=parts,
-        weights=found,
-        without="" if whole else f"{len(state)} names without dots, not those of its network",
-    )
+    flat = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    weights = {names[name]: tensor for name, tensor in flat.items() if name in names}
+    complete = len(names) == len(first.weights) == len(weights) == len(state)
+    fault = f"{len(state)} names without dots, not those of its network"
+    return Location(keys=keys, weights=weights, fault="" if complete else fault)
 
 
-def _lists(content: object) -> Iterator[tuple[tuple[str, ...], list[Tensor]]]:
-    """All averages that are kept as a list."""
-    for parts, value in _dictionaries(content):
-        listed = value.get("shadow_params")
-        if isinstance(listed, list | tuple):
-            tensors = [_tensor(t) for t in listed]
-            yield (*parts, "shadow_params"), [t for t in tensors if t is not None]
+def _lists(content: object) -> Iterator[tuple[Keys, list[Tensor]]]:
+    """Yield all averages that are kept as a list."""
+    for keys, value in _dictionaries(content):
+        tensors = value.get("shadow_params")
+        if isinstance(tensors, list | tuple):
+            yield (*keys, "shadow_params"), [t for t in map(_tensor, tensors) if t is not None]
 
 
-def _ordered(parts: tuple[str, ...], listed: list[Tensor], first: Place) -> Place:
-    """An average without names, under those of the weights in training, if number and shapes agree in their order."""
+def _ordered(keys: Keys, tensors: list[Tensor], first: Location) -> Location:
+    """Return an average without names under those of the weights in training, if all shapes agree in their order."""
     names = [n for n in first.weights if not n.endswith(("resample_filter", "map_noise.freqs"))]
-    same = [first.weights[n].shape for n in names] == [t.shape for t in listed]
-    found = {**first.weights, **dict(zip(names, listed, strict=True))} if same else {}
-    lacks = f"{len(listed)} tensors without names, whose order is not that of its network"
-    return Place(parts=parts, weights=found, without="" if same else lacks)
+    if [first.weights[n].shape for n in names] != [t.shape for t in tensors]:
+        fault = f"{len(tensors)} tensors without names, whose order is not that of its network"
+        return Location(keys=keys, weights={}, fault=fault)
+    return Location(keys=keys, weights=first.weights | dict(zip(names, tensors, strict=True)))
 
 
-def _named(places: list[Place]) -> dict[str, Place]:
-    """Places by the name that `weights=` takes: what they are, and where several are the same, with what tells them apart."""
+def _named(locations: list[Location]) -> dict[str, Location]:
+    """Name the sets by their kind; several of one kind also by the keys in which they differ."""
     once = {
-        (p.kind, *((t.data_ptr(), t.shape) for t in p.weights.values())): p for p in places[::-1]
+        (p.kind, *((t.data_ptr(), t.shape) for t in p.weights.values())): p for p in locations[::-1]
     }
-    places = list(once.values())[::-1]
-    alone = "ema" if len(places) == 1 else "online"
-    found: dict[str, Place] = {}
-    for kind in dict.fromkeys(place.kind or alone for place in places):
-        same = [place for place in places if (place.kind or alone) == kind]
+    locations = list(once.values())[::-1]
+    default = "ema" if len(locations) == 1 else "online"
+    sets: dict[str, Location] = {}
+    for kind in dict.fromkeys(location.kind or default for location in locations):
+        same = [location for location in locations if (location.kind or default) == kind]
         if len(same) == 1 or kind == "ema":
-            found[kind] = same[0]
+            sets[kind] = same[0]
         if len(same) > 1:
-            steps = zip(*(place.parts for place in same), strict=False)
+            steps = zip(*(location.keys for location in same), strict=False)
             shared = len(list(takewhile(lambda step: len(set(step)) == 1, steps)))
-            found |= {f"{kind}:{'.'.join(place.parts[shared:])}": place for place in same}
-    return found
-
-
-def usable(place: Place, weights: str) -> Place:
-    """The place, unless its tensors cannot be told apart."""
-    require(
-        not place.without,
-        f"weights={weights} with names, or in the order of the network's parameters",
-        f"{place.label}: {place.without}",
-        "choose other weights= of this checkpoint",
-    )
-    return place
+            sets |= {f"{kind}:{'.'.join(location.keys[shared:])}": location for location in same}
+    return sets

@@ -18,6 +18,9 @@ from consistency.samplers import Sampler, heun, multistep, trigflow_multistep
 Role: TypeAlias = Literal["teacher", "consistency"]
 """A denoiser D (EDM scalings), or a consistency function f (boundary scalings)."""
 
+LARGEST, MOST_LISTED, MOST_CHARACTERS = 1 << 20, 64, 256
+"""Bounds of numbers, lists and texts in a card from elsewhere."""
+
 SCALINGS = {
     "teacher": "consistency.preconditioning.EDM",
     "consistency": "consistency.preconditioning.Boundary",
@@ -70,34 +73,37 @@ class ModelCard:
     @classmethod
     def parse(cls, saved: Mapping[str, Any], origin: object) -> "ModelCard":
         """Check the saved form of a card. Raise `UserError` that names `origin`, the file, if a part is wrong."""
-        image, process = saved.get("image"), saved.get("process")
         names, classes = saved.get("class_names") or [], saved.get("num_classes")
+        parts = ("network", "preconditioning", "process", "image")
+        network, scalings, process, image = (
+            value if isinstance(value := saved.get(part), dict) else {} for part in parts
+        )
         scalars = ("sigma_data", "t_min", "t_max", "rho")
+        times = process.get("times") or ()
+        counts = (image.get("channels"), image.get("size"), 1 if classes is None else classes)
         require(
             saved.get("role") in ("teacher", "consistency", None)
-            and isinstance(saved.get("network"), dict)
-            and isinstance(saved.get("preconditioning"), dict)
-            and isinstance(image, Mapping)
-            and all(_is_count(image.get(name)) for name in ("channels", "size"))
-            and (classes is None or _is_count(classes))
+            and bool(network and scalings)
+            and all(type(count) is int and 1 <= count <= LARGEST for count in counts)
             and isinstance(names, list | tuple)
             and len(names) in (0, classes)
-            and all(isinstance(name, str) and len(name) <= 256 for name in names)
-            and isinstance(process, Mapping)
+            and all(isinstance(name, str) and len(name) <= MOST_CHARACTERS for name in names)
             and set(process) <= {*scalars, "times"}
-            and all(_is_number(process.get(name)) for name in scalars)
-            and _are_times(process.get("times")),
+            and isinstance(times, list | tuple)
+            and len(times) <= MOST_LISTED
+            and all(
+                isinstance(number, int | float) and abs(number) <= LARGEST
+                for number in (*(process.get(name) for name in scalars), *times)
+            ),
             f"a card with role, network, preconditioning, process, image and num_classes in {origin}",
             "a card with a missing or impossible part",
             "take another checkpoint, or convert the original file again",
         )
-        assert isinstance(process, Mapping) and isinstance(image, Mapping)
-        times = process.get("times")
         return cls(
             role=saved.get("role"),
-            network=saved["network"],
-            preconditioning=saved["preconditioning"],
-            process=Process(**{**process, "times": times if times is None else tuple(times)}),
+            network=network,
+            preconditioning=scalings,
+            process=Process(**{**process, "times": tuple(times) or None}),
             channels=image["channels"],
             image_size=image["size"],
             num_classes=classes,
@@ -208,27 +214,3 @@ def random_labels(seed: int, numbers: Sequence[int], num_classes: int) -> Int[Te
     """Draw the class of each sample number uniformly; number i depends on (seed, i) alone."""
     draws = [torch.randint(num_classes, (), generator=generator(seed, "label", i)) for i in numbers]
     return torch.stack(draws)
-
-
-def is_plain(value: object) -> bool:
-    """Return whether a value is a number up to 2^20, a short text, None, or a short flat list of such."""
-    if isinstance(value, list | tuple):
-        flat = len(value) <= 64 and not any(isinstance(v, list | tuple) for v in value)
-        return flat and all(is_plain(v) for v in value)
-    if isinstance(value, str):
-        return len(value) <= 256 and "${" not in value
-    return value is None or (isinstance(value, int | float) and abs(value) <= 1 << 20)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and 1 <= value <= 1 << 20
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and is_plain(value)
-
-
-def _are_times(value: object) -> bool:
-    return value is None or (
-        isinstance(value, list | tuple) and len(value) <= 64 and all(map(_is_number, value))
-    )

@@ -8,6 +8,7 @@ rows of the qkv projection stand in the order (head, dim, three).
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -190,6 +191,8 @@ class UNet(nn.Module):
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
+    no_class: ClassVar[int] = -1
+    """The class index that stands for no class."""
 
     def __init__(
         self,

@@ -13,11 +13,12 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from consistency.checkpoint import find, fingerprint, load_initial
+from consistency.checkpoint import find, load_initial
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import ModelCard
+from consistency.runtime.files import fingerprint
 from consistency.runtime.redaction import masked
 from consistency.training.arguments import plugins_of, require_whole
 from consistency.training.lightning_patches import AtomicCheckpointIO

@@ -8,7 +8,7 @@ import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from consistency import checkpoint
+from consistency.formats import ours
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -17,7 +17,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint_content: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        checkpoint.write(checkpoint_content, Path(path))
+        ours.write(checkpoint_content, Path(path))
 
 
 def batches_before(trainer: L.Trainer) -> int:

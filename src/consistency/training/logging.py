@@ -20,8 +20,8 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.errors import UsageError
 
-from consistency.checkpoint import write_text
 from consistency.errors import require
+from consistency.runtime.files import write_text
 from consistency.training.io_errors import warn
 from consistency.training.lightning_patches import purge_from, set_wandb_id
 

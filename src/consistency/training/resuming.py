@@ -14,12 +14,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from consistency.checkpoint import CHECKPOINTS, LAST, PREVIOUS, write_text
+from consistency.checkpoint import CHECKPOINTS, LAST, PREVIOUS
 from consistency.command import AUTO, require_fresh
 from consistency.commands.overrides import given_options
 from consistency.errors import UserError, require
 from consistency.paths import path_of
 from consistency.runtime import allowlist
+from consistency.runtime.files import write_text
 from consistency.runtime.redaction import MASK, masked
 from consistency.runtime.rendezvous import decided
 from consistency.schema import Train

@@ -5,17 +5,15 @@ from typing import Any
 
 import torch
 
-from consistency.checkpoint import (
-    LAST,
-    NEXT,
-    PREVIOUS,
+from consistency.checkpoint import LAST, NEXT, PREVIOUS
+from consistency.errors import require
+from consistency.runtime.files import (
     checksum_path,
     fingerprint,
     move,
     verify_checksum,
     write_checksum,
 )
-from consistency.errors import require
 
 DAMAGED = "damaged.ckpt"
 

@@ -1,0 +1,127 @@
+"""A model that was read from a checkpoint: its denoiser, and samples and edits that are drawn with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from consistency.denoiser import Denoiser
+from consistency.editing import Pairing, Start, grid_times
+from consistency.errors import require
+from consistency.generation import edits, generate
+from consistency.inference.card import ModelCard
+from consistency.pixels import to_uint8, to_unit
+from consistency.randomness import generator
+from consistency.samplers import Sampler
+from consistency.tensors import Data, Label, Time
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoiser from a checkpoint.
+
+    denoiser: network and preconditioning.
+    card: all about the model but its weights.
+    path: the file or folder that it was read from.
+    weights: name of its set of weights.
+    format: name of the checkpoint's format.
+    """
+
+    denoiser: Denoiser
+    card: ModelCard
+    path: Path
+    weights: str
+    format: str
+
+    def denoise(self, x_t: Data, t: Time, label: Label = None) -> Data:
+        """Return the estimate of x_0: D(x_t, t) of a teacher, f(x_t, t) of a consistency model.
+
+        x_t: float32 images.
+        t: noise level of each image.
+        label: class indices; None stands for "no class" in conditional networks that have an index for it.
+        """
+        no_class = getattr(self.denoiser.network, "no_class", None)
+        if label is None and no_class is not None and self.card.num_classes is not None:
+            label = torch.full(x_t.shape[:1], no_class, device=x_t.device)
+        return self.denoiser(x_t, t, label)
+
+    __call__ = denoise
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights; `model.denoiser.to(device)` moves them."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images."""
+        return self.card.shape
+
+    def sample(
+        self,
+        count: int,
+        *,
+        steps: int = 1,
+        seed: int = 0,
+        labels: int | str | Sequence[int | str] | None = None,
+        sampler: Sampler | None = None,
+        batch_size: int = 64,
+    ) -> UInt8[Tensor, "n c h w"]:
+        """Draw `count` images; image i depends on (seed, i) alone.
+
+        steps: evaluations of a consistency model, points of the grid for a teacher.
+        labels: a class, or several that are repeated in turn; None draws them at random.
+        sampler: one of `consistency.samplers` with its settings; None takes that of the card.
+        """
+        require(count >= 1, "at least one image", count, "ask for more")
+        batches = generate(
+            self,
+            sampler or self.card.sampler(steps),
+            indices=range(count),
+            labels=self.card.labels(labels, seed, range(count)),
+            shape=self.shape,
+            seed=seed,
+            batch_size=batch_size,
+            device=self.device,
+        )
+        return torch.cat(list(batches)).cpu()
+
+    def edit(
+        self,
+        images: UInt8[Tensor, "n c h w"],
+        pairing: Pairing,
+        *,
+        outputs: int = 1,
+        seed: int = 0,
+        labels: int | str | Sequence[int | str] | None = None,
+        times: Sequence[float] | None = None,
+        start: Start = "reference",
+        batch_size: int = 64,
+    ) -> UInt8[Tensor, "n m c h w"]:
+        """Edit images by Algorithm 4 of Song et al. 2023; return `outputs` of each.
+
+        pairing: the known part of an image, `consistency.editing.colorize` or another.
+        labels: a class for each image in turn; None draws them at random.
+        times: noise levels of the evaluations; None takes the published grid.
+        """
+        shape = tuple(images.shape[1:])
+        require(shape == self.shape, f"images of shape {self.shape}", shape, "resize them first")
+        grid = self.card.process.grid
+        x_0 = edits(
+            self,
+            pairing(self.shape, generator(seed, "edit")),
+            to_unit(images),
+            outputs=outputs,
+            labels=self.card.edit_labels(labels, seed, len(images), outputs),
+            times=grid_times(grid) if times is None else times,
+            t_min=grid.t_min,
+            start=start,
+            clip=True,
+            seed=seed,
+            batch_size=batch_size,
+            device=self.device,
+        )
+        return to_uint8(torch.cat(list(x_0))).unflatten(0, (len(images), outputs))

@@ -1,0 +1,44 @@
+"""Prints the functions of this package that `consistency.load` enters for the checkpoint that is its argument."""
+
+import sys
+from pathlib import Path
+from types import FrameType
+
+import consistency
+
+UNCOUNTED = (
+    "consistency.networks",
+    "consistency.preconditioning",
+    "consistency.denoiser",
+    "consistency.errors",
+)
+"""The parts that are built, and the guard `require`."""
+
+INTERPRETER = ("consistency.formats.pickles", "consistency.formats.pickle_calls")
+"""The interpreter of pickles counts as its entry alone, `read_zip`."""
+
+
+def entered(path: str) -> set[str]:
+    """The functions by module and name, each once; without comprehensions and what dataclass generates."""
+    load = consistency.load
+    names: set[str] = set()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        module, code = str(frame.f_globals.get("__name__")), frame.f_code
+        above = str(frame.f_back.f_globals.get("__name__")) if frame.f_back else ""
+        ours = event == "call" and module.split(".")[0] == "consistency"
+        written = Path(code.co_filename).is_file() and (
+            not code.co_name.startswith("<") or code.co_name == "<lambda>"
+        )
+        inside = module in INTERPRETER and above != "consistency.formats.reading"
+        if ours and written and not inside and not module.startswith(UNCOUNTED):
+            names.add(f"{module}.{code.co_qualname}")
+
+    sys.setprofile(note)
+    load(path)
+    sys.setprofile(None)
+    return names
+
+
+if __name__ == "__main__":
+    print(*sorted(entered(sys.argv[1])))
