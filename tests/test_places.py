@@ -18,8 +18,9 @@ from lightning.fabric.plugins.environments import (
 )
 
 from conftest import TINY, Run
+from consistency import output
 from consistency.errors import UserError
-from consistency.runtime import files, meeting
+from consistency.runtime import meeting
 from consistency.runtime.meeting import SILENT, End, EndedError, Host, Visitor
 from consistency.runtime.ranks import PARENT, here, require_alone, require_launched
 
@@ -200,13 +201,13 @@ def test_a_sweep_in_every_process_of_a_launcher_is_refused(
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
-    files._dated.add("runs/now")
-    found = [files.claimed("runs/now", tmp_path) for _ in range(3)]
+    output._dated.add("runs/now")
+    found = [output.claimed("runs/now", tmp_path) for _ in range(3)]
     assert [path.name for path in found] == ["now", "now_2", "now_3"]
     (found[1] / "config.yaml").touch()
-    files.remove_unused()
+    output.remove_unused()
     assert list(tmp_path.rglob("now*")) == [found[1]]
-    assert files.claimed("runs/given", tmp_path) == tmp_path / "runs" / "given"
+    assert output.claimed("runs/given", tmp_path) == tmp_path / "runs" / "given"
 
 
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--help"], ["data.image_size=7"]])

@@ -16,12 +16,12 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 4, paragraph  objectives
     the shell           inference: card (what a model is); checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
-                        orphans (no process outlives its parent), caches (where there is no home), paths (as people give
+                        orphans (no process outlives its parent), output (folders that a command makes), caches (where there is no home), paths (as people give
                         them), binding (do parts take the arguments beside them),
                         masking (no secrets in what is written), trusted (what a configuration from elsewhere may name),
                         sampling, evaluating, retouching, searching, page, comparison, conversion and speed (the commands)
-      runtime           ranks (this process among others), meeting (the first decides, all know of an end), files (folders that
-                        a command makes), interrupt (Ctrl-C), first (what a verb imports first)
+      runtime           ranks (this process among others), meeting (the first decides, all know of an end), files (written whole,
+                        checksums), interrupt (Ctrl-C), first (what a verb imports first)
       formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
                         opened (what a file yields), released (published files by name), reading, pickles, messagepack,
                         wrapped (state dicts wherever they stand) and timetable (parts of the above)

@@ -13,11 +13,9 @@ The card of a checkpoint is a dictionary of plain values:
 Files of other programs are opened by `consistency.formats`, which writes such a card for them.
 """
 
-import hashlib
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -35,9 +33,27 @@ from consistency.inference.card import ModelCard, Role, is_plain
 from consistency.networks.unet import UNet
 from consistency.paths import path_of
 from consistency.randomness import generator
+from consistency.runtime.files import (  # taken from here by other modules
+    checksum_path,
+    fingerprint,
+    move,
+    verify_checksum,
+    write_checksum,
+    write_text,
+    written_whole,
+)
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
 from consistency.trusted import named
+
+__all__ = [
+    "checksum_path",
+    "fingerprint",
+    "move",
+    "verify_checksum",
+    "write_checksum",
+    "write_text",
+]
 
 NETWORKS = "consistency.networks."
 PRECONDITIONING = "consistency.preconditioning."
@@ -160,30 +176,10 @@ class Loaded:
         return to_uint8(torch.cat(list(x_0))).unflatten(0, (len(images), outputs))
 
 
-def checksum_path(path: Path) -> Path:
-    """Where the SHA-256 of a checkpoint stands."""
-    return path.with_name(f"{path.name}.sha256")
-
-
 def write(content: dict[str, Any], path: Path) -> None:
-    """Writes a checkpoint and its checksum: complete under another name first, then renamed into place.
-
-    Raises OSError where that fails; what stood at `path` is then still there, and nothing half written beside it. A process
-    may die at any moment of it: the file is the old one or the new one, whole, and the checksum beside it is its own or
-    missing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            _save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        move(part, path)
-    except OSError:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
+    """Write a checkpoint and its checksum, whole or not at all. Raises OSError."""
+    with written_whole(path, checksum=True) as file:
+        _save(content, file)
 
 
 def _save(content: dict[str, Any], file: IO[bytes]) -> None:
@@ -194,37 +190,6 @@ def _save(content: dict[str, Any], file: IO[bytes]) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
-
-
-def move(old: Path, new: Path) -> None:
-    """Renames a checkpoint and has its checksum beside it; no file ever stands beside the checksum of another.
-
-    Whatever needs room on the disk is done before `new` is touched. Raises OSError.
-    """
-    beside, stamp = checksum_path(old), Path(f"{checksum_path(new)}.part")
-    digest = beside.read_text().split()[0] if beside.is_file() else fingerprint(old)
-    try:
-        stamp.write_text(f"{digest}  {new.name}\n")
-        checksum_path(new).unlink(missing_ok=True)
-        old.replace(new)
-        stamp.replace(checksum_path(new))
-    except OSError:
-        with suppress(OSError):
-            stamp.unlink(missing_ok=True)
-        raise
-    beside.unlink(missing_ok=True)
-
-
-def write_checksum(path: Path, digest: str) -> None:
-    """Puts a checksum beside a checkpoint."""
-    write_text(checksum_path(path), f"{digest}  {path.name}\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a short file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def snapshot(path: Path) -> Path:
@@ -288,28 +253,6 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
         "check the path; it is taken relative to the folder the command runs in",
     )
     return path
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 of a checkpoint file; of a checkpoint folder, over the names and digests of all its files."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    lines = [f"{fingerprint(p)}  {p.relative_to(path).as_posix()}\n" for p in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def verify_checksum(path: Path) -> None:
-    """Refuses a file that is not the one whose checksum stands beside it."""
-    beside = checksum_path(path)
-    if path.is_file() and beside.is_file():
-        require(
-            beside.read_bytes().split()[:1] == [fingerprint(path).encode()],
-            f"{path} as it was written (its checksum is in {beside.name})",
-            "a file that has changed or is damaged",
-            "take previous.ckpt or best.ckpt beside it, or fetch the file again",
-        )
 
 
 def read(path: Path) -> dict[str, Any]:

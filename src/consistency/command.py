@@ -28,8 +28,9 @@ from consistency import schema
 from consistency.binding import require_bound
 from consistency.errors import UserError, require
 from consistency.masking import masked_output, masked_text
+from consistency.output import claimed, is_claimed, register_dated, remove_unused
 from consistency.paths import expanded, path_of
-from consistency.runtime import files, interrupt, meeting
+from consistency.runtime import interrupt, meeting
 from consistency.runtime.ranks import here, is_started_here, require_alone
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +90,7 @@ def command(name: str) -> Callable[[Main], Callable[[], None]]:
                 register_experiments()
                 sys.argv[1:] = taken(sys.argv[1:])
                 _require_no_sweep(sys.argv[1:])
-                with masked_output(), interrupt.stoppable(files.remove_unused):
+                with masked_output(), interrupt.stoppable(remove_unused):
                     entry(job)()
             except interrupt.Interrupted:
                 interrupt.say(stopped(name))
@@ -140,7 +141,7 @@ def placed(verb: str, config: DictConfig) -> Iterator[Path]:
             require_alone(verb)
             yield _settled(config, output_path(config))
     finally:
-        files.remove_unused()
+        remove_unused()
 
 
 def _asked(node: DictConfig) -> tuple[int | None, int, float]:
@@ -182,7 +183,7 @@ def _require_no_sweep(arguments: Sequence[str]) -> None:
 def stopped(verb: str) -> str:
     """The line about a command that Ctrl-C has ended."""
     again = ""
-    if verb in CONTINUED and _output is not None and not files.is_claimed(_output):
+    if verb in CONTINUED and _output is not None and not is_claimed(_output):
         again = "; the same command again goes on"
     elif verb in CONTINUED and _output is not None and _output.exists():
         again = f"; the same command with {shlex.quote(f'output={_output}')} goes on"
@@ -288,7 +289,7 @@ def called(main: Main, config: DictConfig, verb: str) -> Any:
         HydraConfig.instance().set_config(record)
         return _done(verb, main, config)
     finally:
-        if files.is_claimed(Path(config.output)):
+        if is_claimed(Path(config.output)):
             MADE[config.output] = written
         HydraConfig.instance().cfg = before
 
@@ -454,7 +455,7 @@ def output_path(config: DictConfig) -> Path:
     cwd, folder = Path(hydra.runtime.cwd), Path(hydra.runtime.output_dir)
     if hydra.mode == RunMode.MULTIRUN or folder != cwd:
         return folder
-    return files.claimed(config.output, cwd)
+    return claimed(config.output, cwd)
 
 
 def run_folder(resume: str | None, fresh: str) -> str:
@@ -482,5 +483,5 @@ def require_fresh(
 
 # With the module, because the processes of a launcher import nothing else, and Hydra's own `compose` is served as well.
 schema.register()
-files.register()
+register_dated()
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)

@@ -1,74 +1,103 @@
-"""Folders that a command makes for itself: each is made once, and none stays in which nothing was written."""
+"""Files that are written whole or not at all, and their checksums.
 
+The SHA-256 of `last.ckpt` stands in `last.ckpt.sha256` beside it.
+"""
+
+import hashlib
+import os
 from collections.abc import Iterator
-from contextlib import suppress
-from datetime import datetime
-from itertools import chain, count
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, cast
 
-from omegaconf import DictConfig, OmegaConf
-
-from consistency.paths import path_of
-
-DATE = "%Y-%m-%d_%H-%M-%S"
-
-_dated: set[str] = set()
-_made: list[Path] = []
-_claimed: set[Path] = set()
+from consistency.errors import require
 
 
-def dated(folder: str, suffix: str = "", *, _root_: DictConfig) -> str:
-    """The resolver behind `output` where nobody says it: a path with the date, which `claimed` makes a folder of its own.
+def part_path(path: Path) -> Path:
+    """Return the path at which a file is written before it is renamed."""
+    return path.with_name(f"{path.name}.part")
 
-    All jobs of a sweep are in one folder, which is made here, before Hydra makes it.
+
+@contextmanager
+def written_whole(path: Path, *, checksum: bool = False) -> Iterator[BinaryIO]:
+    """Yield a binary file, for reading and writing, that is renamed to `path` when the body ends.
+
+    The file is on the disk before it is renamed. If the body, the disk or the renaming fails, `path` is as it was and
+    the unfinished file is removed. If the process dies, `path` is the old file or the new one, whole.
+
+    path: its folder is made if it is missing.
+    checksum: also write the checksum beside it, as `move` does.
     """
-    remembered = OmegaConf.get_cache(_root_)["dated"]
-    if (folder, suffix) not in remembered:
-        path = f"{folder}/{datetime.now():{DATE}}{suffix}"
-        mode: Any = OmegaConf.select(_root_, "hydra.mode")
-        if mode is not None and mode.name == "MULTIRUN":
-            path = str(_fresh(Path(path)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = part_path(path)
+    try:
+        with part.open("w+b") as file:
+            yield cast(BinaryIO, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if checksum:
+            move(part, path)
         else:
-            _dated.add(path)
-        remembered[folder, suffix] = path
-    return str(remembered[folder, suffix])
-
-
-def register() -> None:
-    """Makes `${dated:<folder>}` known; the same value stands wherever a configuration refers to it."""
-    OmegaConf.register_new_resolver("dated", dated, replace=True)
-
-
-def claimed(output: str, base: Path) -> Path:
-    """The path of `output`, relative to `base`; where nobody has said it, a folder that is made now and is no one else's."""
-    path = base / path_of(output)
-    return _fresh(path) if output in _dated else path
-
-
-def _fresh(path: Path) -> Path:
-    for folder in chain([path], _numbered(path)):
-        above = [p for p in (folder.parent, *folder.parent.parents) if not p.exists()]
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            folder.mkdir()
-            _made.extend([*above[::-1], folder])
-            _claimed.add(folder)
-            return folder
-    raise AssertionError
-
-
-def _numbered(path: Path) -> Iterator[Path]:
-    return (path.with_name(f"{path.name}_{number}") for number in count(2))
-
-
-def is_claimed(path: Path) -> bool:
-    """Whether nobody has said this path, and the same command would get another one."""
-    return path in _claimed
-
-
-def remove_unused() -> None:
-    """Removes the folders made here that are still empty."""
-    while _made:
+            part.replace(path)
+    except BaseException:
         with suppress(OSError):
-            _made.pop().rmdir()
+            part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+def move(old: Path, new: Path) -> None:
+    """Rename a file together with its checksum, which is made if it is missing.
+
+    At no moment a file stands beside the checksum of another. Whatever needs room on the disk is done before `new` is
+    touched. Raises OSError.
+    """
+    beside, stamp = checksum_path(old), part_path(checksum_path(new))
+    digest = beside.read_text().split()[0] if beside.is_file() else fingerprint(old)
+    try:
+        stamp.write_text(f"{digest}  {new.name}\n")
+        checksum_path(new).unlink(missing_ok=True)
+        old.replace(new)
+        stamp.replace(checksum_path(new))
+    except OSError:
+        with suppress(OSError):
+            stamp.unlink(missing_ok=True)
+        raise
+    beside.unlink(missing_ok=True)
+
+
+def checksum_path(path: Path) -> Path:
+    """Return the path of a file's checksum."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def write_checksum(path: Path, digest: str) -> None:
+    """Write a checksum beside its file, in the form of sha256sum."""
+    write_text(checksum_path(path), f"{digest}  {path.name}\n")
+
+
+def verify_checksum(path: Path) -> None:
+    """Refuse a file that differs from the checksum beside it; accept one without a checksum."""
+    beside = checksum_path(path)
+    if path.is_file() and beside.is_file():
+        require(
+            beside.read_bytes().split()[:1] == [fingerprint(path).encode()],
+            f"{path} as it was written (its checksum is in {beside.name})",
+            "a file that has changed or is damaged",
+            "take previous.ckpt or best.ckpt beside it, or fetch the file again",
+        )
+
+
+def fingerprint(path: Path) -> str:
+    """Return the SHA-256 of a file; of a folder, that of the names and digests of all its files."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    lines = [f"{fingerprint(p)}  {p.relative_to(path).as_posix()}\n" for p in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -23,7 +23,7 @@ from queue import Empty, Queue
 from typing import Any, Protocol, TypeVar, cast
 
 from consistency.errors import UserError, require
-from consistency.runtime import files
+from consistency.output import remove_unused
 from consistency.runtime.interrupt import STOPPED, Interrupted
 from consistency.runtime.ranks import Place, here, is_started_here, require_launched
 
@@ -131,7 +131,7 @@ class Meeting:
             time.sleep(GRACE)
         elif not is_started_here():
             print(f"error: {self.end.text}", file=sys.stderr, flush=True)
-        files.remove_unused()
+        remove_unused()
         os._exit(EndedError(self.end).status)
 
     def account(self, otherwise: str) -> UserError:
