@@ -14,13 +14,14 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 2, phrases    processes solvers pairs distances weightings denoiser tangents
     floor 3, sentences  steps samplers editing
     floor 4, paragraph  objectives
-    the shell           inference: card (what a model is); checkpoint (tensors and a plain card), generation (numbered samples and edits), pictures, perceptual
+    the shell           checkpoint (tensors and a plain card), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
                         orphans (no process outlives its parent), output (folders that a command makes), caches (where there is no home), paths (as people give
                         them), binding (do parts take the arguments beside them),
                         masking (no secrets in what is written), trusted (what a configuration from elsewhere may name),
                         sampling, evaluating, retouching, searching, page, comparison, conversion and speed (the commands)
-      runtime           ranks (this process among others), meeting (the first decides, all know of an end), files (written whole,
+      inference         card (what a model is), generate (numbered samples and edits), options (that commands share)
+      runtime           devices (device, threads, precision), ranks (this process among others), meeting (the first decides, all know of an end), files (written whole,
                         checksums), interrupt (Ctrl-C), first (what a verb imports first)
       formats           openai nvlabs jcm diffusers sealed (ours, as safetensors): files of other programs in, ours out;
                         opened (what a file yields), released (published files by name), reading, pickles, messagepack,

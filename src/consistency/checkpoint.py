@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,13 +26,15 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from consistency.denoiser import Denoiser
-from consistency.editing import Pairing, Start, grid_times
+from consistency.editing import Pairing, Start, edit, grid_times
 from consistency.errors import UserError, require
 from consistency.formats import diffusers, reading, released
 from consistency.formats.opened import ContentError, Hints, Opened
 from consistency.inference.card import ModelCard, Role, is_plain
+from consistency.inference.generate import Request, edits, samples
 from consistency.networks.unet import UNet
 from consistency.paths import path_of
+from consistency.pixels import to_uint8, to_unit
 from consistency.randomness import generator
 from consistency.runtime.files import (  # taken from here by other modules
     checksum_path,
@@ -117,20 +120,11 @@ class Loaded:
         steps: evaluations of a consistency model, points of the grid for a teacher; labels: a class or several that
         are repeated in turn, None for drawn ones; sampler: one of `consistency.samplers` with its settings.
         """
-        from consistency import generation
-
         require(count >= 1, "at least one image", count, "ask for more")
-        batches = generation.generate(
-            self,
-            sampler or self.card.sampler(steps),
-            indices=range(count),
-            labels=self.card.labels(labels, seed, range(count)),
-            shape=self.shape,
-            seed=seed,
-            batch_size=batch_size,
-            device=self.device,
+        request = Request(
+            denoise=self, card=self.card, labels=labels, seed=seed, device=self.device
         )
-        return torch.cat(list(batches)).cpu()
+        return samples(request, sampler or self.card.sampler(steps), count, batch_size)
 
     def edit(
         self,
@@ -149,9 +143,6 @@ class Loaded:
         pairing: what is known of an image, `consistency.editing.colorize` or another; times: points of evaluation,
         None for the published grid; labels: a class for each image in turn, None for drawn ones.
         """
-        from consistency import generation
-        from consistency.pixels import to_uint8, to_unit
-
         require(
             tuple(images.shape[1:]) == self.shape,
             f"images of shape {self.shape}",
@@ -159,21 +150,19 @@ class Loaded:
             "resize them first",
         )
         grid = self.card.process.grid
-        x_0 = generation.edits(
-            self,
-            pairing(self.shape, generator(seed, "edit")),
-            to_unit(images),
-            outputs=outputs,
-            labels=self.card.edit_labels(labels, seed, len(images), outputs),
+        loop = partial(
+            edit,
+            task=pairing(self.shape, generator(seed, "edit")),
             times=grid_times(grid) if times is None else times,
             t_min=grid.t_min,
             start=start,
             clip=True,
-            seed=seed,
-            batch_size=batch_size,
-            device=self.device,
         )
-        return to_uint8(torch.cat(list(x_0))).unflatten(0, (len(images), outputs))
+        request = Request(
+            denoise=self, card=self.card, labels=labels, seed=seed, device=self.device
+        )
+        x_0 = edits(request, loop, to_unit(images), outputs=outputs, batch_size=batch_size)
+        return to_uint8(x_0).unflatten(0, (len(images), outputs))
 
 
 def write(content: dict[str, Any], path: Path) -> None:

@@ -64,6 +64,13 @@ def register_experiments(folder: Path = ROOT / "experiments") -> None:
         )
 
 
+def register_samplers(folder: Path = ROOT / "conf" / "sampler") -> None:
+    """Make every file of conf/sampler an option of the list `samplers=`."""
+    for file in folder.glob("*.yaml"):
+        node = {"defaults": [{f"/sampler@{file.stem}": file.stem}]}
+        ConfigStore.instance().store(group="samplers", name=file.stem, node=node)
+
+
 def command(name: str) -> Callable[[Main], Callable[[], None]]:
     """Turns `main(config, output folder)` into a command configured by conf/<name>.yaml.
 
@@ -483,5 +490,6 @@ def require_fresh(
 
 # With the module, because the processes of a launcher import nothing else, and Hydra's own `compose` is served as well.
 schema.register()
+register_samplers()
 register_dated()
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)

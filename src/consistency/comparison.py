@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -17,7 +16,7 @@ from consistency import pictures
 from consistency.checkpoint import load
 from consistency.command import ROOT, require_fresh
 from consistency.errors import UserError, require
-from consistency.generation import generate
+from consistency.inference.generate import Request, samples
 
 CALIBRATION_ONLY = [
     "callbacks.evaluation=null",
@@ -126,18 +125,10 @@ def picture(runs: list[Trained], seed: int) -> Image.Image:
         loaded = load(run.folder)
         config: Any = OmegaConf.load(run.folder / "config.yaml")
         classes = loaded.card.num_classes
-        labels = None if classes is None else torch.arange(STRIP) % classes
+        labels = None if classes is None else list(range(classes))
+        request = Request(denoise=loaded.denoiser, card=loaded.card, labels=labels, seed=seed)
         for name, node in config.mode.samplers.items():
-            batches = generate(
-                loaded.denoiser,
-                instantiate(node, _convert_="all"),
-                indices=range(STRIP),
-                labels=labels,
-                shape=loaded.shape,
-                seed=seed,
-                batch_size=STRIP,
-                device="cpu",
-            )
+            images = samples(request, instantiate(node, _convert_="all"), STRIP, STRIP)
             caption = f"{run.mode}, {name.replace('_', ' ')}"
-            strips.append((caption, pictures.grid(torch.cat(list(batches)), COLUMNS)))
+            strips.append((caption, pictures.grid(images, COLUMNS)))
     return pictures.below_each_other(strips)

@@ -156,7 +156,7 @@ class Sample(Draw):
 
 @dataclass
 class Measurement:
-    """conf/measure: `consistency.evaluation.measuring.Settings`."""
+    """conf/metrics: `consistency.evaluation.measuring.Settings`."""
 
     extractor: str = MISSING
     reference: str | None = None

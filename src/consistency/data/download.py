@@ -3,13 +3,25 @@
 import fcntl
 import socket
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from consistency.errors import UserError
 
 PATIENCE = 30.0
 """Seconds without an answer after which a server is given up."""
+
+
+@contextmanager
+def timeout() -> Iterator[None]:
+    """Let connections in the body fail after `PATIENCE` seconds without an answer."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def fetched(
@@ -30,12 +42,8 @@ def fetched(
             root.mkdir(parents=True, exist_ok=True)
             with (root / ".download.lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                before = socket.getdefaulttimeout()
-                socket.setdefaulttimeout(PATIENCE)
-                try:
+                with timeout():
                     fetch(root)
-                finally:
-                    socket.setdefaulttimeout(before)
             return
         except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
             reason = (
