@@ -1,9 +1,12 @@
 """Samples depend on (seed, index) alone; outputs are in the forms that others read."""
 
 import itertools
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import TINY, Run
+from conftest import REPORT, ROOT, TINY, Run
 from consistency import load
 from consistency.editing import Box, colorize, inpaint
 from consistency.errors import UserError
@@ -155,6 +158,42 @@ def test_images_do_not_depend_on_the_number_of_devices(
     assert np.array_equal(labels, same)
     assert np.abs(one.astype(int) - two.astype(int)).max() <= 1
     assert len(one) == 20
+
+
+def test_a_sample_passes_at_most_25_functions(
+    verb: Run,
+    trained: dict[str, Path],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """From the command's main function down to the sampler, without `load`, the networks and the masking of output."""
+    package, passed, inside = f"{ROOT / 'src' / 'consistency'}/", list[str](), list[FrameType]()
+    down: list[int] = []
+    left_out = ("checkpoint.load", "denoiser.", "networks.", "samplers.", "masking.")
+
+    def profile(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "return" and inside and frame is inside[-1]:
+            inside.pop()
+        if event != "call" or not code.co_filename.startswith(package):
+            return
+        module = code.co_filename.removeprefix(package).removesuffix(".py").replace("/", ".")
+        name = f"{module}.{code.co_qualname}"
+        if name == "sampling.sample" or (inside and name.startswith(left_out)):
+            inside.append(frame)
+        if len(inside) == 1 and "<" not in name and name not in passed:
+            passed.append(name)
+        if name.startswith("samplers.") and "inference.generate.generate" in passed:
+            down.append(len(passed))
+
+    sys.setprofile(profile)
+    try:
+        outcome = verb("sample", f"checkpoint={trained['ect']}", f"output={tmp_path / 'out'}")
+    finally:
+        sys.setprofile(None)
+    assert outcome.status == 0, outcome.err
+    assert down[0] <= 25, passed[: down[0]]
+    record_property(REPORT, f"functions that a sample passes: {down[0]}, {len(passed)} to the end")
 
 
 def test_a_stopped_run_goes_on_and_a_finished_one_grows(

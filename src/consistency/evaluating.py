@@ -28,7 +28,6 @@ from consistency.evaluation.ranks import batches, place
 from consistency.inference.generate import Numbered, Request, generate
 from consistency.inference.options import (
     fill_process,
-    fill_searched,
     plain,
     require_suited,
 )
@@ -78,7 +77,6 @@ def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> f
     # Mistakes in models and samplers are reported before the reference is computed.
     names = [config.weights] if isinstance(config.weights, str) else config.weights
     models = load_sets(config.checkpoint, names, role=config.role)
-    fill_process(config, models[0])
     samplers = [samplers_of(config, model) for model in models]
     measure = measure_of(config, models[0].shape, device)
     report, shares = Report(config, measure, output), batches(config.num_samples, config.batch_size)
@@ -116,10 +114,10 @@ def _evaluate_samples(config: DictConfig, device: torch.device, output: Path) ->
 
 
 def samplers_of(config: DictConfig, model: Loaded) -> dict[str, Sampler]:
-    """Build the samplers by name, with the searched time points of this model."""
+    """Build the samplers by name, with the time range and time points of this model."""
     own, samplers = deepcopy(config), {}
     for title, node in own.samplers.items():
-        fill_searched(own, node, model, shell_line)
+        fill_process(own, node, model, shell_line)
         sampler = samplers[str(title)] = instantiate(node, _convert_="all")
         require_suited(sampler, model, force=config.force)
     return samplers

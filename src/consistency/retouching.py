@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from consistency import editing, pictures
 from consistency.checkpoint import Loaded, load
-from consistency.command import require_fresh
+from consistency.command import require_fresh, shell_line
 from consistency.data.cropping import halving
 from consistency.data.given import read_images, read_picture
 from consistency.editing import (
@@ -290,7 +290,7 @@ def edit(config: DictConfig, output: Path) -> None:
     require_fresh(output)
     device = chosen_device(config.device)
     model = load_for_editing(config.checkpoint, config.weights, config.role, device)
-    fill_process(config, model)
+    fill_process(config, config.task, model, shell_line)
     shape, process, teacher = model.shape, config.process, None
     if config.teacher is not None:
         teacher = load_for_editing(config.teacher, config.weights, "teacher", device)

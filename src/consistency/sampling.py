@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from consistency import pictures
-from consistency.checkpoint import Loaded
+from consistency.checkpoint import load
 from consistency.command import require_fresh, shell_line
 from consistency.errors import require
 from consistency.inference.generate import Request, drawing, generate, in_batches
 from consistency.inference.options import (
     ModelOptions,
     fill_process,
-    fill_searched,
+    plain,
     require_same_settings,
     require_suited,
 )
 from consistency.pixels import to_uint8
 from consistency.runtime.devices import chosen_device, require_devices
-from consistency.runtime.files import fingerprint, write_text, written_whole
+from consistency.runtime.files import fingerprint, written_whole
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
 
@@ -49,41 +50,37 @@ def sample(config: DictConfig, output: Path) -> None:
         require(config[name] >= 1, f"{name} >= 1", config[name], "give a positive number")
     device = chosen_device(config.device)
     require_devices(device, config.devices, config.precision)
-    options = ModelOptions.of(config)
-    model = options.load()
-    fill_process(config, model)
-    fill_searched(config, config.sampler, model, shell_line)
+    options = ModelOptions(
+        checkpoint=config.checkpoint,
+        weights=config.weights,
+        role=config.role,
+        device=config.device,
+        precision=config.precision,
+        compile=config.compile,
+        labels=plain(config.labels),
+        seed=config.seed,
+    )
+    model = load(config.checkpoint, weights=config.weights, role=config.role)
+    fill_process(config, config.sampler, model, shell_line)
     sampler: Sampler = instantiate(config.sampler, _convert_="all")
     require_suited(sampler, model, force=config.force)
     indices = range(config.num_samples)
-    labels = model.card.labels(options.labels, options.seed, indices)
+    labels = model.card.labels(options.labels, config.seed, indices)
     store = SampleStore(output)
-    known = store.begin(settings_of(config, model), len(indices))
+    known = store.begin(config, model.path)
     batches = in_batches([i for i in indices if i not in known], config.batch_size)
-    if known:
-        missing = len(indices) - len(known)
-        print(f"{output} has {len(known)} of {len(indices)} samples: drawing {missing}")
-    with drawing(options.prepare, max(1, min(config.devices, len(batches)))) as draw:
-        drawn = draw(sampler, batches)
-        total = len(batches)
+    processes = max(1, min(config.devices, len(batches)))
+    with drawing(partial(options.prepare, model if processes == 1 else None), processes) as draw:
+        drawn, total = draw(sampler, batches), len(batches)
         for numbers, images in tqdm(drawn, "Sampling", total, unit="batch", disable=not total):
             store.put(numbers, images)
     images = store.collect(len(indices), labels)
     write_pictures(images, output, single=config.images)
     if config.trajectory:
-        request = replace(options, compile=False).request(model, device)
+        request = replace(options, compile=False).prepare(model)
         write_trajectory(request, sampler, indices[:SHOWN], output)
     OmegaConf.save(config, output / "sample.yaml", resolve=True)
     print(f"{len(images)} samples of {model.path} ({model.weights}): {output / 'grid.png'}")
-
-
-def settings_of(config: DictConfig, model: Loaded) -> dict[str, Any]:
-    """Return all that samples depend on: the options, and the content of the checkpoint."""
-    options = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(options, dict)
-    settings = {str(k): v for k, v in options.items() if k not in FREE}
-    # Through JSON, so that it equals the content of a file.
-    return json.loads(json.dumps(settings | {"checkpoint": fingerprint(model.path)}, default=str))
 
 
 @dataclass(frozen=True)
@@ -97,14 +94,20 @@ class SampleStore:
         """Files of samples, in the order of writing."""
         return [*self.folder.glob("samples.npz"), *sorted((self.folder / "parts").glob("*.npz"))]
 
-    def begin(self, settings: dict[str, Any], count: int) -> set[int]:
+    def begin(self, config: DictConfig, checkpoint: Path) -> set[int]:
         """Return the numbers of the samples in the folder. Refuse a folder with other settings or content."""
-        state = self.folder / "progress.json"
+        state, count = self.folder / "progress.json", config.num_samples
+        options = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(options, dict)
+        settings: dict[str, Any] = {str(k): v for k, v in options.items() if k not in FREE}
+        text = json.dumps(settings | {"checkpoint": fingerprint(checkpoint)}, default=str)
         if not state.is_file():
             require_fresh(self.folder)
-            write_text(state, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+            with written_whole(state) as file:
+                file.write(text.encode())
             return set()
-        require_same_settings(json.loads(state.read_text()), settings, "samples", self.folder)
+        before = json.loads(state.read_text())
+        require_same_settings(before, json.loads(text), "samples", self.folder)
         known = {number for file in self.files for number in self._read(file)[0]}
         require(
             all(number < count for number in known),
@@ -112,6 +115,7 @@ class SampleStore:
             count,
             "give a larger number, or choose another output=",
         )
+        print(f"{self.folder} has {len(known)} of {count} samples: drawing {count - len(known)}")
         return known
 
     def put(self, numbers: Sequence[int], images: UInt8[Tensor, "n c h w"]) -> None:

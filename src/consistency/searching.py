@@ -49,19 +49,16 @@ def search(config: DictConfig, output: Path) -> float:
     )
     require_devices(chosen_device(config.device), config.devices)
     path = checkpoint.find(config.checkpoint)
+    model = checkpoint.load(path, weights=config.weights, role="consistency")
     options = ModelOptions(
-        checkpoint=str(path),
-        weights=config.weights,
-        role="consistency",
-        device=config.device,
-        seed=config.seed,
+        checkpoint=str(path), weights=config.weights, device=config.device, seed=config.seed
     )
-    model = options.load()
     log = SearchLog(output, settings_of(config, path), SIGNS[config.metric])
     measure = measure_of(config, path)
     count = measure.count(config.num_samples)
     grid = model.card.process.grid.points(config.num_scales).tolist()
-    with drawing(options.prepare, config.devices) as draw:
+    prepare = partial(options.prepare, model if config.devices == 1 else None)
+    with drawing(prepare, config.devices) as draw:
         value = partial(measured, measure, draw, config, count, model.card.process)
         times = search_points(log, grid, config.points, value)
         best = log.sign * log.measure(times, value)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from consistency.checkpoint import Loaded, load
 from consistency.errors import UserError, require
 from consistency.inference.card import Role
 from consistency.inference.generate import Request
-from consistency.runtime.devices import chosen_device, device_of, in_precision
+from consistency.runtime.devices import chosen_device, in_precision, process_device
 from consistency.runtime.files import fingerprint
 from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
 
@@ -35,22 +35,12 @@ class ModelOptions:
     labels: object = None
     seed: int = 0
 
-    @classmethod
-    def of(cls, config: DictConfig) -> "ModelOptions":
-        """Take the options that a command has."""
-        names = [field.name for field in fields(cls) if field.name in config]
-        return cls(**{name: plain(config[name]) for name in names})  # type: ignore[arg-type]
-
-    def load(self) -> Loaded:
-        """Load the model, on the CPU."""
-        return load(self.checkpoint, weights=self.weights, role=self.role)
-
-    def prepare(self, rank: int = 0, processes: int = 1) -> Request:
-        """Load the model and put it on the device of one process."""
-        return self.request(self.load(), device_of(chosen_device(self.device), rank, processes))
-
-    def request(self, model: Loaded, device: torch.device) -> Request:
-        """Put a model on a device, as the options say."""
+    def prepare(self, model: Loaded | None = None, rank: int = 0, processes: int = 1) -> Request:
+        """Put the model on the device of one process; None loads it."""
+        model = model or load(self.checkpoint, weights=self.weights, role=self.role)
+        device = chosen_device(self.device)
+        if processes > 1:
+            device = process_device(device, rank, processes)
         model.denoiser.to(device)
         if self.compile:
             model.denoiser.network.compile()
@@ -68,20 +58,17 @@ def plain(value: object) -> object:
     return list(value) if isinstance(value, ListConfig) else value
 
 
-def fill_process(config: DictConfig, model: Loaded) -> None:
-    """Replace null in `process` by the time range and time points of the model."""
+def fill_process(
+    config: DictConfig, sampler: DictConfig, model: Loaded, shell_line: Callable[..., str]
+) -> None:
+    """Replace null in `process` by the time range and time points of the model.
+
+    sampler: if it evaluates at searched time points, they are filled in too.
+    shell_line: (command, options ...) -> the line to run, for the message.
+    """
     for name, value in asdict(model.card.process).items():
         if config.process[name] is None:
             config.process[name] = list(value) if isinstance(value, tuple) else value
-
-
-def fill_searched(
-    config: DictConfig, sampler: DictConfig, model: Loaded, shell_line: Callable[..., str]
-) -> None:
-    """Fill `process.searched` for a sampler that evaluates at searched time points.
-
-    shell_line: (command, options ...) -> the line to run, for the message.
-    """
     node = OmegaConf.to_container(sampler, resolve=False)
     assert isinstance(node, dict)
     if node.get("times") == SEARCHED and config.process.searched is None:

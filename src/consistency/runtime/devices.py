@@ -54,10 +54,10 @@ def share_threads(device: torch.device, processes: int) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
-def device_of(device: torch.device, rank: int, processes: int) -> torch.device:
+def process_device(device: torch.device, rank: int, processes: int) -> torch.device:
     """Return the device of one of several processes on this machine: accelerator number `rank`, or the CPU."""
     share_threads(device, processes)
-    return device if device.type == "cpu" or processes == 1 else torch.device(device.type, rank)
+    return device if device.type == "cpu" else torch.device(device.type, rank)
 
 
 def in_precision(denoise: Denoise, precision: str, device: torch.device) -> Denoise:
