@@ -1,7 +1,7 @@
 """The command `evaluate`: FID, inception score, KID, precision and recall of samples, on any number of devices."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,8 @@ from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.measuring import Measure, Settings
 from consistency.evaluation.ranks import batches, place
-from consistency.inference.generate import Numbered, Request, generate
-from consistency.inference.options import (
-    fill_process,
-    plain,
-    require_suited,
-)
+from consistency.inference.generate import Request, generate
+from consistency.inference.options import fill_process, plain, require_suited
 from consistency.paths import path_of
 from consistency.runtime.devices import chosen_device, in_precision, require_devices, share_threads
 from consistency.runtime.files import fingerprint, write_text
@@ -93,7 +89,8 @@ def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> f
                 device=device,
             )
             samples = generate(request, sampler, shares)
-            shown = with_bar(samples, f"{title}, {model.weights}", len(shares))
+            bar = f"{title}, {model.weights}"
+            shown = tqdm(samples, bar, len(shares), unit="batch", disable=not report.is_writer)
             values = measure(shown, config.num_samples)
             nfe = counted.evaluations / sum(len(share) for share in shares)
             report.write({"sampler": title, "weights": model.weights, "nfe": nfe}, values)
@@ -142,12 +139,6 @@ def measure_of(config: DictConfig, shape: Sequence[int], device: torch.device) -
     if config.export is not None and place()[0] == 0:
         measure.reference.write(path_of(config.export))
     return measure
-
-
-def with_bar(samples: Iterator[Numbered], title: str, total: int) -> Iterator[Numbered]:
-    """Yield the same batches, with a progress bar on rank 0."""
-    hidden = place()[0] > 0 or total < 2
-    yield from tqdm(samples, title, total=total, unit="batch", disable=hidden)
 
 
 def of_shape(source: Source, shape: Sequence[int]) -> Source:

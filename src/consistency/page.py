@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Float, UInt8
 from omegaconf import DictConfig
 from PIL import Image as PILImage
-from torch import Generator, Tensor
+from torch import Tensor
 
 from consistency import pictures
 from consistency.checkpoint import Loaded, load
@@ -108,16 +107,6 @@ def demo(config: DictConfig, output: Path) -> None:
         raise UserError("a free port", error, "choose another one with port=<number>") from error
 
 
-@dataclass(frozen=True)
-class PaintedMask:
-    """A painted mask; free: 1 where painted."""
-
-    free: Float[Tensor, "h w"]
-
-    def __call__(self, height: int, width: int, draw: Generator) -> Float[Tensor, "h w"]:
-        return self.free
-
-
 def enlarged(images: UInt8[Tensor, "n c h w"]) -> PILImage.Image:
     """Return the images as one picture of a visible size."""
     picture = pictures.grid(images, pictures.columns_for(len(images)))
@@ -202,7 +191,7 @@ class Actions:
             "paint over the part with the brush",
         )
         pairings: dict[str, Pairing] = {
-            "inpaint": partial(inpaint, mask=PaintedMask(free)),
+            "inpaint": partial(inpaint, mask=lambda height, width, draw: free),
             "colorize": colorize,
             "superres": partial(superres, patch=int(patch)),
         }

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,15 +19,7 @@ from consistency.checkpoint import Loaded, load
 from consistency.command import require_fresh, shell_line
 from consistency.data.cropping import halving
 from consistency.data.given import read_images, read_picture
-from consistency.editing import (
-    Pairing,
-    Pixels,
-    Start,
-    difference,
-    grid_times,
-    interpolate,
-    invert,
-)
+from consistency.editing import Pairing, Pixels, Start, difference, grid_times, interpolate, invert
 from consistency.errors import UserError, require
 from consistency.grids import KarrasGrid
 from consistency.inference.card import Role
@@ -109,13 +101,6 @@ class Edited:
     moving: bool = False
 
 
-@runtime_checkable
-class EditTask(Protocol):
-    """A task of the command."""
-
-    def __call__(self, wanted: EditRequest) -> Edited: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class ZeroShot:
     """Algorithm 4 with a pair of transform and mask.
@@ -193,10 +178,8 @@ class Interpolation:
         panels: list[Panel] = []
         if wanted.images is None:
             pairs, request = wanted.outputs, wanted.request
-            z_0, z_1 = (
-                SampleNoise(request.seed, range(first, 2 * pairs, 2), request.card.shape)()
-                for first in (0, 1)
-            )
+            z = SampleNoise(request.seed, range(2 * pairs), request.card.shape)()
+            z_0, z_1 = z[::2], z[1::2]
             label_0 = label_1 = wanted.labels(pairs)
         else:
             images = wanted.images
@@ -300,7 +283,7 @@ def edit(config: DictConfig, output: Path) -> None:
             teacher.shape,
             "choose the teacher of this model",
         )
-    task: EditTask = instantiate(config.task, _convert_="all")
+    task: Callable[[EditRequest], Edited] = instantiate(config.task, _convert_="all")
     images = None
     if config.input is not None:
         images = read_images(config.input, *shape[:2], config.background)

@@ -17,11 +17,7 @@ from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.measuring import Measure, Settings
 from consistency.inference.generate import Draw, drawing, in_batches
-from consistency.inference.options import (
-    ModelOptions,
-    require_same_settings,
-    searched_path,
-)
+from consistency.inference.options import ModelOptions, require_same_settings, searched_path
 from consistency.runtime.devices import chosen_device, require_devices
 from consistency.runtime.files import fingerprint, write_text
 from consistency.samplers import multistep
@@ -59,9 +55,9 @@ def search(config: DictConfig, output: Path) -> float:
     grid = model.card.process.grid.points(config.num_scales).tolist()
     prepare = partial(options.prepare, model if config.devices == 1 else None)
     with drawing(prepare, config.devices) as draw:
-        value = partial(measured, measure, draw, config, count, model.card.process)
-        times = search_points(log, grid, config.points, value)
-        best = log.sign * log.measure(times, value)
+        log.value = partial(measured, measure, draw, config, count, model.card.process)
+        times = search_points(log, grid, config.points)
+        best = log.sign * log.measure(times)
     result = {
         "times": times,
         "metric": measure.extractor.named(config.metric),
@@ -79,29 +75,17 @@ def search(config: DictConfig, output: Path) -> float:
     return best
 
 
-def search_points(
-    log: "SearchLog", grid: list[float], points: int, value: Callable[[Sequence[float]], float]
-) -> list[float]:
+def search_points(log: "SearchLog", grid: list[float], points: int) -> list[float]:
     """Search so many points of the grid after the first, greedily; each lies after the one before it."""
     times, first = grid[:1], 1
-    before = log.measure(times, value)
+    before = log.measure(times)
     for number in range(1, points + 1):
-        at = partial(_value_at, log, grid, tuple(times), value)
-        found = ternary_search(at, first, len(grid) - 2 - (points - number))
+        last = len(grid) - 2 - (points - number)
+        found = ternary_search(lambda index: log.measure([*times, grid[index]]), first, last)
         times.append(grid[found.index])
         log.report(number, times[-1], found, before)
         first, before = found.index + 1, found.values[found.index]
     return times
-
-
-def _value_at(
-    log: "SearchLog",
-    grid: list[float],
-    times: tuple[float, ...],
-    value: Callable[[Sequence[float]], float],
-    index: int,
-) -> float:
-    return log.measure([*times, grid[index]], value)
 
 
 def measured(
@@ -162,7 +146,12 @@ def _local(node: dict[str, Any]) -> Source:
 
 
 class SearchLog:
-    """The measured values of a search: in measured.json, in curve.png and on the screen."""
+    """The measured values of a search: in measured.json, in curve.png and on the screen.
+
+    value: time points -> the metric.
+    """
+
+    value: Callable[[Sequence[float]], float]
 
     def __init__(self, folder: Path, settings: dict[str, Any], sign: int) -> None:
         self.file, self.picture = folder / "measured.json", folder / "curve.png"
@@ -176,11 +165,11 @@ class SearchLog:
         self.values = before["values"]
         print(f"{folder} has {len(self.values)} measured values: going on")
 
-    def measure(self, times: Sequence[float], value: Callable[[Sequence[float]], float]) -> float:
+    def measure(self, times: Sequence[float]) -> float:
         """Return the value at the time points, with the sign under which the smallest is the best. Measures it once."""
         name = " ".join(f"{t:.9g}" for t in times)
         if name not in self.values:
-            self.values[name] = value(times)
+            self.values[name] = self.value(times)
             shown = ", ".join(f"{t:.4g}" for t in times)
             print(f"t = {shown}: {self.settings['metric']} {self.values[name]:.4f}", flush=True)
             content = {"settings": self.settings, "values": self.values}

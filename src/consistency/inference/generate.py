@@ -115,15 +115,21 @@ def drawing(prepare: Callable[[int, int], Request], processes: int) -> Iterator[
         workers = [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(processes)]
         for worker in workers:
             stack.callback(worker.shutdown, cancel_futures=True)
-        with interrupt.held():  # a process that starts would answer Ctrl-C with a stack trace
-            ready = [
-                worker.submit(_prepare, os.getpid(), prepare, rank, processes)
-                for rank, worker in enumerate(workers)
-            ]
-        with _whole():
+        try:
+            with interrupt.held():  # a process that starts would answer Ctrl-C with a stack trace
+                ready = [
+                    worker.submit(_prepare, os.getpid(), prepare, rank, processes)
+                    for rank, worker in enumerate(workers)
+                ]
             for future in ready:
                 future.result()
             yield partial(_generate_on, workers)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "processes that draw to the end",
+                "one that was killed",
+                "look at the memory of the machine; the same command again goes on",
+            ) from error
 
 
 def _generate_on(
@@ -143,22 +149,8 @@ def _result(future: "Future[tuple[Sequence[int], np.ndarray]]") -> Numbered:
     return numbers, torch.from_numpy(pixels)
 
 
-@contextmanager
-def _whole() -> Iterator[None]:
-    """Turn the loss of a process into a `UserError`."""
-    try:
-        yield
-    except BrokenProcessPool as error:
-        raise UserError(
-            "processes that draw to the end",
-            "one that was killed",
-            "look at the memory of the machine; the same command again goes on",
-        ) from error
-
-
-# In a process that draws.
-
 _request: Request
+"""Of a process that draws."""
 
 
 def _prepare(
