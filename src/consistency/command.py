@@ -422,7 +422,8 @@ def with_none(argument: str) -> str:
     """Where a choice has an option `none`, null is that option, which Hydra would end with a trace: logger=null."""
     key, _, value = argument.partition("=")
     choices = value.split(",")
-    folder = ROOT / "conf" / key.partition("@")[0]
+    group = key.partition("@")[0]
+    folder = ROOT / "conf" / ("sampler" if group == "samplers" else group)
     if "null" not in choices or not key or not folder.is_dir():
         return argument
     require(
