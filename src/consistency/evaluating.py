@@ -91,7 +91,7 @@ def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> f
             samples = generate(request, sampler, shares)
             bar = f"{title}, {model.weights}"
             shown = tqdm(samples, bar, len(shares), unit="batch", disable=not report.is_writer)
-            values = measure(shown, config.num_samples)
+            values = measure(iter(shown), config.num_samples)
             nfe = counted.evaluations / sum(len(share) for share in shares)
             report.write({"sampler": title, "weights": model.weights, "nfe": nfe}, values)
         model.denoiser.cpu()
