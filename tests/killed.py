@@ -27,10 +27,9 @@ from lightning.pytorch.callbacks import Callback
 
 from consistency import command
 from consistency import pictures as drawing
-from consistency.evaluation import measuring
 from consistency.evaluation.classifier import digits_classifier
 from consistency.training import run
-from consistency.training.callbacks import pictures
+from consistency.training.callbacks import evaluation, pictures
 
 TASK = "KILLED_TASK"
 HOOKS = (
@@ -118,8 +117,8 @@ def train(output: str, die: list[Any] | None) -> None:
     """What src/train.py does, with the moments noted beside the run folder at the end."""
     moments, build = Moments(output, die), run.build_callbacks
     run.build_callbacks = lambda config: [*build(config), moments]
-    measuring.generate = moments.noted("measuring samples", measuring.generate)
-    pictures.generate = moments.noted("drawing samples", pictures.generate)
+    evaluation.generate = moments.noted("measuring samples", evaluation.generate)
+    pictures.samples = moments.noted("drawing samples", pictures.samples)
     # Slow, and nothing of it is compared.
     drawing.draw_curves = moments.noted("drawing curves", lambda metrics, picture: None)
     sys.addaudithook(moments.audit)

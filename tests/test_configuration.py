@@ -128,10 +128,14 @@ def test_every_experiment_builds_and_states_its_result(
 @pytest.mark.parametrize("sampler", [s for s in options("sampler") if s != "searched"])
 def test_every_sampler_builds_for_a_checkpoint(sampler: str, trained: dict[str, Path]) -> None:
     from consistency.checkpoint import load
-    from consistency.sampling import bound_sampler
+    from consistency.inference.options import fill_process
 
     config = composed("sample", f"sampler={sampler}", f"checkpoint={trained['ect']}")
-    assert callable(bound_sampler(config.sampler, config, load(trained["ect"])))
+    fill_process(config, config.sampler, load(trained["ect"]), command.shell_line)
+    assert callable(instantiate(config.sampler, _convert_="all"))
+    listed = composed("evaluate", f"samplers=[{sampler}]")
+    assert list(listed.samplers) == [sampler]
+    assert listed.samplers[sampler].keys() == config.sampler.keys()
 
 
 def test_the_command_line_wins_over_recipe_and_experiment() -> None:

@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from consistency import perceptual
 from consistency.errors import UserError
 from consistency.evaluation import extractors
 from consistency.evaluation.extractors import extractor_of, inception_file, small_classifier
@@ -116,8 +117,8 @@ def test_dinov2_comes_from_torch_hub(tmp_path: Path) -> None:
     features, logits = extractor(images())
     assert logits is None
     mean = images().float().mean((2, 3)) / 255
-    expected = (mean - torch.tensor(extractors.IMAGENET_MEAN)) / torch.tensor(
-        extractors.IMAGENET_STD
+    expected = (mean - torch.tensor(perceptual.IMAGENET_MEAN)) / torch.tensor(
+        perceptual.IMAGENET_STD
     )
     torch.testing.assert_close(features, expected, atol=0.02, rtol=0)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, TINY, Run
-from consistency import sampling
 from consistency.data import preparation
+from consistency.inference import generate as generating
 from consistency.training import run
 
 WAITS = """
@@ -125,7 +125,7 @@ def test_a_sweep_stops_as_a_whole(verb: Run, monkeypatch: pytest.MonkeyPatch) ->
 def test_samples_say_how_they_go_on(
     verb: Run, monkeypatch: pytest.MonkeyPatch, trained: dict[str, Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sampling, "generate", interrupts)
+    monkeypatch.setattr(generating, "SampleNoise", interrupts)
     given = [f"checkpoint={trained['ect']}", "device=cpu"]
     outcome = verb("sample", *given, f"output={tmp_path / 'samples'}")
     assert outcome.status == 130

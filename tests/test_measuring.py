@@ -12,7 +12,7 @@ from conftest import REPORT
 from consistency.data.digits import Digits
 from consistency.errors import UserError
 from consistency.evaluation.classifier import SmallClassifier, train_classifier
-from consistency.evaluation.extractors import Extractor, Seen, small_classifier
+from consistency.evaluation.extractors import Extracted, Extractor, small_classifier
 from consistency.evaluation.measuring import FrechetDistance, Measure, Settings
 from consistency.evaluation.reference import Reference
 
@@ -176,8 +176,8 @@ def test_an_extractor_without_classes_and_a_reference_without_features_leave_out
     moments = Reference(torch.zeros(2).double(), torch.eye(2).double(), None, None, {})
     mean = torch.nn.Conv2d(3, 2, 1)
 
-    def see(network: torch.nn.Module, images: torch.Tensor) -> Seen:
-        return Seen(network(images.float()).mean((2, 3)), None)
+    def see(network: torch.nn.Module, images: torch.Tensor) -> Extracted:
+        return Extracted(network(images.float()).mean((2, 3)), None)
 
     images = torch.randint(256, (20, 3, 4, 4), dtype=torch.uint8)
     extractor = Extractor(mean, see, name="mean", resize="none")

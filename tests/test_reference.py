@@ -11,7 +11,7 @@ from torch import nn
 
 from consistency.data.held import InMemory
 from consistency.errors import UserError
-from consistency.evaluation.extractors import INCEPTION, Extractor, Seen
+from consistency.evaluation.extractors import INCEPTION, Extracted, Extractor
 from consistency.evaluation.reference import read_reference, reference_of
 
 FEATURES = 2048
@@ -26,14 +26,14 @@ class Counting(nn.Module):
         self.weight = nn.Parameter(torch.randn(FEATURES, 3 * 4 * 4, generator=draw))
         self.seen = 0
 
-    def forward(self, images: torch.Tensor) -> Seen:
+    def forward(self, images: torch.Tensor) -> Extracted:
         self.seen += len(images)
-        return Seen(images.float().flatten(1) @ self.weight.T / 255, None)
+        return Extracted(images.float().flatten(1) @ self.weight.T / 255, None)
 
 
 def extractor_of(seed: int = 0, name: str = "counting") -> Extractor:
-    def see(network: nn.Module, images: torch.Tensor) -> Seen:
-        seen: Seen = network(images)
+    def see(network: nn.Module, images: torch.Tensor) -> Extracted:
+        seen: Extracted = network(images)
         return seen
 
     return Extractor(Counting(seed), see, name=name, resize="none")
@@ -46,7 +46,7 @@ def images(count: int = 30, seed: int = 1) -> InMemory:
 
 
 def made(source: InMemory, extractor: Extractor, cache: Path, **given: Any) -> Any:
-    settings = {"most_features": 12, "batch_size": 7, "num_workers": 0, "described": {"set": "train"}}  # fmt: skip
+    settings = {"most_features": 12, "batch_size": 7, "num_workers": 0, "name": "train"}  # fmt: skip
     return reference_of(source, extractor, cache=cache, **(settings | given))
 
 
@@ -79,7 +79,7 @@ def test_it_is_computed_once_and_anew_where_anything_differs(tmp_path: Path) -> 
     made(source, other_weights, tmp_path)
     assert other_weights.network.seen == 30
     before = extractor.network.seen
-    made(source, extractor, tmp_path, described={"set": "held_out"})
+    made(source, extractor, tmp_path, name="held_out")
     assert extractor.network.seen == before + 30
 
 

@@ -1,9 +1,12 @@
 """Samples depend on (seed, index) alone; outputs are in the forms that others read."""
 
 import itertools
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -11,12 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import TINY, Run
-from consistency import load, sampling
+from conftest import REPORT, ROOT, TINY, Run
+from consistency import load
 from consistency.editing import Box, colorize, inpaint
 from consistency.errors import UserError
+from consistency.inference import generate as generating
 from consistency.inference.card import ModelCard, random_labels
+from consistency.inference.generate import Request, samples
 from consistency.randomness import SampleNoise
+from consistency.runtime.devices import in_precision
 from consistency.samplers import multistep, onestep, trigflow_multistep
 from test_formats import tiny_card
 
@@ -111,18 +117,9 @@ def test_generate_rounds_to_the_nearest_grey_value() -> None:
     def sampler(denoise, noise, label=None):  # noqa: ANN001, ANN202
         return onestep(denoise, noise, label, t_max=80.0, clip=True)
 
-    batches = generate(
-        constant,
-        sampler,
-        indices=range(3),
-        labels=None,
-        shape=(1, 2, 2),
-        seed=0,
-        batch_size=2,
-        device="cpu",
-    )
-    images = torch.cat(list(batches))
-    assert images.shape == (3, 1, 2, 2)
+    card = replace(ModelCard.parse(tiny_card(), "a test"), num_classes=None)
+    images = samples(Request(denoise=constant, card=card), sampler, 3, 2)
+    assert images.shape == (3, *card.shape)
     assert torch.all(images == round(0.5 * 127.5 + 127.5))
 
 
@@ -163,6 +160,42 @@ def test_images_do_not_depend_on_the_number_of_devices(
     assert len(one) == 20
 
 
+def test_a_sample_passes_at_most_25_functions(
+    verb: Run,
+    trained: dict[str, Path],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """From the command's main function down to the sampler, without `load`, the networks and the masking of output."""
+    package, passed, inside = f"{ROOT / 'src' / 'consistency'}/", list[str](), list[FrameType]()
+    down: list[int] = []
+    left_out = ("checkpoint.load", "denoiser.", "networks.", "samplers.", "masking.")
+
+    def profile(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "return" and inside and frame is inside[-1]:
+            inside.pop()
+        if event != "call" or not code.co_filename.startswith(package):
+            return
+        module = code.co_filename.removeprefix(package).removesuffix(".py").replace("/", ".")
+        name = f"{module}.{code.co_qualname}"
+        if name == "sampling.sample" or (inside and name.startswith(left_out)):
+            inside.append(frame)
+        if len(inside) == 1 and "<" not in name and name not in passed:
+            passed.append(name)
+        if name.startswith("samplers.") and "inference.generate.generate" in passed:
+            down.append(len(passed))
+
+    sys.setprofile(profile)
+    try:
+        outcome = verb("sample", f"checkpoint={trained['ect']}", f"output={tmp_path / 'out'}")
+    finally:
+        sys.setprofile(None)
+    assert outcome.status == 0, outcome.err
+    assert down[0] <= 25, passed[: down[0]]
+    record_property(REPORT, f"functions that a sample passes: {down[0]}, {len(passed)} to the end")
+
+
 def test_a_stopped_run_goes_on_and_a_finished_one_grows(
     verb: Run, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,25 +203,25 @@ def test_a_stopped_run_goes_on_and_a_finished_one_grows(
     arguments = [f"checkpoint={trained['ect']}", "batch_size=8"]
     assert verb("sample", *arguments, "num_samples=40", f"output={whole}").status == 0
 
-    real, calls = sampling.generate, itertools.count()
+    real, calls = generating.SampleNoise, itertools.count()
 
-    def until_the_plug_is_pulled(*given: Any, **settings: Any) -> Any:
+    def until_the_plug_is_pulled(*given: Any) -> Any:
         if next(calls) == 2:
             raise KeyboardInterrupt
-        return real(*given, **settings)
+        return real(*given)
 
-    monkeypatch.setattr(sampling, "generate", until_the_plug_is_pulled)
+    monkeypatch.setattr(generating, "SampleNoise", until_the_plug_is_pulled)
     with pytest.raises(KeyboardInterrupt):
         verb("sample", *arguments, "num_samples=24", f"output={stopped}")
     assert len(list((stopped / "parts").glob("*.npz"))) == 2
 
     drawn: list[int] = []
 
-    def counted(*given: Any, **settings: Any) -> Any:
-        drawn.extend(settings["indices"])
-        return real(*given, **settings)
+    def counted(seed: int, numbers: Any, *given: Any) -> Any:
+        drawn.extend(numbers)
+        return real(seed, numbers, *given)
 
-    monkeypatch.setattr(sampling, "generate", counted)
+    monkeypatch.setattr(generating, "SampleNoise", counted)
     for count, new in ((24, range(16, 24)), (40, range(24, 40))):
         drawn.clear()
         outcome = verb("sample", *arguments, f"num_samples={count}", f"output={stopped}")
@@ -236,8 +269,8 @@ def test_half_precision_changes_little(verb: Run, trained: dict[str, Path], tmp_
     for weight in model.denoiser.network.parameters():
         weight += 0.1 * torch.randn_like(weight)
     label, device = torch.zeros(8, dtype=torch.int64), torch.device("cpu")
-    whole = sampling.in_precision(model, "32-true", device)(x, t, label)
-    half = sampling.in_precision(model, "bf16-mixed", device)(x, t, label)
+    whole = in_precision(model, "32-true", device)(x, t, label)
+    half = in_precision(model, "bf16-mixed", device)(x, t, label)
     assert half.dtype == torch.float32
     apart = float((whole - half).norm() / whole.norm())
     assert 1e-5 < apart < 0.05

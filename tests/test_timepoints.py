@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from conftest import TINY, Run
 from consistency.errors import UserError
 from consistency.formats import ours
+from consistency.inference.options import searched_path
+from consistency.runtime.files import fingerprint
 from consistency.timepoints import is_unimodal, ternary_search
 
 SHORT_RUN = [
@@ -124,3 +127,38 @@ def test_a_checkpoint_that_says_nothing_of_its_data_is_told(
     done = verb("search", f"checkpoint={tmp_path / 'bare.ckpt'}", f"output={tmp_path / 'out'}")
     assert done.status == 2
     assert "nothing of its data" in done.err
+
+
+def test_time_points_serve_only_the_weights_they_were_found_for(
+    verb: Run, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    """The same set of weights of the same file; not another set, not the file of a longer run, not unknown ones."""
+    model, output = tmp_path / "model.ckpt", tmp_path / "out"
+    content = checkpoint.read(trained["ect"] / "checkpoints" / "last.ckpt")
+    checkpoint.write(content, model)
+    options = [f"checkpoint={model}", "sampler=searched", "num_samples=2"]
+    record = {"times": [80.0, 0.9], "weights": "ema", "checkpoint": fingerprint(model)}
+    searched_path(model).write_text(json.dumps(record))
+    same = verb("sample", *options, f"output={output}")
+    assert same.status == 0, same.err
+    assert OmegaConf.load(output / "sample.yaml").sampler.times == [80.0, 0.9]
+
+    other = verb("sample", *options, "weights=online", f"output={tmp_path / 'other'}")
+    assert other.status == 2
+    assert "found for weights=online" in other.err
+    assert "found for weights=ema" in other.err
+    assert f"search.py checkpoint={model} weights=online" in other.err
+    measured = verb("evaluate", f"checkpoint={model}", "samplers=[searched]", "weights=[ema,online]", f"output={tmp_path / 'e'}")  # fmt: skip
+    assert measured.status == 2
+    assert "found for weights=ema" in measured.err
+
+    searched_path(model).write_text(json.dumps({"times": record["times"]}))
+    unknown = verb("sample", *options, f"output={tmp_path / 'unknown'}")
+    assert unknown.status == 2
+    assert "weights that it does not name" in unknown.err
+    searched_path(model).write_text(json.dumps(record))
+    checkpoint.write(content | {"global_step": 3}, model)
+    longer = verb("sample", *options, f"output={tmp_path / 'longer'}")
+    assert longer.status == 2
+    assert "another training step or file" in longer.err
+    assert not (tmp_path / "longer").exists()

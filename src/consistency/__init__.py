@@ -14,13 +14,13 @@ imports only from floors below it, and the core (floors 1 to 4) needs torch and 
     floor 2, phrases    processes solvers pairs distances weightings denoiser tangents
     floor 3, sentences  steps samplers editing
     floor 4, paragraph  objectives
-    the shell           inference: card (what a model is), model (denoises, samples, edits); checkpoint (load), generation (numbered samples and edits), pictures, perceptual
+    the shell           inference: card (what a model is), model (denoises, samples, edits), generate (numbered samples and edits), options (shared by commands); checkpoint (load), pictures, perceptual
                         (LPIPS with its weights), schema (the keys of a configuration), command (what all verbs share),
                         output (folders that a command makes), caches (where there is no home), paths (as people give
                         them), binding (do parts take the arguments beside them),
                         sampling, evaluating, retouching, searching, page, comparison, conversion and speed (the commands)
       commands          overrides (options of the command line), python (the commands without a command line)
-      runtime           ranks, rendezvous (the first decides, all know of an end), launch (DDP), signals (Ctrl-C), files
+      runtime           devices (device, threads, precision), ranks, rendezvous (the first decides, all know of an end), launch (DDP), signals (Ctrl-C), files
                         (written whole, with checksums), redaction (no secrets in what is written), allowlist (what a
                         configuration from elsewhere may name)
       formats           ours, sealed (ours as safetensors), openai nvlabs jcm diffusers (diffusers_names, diffusers_settings,

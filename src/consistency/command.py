@@ -272,5 +272,6 @@ def require_fresh(
 
 # On import, because the processes of a launcher import nothing else, and Hydra's own `compose` needs them as well.
 schema.register()
+schema.register_samplers()
 register_dated()
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)

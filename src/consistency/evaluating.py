@@ -1,8 +1,8 @@
-"""The command that measures samples: FID, inception score, KID, precision and recall, on any number of devices."""
+"""The command `evaluate`: FID, inception score, KID, precision and recall of samples, on any number of devices."""
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,82 +17,117 @@ from tqdm import tqdm
 
 from consistency.checkpoint import find, load_sets
 from consistency.command import require_fresh
+from consistency.commands.overrides import shell_line
 from consistency.data.decoding import MODES, colour_of, read_picture, to_tensor
 from consistency.data.held import load_into_memory
 from consistency.data.listing import files_at
 from consistency.data.source import Source
-from consistency.errors import UserError, require
-from consistency.evaluation.measuring import Measure, Numbered, Settings, drawn
+from consistency.errors import require
+from consistency.evaluation.measuring import Measure, Settings
+from consistency.inference.generate import Request, generate
+from consistency.inference.model import Model
+from consistency.inference.options import fill_process, plain, require_suited
 from consistency.paths import path_of
-from consistency.runtime.files import fingerprint
+from consistency.runtime.devices import chosen_device, in_precision, require_devices, share_threads
+from consistency.runtime.files import fingerprint, write_text
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import batches, is_first, rank_and_size
-from consistency.sampling import (
-    bound_sampler,
-    chosen_device,
-    in_precision,
-    plain,
-    require_devices,
-    require_suited,
-)
+from consistency.samplers import Sampler
 from consistency.tensors import Data, Denoise, Label, Time
 from consistency.training.build import build_loggers, quiet
 
 
 def evaluate(config: DictConfig, output: Path) -> float:
-    """Measures config.num_samples samples of every sampler and every set of weights, or images already drawn, against a
-    data set; writes evaluation.json and evaluation.md into `output`, and to the loggers. Returns the first value measured.
+    """Measure config.num_samples samples of every sampler and every set of weights, or images of samples=.
+
+    Writes evaluation.json and evaluation.md into `output`, and to the loggers. Returns the first value.
     """
     quiet()
     if is_first():
         require_fresh(output)
     require(
         (config.checkpoint is None) != (config.samples is None),
-        "checkpoint=<run or file> to draw from, or samples=<folder or .npz> that are there",
+        "checkpoint=<run or file> to draw from, or samples=<folder or .npz> to measure",
         "neither" if config.checkpoint is None else "both",
         "give one of them",
     )
     device = chosen_device(config.device)
-    require_devices(config, device)
-    several = config.devices * config.num_nodes > 1
+    require_devices(device, config.devices, config.precision)
     with one_job():
         fabric = Fabric(
             accelerator=device.type,
             devices=[device.index] if device.index is not None else config.devices,
             num_nodes=config.num_nodes,
-            strategy="ddp" if several else "auto",
+            strategy="ddp" if config.devices * config.num_nodes > 1 else "auto",
         )
         fabric.launch()
-        if several and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.devices))
-        return _evaluate(config, fabric.device, output)
+        share_threads(device, config.devices)
+        if config.samples is None:
+            return _evaluate_model(config, fabric.device, output)
+        return _evaluate_samples(config, fabric.device, output)
 
 
-def _evaluate(config: DictConfig, device: torch.device, output: Path) -> float:
-    # What can be wrong with models, samplers and images is told before a reference is computed.
+def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> float:
+    # Mistakes in models and samplers are reported before the reference is computed.
+    names = [config.weights] if isinstance(config.weights, str) else config.weights
+    models = load_sets(config.checkpoint, names, role=config.role)
+    samplers = [samplers_of(config, model) for model in models]
+    measure = measure_of(config, models[0].shape, device)
+    report, shares = Report(config, measure, output), batches(config.num_samples, config.batch_size)
+    for model, named in zip(models, samplers, strict=True):
+        model.denoiser.to(device)
+        denoise = in_precision(model, config.precision, device)
+        for title, sampler in named.items():
+            counted = CountedDenoiser(measure.clock.timed("network", denoise, device))
+            request = Request(
+                denoise=counted,
+                card=model.card,
+                labels=plain(config.labels),
+                seed=config.seed,
+                device=device,
+            )
+            samples = generate(request, sampler, shares)
+            bar = f"{title}, {model.weights}"
+            shown = tqdm(samples, bar, len(shares), unit="batch", disable=not report.is_writer)
+            values = measure(iter(shown), config.num_samples)
+            nfe = counted.evaluations / sum(len(share) for share in shares)
+            report.write({"sampler": title, "weights": model.weights, "nfe": nfe}, values)
+        model.denoiser.cpu()
+    return report.finish()
+
+
+def _evaluate_samples(config: DictConfig, device: torch.device, output: Path) -> float:
+    data = config.data
+    shape = (data.channels, data.image_size, data.image_size)
+    images = given_samples(config.samples, shape, config.num_samples, data.background)
+    measure = measure_of(config, shape, device)
+    report = Report(config, measure, output)
+    shares = batches(config.num_samples, config.batch_size)
+    numbered = ((numbers, images[numbers.start : numbers.stop]) for numbers in shares)
+    report.write({"samples": config.samples}, measure(numbered, config.num_samples))
+    return report.finish()
+
+
+def samplers_of(config: DictConfig, model: Model) -> dict[str, Sampler]:
+    """Build the samplers by name, with the time range and time points of this model."""
+    own, samplers = deepcopy(config), {}
+    for title, node in own.samplers.items():
+        fill_process(own, node, model, shell_line)
+        sampler = samplers[str(title)] = instantiate(node, _convert_="all")
+        require_suited(sampler, model, force=config.force)
+    return samplers
+
+
+def measure_of(config: DictConfig, shape: Sequence[int], device: torch.device) -> Measure:
+    """Return the measure against the data set, whose images have the shape of the samples. Collective."""
     data, settings = config.data, Settings(**config.evaluation, batch_size=config.batch_size)
-    wanted = (data.channels, data.image_size, data.image_size)
-    models, images = [], torch.empty(0)
-    if config.samples is None:
-        names = [config.weights] if isinstance(config.weights, str) else config.weights
-        models = load_sets(config.checkpoint, names, role=config.role)
-        wanted = models[0].shape
-    else:
-        images = given_samples(config.samples, wanted, config.num_samples, data.background)
-    samplers = {
-        title: bound_sampler(node, config, models[0])
-        for title, node in config.samplers.items()
-        if models
-    }
-    for sampler in samplers.values():
-        require_suited(sampler, models[0], force=config.force)
 
     def train() -> Source:
         source = instantiate(data.source)
-        return fitting(load_into_memory(source) if data.in_memory else source, wanted)
+        return of_shape(load_into_memory(source) if data.in_memory else source, shape)
 
     def held_out() -> Source:
-        return fitting(instantiate(data.held_out), wanted)
+        return of_shape(instantiate(data.held_out), shape)
 
     measure = settings.prepare(
         device,
@@ -102,50 +137,16 @@ def _evaluate(config: DictConfig, device: torch.device, output: Path) -> float:
     )
     if config.export is not None and rank_and_size()[0] == 0:
         measure.reference.write(path_of(config.export))
-    report = Report(config, measure, output)
-    shares = batches(config.num_samples, config.batch_size)
-    if config.samples is not None:
-        numbered = ((numbers, images[numbers.start : numbers.stop]) for numbers in shares)
-        report.add({"samples": config.samples}, measure(numbered, config.num_samples))
-        report.end()
-        return report.values[0]
-    for loaded in models:
-        loaded.denoiser.to(device)
-        denoise = in_precision(loaded, config.precision, device)
-        for title, sampler in samplers.items():
-            counted = Counted(measure.clock.timed("network", denoise, device))
-            samples = drawn(
-                counted,
-                sampler,
-                loaded.card,
-                count=config.num_samples,
-                labels=plain(config.labels),
-                seed=config.seed,
-                batch_size=config.batch_size,
-                device=device,
-            )
-            shown = watched(samples, f"{title}, {loaded.weights}", len(shares))
-            found = measure(shown, config.num_samples)
-            nfe = counted.evaluations / sum(len(share) for share in shares)
-            report.add({"sampler": title, "weights": loaded.weights, "nfe": nfe}, found)
-        loaded.denoiser.cpu()
-    report.end()
-    return report.values[0]
+    return measure
 
 
-def watched(samples: Iterator[Numbered], title: str, total: int) -> Iterator[Numbered]:
-    """The same batches, with a bar for the person who waits."""
-    hidden = rank_and_size()[0] > 0 or total < 2
-    yield from tqdm(samples, title, total=total, unit="batch", disable=hidden)
-
-
-def fitting(source: Source, shape: Sequence[int]) -> Source:
-    """The source, whose images have to be of that shape."""
-    found = tuple(source[0][0].shape)
+def of_shape(source: Source, shape: Sequence[int]) -> Source:
+    """Return the source. Refuse images of another shape."""
+    got = tuple(source[0][0].shape)
     require(
-        found == tuple(shape),
+        got == tuple(shape),
         f"data of the samples' shape {tuple(shape)}",
-        f"images of shape {found}",
+        f"images of shape {got}",
         "choose data= and data.image_size, data.channels as the model was trained",
     )
     return source
@@ -154,15 +155,15 @@ def fitting(source: Source, shape: Sequence[int]) -> Source:
 def given_samples(
     path: str, shape: Sequence[int], count: int, background: str | None = None
 ) -> UInt8[Tensor, "n c h w"]:
-    """The first `count` images, of that shape, of all below a folder, by name, or of the arr_0 of an .npz."""
+    """Read the first `count` images of that shape: those below a folder, by name, or the arr_0 of an .npz."""
     file = path_of(path)
     if file.suffix == ".npz" and file.is_file():
         images = _stored_samples(file)
-        there = len(images)
+        total = len(images)
     else:
         files = files_at(path)
-        there, files, ground = len(files), files[:count], colour_of(background)
-        shown = tqdm(files, desc="Reading", unit="image", disable=len(files) < 1000)
+        total, ground = len(files), colour_of(background)
+        shown = tqdm(files[:count], "Reading", unit="image", disable=min(total, count) < 1000)
         pictures = [to_tensor(read_picture(each, MODES[shape[0]], ground)) for each in shown]
         shapes = {tuple(picture.shape) for picture in pictures}
         require(
@@ -184,30 +185,25 @@ def given_samples(
         f"samples={path} of shape {tuple(images.shape[1:])}",
         "choose data= and data.image_size, data.channels of the samples",
     )
-    if there > count and rank_and_size()[0] == 0:
-        print(f"samples={path} holds {there:,} images: the first {count:,} are measured")
+    if total > count and rank_and_size()[0] == 0:
+        print(f"samples={path} holds {total:,} images: the first {count:,} are measured")
     return images[:count]
 
 
 def _stored_samples(file: Path) -> UInt8[Tensor, "n c h w"]:
-    """The images of an .npz: arr_0 of 8 bits, its channels last, or second where that is the only way to read it."""
+    """Read the images of an .npz: arr_0 of 8 bits, channels last, or second if the last axis cannot hold them."""
+    remedy = "write samples as src/sample.py does: np.savez(file, images); values from 0 to 1 become (255 * x).round().astype(np.uint8)"
+    pixels: np.ndarray[Any, Any] = np.empty(0)
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            require(
-                "arr_0" in arrays,
-                f"an array arr_0 in samples={file}",
-                f"{', '.join(arrays) or 'none'}",
-                "write samples as src/sample.py does: np.savez(file, images), uint8 of shape (n, h, w, 1 or 3)",
-            )
-            pixels = arrays["arr_0"]
-    except UserError:
-        raise
+            got = ", ".join(arrays) or "none"
+            if "arr_0" in arrays:
+                pixels = arrays["arr_0"]
+                got = f"an array of {pixels.dtype} of shape {pixels.shape}"
     except Exception as error:  # damaged files fail in any way
-        pixels, got = np.empty(0), str(error)[:200]
-    else:
-        got = f"an array of {pixels.dtype} of shape {pixels.shape}"
-        if pixels.dtype.kind == "f" and pixels.size:
-            got += f", from {pixels.min():.3g} to {pixels.max():.3g}"
+        got = str(error)[:200]
+    if pixels.dtype.kind == "f" and pixels.size:
+        got += f", from {pixels.min():.3g} to {pixels.max():.3g}"
     known = pixels.dtype == np.uint8 and pixels.ndim == 4
     if known and pixels.shape[3] not in MODES and pixels.shape[1] in MODES:
         return torch.from_numpy(pixels)
@@ -215,13 +211,13 @@ def _stored_samples(file: Path) -> UInt8[Tensor, "n c h w"]:
         known and pixels.shape[3] in MODES,
         f"an .npz with arr_0, uint8 of shape (n, h, w, 1 or 3), in samples={file}",
         got,
-        "write samples as src/sample.py does; values from 0 to 1 become (255 * x).round().astype(np.uint8)",
+        remedy,
     )
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-class Counted:
-    """A denoiser whose evaluations are counted, one for each image in a batch."""
+class CountedDenoiser:
+    """A denoiser that counts its evaluations, one for each image in a batch."""
 
     def __init__(self, denoise: Denoise) -> None:
         self.denoise, self.evaluations = denoise, 0
@@ -232,16 +228,16 @@ class Counted:
 
 
 class Report:
-    """What was measured, on the screen, in files and to the loggers; written anew after each result."""
+    """The results, on the screen, in files and to the loggers of rank 0; written anew after each result."""
 
     def __init__(self, config: DictConfig, measure: Measure, output: Path) -> None:
-        self.measure, self.output = measure, output
+        self.measure, self.output, self.is_writer = measure, output, rank_and_size()[0] == 0
         self.head: dict[str, Any] = {"seed": config.seed, "precision": config.precision}
         self.results: list[dict[str, Any]] = []
         self.values: list[float] = []
         self.loggers: list[Any] = []
         measure.clock.read()
-        if rank_and_size()[0] > 0:
+        if not self.is_writer:
             return
         output.mkdir(parents=True, exist_ok=True)
         if config.checkpoint is not None:
@@ -254,28 +250,29 @@ class Report:
                 {"evaluation": self.head, "config": OmegaConf.to_container(config, resolve=True)}
             )
 
-    def add(self, what: Mapping[str, Any], found: Mapping[str, float]) -> None:
-        """Takes in one result."""
+    def write(self, names: Mapping[str, Any], values: Mapping[str, float]) -> None:
+        """Write one result; names: its sampler and weights, or its samples."""
         seconds = self.measure.clock.read()
-        self.results.append({**what, **found, "seconds": seconds})
-        self.values += found.values()
-        if rank_and_size()[0] > 0:
+        self.results.append({**names, **values, "seconds": seconds})
+        self.values += values.values()
+        if not self.is_writer:
             return
         text = json.dumps({**self.head, "results": self.results}, indent=2)
-        (self.output / "evaluation.json").write_text(text + "\n")
-        (self.output / "evaluation.md").write_text(self.table())
-        outside = seconds["total"] - seconds.get("network", 0) - seconds["extractor"]
+        write_text(self.output / "evaluation.json", text + "\n")
+        write_text(self.output / "evaluation.md", self.table())
+        network = seconds.get("network", 0)
+        rest = seconds["total"] - network - seconds["extractor"]
         print(
-            f"{seconds['total']:.1f} s: {seconds.get('network', 0):.1f} s drawing network, {seconds['extractor']:.1f} s "
-            f"extractor, {outside:.1f} s ({outside / seconds['total']:.1%}) all else",
+            f"{seconds['total']:.1f} s: {network:.1f} s drawing network, {seconds['extractor']:.1f} s "
+            f"extractor, {rest:.1f} s ({rest / seconds['total']:.1%}) all else",
             flush=True,
         )
-        whose = "/".join(str(what[name]) for name in ("sampler", "weights") if name in what)
+        title = "/".join(str(names[n]) for n in ("sampler", "weights") if n in names) or "samples"
         for logger in self.loggers:
-            logger.log_metrics({f"{n}/{whose or 'samples'}": v for n, v in found.items()}, 0)
+            logger.log_metrics({f"{name}/{title}": v for name, v in values.items()}, 0)
 
     def table(self) -> str:
-        """The results as a table, and the protocol under it."""
+        """Return the results as a table, with the protocol under it."""
         names = [name for name in self.results[0] if name != "seconds"]
         lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
         for result in self.results:
@@ -284,10 +281,10 @@ class Report:
         protocol = (f"- {name}: {value}" for name, value in self.head["protocol"].items())
         return "\n".join([*lines, "", *protocol, ""])
 
-    def end(self) -> None:
-        """Prints the table and closes the loggers."""
-        if rank_and_size()[0] > 0:
-            return
-        print(f"\n{self.table()}\nWritten: {self.output / 'evaluation.json'}")
+    def finish(self) -> float:
+        """Print the table, close the loggers, and return the first value."""
+        if self.is_writer:
+            print(f"\n{self.table()}\nWritten: {self.output / 'evaluation.json'}")
         for logger in self.loggers:
             logger.finalize("success")
+        return self.values[0]

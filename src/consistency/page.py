@@ -1,4 +1,4 @@
-"""The command that serves a page for trying a checkpoint: samples, and edits of an image that a person gives."""
+"""The command `demo`: serves a page that draws samples of a checkpoint and edits uploaded images."""
 
 import base64
 import io
@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Float, UInt8
 from omegaconf import DictConfig
 from PIL import Image as PILImage
-from torch import Generator, Tensor
+from torch import Tensor
 
 from consistency import pictures
 from consistency.checkpoint import load
@@ -34,11 +33,18 @@ from consistency.data.decoding import (
 from consistency.editing import Pairing, colorize, inpaint, superres
 from consistency.errors import UserError, require
 from consistency.inference.model import Model
-from consistency.sampling import chosen_device
+from consistency.runtime.devices import chosen_device
 
 MOST_IMAGES = 64
 SIDE = 320
 """Pixels at which a single image is shown."""
+
+SHOWN: dict[str, Any] = {
+    "interactive": False,
+    "format": "png",
+    "buttons": ["download", "fullscreen"],
+}
+"""Settings of a picture: without the default button that sends it to a public place."""
 
 PAINTER = Path(__file__).with_name("painter.js")
 PAINTER_BODY = """
@@ -55,40 +61,42 @@ label {{ display: flex; gap: 0.5em; align-items: center; }}
 button {{ padding: 0.1em 0.8em; border: 1px solid; border-radius: 4px; font: inherit; cursor: pointer; }}
 """
 BLANK = {"image": "", "free": ""}
-"""What the painter holds where there is no image; see painter.js."""
+"""Value of the painter without an image; see painter.js."""
 
 
 def library() -> ModuleType:
-    """Gradio, asked to report nothing to anybody."""
+    """Import gradio, with its analytics off."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
     except ImportError as error:
         raise UserError(
-            "expected gradio, which draws the page\n  got: it is not installed\n"
-            "  do: install the extra `demo`: pip install -e '.[demo]'"
+            "gradio, which draws the page",
+            "it is not installed",
+            "install the extra `demo`: pip install -e '.[demo]'",
         ) from error
     return gradio
 
 
 def demo(config: DictConfig, output: Path) -> None:
-    """Serves the page until it is interrupted, on this machine alone unless `host` says otherwise."""
+    """Serve the page until Ctrl-C; by default on this machine alone."""
     require(0 <= config.port < 65536, "a port from 0 to 65535", config.port, "leave it at 7860")
     require(config.upload_megabytes > 0, "upload_megabytes > 0", config.upload_megabytes, "set it")
     try:
-        alone = ipaddress.ip_address(config.host).is_loopback
+        local = ipaddress.ip_address(config.host).is_loopback
     except ValueError as error:
         raise UserError(
-            f"expected an address of this machine\n  got: host={config.host} ({error})\n"
-            "  do: leave it at 127.0.0.1, or say host=0.0.0.0 to let other machines in"
+            "an address of this machine",
+            f"host={config.host} ({error})",
+            "leave it at 127.0.0.1, or say host=0.0.0.0 to let other machines in",
         ) from error
     colour_of(config.background)
     gradio = library()
-    # Gradio opens what is uploaded before we do; Pillow refuses more than twice as many pixels.
+    # Gradio opens uploads before we do; Pillow refuses more than twice as many pixels.
     PILImage.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
     model = load(config.checkpoint, weights=config.weights, role=config.role)
     model.denoiser.to(chosen_device(config.device))
-    if not alone:
+    if not local:
         print(f"host={config.host}: whoever reaches this machine may use the page", file=sys.stderr)
     try:
         with TemporaryDirectory() as uploads:
@@ -103,49 +111,40 @@ def demo(config: DictConfig, output: Path) -> None:
                 footer_links=[],
             )
     except OSError as error:
-        raise UserError(
-            f"expected a free port\n  got: {error}\n  do: choose another one with port=<number>"
-        ) from error
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The mask that a person has drawn: the free pixels, height x width."""
-
-    free: Float[Tensor, "h w"]
-
-    def __call__(self, height: int, width: int, draw: Generator) -> Float[Tensor, "h w"]:
-        return self.free
+        raise UserError("a free port", error, "choose another one with port=<number>") from error
 
 
 def enlarged(images: UInt8[Tensor, "n c h w"]) -> PILImage.Image:
-    """The images as one picture that a person can see."""
+    """Return the images as one picture of a visible size."""
     picture = pictures.grid(images, pictures.columns_for(len(images)))
     factor = max(1, SIDE // picture.width)
     size = (picture.width * factor, picture.height * factor)
     return picture.resize(size, PILImage.Resampling.NEAREST)
 
 
-def address_of(image: UInt8[Tensor, "c h w"]) -> str:
-    """The image as an address that holds all of it."""
+def data_url(image: UInt8[Tensor, "c h w"]) -> str:
+    """Return an image as a URL that contains it."""
     file = io.BytesIO()
     to_picture(image).save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def mask_of(painted: object, size: tuple[int, int]) -> Float[Tensor, "h w"]:
-    """1 where the person has painted; painted: the painter's value, from a browser; size: (height, width)."""
+    """Return 1 for painted pixels; painted: the painter's value, from a browser; size: (height, width)."""
     free = painted.get("free") if isinstance(painted, dict) else None
     height, width = size
-    known = isinstance(free, str) and len(free) in (0, height * width) and not free.strip("01")
-    require(known, f"a mask of {height}x{width} digits 0 and 1", "another", "load the page anew")
-    assert isinstance(free, str)
+    if not (isinstance(free, str) and len(free) in (0, height * width) and not free.strip("01")):
+        raise UserError(
+            f"a mask of {height}x{width} digits 0 and 1", "another", "load the page anew"
+        )
     return torch.tensor([float(digit) for digit in free or "0" * height * width]).view(size)
 
 
 class Actions:
-    """What the buttons do. uploads: the folder of uploaded files, of which alone one is opened; background: the colour
-    that transparent images are put on.
+    """The actions of the buttons.
+
+    uploads: folder of the uploaded files; no other file is opened.
+    background: colour that transparent images are put on.
     """
 
     def __init__(self, model: Model, uploads: Path, background: str | None = None) -> None:
@@ -153,7 +152,7 @@ class Actions:
         self.background = colour_of(background)
 
     def timed(self, draw: Callable[[], UInt8[Tensor, "n c h w"]]) -> tuple[PILImage.Image, str]:
-        """The picture of what is drawn, and how long an image took."""
+        """Return the images as a picture, and the time of an image."""
         start = time.perf_counter()
         images = draw()
         each = (time.perf_counter() - start) / len(images)
@@ -162,22 +161,22 @@ class Actions:
     def sample(
         self, count: float, steps: float, seed: float, label: str
     ) -> tuple[PILImage.Image, str]:
-        """Draws so many images."""
+        """Draw samples."""
         draw = partial(self.model.sample, int(count), steps=int(steps), seed=int(seed))
         return self.timed(lambda: draw(labels=self.label_of(label)))
 
-    def seen(self, photo: str | None) -> UInt8[Tensor, "c h w"]:
-        """The image in an uploaded file as the model sees it."""
+    def read(self, photo: str | None) -> UInt8[Tensor, "c h w"]:
+        """Read an uploaded file as the model's input."""
         require(photo is not None, "an image to edit", "none", "choose one")
         file, (channels, height, _) = Path(str(photo)).resolve(), self.model.shape
-        # Gradio believes a request that names any other file, if it does so in a way the page does not.
+        # Gradio accepts requests for other files, which the page itself does not send.
         inside = file.is_relative_to(self.uploads)
         require(inside, "an uploaded image", "another file", "upload it")
         return to_tensor(fit(read_picture(file, MODES[channels], self.background), height))
 
     def choose(self, photo: str | None) -> dict[str, str]:
-        """Puts an uploaded file before the painter."""
-        return BLANK if photo is None else {**BLANK, "image": address_of(self.seen(photo))}
+        """Show an uploaded file in the painter."""
+        return BLANK if photo is None else {**BLANK, "image": data_url(self.read(photo))}
 
     def edit(
         self,
@@ -189,8 +188,8 @@ class Actions:
         seed: float,
         label: str,
     ) -> tuple[PILImage.Image, str]:
-        """Edits an uploaded image; what is painted is drawn anew when inpainting."""
-        image, (_, height, width) = self.seen(photo)[None], self.model.shape
+        """Edit an uploaded image; inpainting draws the painted part anew."""
+        image, (_, height, width) = self.read(photo)[None], self.model.shape
         free = mask_of(painted, (height, width))
         require(
             task != "inpaint" or bool(free.any()),
@@ -199,7 +198,7 @@ class Actions:
             "paint over the part with the brush",
         )
         pairings: dict[str, Pairing] = {
-            "inpaint": partial(inpaint, mask=Drawn(free)),
+            "inpaint": partial(inpaint, mask=lambda height, width, draw: free),
             "colorize": colorize,
             "superres": partial(superres, patch=int(patch)),
         }
@@ -208,32 +207,19 @@ class Actions:
 
     @property
     def labels(self) -> list[str]:
-        """The classes by name, and none in particular."""
+        """Names of the classes, after "any"."""
         count = self.model.card.num_classes or 0
         names = self.model.card.class_names or [str(n) for n in range(count)]
         return ["any", *names]
 
     def label_of(self, label: str) -> int | None:
-        """The index of a class by its name."""
+        """Return the index of a class; None for "any"."""
         return None if label == "any" else self.labels.index(label) - 1
 
 
 def page(gradio: ModuleType, model: Model, uploads: Path, background: str | None = None) -> Any:
-    """The page: gradio's Blocks, not served yet."""
+    """Build the page as gradio's Blocks."""
     actions = Actions(model, uploads, background)
-    channels, height, _ = model.shape
-    # By default there is a button more, which sends the picture to a public place.
-    shown = dict(interactive=False, format="png", buttons=["download", "fullscreen"])
-
-    def told(act: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*given: Any) -> Any:
-            try:
-                return act(*given)
-            except UserError as error:
-                raise gradio.Error(str(error), print_exception=False) from error
-
-        return run
-
     with gradio.Blocks(title="Consistency model") as blocks:
         name = "/".join(model.path.parts[-3:])
         gradio.Markdown(
@@ -243,52 +229,73 @@ def page(gradio: ModuleType, model: Model, uploads: Path, background: str | None
             seed = gradio.Number(0, label="Seed", precision=0, elem_id="seed")
             label = gradio.Dropdown(actions.labels, value="any", label="Class", elem_id="class")
         with gradio.Tab("Sample"):
-            with gradio.Row():
-                count = gradio.Slider(1, MOST_IMAGES, 16, step=1, label="Images")
-                steps = gradio.Slider(1, 40, 1, step=1, label="Steps")
-            draw = gradio.Button("Draw", variant="primary", elem_id="draw")
-            samples = gradio.Image(label="Samples", elem_id="samples", **shown)
-            sample_time = gradio.Textbox(label="Time", elem_id="sample_time", interactive=False)
+            _sample_tab(gradio, actions, seed, label)
         with gradio.Tab("Edit"):
-            tasks = ["inpaint", *(["colorize"] if channels == 3 else []), "superres"]
-            with gradio.Row():
-                task = gradio.Radio(tasks, value="inpaint", label="Task", elem_id="task", scale=3)
-                sides = [n for n in range(2, height + 1) if height % n == 0]
-                patch = gradio.Dropdown(sides, value=sides[0], label="Patch (superres)", scale=2)
-                outputs = gradio.Slider(1, 16, 4, step=1, label="Results", scale=2)
-            with gradio.Row():
-                photo = gradio.Image(
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard"],
-                    label="Image",
-                    elem_id="photo",
-                    height=SIDE + 100,
-                )
-                painter = gradio.HTML(
-                    BLANK,
-                    label="Paint what to inpaint",
-                    show_label=True,
-                    container=True,
-                    html_template=PAINTER_BODY,
-                    css_template=PAINTER_STYLE,
-                    js_on_load=PAINTER.read_text(),
-                    elem_id="painter",
-                )
-                edited = gradio.Image(label="Results", elem_id="edited", height=SIDE + 100, **shown)
-            change = gradio.Button("Edit", variant="primary", elem_id="edit")
-            edit_time = gradio.Textbox(label="Time", elem_id="edit_time", interactive=False)
-        draw.click(
-            told(actions.sample),
-            [count, steps, seed, label],
-            [samples, sample_time],
-            api_name="sample",
-        )
-        photo.change(told(actions.choose), photo, painter, api_name="choose")
-        change.click(
-            told(actions.edit),
-            [task, photo, painter, patch, outputs, seed, label],
-            [edited, edit_time],
-            api_name="edit",
-        )
+            _edit_tab(gradio, actions, seed, label)
     return blocks
+
+
+def _sample_tab(gradio: ModuleType, actions: Actions, seed: Any, label: Any) -> None:
+    with gradio.Row():
+        count = gradio.Slider(1, MOST_IMAGES, 16, step=1, label="Images")
+        steps = gradio.Slider(1, 40, 1, step=1, label="Steps")
+    draw = gradio.Button("Draw", variant="primary", elem_id="draw")
+    samples = gradio.Image(label="Samples", elem_id="samples", **SHOWN)
+    seconds = gradio.Textbox(label="Time", elem_id="sample_time", interactive=False)
+    draw.click(
+        _with_message(gradio, actions.sample),
+        [count, steps, seed, label],
+        [samples, seconds],
+        api_name="sample",
+    )
+
+
+def _edit_tab(gradio: ModuleType, actions: Actions, seed: Any, label: Any) -> None:
+    channels, height, _ = actions.model.shape
+    tasks = ["inpaint", *(["colorize"] if channels == 3 else []), "superres"]
+    with gradio.Row():
+        task = gradio.Radio(tasks, value="inpaint", label="Task", elem_id="task", scale=3)
+        sides = [n for n in range(2, height + 1) if height % n == 0]
+        patch = gradio.Dropdown(sides, value=sides[0], label="Patch (superres)", scale=2)
+        outputs = gradio.Slider(1, 16, 4, step=1, label="Results", scale=2)
+    with gradio.Row():
+        photo = gradio.Image(
+            type="filepath",
+            image_mode=None,
+            sources=["upload", "clipboard"],
+            label="Image",
+            elem_id="photo",
+            height=SIDE + 100,
+        )
+        painter = gradio.HTML(
+            BLANK,
+            label="Paint what to inpaint",
+            show_label=True,
+            container=True,
+            html_template=PAINTER_BODY,
+            css_template=PAINTER_STYLE,
+            js_on_load=PAINTER.read_text(),
+            elem_id="painter",
+        )
+        edited = gradio.Image(label="Results", elem_id="edited", height=SIDE + 100, **SHOWN)
+    change = gradio.Button("Edit", variant="primary", elem_id="edit")
+    seconds = gradio.Textbox(label="Time", elem_id="edit_time", interactive=False)
+    photo.change(_with_message(gradio, actions.choose), photo, painter, api_name="choose")
+    change.click(
+        _with_message(gradio, actions.edit),
+        [task, photo, painter, patch, outputs, seed, label],
+        [edited, seconds],
+        api_name="edit",
+    )
+
+
+def _with_message(gradio: ModuleType, action: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the action with its `UserError` shown on the page."""
+
+    def run(*values: Any) -> Any:
+        try:
+            return action(*values)
+        except UserError as error:
+            raise gradio.Error(str(error), print_exception=False) from error
+
+    return run

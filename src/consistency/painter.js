@@ -34,7 +34,7 @@ function hand_over() {
   props.value = { image: props.value.image, free: handed_over };
 }
 
-function place(event) {
+function position(event) {
   const box = canvas.getBoundingClientRect();
   return [
     ((event.clientX - box.left) / box.width) * canvas.width,
@@ -65,12 +65,12 @@ function paint(from, to) {
 
 canvas.onpointerdown = (event) => {
   canvas.setPointerCapture(event.pointerId);
-  last = place(event);
+  last = position(event);
   paint(last, last);
 };
 canvas.onpointermove = (event) => {
   if (!last) return;
-  const now = place(event);
+  const now = position(event);
   paint(last, now);
   last = now;
 };

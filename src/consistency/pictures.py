@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images and the curves of a run."""
+"""Grids of images, and the curves of a run."""
 
 import csv
 import math
@@ -22,7 +22,7 @@ MOST_COLUMNS = 16
 
 
 def grid(images: UInt8[Tensor, "n c h w"], columns: int) -> Image.Image:
-    """The images in rows of `columns`, small ones enlarged by whole factors so that a person can see their pixels."""
+    """Put images in rows of `columns`, small ones enlarged by whole factors so that their pixels are visible."""
     factor = max(1, LEGIBLE_SIDE // images.shape[-1])
     large = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     canvas = make_grid(large, nrow=columns, padding=GAP, pad_value=255)
@@ -30,7 +30,7 @@ def grid(images: UInt8[Tensor, "n c h w"], columns: int) -> Image.Image:
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Pictures next to each other, each under its caption."""
+    """Put pictures next to each other, each under its caption."""
     font = ImageFont.load_default(13)
     height = CAPTION + max(picture.height for _, picture in panels)
     width = sum(picture.width for _, picture in panels) + 4 * GAP * (len(panels) - 1)
@@ -44,21 +44,21 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 
 
 def animation(frames: UInt8[Tensor, "n f c h w"], file: Path, milliseconds: int = 120) -> None:
-    """A GIF that goes on for ever; each of the n sequences of f frames has its place in the grid."""
+    """Write an endless GIF: a grid of n sequences of f frames."""
     columns = columns_for(len(frames))
     sheets = [grid(images, columns) for images in frames.transpose(0, 1)]
     sheets[0].save(file, save_all=True, append_images=sheets[1:], duration=milliseconds, loop=0)
 
 
 def columns_for(count: int, num_classes: int | None = None) -> int:
-    """Columns of a grid: one a class where that fits on a page, else as many as make it about square."""
+    """Return the columns of a grid: one a class if they fit on a page, else those of a square."""
     if num_classes is not None and num_classes <= MOST_COLUMNS:
         return num_classes
     return max(1, math.ceil(math.sqrt(count)))
 
 
 def read_metrics(file: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """metrics.csv -> for every metric its steps and values."""
+    """Read metrics.csv: the steps and values of every metric."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
     with file.open(newline="") as rows:
         for row in csv.DictReader(rows):
@@ -71,7 +71,7 @@ def read_metrics(file: Path) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def draw_curves(file: Path, picture: Path) -> None:
-    """Draws loss, N(k), mu(k), learning rate and sample quality of a run's metrics.csv, those there are."""
+    """Draw loss, N(k), mu(k), learning rate and sample quality, as far as metrics.csv has them."""
     curves = read_metrics(file)
     panels = [
         ("loss", ["train/loss"]),
@@ -82,15 +82,15 @@ def draw_curves(file: Path, picture: Path) -> None:
         ("gradient norm", ["train/gradient_norm"]),
         ("Fréchet distance", [n for n in curves if n.startswith(("fid/", "frechet_"))]),
     ]
-    drawn = [(title, [n for n in names if n in curves]) for title, names in panels]
-    drawn = [(title, names) for title, names in drawn if names]
-    if not drawn:
+    known = [(title, [n for n in names if n in curves]) for title, names in panels]
+    shown = [(title, names) for title, names in known if names]
+    if not shown:
         return
-    rows = -(-len(drawn) // 2)
+    rows = -(-len(shown) // 2)
     figure = Figure(figsize=(11, 2.8 * rows), layout="constrained")
-    for axes in figure.subplots(rows, 2, squeeze=False).flat[len(drawn) :]:
+    for axes in figure.subplots(rows, 2, squeeze=False).flat[len(shown) :]:
         axes.set_visible(False)
-    for axes, (title, names) in zip(figure.axes, drawn, strict=False):
+    for axes, (title, names) in zip(figure.axes, shown, strict=False):
         for name in names:
             axes.plot(*curves[name], marker=".", markersize=3, linewidth=1, label=name)
         axes.set_title(title, fontsize=10)
@@ -103,7 +103,7 @@ def draw_curves(file: Path, picture: Path) -> None:
 
 
 def below_each_other(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Pictures in one column, each under its caption."""
+    """Put pictures in one column, each under its caption."""
     captioned = [side_by_side([panel]) for panel in panels]
     sheet = Image.new(
         "RGB", (max(p.width for p in captioned), sum(p.height for p in captioned)), "white"

@@ -304,3 +304,10 @@ def register_experiments(folder: Path = ROOT / "experiments") -> None:
             package="_global_",
             provider="experiments",
         )
+
+
+def register_samplers(folder: Path = ROOT / "conf" / "sampler") -> None:
+    """Make every file of conf/sampler an option of the list `samplers=`."""
+    for file in folder.glob("*.yaml"):
+        node = {"defaults": [{f"/sampler@{file.stem}": file.stem}]}
+        ConfigStore.instance().store(group="samplers", name=file.stem, node=node)

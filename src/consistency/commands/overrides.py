@@ -85,7 +85,8 @@ def spelled_out(argument: str) -> list[str]:
     if argument == "experiment=null":
         return []
     group, _, value = argument.partition("=")
-    folder = ROOT / "conf" / group.partition("@")[0]
+    choice = "sampler" if group == "samplers" else group.partition("@")[0]
+    folder = ROOT / "conf" / choice
     options = {file.stem for file in folder.glob("*.yaml")} if group else set()
     if options and "null" in value.split(","):
         expected = f"{group}= among {', '.join(sorted(options))}"

@@ -13,6 +13,17 @@ PATIENCE = 30.0
 """Seconds without an answer after which a download fails."""
 
 
+@contextmanager
+def timeout() -> Iterator[None]:
+    """Let connections in the body fail after `PATIENCE` seconds without an answer."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 def find_or_download(
     root: Path,
     find: Callable[[Path], Path | None],
@@ -31,18 +42,14 @@ def find_or_download(
     folder = find(root)
     reason = "no such file" if allowed else "no such file, and data.download=false"
     if folder is None and allowed:
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(PATIENCE)
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with locked(root / ".download.lock"):
+            with locked(root / ".download.lock"), timeout():
                 download(root)
             folder = find(root)
         except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
             last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
             reason = f"no such file, and the download failed ({last_line})"
-        finally:
-            socket.setdefaulttimeout(before)
     if folder is None:
         raise UserError(
             f"{needed} (data.path={root})",

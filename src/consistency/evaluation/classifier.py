@@ -1,4 +1,4 @@
-"""The small classifier whose features stand in for Inception's on images far too small for it."""
+"""A small classifier whose features replace Inception's for images far too small for that network."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from consistency.data.digits import Digits
 from consistency.data.source import Source
+from consistency.pixels import to_unit
 from consistency.randomness import generator
 
 FEATURES = 64
@@ -41,22 +42,22 @@ class SmallClassifier(nn.Module):
         self.head = nn.Linear(FEATURES, num_classes)
 
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
-        return self.trunk(images.float() / 127.5 - 1)
+        return self.trunk(to_unit(images))
 
     def features_and_logits(
         self, images: UInt8[Tensor, "b c h w"]
     ) -> tuple[Float[Tensor, "b f"], Float[Tensor, "b k"]]:
-        """Features and class scores."""
+        """Return features and logits."""
         features = self(images)
         return features, self.head(functional.silu(features))
 
     def logits(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        """Class scores."""
+        """Return the logits of the classes."""
         return self.features_and_logits(images)[1]
 
 
 def shifted(images: Tensor, draw: torch.Generator) -> Tensor:
-    """The batch moved by -1, 0 or 1 pixel in each direction, the border repeated."""
+    """Move a batch by -1, 0 or 1 pixel in each direction, and repeat the border."""
     padded = functional.pad(images.float(), (1, 1, 1, 1), mode="replicate").to(images.dtype)
     top, left = torch.randint(3, (2,), generator=draw).tolist()
     return padded[..., top : top + images.shape[-2], left : left + images.shape[-1]]
@@ -64,7 +65,7 @@ def shifted(images: Tensor, draw: torch.Generator) -> Tensor:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Lets torch compute on one thread inside."""
+    """Let torch compute the body on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -73,6 +74,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@one_thread()
 def train_classifier(
     source: Source,
     *,
@@ -82,16 +84,10 @@ def train_classifier(
     batch_size: int = 64,
     lr: float = 3e-3,
 ) -> SmallClassifier:
-    """The recipe: AdamW with a one-cycle rate on images shifted by up to a pixel; a function of its arguments, on one thread
-    because sums differ with the number of threads.
+    """Train by AdamW with a one-cycle rate on images shifted by up to a pixel.
+
+    The result is a function of the arguments: it computes on one thread, because sums differ with the number of threads.
     """
-    with one_thread():
-        return _train(source, num_classes, seed, epochs, batch_size, lr)
-
-
-def _train(
-    source: Source, num_classes: int, seed: int, epochs: int, batch_size: int, lr: float
-) -> SmallClassifier:
     images = torch.stack([source[i][0] for i in range(len(source))])
     labels = torch.tensor([source[i][1] for i in range(len(source))])
     with torch.random.fork_rng(devices=[]):
@@ -114,6 +110,6 @@ def _train(
 
 @cache
 def digits_classifier() -> tuple[SmallClassifier, int]:
-    """The classifier of the default data set, trained once a process (seconds), and the size of its images."""
+    """Return the classifier of the default data set, trained once a process in seconds, and the side of its images."""
     digits = Digits(split="train")
     return train_classifier(digits, num_classes=len(digits.class_names)), digits.images.shape[-1]

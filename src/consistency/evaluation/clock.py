@@ -1,4 +1,4 @@
-"""Where the time of a measurement goes."""
+"""The time that the parts of a measurement take."""
 
 import time
 from collections import defaultdict
@@ -10,7 +10,7 @@ import torch
 
 
 class Clock:
-    """Sums the seconds of what runs under a name. On a GPU it notes events in the stream, so that nothing waits."""
+    """Sums of seconds by name. On a GPU it records events in the stream and waits for nothing."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -18,7 +18,7 @@ class Clock:
 
     @contextmanager
     def running(self, name: str, device: torch.device) -> Iterator[None]:
-        """Counts what happens inside under `name`."""
+        """Count the body under `name`."""
         if device.type == "cuda":
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
@@ -34,7 +34,7 @@ class Clock:
     def timed(
         self, name: str, call: Callable[..., Any], device: torch.device
     ) -> Callable[..., Any]:
-        """The same function, counted under `name`."""
+        """Return the same function, counted under `name`."""
 
         def counted(*arguments: Any) -> Any:
             with self.running(name, device):
@@ -43,12 +43,12 @@ class Clock:
         return counted
 
     def read(self) -> dict[str, float]:
-        """Seconds by name since the start or the last reading, and `total` of all that passed."""
+        """Return the seconds since the start or the last reading, by name and in `total`."""
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        found = {name: sum(span() for span in spans) for name, spans in self._spans.items()}
-        found["total"] = now - self._start
+        seconds = {name: sum(span() for span in spans) for name, spans in self._spans.items()}
+        seconds["total"] = now - self._start
         self._spans.clear()
         self._start = now
-        return found
+        return seconds

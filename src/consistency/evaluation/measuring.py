@@ -1,15 +1,14 @@
-"""Measures of samples against a reference, exact in their number and the same on any number of ranks.
+"""Metrics of samples against a reference, of exactly the requested samples and the same on any number of ranks.
 
-FID by torchmetrics; inception score, KID, precision and recall by torch-fidelity, on the features that torchmetrics brings
-together from all ranks, in the order of the samples' numbers: these measures draw subsets by position.
+FID by torchmetrics; inception score, KID, precision and recall by torch-fidelity, on the features of all ranks in the order
+of the samples' numbers, because these metrics draw subsets by position.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from jaxtyping import UInt8
 from torch import Tensor, nn
 from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -31,34 +30,29 @@ from consistency.evaluation.extractors import (
     small_classifier,
 )
 from consistency.evaluation.reference import Reference, read_reference, reference_of
-from consistency.generation import generate
-from consistency.inference.card import ModelCard
+from consistency.inference.generate import Numbered
 from consistency.paths import path_of
-from consistency.runtime.ranks import batches, gathered, print_once, rank_and_size
-from consistency.samplers import Sampler
-from consistency.tensors import Denoise, sent
+from consistency.runtime.ranks import gathered, print_once, rank_and_size
+from consistency.tensors import sent
 
 NEIGHBOURHOOD = 3
 """k of precision and recall [Kynkäänniemi et al. 2019, arXiv:1904.06991]."""
 
 FEWEST = 10
-"""Samples, and references with features, that can be measured: as many as the inception score has parts."""
+"""Smallest number of samples, and of features of a reference: the parts of the inception score."""
 
 QUANTISATION = "uint8, round(127.5 x + 127.5) of x clamped to [-1, 1]"
 
-Numbered: TypeAlias = tuple[Sequence[int], UInt8[Tensor, "_b _c _h _w"]]
-"""Numbers of some samples, and the samples."""
-
 
 class FrechetDistance(FrechetInceptionDistance):
-    """torchmetrics' FID of features, between samples and a reference whose moments are known; its sums are float64."""
+    """torchmetrics' FID between the features of samples and the moments of a reference, summed in float64."""
 
     def __init__(self, reference: Reference) -> None:
-        given = nn.Identity()
-        given.num_features = len(reference.mu)  # type: ignore[assignment]
-        super().__init__(feature=given)
+        features = nn.Identity()
+        features.num_features = len(reference.mu)  # type: ignore[assignment]
+        super().__init__(feature=features)
         if rank_and_size()[0] == 0:  # states are summed over ranks
-            # Where a file does not say how many images its moments are of, any number gives them back.
+            # With an unknown number of images, any number gives the moments back.
             count = reference.count or 2
             mu, sigma = reference.mu, reference.sigma
             self.real_features_sum += count * mu
@@ -66,8 +60,8 @@ class FrechetDistance(FrechetInceptionDistance):
             self.real_features_num_samples += count
 
 
-class Gathered(Metric):
-    """Features, class scores and numbers of all samples of all ranks, in the order of the numbers."""
+class GatheredFeatures(Metric):
+    """Features and logits of the samples of all ranks, in the order of their numbers."""
 
     full_state_update = False
     numbers: list[Tensor]
@@ -80,20 +74,20 @@ class Gathered(Metric):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, numbers: Tensor, features: Tensor, logits: Tensor) -> None:
-        """Adds some samples."""
+        """Add a batch."""
         self.numbers.append(numbers)
         self.features.append(features)
         self.logits.append(logits)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Numbers, features and class scores."""
+        """Return numbers, features and logits."""
         numbers = dim_zero_cat(self.numbers)
         order = numbers.argsort()
         return numbers[order], dim_zero_cat(self.features)[order], dim_zero_cat(self.logits)[order]
 
 
 class Measure:
-    """Measures samples with an extractor against a reference. Under several ranks each gives its share, and all call."""
+    """The metrics of samples in the features of an extractor, against a reference."""
 
     def __init__(self, extractor: Extractor, reference: Reference) -> None:
         self.extractor, self.reference = extractor, reference
@@ -102,21 +96,22 @@ class Measure:
     def __call__(
         self, samples: Iterable[Numbered], count: int, only: str | None = None
     ) -> dict[str, float]:
-        """The measures, by name, of samples number 0 ... count-1, each of which one rank gives, once.
+        """Return the metrics, by name, of samples number 0 ... count-1. Collective: each sample comes from one rank.
 
-        only: one of frechet, class_score, kernel, precision, recall, where the others are not worth their time.
+        Metrics that need features of the reference or logits are left out if these are missing. Raises `UserError` on every
+        rank if the samples are not exactly those.
 
-        What a reference without features or an extractor without classes cannot give is left out. Raises `UserError` where
-        the samples are not exactly those, on every rank alike.
+        only: one of frechet, class_score, kernel, precision, recall, to save the time of the others.
         """
         require(
             count >= max(FEWEST, rank_and_size()[1]),
             f"at least {FEWEST} samples to measure, and one a process",
             count,
-            "ask for more",
+            "give a larger number",
         )
         device, summing = self.extractor.device, self.extractor.summing
-        frechet, everything = FrechetDistance(self.reference).to(summing), Gathered().to(summing)
+        frechet = FrechetDistance(self.reference).to(summing)
+        gathered_features = GatheredFeatures().to(summing)
         with torch.inference_mode():
             for numbers, images in samples:
                 with self.clock.running("extractor", device):
@@ -124,45 +119,46 @@ class Measure:
                 features = features.to(summing)
                 frechet.update(features.double(), real=False)
                 scores = features.new_empty(len(features), 0) if logits is None else logits
-                everything.update(
-                    sent(torch.tensor(numbers), summing), features, scores.to(summing)
-                )
-            order, features, scores = everything.compute()
+                order = sent(torch.tensor(numbers), summing)
+                gathered_features.update(order, features, scores.to(summing))
+            order, features, logits = gathered_features.compute()
             require(
                 order.tolist() == list(range(count)),
                 f"samples number 0 to {count - 1}, each once",
                 f"{len(order)} samples with {len(order.unique())} numbers",
                 "this is a mistake of the program: please report it",
             )
-            found: dict[str, float] = {}
-            if only in (None, "frechet"):
-                found["frechet"] = float(frechet.compute())
-            if only in (None, "class_score") and scores.shape[1]:
-                found |= class_score(scores)
-            kept = self.reference.features
-            if kept is not None and len(kept) >= FEWEST:
-                if only in (None, "kernel"):
-                    found |= kernel_distance(features, kept.to(summing))
-                if only in (None, "precision", "recall"):
-                    found |= precision_recall(features, kept.to(summing))
-        return {self.extractor.named(name): value for name, value in found.items()}
+            values = {"frechet": float(frechet.compute())} if only in (None, "frechet") else {}
+            values |= self._of_features(features, logits, only)
+        return {self.extractor.named(name): value for name, value in values.items()}
 
-    def count(self, asked: int | None) -> int:
-        """How many samples to measure: as many as asked for, or as the reference has images."""
-        found = asked or self.reference.count
-        require(
-            found is not None,
-            "num_samples, where the reference does not say how many images it has",
-            asked,
-            "give a number",
-        )
-        assert found is not None
-        return found
+    def _of_features(self, features: Tensor, logits: Tensor, only: str | None) -> dict[str, float]:
+        values: dict[str, float] = {}
+        if only in (None, "class_score") and logits.shape[1]:
+            values |= class_score(logits)
+        reference = self.reference.features
+        if reference is not None and len(reference) >= FEWEST:
+            if only in (None, "kernel"):
+                values |= kernel_distance(features, reference.to(features.device))
+            if only in (None, "precision", "recall"):
+                values |= precision_recall(features, reference.to(features.device))
+        return values
+
+    def count(self, num_samples: int | None) -> int:
+        """Return num_samples; None stands for the number of images of the reference."""
+        count = num_samples or self.reference.count
+        if count is None:
+            raise UserError(
+                "num_samples, because the reference does not record its number of images",
+                num_samples,
+                "give a number",
+            )
+        return count
 
     def protocol(self, count: int) -> dict[str, Any]:
-        """All that the numbers of `count` samples depend on but the samples themselves."""
-        kept = self.reference.features
-        subset = None if kept is None else _subset(count, len(kept))
+        """Return all that the metrics of `count` samples depend on beside the samples."""
+        features = self.reference.features
+        subset = None if features is None else _subset(count, len(features))
         return {
             **self.reference.protocol,
             "quantisation": QUANTISATION,
@@ -175,7 +171,7 @@ class Measure:
 
 
 def class_score(logits: Tensor) -> dict[str, float]:
-    """Mean of the inception score over torch-fidelity's parts of the samples, and its deviation."""
+    """Return mean and deviation of the inception score over torch-fidelity's parts of the samples."""
     found = isc_features_to_metric(logits.cpu(), DEFAULTS["isc_splits"], True, DEFAULTS["rng_seed"])
     return {
         "class_score": found["inception_score_mean"],
@@ -184,7 +180,7 @@ def class_score(logits: Tensor) -> dict[str, float]:
 
 
 def kernel_distance(samples: Tensor, reference: Tensor) -> dict[str, float]:
-    """Mean of the kernel distance over torch-fidelity's subsets, and its deviation."""
+    """Return mean and deviation of the kernel distance over torch-fidelity's subsets."""
     found = kid_features_to_metric(
         samples, reference, kid_subset_size=_subset(len(samples), len(reference)), verbose=False
     )
@@ -199,54 +195,23 @@ def _subset(samples: int, reference: int) -> int:
 
 
 def precision_recall(samples: Tensor, reference: Tensor) -> dict[str, float]:
-    """Share of samples inside the reference's neighbourhoods, and of references inside the samples'."""
+    """Return the share of samples inside the reference's neighbourhoods, and of the reference inside the samples'."""
     precision, recall = calculate_precision_recall_part(
         samples, reference, NEIGHBOURHOOD, DEFAULTS["prc_batch_size"]
     )
     return {"precision": precision, "recall": recall}
 
 
-def drawn(
-    denoise: Denoise,
-    sampler: Sampler,
-    card: ModelCard,
-    *,
-    count: int,
-    labels: object,
-    seed: int,
-    batch_size: int,
-    device: torch.device,
-) -> Iterator[Numbered]:
-    """This rank's share of `count` samples, with their numbers, a batch at a time.
-
-    labels: as `ModelCard.labels` takes them.
-    """
-    for numbers in batches(count, batch_size):
-        (images,) = generate(
-            denoise,
-            sampler,
-            indices=numbers,
-            labels=card.labels(labels, seed, numbers),
-            shape=card.shape,
-            seed=seed,
-            batch_size=len(numbers),
-            device=device,
-        )
-        yield numbers, images
-
-
-# ------------------------------------------------------------------------ from settings
-
-
 @dataclass(frozen=True)
 class Settings:
-    """What a measurement is made with.
+    """The options of a measurement.
 
-    extractor: `consistency.evaluation.extractors.extractor_of` says what may stand there. reference: the images or
-    statistics that samples are compared with: train, held_out, a file of statistics, or None for the training images,
-    as published; an extractor that was trained on these takes the held-out ones. reference_features: images of the
-    reference whose features are kept for KID, precision and recall. cache: folder of computed references, None for one
-    in the person's cache.
+    extractor: a name or file that `extractor_of` takes.
+    reference: train, held_out or a file of statistics; None for the training images, as published, or the held-out ones
+        if the extractor was trained on the training images.
+    reference_features: number of images of the reference whose features KID, precision and recall use.
+    cache: folder of computed references; None for one in the user's cache.
+    batch_size: images that a device measures at once.
     """
 
     extractor: str
@@ -263,31 +228,29 @@ class Settings:
         held_out: Callable[[], Source] | None,
         num_workers: int,
     ) -> Measure:
-        """The measure of a data set. All ranks call."""
+        """Return the measure against a data set. Collective."""
         require(
             self.reference_features >= FEWEST,
             f"evaluation.reference_features >= {FEWEST}",
             self.reference_features,
-            "give more",
+            "give a larger number",
         )
         extractor = available(self.extractor).to(device)
-        images = {"train": train, "held_out": held_out}
-        own = "held_out" if extractor.unseen and held_out is not None else "train"
+        own = "held_out" if extractor.trained_on_train_set and held_out is not None else "train"
         chosen = self.reference or own
-        if chosen not in images:
+        if chosen not in ("train", "held_out"):
             return Measure(extractor, read_reference(path_of(chosen), extractor))
-        builder = images[chosen]
-        require(
-            builder is not None,
-            "a data set with held-out images for evaluation.reference=held_out",
-            "one without",
-            "say evaluation.reference=train",
-        )
-        assert builder is not None
+        builder = train if chosen == "train" else held_out
+        if builder is None:
+            raise UserError(
+                "a data set with held-out images for evaluation.reference=held_out",
+                "one without",
+                "say evaluation.reference=train",
+            )
         reference = reference_of(
             builder(),
             extractor,
-            described={"set": chosen},
+            name=chosen,
             most_features=self.reference_features,
             cache=path_of(self.cache) if self.cache else caches.own() / "references",
             batch_size=self.batch_size,
@@ -297,17 +260,18 @@ class Settings:
 
 
 def available(name: str) -> Extractor:
-    """The extractor of that name, the same on every rank; where Inception's weights cannot be had, the small classifier,
-    and one line about it.
+    """Return the extractor of that name, the same on every rank. Collective.
+
+    Prints one line and returns the small classifier if the weights of Inception are not available.
     """
-    if name == INCEPTION and (reason := _missing_somewhere()):
+    if name == INCEPTION and (reason := _missing_on_any_rank()):
         print_once(f"No FID: {reason}. Going on with the features of the small classifier.")
         extractor = small_classifier()
     else:
         extractor = extractor_of(name)
-    same = gathered(extractor.protocol)
+    protocols = gathered(extractor.protocol)
     require(
-        all(other == same[0] for other in same),
+        all(other == protocols[0] for other in protocols),
         f"the same extractor {name} on all processes",
         "other weights on some",
         "put the same file on all machines",
@@ -315,15 +279,14 @@ def available(name: str) -> Extractor:
     return extractor
 
 
-def _missing_somewhere() -> str | None:
-    """Why Inception's weights cannot be had, in one line, None where every rank has them. The first rank fetches them for
-    all that share its disk.
-    """
+def _missing_on_any_rank() -> str | None:
+    # Rank 0 downloads the weights first, for all ranks that share its disk.
     first = gathered(_missing() if rank_and_size()[0] == 0 else None)[0]
     return next(filter(None, gathered(first or _missing())), None)
 
 
 def _missing() -> str | None:
+    """Return in one line why the weights of Inception are not available, or None."""
     try:
         inception_weights()
     except UserError as error:

@@ -1,13 +1,13 @@
-"""What samples are compared with: mean and covariance of a data set's features, and features themselves.
+"""What samples are compared with: mean and covariance of the features of a data set, and features.
 
-Computed once for a data set, resolution and extractor and kept in a file; read from files of other programs; written for
-them. Each file of ours says what its numbers depend on, and is refused where that is not what is asked for.
+A reference is computed once for a data set, resolution and extractor and kept in a file, or read from a file of another
+program. Our files record what their numbers depend on, and are refused for anything else.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,22 @@ from consistency.data.module import WholeBatches
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION, Extractor
+from consistency.inference.generate import Numbered
+from consistency.runtime.files import fingerprint, written_whole
 from consistency.runtime.ranks import batches, gathered, print_once, rank_and_size
 from consistency.tensors import sent
 
 PIXELS = 10_000
-"""Images whose pixels enter the key of a data set; all that it knows of its files enter beside."""
+"""Images whose pixels enter the key of a data set, beside the stamps of all its files."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """mu, sigma: mean and unbiased covariance of the features, float64; count: images they are of, None where a file does
-    not say. features: of some of the images, in order, for the measures that need them; None where there are none.
+    """Statistics of the features of images.
+
+    mu, sigma: mean and unbiased covariance, float64.
+    count: number of images they were computed from; None if unknown.
+    features: of some of the images, in order; None if unknown.
     protocol: what the numbers depend on.
     """
 
@@ -46,38 +51,58 @@ class Reference:
     protocol: dict[str, Any]
 
     def write(self, path: Path) -> None:
-        """As .npz: mu and sigma where NVlabs' and guided-diffusion's programs look for them, ours beside them."""
+        """Write an .npz with mu and sigma as NVlabs' and guided-diffusion's programs read them."""
         arrays = {"mu": self.mu.numpy(), "sigma": self.sigma.numpy()}
         if self.features is not None:
             arrays["features"] = self.features.numpy()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        with unfinished.open("wb") as file:
-            text = json.dumps({"count": self.count, **self.protocol})
+        text = json.dumps({"count": self.count, **self.protocol})
+        with written_whole(path) as file:
             np.savez(file, allow_pickle=False, protocol=np.array(text), **arrays)
-        unfinished.replace(path)
 
 
 def read_reference(path: Path, extractor: Extractor) -> Reference:
-    """Reads what `Reference.write`, NVlabs' or guided-diffusion's programs wrote.
+    """Read a file of `Reference.write`, NVlabs' or guided-diffusion's programs.
 
-    The latter two do not say what they measured with: they are taken to be of the published Inception, and images in the
-    file (guided-diffusion's arr_0) serve the measures that need features. Raises `UserError` where the file is of another
-    extractor or nothing of the kind.
+    The latter two record no extractor and are taken to be of the published Inception; images in the file
+    (guided-diffusion's arr_0) serve the metrics that need features. Raises `UserError` for a file of another extractor.
     """
+    arrays = _read_arrays(path)
+    mu, sigma = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in ("mu", "sigma"))
+    protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {}
+    count = protocol.pop("count", None)
+    if protocol:
+        require_same(protocol, extractor.protocol, path)
+    else:
+        protocol = {**extractor.protocol, "reference": _foreign(path, arrays, extractor)}
+    features = None
+    if "features" in arrays:
+        features = torch.from_numpy(arrays["features"])
+    elif "arr_0" in arrays and arrays["arr_0"].ndim == 4:
+        features = features_of(torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2), extractor)
+    require(
+        features is None or features.shape[1:] == mu.shape,
+        f"features of {len(mu)} numbers, as mu has, in {path}",
+        "none" if features is None else tuple(features.shape),
+        "choose the evaluation.extractor that the file was made with",
+    )
+    return Reference(mu, sigma, count, features, protocol)
+
+
+def _read_arrays(path: Path) -> dict[str, Any]:
+    """Read the arrays of an .npz with finite mu and sigma."""
     require(
         path.is_file(),
         f"reference statistics at {path}, an .npz",
-        "nothing there",
-        "check the path, or leave evaluation.reference to the data set",
+        "no such file",
+        "check the path, or leave evaluation.reference out",
     )
-    arrays, reason = {}, "arrays"
+    arrays: dict[str, Any] = {}
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        reason = f"arrays {', '.join(arrays)}"
+        got = f"arrays {', '.join(arrays)}"
     except Exception as error:  # damaged and foreign files fail in any way
-        reason = str(error)[:200]
+        got = str(error)[:200]
     mu, sigma = arrays.get("mu"), arrays.get("sigma")
     square = (
         mu is not None
@@ -89,31 +114,14 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
     require(
         bool(square),
         f"an .npz with mu (f,) and sigma (f, f), finite, at {path}",
-        reason,
+        got,
         "take a reference file of NVlabs, guided-diffusion or this program",
     )
-    assert mu is not None and sigma is not None
-    said = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {}
-    count, features = said.pop("count", None), arrays.get("features")
-    if said:
-        require_same(said, extractor.protocol, path)
-    else:
-        said = {**extractor.protocol, "reference": _foreign(path, arrays, extractor)}
-    found = None if features is None else torch.from_numpy(features)
-    if found is None and arrays.get("arr_0") is not None and arrays["arr_0"].ndim == 4:
-        found = features_of(torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2), extractor)
-    require(
-        found is None or found.shape[1:] == mu.shape,
-        f"features of {len(mu)} numbers, as mu has, in {path}",
-        f"{tuple(() if found is None else found.shape)}",
-        "choose the evaluation.extractor that the file was made with",
-    )
-    first, second = (torch.from_numpy(np.asarray(a, np.float64)) for a in (mu, sigma))
-    return Reference(first, second, count, found, said)
+    return arrays
 
 
 def _foreign(path: Path, arrays: dict[str, Any], extractor: Extractor) -> dict[str, Any]:
-    """What can be known of a file that another program wrote, and one line about it."""
+    """Return the protocol of a file of another program, and print a line about it."""
     require(
         extractor.name == INCEPTION and len(arrays["mu"]) == 2048,
         f"the 2048 features of Inception for {path}, which another program wrote",
@@ -124,33 +132,30 @@ def _foreign(path: Path, arrays: dict[str, Any], extractor: Extractor) -> dict[s
     print_once(
         f"{path.name}: from another program, taken to be of the published Inception{spatial}"
     )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"file": path.name, "sha256": digest, "features": len(arrays.get("arr_0", ()))}
+    features = len(arrays.get("arr_0", ()))
+    return {"file": path.name, "sha256": fingerprint(path), "features": features}
 
 
-def require_same(said: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """Refuses a reference that was measured in another way."""
-    other = sorted(name for name in wanted if said.get(name) != wanted[name])
+def require_same(protocol: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    """Refuse a reference that was measured in another way."""
+    other = sorted(name for name in wanted if protocol.get(name) != wanted[name])
     require(
         not other,
         f"a reference with {', '.join(f'{n}={wanted[n]}' for n in other)}",
-        f"{path} with {', '.join(f'{n}={said.get(n)}' for n in other)}",
+        f"{path} with {', '.join(f'{n}={protocol.get(n)}' for n in other)}",
         "measure with the extractor of the reference, or name another evaluation.reference",
     )
 
 
 def features_of(images: UInt8[Tensor, "n c h w"], extractor: Extractor) -> Float[Tensor, "n f"]:
-    """Features of images in memory."""
+    """Return the features of images in memory."""
     with torch.inference_mode():
         parts = [extractor(part.to(extractor.device)).features.cpu() for part in images.split(64)]
     return torch.cat(parts)
 
 
-# ------------------------------------------------------------------------ of a data set
-
-
 class Moments(Metric):
-    """Sum and sum of outer products of features, in float64, and the features of some images, over all ranks."""
+    """Sum and outer products of features over all ranks, in float64, and the features of some images."""
 
     full_state_update = False
     total: Tensor
@@ -168,7 +173,7 @@ class Moments(Metric):
         self.add_state("numbers", default=[], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, numbers: Tensor, kept: Tensor) -> None:
-        """Adds features of images number `numbers`; those that are `kept` stay."""
+        """Add a batch; kept: the rows whose features are stored."""
         double = features.double()
         self.total += double.sum(0)
         self.outer += double.T @ double
@@ -177,7 +182,7 @@ class Moments(Metric):
         self.numbers.append(numbers[kept])
 
     def compute(self) -> tuple[Tensor, Tensor, int, Tensor]:
-        """Mean, unbiased covariance, count, and the features that were kept in their order."""
+        """Return mean, unbiased covariance, count, and the stored features in the order of their numbers."""
         count, mu = int(self.count), self.total / self.count
         sigma = (self.outer - count * torch.outer(mu, mu)) / (count - 1)
         order = dim_zero_cat(self.numbers).argsort()
@@ -188,18 +193,18 @@ def reference_of(
     source: Source,
     extractor: Extractor,
     *,
-    described: dict[str, Any],
+    name: str,
     most_features: int,
     cache: Path,
     batch_size: int,
     num_workers: int,
 ) -> Reference:
-    """The reference of a data set, from `cache` where it is there, else computed by all ranks together and left there.
+    """Return the reference of a data set, from `cache` or computed by all ranks and written there. Collective.
 
-    described: what its protocol says of the images; most_features: images, evenly spread, whose features are kept.
+    name: train or held_out, for the protocol.
+    most_features: number of images, evenly spread, whose features are stored.
     """
-    count, shape = len(source), tuple(source[0][0].shape)
-    fewest = max(2, rank_and_size()[1])
+    count, fewest = len(source), max(2, rank_and_size()[1])
     require(
         count >= fewest,
         f"a reference of at least {fewest} images, one a process",
@@ -207,46 +212,50 @@ def reference_of(
         "add images",
     )
     kept = spread(count, most_features)
-    reference = {**described, "shape": list(shape), "images": count, "features": len(kept),
-                 "content": content_key(source)}  # fmt: skip
-    protocol = {**extractor.protocol, "reference": reference}
+    described = {"set": name, "shape": list(source[0][0].shape), "images": count}
+    described |= {"features": len(kept), "content": content_key(source)}
+    protocol = {**extractor.protocol, "reference": described}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
     path = cache / f"{key[:32]}.npz"
-    if all(gathered(os.path.isfile(path))):  # False also where the folder may not be read
-        found = read_reference(path, extractor)
-        require_same(found.protocol, protocol, path)
-        return found
-    device, summing = extractor.device, extractor.summing
-    moments, chosen = None, set(kept)
-    with torch.inference_mode():
-        for numbers, images in images_of(source, batch_size, num_workers, "Reference"):
-            features = extractor(sent(images, device)).features.to(summing)
-            moments = moments or Moments(features.shape[1]).to(summing)
-            flags = torch.tensor([number in chosen for number in numbers])
-            moments.update(features, sent(torch.tensor(numbers), summing), sent(flags, summing))
-        assert moments is not None
-        mu, sigma, total, features = moments.compute()
+    if all(gathered(os.path.isfile(path))):  # False also for a folder that may not be read
+        reference = read_reference(path, extractor)
+        require_same(reference.protocol, protocol, path)
+        return reference
+    images = images_of(source, batch_size, num_workers, "Reference")
+    mu, sigma, total, features = _moments(images, extractor, set(kept))
     assert total == count and len(features) == len(kept)
-    found = Reference(mu, sigma, count, features, protocol)
+    reference = Reference(mu, sigma, count, features, protocol)
     if rank_and_size()[0] == 0:
         try:
-            found.write(path)
+            reference.write(path)
             print_once(f"Reference of {count:,} images kept in {path}")
         except OSError as error:
             print_once(f"Reference of {count:,} images, not kept for the next time: {error}")
-    return found
+    return reference
+
+
+def _moments(
+    images: Iterator[Numbered], extractor: Extractor, kept: set[int]
+) -> tuple[Tensor, Tensor, int, Tensor]:
+    moments, summing = None, extractor.summing
+    with torch.inference_mode():
+        for numbers, batch in images:
+            features = extractor(sent(batch, extractor.device)).features.to(summing)
+            moments = moments or Moments(features.shape[1]).to(summing)
+            flags = torch.tensor([number in kept for number in numbers])
+            moments.update(features, sent(torch.tensor(numbers), summing), sent(flags, summing))
+        assert moments is not None
+        return moments.compute()
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most `most` of the numbers below `count`, evenly spread."""
+    """Return at most `most` of the numbers below `count`, evenly spread."""
     most = min(count, most)
     return [i * count // most for i in range(most)]
 
 
-def images_of(
-    source: Source, batch_size: int, num_workers: int, title: str
-) -> Iterator[tuple[Sequence[int], UInt8[Tensor, "_b c h w"]]]:
-    """This rank's share of a source: (numbers, images)."""
+def images_of(source: Source, batch_size: int, num_workers: int, title: str) -> Iterator[Numbered]:
+    """Yield this rank's share of a source."""
     parts = batches(len(source), batch_size)
     loader = DataLoader(
         WholeBatches(source),
@@ -260,19 +269,18 @@ def images_of(
 
 
 def content_key(source: Source) -> str:
-    """A digest of what a data set holds: the pixels of up to 10,000 images, evenly spread, and what the source knows of
-    every image's file. All ranks share the work; the result does not depend on their number.
+    """Return a digest of a data set, the same for any number of ranks. Collective.
+
+    It covers the pixels of up to `PIXELS` images, evenly spread, and the source's stamp of every image's file.
     """
     rank, ranks = rank_and_size()
-    pixels = spread(len(source), PIXELS)
-    own = {i: hashlib.sha256(source[i][0].numpy().tobytes()).digest() for i in pixels[rank::ranks]}
-    found: dict[int, bytes] = {}
-    for part in gathered(own):
-        found |= part
+    numbers = spread(len(source), PIXELS)
+    own = {i: hashlib.sha256(source[i][0].numpy().tobytes()).digest() for i in numbers[rank::ranks]}
+    digests = {number: digest for part in gathered(own) for number, digest in part.items()}
     whole = hashlib.sha256(str(len(source)).encode())
-    for number in pixels:
-        whole.update(found[number])
-    for number in range(len(source)):
-        if stamp := source.stamp(number):
-            whole.update(hashlib.sha256(stamp).digest())
+    for number in numbers:
+        whole.update(digests[number])
+    stamp: Any = getattr(source, "stamp", None)
+    for number in range(len(source) if stamp else 0):
+        whole.update(hashlib.sha256(stamp(number)).digest())
     return whole.hexdigest()

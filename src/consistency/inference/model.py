@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,10 +10,10 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from consistency.denoiser import Denoiser
-from consistency.editing import Pairing, Start, grid_times
+from consistency.editing import Pairing, Start, edit, grid_times
 from consistency.errors import require
-from consistency.generation import edits, generate
 from consistency.inference.card import ModelCard
+from consistency.inference.generate import Request, edits, samples
 from consistency.pixels import to_uint8, to_unit
 from consistency.randomness import generator
 from consistency.samplers import Sampler
@@ -77,17 +78,10 @@ class Model:
         sampler: one of `consistency.samplers` with its settings; None takes that of the card.
         """
         require(count >= 1, "at least one image", count, "ask for more")
-        batches = generate(
-            self,
-            sampler or self.card.sampler(steps),
-            indices=range(count),
-            labels=self.card.labels(labels, seed, range(count)),
-            shape=self.shape,
-            seed=seed,
-            batch_size=batch_size,
-            device=self.device,
+        request = Request(
+            denoise=self, card=self.card, labels=labels, seed=seed, device=self.device
         )
-        return torch.cat(list(batches)).cpu()
+        return samples(request, sampler or self.card.sampler(steps), count, batch_size)
 
     def edit(
         self,
@@ -110,18 +104,16 @@ class Model:
         shape = tuple(images.shape[1:])
         require(shape == self.shape, f"images of shape {self.shape}", shape, "resize them first")
         grid = self.card.process.grid
-        x_0 = edits(
-            self,
-            pairing(self.shape, generator(seed, "edit")),
-            to_unit(images),
-            outputs=outputs,
-            labels=self.card.edit_labels(labels, seed, len(images), outputs),
+        loop = partial(
+            edit,
+            task=pairing(self.shape, generator(seed, "edit")),
             times=grid_times(grid) if times is None else times,
             t_min=grid.t_min,
             start=start,
             clip=True,
-            seed=seed,
-            batch_size=batch_size,
-            device=self.device,
         )
-        return to_uint8(torch.cat(list(x_0))).unflatten(0, (len(images), outputs))
+        request = Request(
+            denoise=self, card=self.card, labels=labels, seed=seed, device=self.device
+        )
+        x_0 = edits(request, loop, to_unit(images), outputs=outputs, batch_size=batch_size)
+        return to_uint8(x_0).unflatten(0, (len(images), outputs))

@@ -8,27 +8,36 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION
-from consistency.evaluation.measuring import Measure, Numbered, Settings, drawn
+from consistency.evaluation.measuring import Measure, Settings
 from consistency.evaluation.reference import images_of
+from consistency.inference.generate import Numbered, Request, generate
 from consistency.randomness import generator
+from consistency.runtime.files import write_text
 from consistency.runtime.ranks import batches
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
 from consistency.training.io_errors import tolerate_write_errors
 from consistency.training.module import ConsistencyModule
 
+Values = dict[str, dict[str, float]]
+"""Values by metric, by sampler and weights."""
+
 
 class Evaluation(Periodic):
-    """Measures samples of each sampler and each set of weights every n steps, and over several seeds at the end, where it
-    writes `evaluation.json`; beside the numbers of the training images and of noise where the reference is held out.
+    """Measures samples of each sampler and each set of weights every n steps, and at the end for evaluation.json.
 
-    samplers: by name; weights: the sets that samples are drawn with. A metric is called <measure>/<sampler>/<weights>, and
-    the Fréchet distance of the first ones is `monitor`. num_samples: None for as many as the reference has images.
-    batch_size: samples that a device draws and measures at once. seeds: sampling seeds, the first on the way, the mean over all
-    at the end. The rest: `consistency.evaluation.measuring.Settings`. All ranks draw and all compute.
+    A metric is called <metric>/<sampler>/<weights>. If the reference is held out, the final results have those of the
+    training images and of noise beside them.
+
+    folder: for evaluation.json.
+    samplers: by name.
+    weights: sets of weights that samples are drawn with.
+    num_samples: None for as many as the reference has images.
+    batch_size: samples that a device draws and measures at once.
+    seeds: sampling seeds: the first one during the run, the mean over all at the end.
+    extractor, reference, reference_features, cache: see `consistency.evaluation.measuring.Settings`.
     """
 
     def __init__(
@@ -52,18 +61,12 @@ class Evaluation(Periodic):
         self.file = Path(folder) / "evaluation.json"
         self.samplers, self.weights, self.seeds = samplers, list(weights), list(seeds)
         self.num_samples, self.batch_size = num_samples, batch_size
-        self.settings = Settings(
-            extractor=extractor,
-            reference=reference,
-            reference_features=reference_features,
-            cache=cache,
-            batch_size=batch_size,
-        )
-        self.report: dict[str, dict[str, float]] = {}
+        self.settings = Settings(extractor, reference, reference_features, cache, batch_size)
+        self.report: Values = {}
 
     @property
     def monitor(self) -> str:
-        """The metric that decides which checkpoint is best."""
+        """The metric that decides which checkpoint is best: the Fréchet distance of the first sampler and weights."""
         extractor = self.measure.extractor
         return f"{extractor.named('frechet')}/{next(iter(self.samplers))}/{self.weights[0]}"
 
@@ -80,14 +83,14 @@ class Evaluation(Periodic):
         self.count = self.measure.count(self.num_samples)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Tells now, not at the first picture, where there are no such weights."""
+        """Refuse unknown weights before the first step."""
         assert isinstance(module, ConsistencyModule)
         for weights in self.weights:
             with module.sampling_denoiser(weights):
                 pass
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Measures with the first seed; the end of the run has a measurement of its own."""
+        """Measure with the first seed; the end of the run has a measurement of its own."""
         if trainer.global_step < trainer.max_steps:
             self._measure_all(module, self.seeds[:1])
 
@@ -95,25 +98,24 @@ class Evaluation(Periodic):
         assert isinstance(module, ConsistencyModule)
         self.report = self._bounds(module) | self._measure_all(module, self.seeds)
         if trainer.is_global_zero:
-            text = {
+            content = {
                 "protocol": self.measure.protocol(self.count),
                 "seeds": self.seeds,
                 "k": module.k,
                 "results": self.report,
             }
             with tolerate_write_errors(str(self.file)):
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                self.file.write_text(json.dumps(text, indent=2) + "\n")
+                write_text(self.file, json.dumps(content, indent=2) + "\n")
 
     def table(self) -> str:
-        """The final numbers as text."""
-        extractor = self.measure.extractor
+        """Return the final values as text."""
+        extractor, reference = self.measure.extractor, self.measure.reference
         names = list(next(iter(self.report.values())))
         shown = [name for name in names if "_std" not in name]
-        whose = (
-            "" if extractor.name == INCEPTION else f" in the features of {extractor.name}: not FID"
-        )
-        lines = [f"{self.count} samples against {self.measure.reference.count} images{whose}"]
+        not_fid = f" in the features of {extractor.name}: not FID"
+        lines = [
+            f"{self.count} samples against {reference.count} images{'' if extractor.name == INCEPTION else not_fid}"
+        ]
         bound = self.report.get("train_images", {}).get(names[0])
         times = f"{'x train':>9}" if bound else ""
         lines.append(f"{'':<24}{times}" + "".join(f"{n:>{len(n) + 2}}" for n in shown))
@@ -123,21 +125,18 @@ class Evaluation(Periodic):
             lines.append(f"{title:<24}{times}{cells}")
         return "\n".join(lines)
 
-    def _measure_all(
-        self, module: ConsistencyModule, seeds: Sequence[int]
-    ) -> dict[str, dict[str, float]]:
-        """The measures of every sampler and set of weights, logged, told to the checkpoints, and their time printed."""
+    def _measure_all(self, module: ConsistencyModule, seeds: Sequence[int]) -> Values:
+        """Measure every sampler and set of weights, and log the means over the seeds and the time."""
         began = time.perf_counter()
-        trainer, found = module.trainer, {}
+        trainer, results = module.trainer, {}
         for weights in self.weights:
             for name, sampler in self.samplers.items():
                 runs = [
-                    self.measure(self._drawn(module, weights, sampler, seed), self.count)
+                    self.measure(self._samples(module, weights, sampler, seed), self.count)
                     for seed in seeds
                 ]
-                found[f"{name}/{weights}"] = {
-                    measure: sum(run[measure] for run in runs) / len(runs) for measure in runs[0]
-                }
+                means = {metric: sum(run[metric] for run in runs) / len(runs) for metric in runs[0]}
+                results[f"{name}/{weights}"] = means
         seconds = time.perf_counter() - began
         if trainer.is_global_zero:
             samples = self.count * len(self.weights) * len(self.samplers) * len(seeds)
@@ -145,49 +144,40 @@ class Evaluation(Periodic):
                 f"Evaluation at step {module.k}: {samples:,} samples in {seconds:.1f} s", flush=True
             )
         values = {
-            f"{measure}/{title}": value
-            for title, measures in found.items()
-            for measure, value in measures.items()
+            f"{metric}/{title}": value
+            for title, means in results.items()
+            for metric, value in means.items()
         } | {"evaluation_seconds": seconds}
-        # Logged once, where `module.log` would repeat the value in every later row.
+        # `module.log` would repeat the values in every later row.
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step - 1)  # the row of this step
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
-        return found
+        return results
 
-    def _drawn(
+    def _samples(
         self, module: ConsistencyModule, weights: str, sampler: Sampler, seed: int
     ) -> Iterator[Numbered]:
         assert module.card is not None
-        with module.sampling_denoiser(weights) as denoiser:
-            yield from drawn(
-                denoiser,
-                sampler,
-                module.card,
-                count=self.count,
-                labels=None,
-                seed=seed,
-                batch_size=self.batch_size,
-                device=module.device,
-            )
+        with module.sampling_denoiser(weights) as denoise:
+            request = Request(denoise=denoise, card=module.card, seed=seed, device=module.device)
+            yield from generate(request, sampler, batches(self.count, self.batch_size))
 
-    def _bounds(self, module: ConsistencyModule) -> dict[str, dict[str, float]]:
-        """The same numbers for the training images, which bound what can be hoped for, and for noise; nothing where the
-        reference is the training images themselves.
-        """
+    def _bounds(self, module: ConsistencyModule) -> Values:
+        """Measure the training images, which bound the samples, and noise; nothing if they are the reference."""
         reference = self.measure.reference
         if reference.protocol["reference"].get("set") != "held_out":
             return {}
-        train: Source = module.data.train_source
-        images = images_of(train, self.batch_size, module.data.num_workers, "Train images")
-        found = {"train_images": self.measure(images, len(train))}
-        found["noise"] = self.measure(self._noise(module), self.count)
-        return found
+        train, workers = module.data.train_source, module.data.num_workers
+        images = images_of(train, self.batch_size, workers, "Train images")
+        return {
+            "train_images": self.measure(images, len(train)),
+            "noise": self.measure(self._noise(module), self.count),
+        }
 
     def _noise(self, module: ConsistencyModule) -> Iterator[Numbered]:
-        data = module.data
-        shape = (data.channels, data.image_size, data.image_size)
+        assert module.card is not None
         for numbers in batches(self.count, self.batch_size):
             draws = (generator(self.seeds[0], "noise_image", number) for number in numbers)
+            shape = module.card.shape
             images = [torch.randint(256, shape, generator=d, dtype=torch.uint8) for d in draws]
             yield numbers, torch.stack(images)

@@ -1,4 +1,4 @@
-"""What a person looks at while a run goes on: samples from fixed noise, and the curves."""
+"""Pictures of a run: samples from fixed noise, and curves of its metrics."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from consistency import pictures
 from consistency.errors import require
-from consistency.generation import generate
+from consistency.inference.generate import Request, samples
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
 from consistency.training.io_errors import tolerate_write_errors
@@ -18,7 +18,7 @@ from consistency.training.module import ConsistencyModule
 
 
 class SampleGrids(Periodic):
-    """Every n steps and at the end: a PNG of samples from the same noise and classes, one panel a sampler."""
+    """Draws a PNG of samples every n steps and at the end: the same noise and classes, one panel a sampler."""
 
     def __init__(
         self,
@@ -40,54 +40,49 @@ class SampleGrids(Periodic):
         )
         self.folder, self.samplers, self.weights = Path(folder), samplers, weights
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self._drawn = -1
+        self._last_k = -1
 
     @property
     def newest(self) -> Path:
-        """The picture drawn last."""
+        """The path of the last picture."""
         return self.folder / "latest.png"
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Tells now, not at the first picture, where there are no such weights."""
+        """Refuse unknown weights before the first step."""
         assert isinstance(module, ConsistencyModule)
         with module.sampling_denoiser(self.weights):
             pass
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Draws the samples."""
+        """Draw the samples."""
         self._draw(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, ConsistencyModule)
-        if module.k != self._drawn:
+        if module.k != self._last_k:
             self._draw(trainer, module)
 
     @torch.no_grad()
     def _draw(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        self._drawn = module.k
+        self._last_k = module.k
         if not trainer.is_global_zero:
             return
         card = module.card
         assert card is not None
-        num_classes = card.num_classes
-        count = self.num_samples
-        columns = pictures.columns_for(count, num_classes)
-        labels = None if num_classes is None else torch.arange(count) % num_classes
-        panels = []
-        with module.sampling_denoiser(self.weights) as denoiser:
+        classes, count = card.num_classes, self.num_samples
+        columns, panels = pictures.columns_for(count, classes), []
+        with module.sampling_denoiser(self.weights) as denoise:
+            request = Request(
+                denoise=denoise,
+                card=card,
+                labels=None if classes is None else list(range(classes)),
+                seed=self.seed,
+                device=module.device,
+            )
             for name, sampler in self.samplers.items():
-                batches = generate(
-                    denoiser,
-                    sampler,
-                    indices=range(count),
-                    labels=labels,
-                    shape=card.shape,
-                    seed=self.seed,
-                    batch_size=self.batch_size,
-                    device=module.device,
-                )
+                images = samples(request, sampler, count, self.batch_size)
                 caption = f"{name.replace('_', ' ')}, step {module.k}"
-                panels.append((caption, pictures.grid(torch.cat(list(batches)).cpu(), columns)))
+                panels.append((caption, pictures.grid(images, columns)))
         sheet = pictures.side_by_side(panels)
         with tolerate_write_errors(f"the picture of step k={module.k}"):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +92,7 @@ class SampleGrids(Periodic):
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [sheet], step=module.k)
             if isinstance(logger, PatientTensorBoardLogger):
-                # With the metrics of the step, which a run that goes on after it keeps.
+                # At the step of its metrics, which a resumed run keeps.
                 logger.log_image("samples", [sheet], step=trainer.global_step - 1)
 
 
@@ -109,7 +104,7 @@ class Curves(Periodic):
         self.metrics, self.picture = Path(metrics), Path(picture)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Draws the curves."""
+        """Draw the curves."""
         self._draw(trainer)
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:

@@ -1,0 +1,73 @@
+"""The device of a process, its threads, and the precision of the network."""
+
+import os
+
+import torch
+
+from consistency.errors import UserError, require
+from consistency.tensors import Data, Denoise, Label, Time
+
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Types that the network computes in, by the names of `trainer.precision`."""
+
+
+def chosen_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is the accelerator of this machine, else the CPU."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            "a device of this machine", f"device={name} ({reason})", "use device=auto"
+        ) from error
+    return device
+
+
+def require_devices(device: torch.device, devices: int, precision: str = "32-true") -> None:
+    """Refuse more devices than this machine has, and a precision that the device lacks."""
+    require(
+        precision in PRECISIONS, f"precision among {', '.join(PRECISIONS)}", precision, "choose one"
+    )
+    require(
+        precision != "16-mixed" or device.type != "cpu",
+        "bf16-mixed or 32-true on a CPU",
+        precision,
+        "say precision=bf16-mixed",
+    )
+    if device.type == "cpu" or devices == 1:
+        return
+    count = torch.accelerator.device_count()
+    require(
+        device.index is None and devices <= count,
+        f"devices=1 to {count} on this machine, and a device without a number",
+        f"devices={devices} device={device}",
+        f"say devices={count} device={device.type}",
+    )
+
+
+def share_threads(device: torch.device, processes: int) -> None:
+    """Give this process its share of the CPU's threads, unless OMP_NUM_THREADS sets their number."""
+    if device.type == "cpu" and processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
+def process_device(device: torch.device, rank: int, processes: int) -> torch.device:
+    """Return the device of one of several processes on this machine: accelerator number `rank`, or the CPU."""
+    share_threads(device, processes)
+    return device if device.type == "cpu" else torch.device(device.type, rank)
+
+
+def in_precision(denoise: Denoise, precision: str, device: torch.device) -> Denoise:
+    """Return the denoiser with its network in that precision; the state of the sampler stays float32."""
+    half = PRECISIONS[precision]
+    if half is None:
+        return denoise
+
+    def denoise_in_half(x_t: Data, t: Time, label: Label = None) -> Data:
+        with torch.autocast(device.type, dtype=half):
+            return denoise(x_t, t, label)
+
+    return denoise_in_half
