@@ -14,7 +14,7 @@ UNCOUNTED = (
 )
 """The parts that are built, and the guard `require`."""
 
-INTERPRETER = ("consistency.formats.pickles", "consistency.formats.pickle_calls")
+INTERPRETER = ("consistency.checkpoints.pickle_reader", "consistency.checkpoints.pickle_calls")
 """The interpreter of pickles counts as its entry alone, `read_zip`."""
 
 
@@ -30,7 +30,7 @@ def entered(path: str) -> set[str]:
         written = Path(code.co_filename).is_file() and (
             not code.co_name.startswith("<") or code.co_name == "<lambda>"
         )
-        inside = module in INTERPRETER and above != "consistency.formats.reading"
+        inside = module in INTERPRETER and above != "consistency.checkpoints.detect"
         if ours and written and not inside and not module.startswith(UNCOUNTED):
             names.add(f"{module}.{code.co_qualname}")
 

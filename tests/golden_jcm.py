@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from consistency import schedules
 from consistency.averaging import frozen_copy, update_average
+from consistency.checkpoints.jcm import song_weights
 from consistency.denoiser import Denoiser
 from consistency.distances import L1, L2, Distance, LInf, SquaredNorm
-from consistency.formats.jcm import song_weights
 from consistency.grids import KarrasGrid
 from consistency.networks.song import SongUNet
 from consistency.objectives import (

@@ -14,8 +14,8 @@ import yaml
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from consistency.checkpoints.jcm import song_weights
 from consistency.denoiser import Denoiser
-from consistency.formats.jcm import song_weights
 from consistency.networks.adm import ADM
 from consistency.networks.dhariwal import DhariwalUNet
 from consistency.networks.layers import attend, sinusoidal_features

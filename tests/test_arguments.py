@@ -14,9 +14,9 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from omegaconf import OmegaConf
 
 from conftest import TINY, Run
+from consistency.checkpoints.ours import read
 from consistency.commands.overrides import spelled_out
 from consistency.errors import UserError
-from consistency.formats.ours import read
 from consistency.training import run as training
 from consistency.training.arguments import REFUSED, STRATEGIES, TAKEN, require_taken, require_whole
 from consistency.training.lightning_patches import AtomicCheckpointIO

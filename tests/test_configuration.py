@@ -13,7 +13,7 @@ from PIL import Image
 import originals
 from conftest import ROOT
 from consistency import schema
-from consistency.checkpoint import NETWORKS, PRECONDITIONING, build
+from consistency.checkpoints.load import NETWORKS, PRECONDITIONING, build
 from consistency.errors import UserError
 from consistency.training import build as training
 
@@ -127,7 +127,7 @@ def test_every_experiment_builds_and_states_its_result(
 
 @pytest.mark.parametrize("sampler", [s for s in options("sampler") if s != "searched"])
 def test_every_sampler_builds_for_a_checkpoint(sampler: str, trained: dict[str, Path]) -> None:
-    from consistency.checkpoint import load
+    from consistency.checkpoints.load import load
     from consistency.inference.options import fill_process
 
     config = composed("sample", f"sampler={sampler}", f"checkpoint={trained['ect']}")
@@ -192,7 +192,7 @@ def test_a_card_from_elsewhere_builds_nothing_but_our_networks() -> None:
     for target in (
         "os.system",
         "torch.load",
-        "consistency.checkpoint.load",
+        "consistency.checkpoints.load.load",
         "consistency.networks.adm.torch",
     ):
         with pytest.raises(UserError, match="class of consistency"):

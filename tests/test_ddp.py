@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, TINY, Run
-from consistency.checkpoint import load
+from consistency.checkpoints.load import load
 
 TWO = [
     *TINY,

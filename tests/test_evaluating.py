@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from conftest import REPORT, Run
-from consistency.checkpoint import load
+from consistency.checkpoints.load import load
 from inception import write_random_inception
 
 CLASSIFIER = ["evaluation.extractor=classifier", "logger=csv", "device=cpu"]

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import consistency
 from conftest import Run
+from consistency.checkpoints.diffusers_names import their_weights
+from consistency.checkpoints.diffusers_write import write_diffusers
 from consistency.errors import UserError
-from consistency.formats.diffusers_names import their_weights
-from consistency.formats.diffusers_write import write_diffusers
 from golden_harness import read_json
 from test_conversion import convert
 from test_formats import tiny, tiny_adm, tiny_card, write_config

@@ -20,10 +20,11 @@ from torch import Tensor
 import consistency
 import foreign
 from conftest import REPORT
-from consistency import checkpoint
+from consistency.checkpoints import diffusers_write, jcm, nvlabs, openai, ours
+from consistency.checkpoints import load as checkpoint
+from consistency.checkpoints import safetensors as sealed
+from consistency.checkpoints.contents import Hints
 from consistency.errors import UserError
-from consistency.formats import diffusers_write, jcm, nvlabs, openai, ours, sealed
-from consistency.formats.opened import Hints
 from consistency.inference.card import ModelCard
 from consistency.inference.model import Model
 from consistency.runtime.files import checksum_path
@@ -1055,7 +1056,7 @@ def test_flax_reads_what_the_test_writes() -> None:
 
 def test_a_buffer_of_bytes_is_enough() -> None:
     """The reader of pickles works on bytes as on files."""
-    from consistency.formats.pickles import Machine
+    from consistency.checkpoints.pickle_reader import Machine
 
     content = pickle.dumps({"a": [1, 2.5, "text", None, True, (1, 2, 3, 4)], "b": b"bytes"})
     assert Machine(len(content)).run(io.BytesIO(content)) == pickle.loads(content)

@@ -15,7 +15,7 @@ import torch
 
 from conftest import ROOT, TINY, Run
 from consistency import command
-from consistency.formats.ours import read
+from consistency.checkpoints.ours import read
 from consistency.training.run import train
 
 JOB = [

@@ -23,9 +23,9 @@ from PIL import Image
 
 from conftest import REPORT, ROOT, Run
 from consistency import page, schema
-from consistency.checkpoint import load
+from consistency.checkpoints import ours
+from consistency.checkpoints.load import load
 from consistency.errors import UserError
-from consistency.formats import ours
 from consistency.page import BLANK, Actions, mask_of
 from test_formats import tiny_adm, tiny_card
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import consistency
 import foreign
-from consistency import checkpoint
+from consistency.checkpoints import load as checkpoint
+from consistency.checkpoints import nvlabs
+from consistency.checkpoints.contents import ContentError
+from consistency.checkpoints.pickle_reader import Machine, Object
 from consistency.errors import UserError
-from consistency.formats import nvlabs
-from consistency.formats.opened import ContentError
-from consistency.formats.pickles import Machine, Object
 from golden_harness import FOLDER, read_json
 from test_formats import (
     TINY_SONG,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from conftest import ROOT, TINY, Run
-from consistency.checkpoint import load
+from consistency.checkpoints.load import load
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.distances import L2

@@ -16,7 +16,7 @@ import pytest
 
 from conftest import REPORT, ROOT, TINY
 from consistency import command
-from consistency.formats.ours import read
+from consistency.checkpoints.ours import read
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 

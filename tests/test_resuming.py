@@ -14,14 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from conftest import TINY, Run
 from consistency import command
-from consistency.checkpoint import LAST, NEXT, PREVIOUS
+from consistency.checkpoints import ours
+from consistency.checkpoints.load import LAST, NEXT, PREVIOUS
+from consistency.checkpoints.retention import newest, promote, settle
 from consistency.errors import UserError
-from consistency.formats import ours
 from consistency.runtime import files
 from consistency.training import resuming
 from consistency.training import run as training
 from consistency.training.logging import MetricsFile
-from consistency.training.rotation import newest, promote, settle
 from test_killed import assert_equal, assert_same, content, rows
 from test_wandb import records
 
@@ -314,7 +314,7 @@ def test_a_checkpoint_comes_after_the_row_of_its_step(
         seen.append((k, [int(row["step"]) for row in rows(run)]))
         promote(folder)
 
-    monkeypatch.setattr("consistency.training.rotation.promote", watched)
+    monkeypatch.setattr("consistency.checkpoints.retention.promote", watched)
     given = ["data.device_batch_size=4", f"trainer.max_steps={STEPS}", f"output={run}"]
     outcome = verb("train", *BEGUN, *given)
     assert outcome.status == 0, outcome.err
@@ -441,7 +441,7 @@ def test_what_may_change_is_what_changes(
 
 HOSTILE = {
     "a command": {"_target_": "os.system", "command": "true"},
-    "a function of ours that fetches": {"_target_": "consistency.formats.released.download"},
+    "a function of ours that fetches": {"_target_": "consistency.checkpoints.pretrained.download"},
     "a class that the command line does not name": {"_target_": "probe.RankProbe"},
     "an interpolation": {"_target_": "${oc.env:HOME}"},
 }

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from conftest import REPORT, ROOT, TINY, Run
-from consistency.checkpoint import load
-from consistency.formats import ours
-from consistency.formats.ours import read
+from consistency.checkpoints import ours
+from consistency.checkpoints.load import load
+from consistency.checkpoints.ours import read
 from consistency.runtime import files
 from consistency.training.logging import MetricsFile
 

@@ -9,8 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from conftest import TINY, Run
+from consistency.checkpoints import ours
 from consistency.errors import UserError
-from consistency.formats import ours
 from consistency.inference.options import searched_path
 from consistency.runtime.files import fingerprint
 from consistency.timepoints import is_unimodal, ternary_search

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, TINY, Run
-from consistency.checkpoint import load
+from consistency.checkpoints.load import load
 
 MODES = sorted(p.stem for p in (ROOT / "conf" / "mode").glob("*.yaml"))
 

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 
 from conftest import REPORT, ROOT, Run
 from consistency import schema, searching
+from consistency.checkpoints import ours
 from consistency.errors import UserError
-from consistency.formats import ours
 from consistency.runtime import allowlist
 from consistency.runtime.allowlist import require_trusted
 from consistency.runtime.redaction import masked
@@ -128,14 +128,14 @@ FOREIGN_TARGETS = [
 ]
 OWN_TARGETS = [
     # of this package, but they write, download, start processes or build in their turn
-    "consistency.formats.ours.write",
-    "consistency.checkpoint.load",
-    "consistency.checkpoint.build",
+    "consistency.checkpoints.ours.write",
+    "consistency.checkpoints.load.load",
+    "consistency.checkpoints.load.build",
     "consistency.comparison._train",
     "consistency.command.command",
     "consistency.training.run.train",
-    "consistency.formats.released.download",
-    "consistency.formats.released.fetch",
+    "consistency.checkpoints.pretrained.download",
+    "consistency.checkpoints.pretrained.fetch",
     "consistency.data.download.find_or_download",
     "consistency.data.preparation.prepare",
     "consistency.page.demo",
@@ -144,7 +144,7 @@ OWN_TARGETS = [
     "consistency.distances.torch.load",
     "consistency.distances.torch",
     "consistency.networks.adm.torch.hub.load",
-    "consistency.checkpoint.os.system",
+    "consistency.checkpoints.load.os.system",
     "consistency.comparison.subprocess.run",
     "consistency.perceptual.torch.load",
     "consistency.objectives.Denoiser",
@@ -342,7 +342,7 @@ def test_a_search_builds_nothing_that_a_checkpoint_names_but_our_sources(
     for number, node in enumerate(
         [
             {"_target_": "os.system", "command": "true"},
-            {"_target_": "consistency.formats.released.download", "url": "x", "path": "y"},
+            {"_target_": "consistency.checkpoints.pretrained.download", "url": "x", "path": "y"},
             {"_target_": "consistency.data.digits.Digits", "split": {"_target_": "torch.hub.load"}},
         ]
     ):

@@ -9,7 +9,7 @@ import pytest
 from wandb.proto import wandb_internal_pb2 as protocol
 
 from conftest import ROOT, TINY, Run
-from consistency.formats.ours import read
+from consistency.checkpoints.ours import read
 from consistency.training.logging import PatientWandbLogger
 
 BLOCK, HEADER = 32768, 7

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import consistency
 from conftest import Run
-from consistency import checkpoint
+from consistency.checkpoints import diffusers_names, nvlabs, wrapped
+from consistency.checkpoints import load as checkpoint
+from consistency.checkpoints.contents import Hints
 from consistency.errors import UserError
-from consistency.formats import diffusers_names, nvlabs, wrapped
-from consistency.formats.opened import Hints
 from golden_harness import FOLDER, read_json
 from test_conversion import convert
 from test_formats import TINY_ADM, TINY_SONG, randomised, tiny_adm

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from consistency.checkpoint import load as load
+    from consistency.checkpoints.load import load as load
     from consistency.inference.model import Model as Model
 
 caches.settle()  # before a library that has one is imported
@@ -60,7 +60,7 @@ caches.settle()  # before a library that has one is imported
 
 def __getattr__(name: str) -> object:
     """Import torch only with the first use of `load` or `Model`."""
-    homes = {"load": "consistency.checkpoint", "Model": "consistency.inference.model"}
+    homes = {"load": "consistency.checkpoints.load", "Model": "consistency.inference.model"}
     if name not in homes:
         raise AttributeError(f"module 'consistency' has no attribute {name!r}")
     return getattr(import_module(homes[name]), name)

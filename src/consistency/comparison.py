@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from consistency import pictures
-from consistency.checkpoint import load
+from consistency.checkpoints.load import load
 from consistency.command import require_fresh
 from consistency.errors import UserError, require
 from consistency.paths import ROOT

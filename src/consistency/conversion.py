@@ -7,14 +7,14 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from consistency.checkpoint import load
+from consistency.checkpoints import ours
+from consistency.checkpoints.diffusers_write import write_diffusers
+from consistency.checkpoints.load import load
+from consistency.checkpoints.openai import require_openai, write_openai
+from consistency.checkpoints.safetensors import SEALED, write_sealed
 from consistency.command import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.errors import require
-from consistency.formats import ours
-from consistency.formats.diffusers_write import write_diffusers
-from consistency.formats.openai import require_openai, write_openai
-from consistency.formats.sealed import SEALED, write_sealed
 from consistency.inference.model import Model
 from consistency.pixels import to_uint8
 from consistency.randomness import generator

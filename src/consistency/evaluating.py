@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from consistency.checkpoint import find, load_sets
+from consistency.checkpoints.load import find, load_sets
 from consistency.command import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.data.decoding import MODES, colour_of, read_picture, to_tensor

@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from consistency import pictures
-from consistency.checkpoint import load
+from consistency.checkpoints.load import load
 from consistency.data.cropping import fit
 from consistency.data.decoding import (
     MODES,

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from consistency import editing, pictures
-from consistency.checkpoint import load
+from consistency.checkpoints.load import load
 from consistency.command import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.data.cropping import halving

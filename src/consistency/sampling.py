@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from consistency import pictures
-from consistency.checkpoint import load
+from consistency.checkpoints.load import load
 from consistency.command import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.errors import require

@@ -11,13 +11,13 @@ from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from consistency import checkpoint
+from consistency.checkpoints import load as checkpoint
+from consistency.checkpoints import ours
 from consistency.command import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.measuring import Measure, Settings
-from consistency.formats import ours
 from consistency.inference.generate import Draw, drawing, in_batches
 from consistency.inference.options import ModelOptions, require_same_settings, searched_path
 from consistency.runtime.allowlist import require_trusted

@@ -9,11 +9,11 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import download_url
 
+from consistency.checkpoints.pickle_reader import Machine
 from consistency.data.download import find_or_download
 from consistency.data.held import InMemory
 from consistency.data.source import Split, require_split, required_path
 from consistency.errors import UserError
-from consistency.formats.pickles import Machine
 
 FOLDER = datasets.CIFAR10.base_folder
 TRAIN, TEST = (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from consistency.checkpoint import load
+from consistency.checkpoints.load import load
 from consistency.errors import UserError, require
 from consistency.inference.card import Role
 from consistency.inference.generate import Request

@@ -15,7 +15,7 @@ from typing import Any
 from consistency.errors import UserError, require
 from consistency.paths import ROOT
 
-SHELL = ("consistency.checkpoint", "consistency.perceptual")
+SHELL = ("consistency.checkpoints.load", "consistency.perceptual")
 """Modules at the top of the package that are not of the method."""
 
 EDITING = ("mask", "task")
@@ -26,7 +26,7 @@ PATHS = ("default_root_dir", "folder", "metrics", "path", "picture")
 """The parts of a configuration that write files (also below `mode`), and their arguments that are paths."""
 
 READERS = {
-    "consistency.checkpoint.load_teacher": ("path",),
+    "consistency.checkpoints.load.load_teacher": ("path",),
     "consistency.training.callbacks.evaluation.Evaluation": ("extractor", "reference", "cache"),
 }
 """Arguments of writers that are paths to read, or to a cache that runs share."""

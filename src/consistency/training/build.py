@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from consistency.checkpoint import find, load_initial
+from consistency.checkpoints.load import find, load_initial
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require

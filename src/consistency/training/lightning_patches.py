@@ -8,7 +8,7 @@ import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from consistency.formats import ours
+from consistency.checkpoints import ours
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

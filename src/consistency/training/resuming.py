@@ -14,7 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from consistency.checkpoint import CHECKPOINTS, LAST, PREVIOUS
+from consistency.checkpoints.load import CHECKPOINTS, LAST, PREVIOUS
+from consistency.checkpoints.retention import newest
 from consistency.command import AUTO, require_fresh
 from consistency.commands.overrides import given_options
 from consistency.errors import UserError, require
@@ -24,7 +25,6 @@ from consistency.runtime.files import write_text
 from consistency.runtime.redaction import MASK, masked
 from consistency.runtime.rendezvous import decided
 from consistency.schema import Train
-from consistency.training.rotation import newest
 
 CONFIG = "config.yaml"
 DEVICES = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")

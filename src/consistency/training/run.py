@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from consistency.checkpoints.retention import settle
 from consistency.commands.overrides import shell_line
 from consistency.commands.python import called
 from consistency.errors import require
@@ -40,7 +41,6 @@ from consistency.training.io_errors import as_user_error
 from consistency.training.logging import MetricsFile, PatientTensorBoardLogger, PatientWandbLogger
 from consistency.training.module import ConsistencyModule
 from consistency.training.resuming import RunStart, begin, keep_config
-from consistency.training.rotation import settle
 
 
 def train(config: DictConfig, output: Path) -> float:

@@ -9,9 +9,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from consistency import checkpoint
+from consistency.checkpoints import load as checkpoint
+from consistency.checkpoints import retention as rotation
 from consistency.errors import require
-from consistency.training import rotation
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import Periodic, callback_of
 from consistency.training.io_errors import warn

@@ -18,9 +18,9 @@ from typing import IO, Any
 
 import torch
 
+from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, StateDict, unreadable
+from consistency.checkpoints.pickle_reader import OPENAI, read_zip
 from consistency.errors import UserError
-from consistency.formats.opened import Checkpoint, ContentError, Hints, StateDict, unreadable
-from consistency.formats.pickles import OPENAI, read_zip
 from consistency.inference.card import ModelCard
 from consistency.runtime.files import verify_checksum, written_whole
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.formats.opened import ContentError
+from consistency.checkpoints.contents import ContentError
 
 MAX_DEPTH = 32
 MAX_VALUES = 2_000_000

@@ -3,10 +3,10 @@
 import re
 from typing import Any
 
-from consistency.formats.diffusers_names import FIXED, UNET, block_type
-from consistency.formats.openai import ADM
-from consistency.formats.opened import ContentError, Hints, StateDict, assumes
-from consistency.formats.pickles import brief
+from consistency.checkpoints.contents import ContentError, Hints, StateDict, assumes
+from consistency.checkpoints.diffusers_names import FIXED, UNET, block_type
+from consistency.checkpoints.openai import ADM
+from consistency.checkpoints.pickle_reader import brief
 
 DEFAULTS: dict[str, Any] = {
     "sample_size": None,

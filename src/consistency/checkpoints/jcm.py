@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency.formats.opened import (
+from consistency.checkpoints.contents import (
     C_NOISE_NVLABS,
     Checkpoint,
     ContentError,

@@ -22,8 +22,8 @@ from typing import IO, Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from consistency.formats.opened import ContentError
-from consistency.formats.pickle_calls import (
+from consistency.checkpoints.contents import ContentError
+from consistency.checkpoints.pickle_calls import (
     CALLS,
     COPIES,
     MAX_ODD_KEYS,

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from consistency.errors import require
-from consistency.formats.diffusers_names import (
+from consistency.checkpoints.contents import C_NOISE_OPENAI, StateDict
+from consistency.checkpoints.diffusers_names import (
     FIXED,
     PIPELINE,
     SCHEDULER,
@@ -19,10 +19,10 @@ from consistency.formats.diffusers_names import (
     block_type,
     their_weights,
 )
-from consistency.formats.openai import ADM
-from consistency.formats.opened import C_NOISE_OPENAI, StateDict
-from consistency.formats.sealed import write_sealed
-from consistency.formats.timetable import LAYERS, rewritten, width
+from consistency.checkpoints.diffusers_time_embedding import LAYERS, rewritten, width
+from consistency.checkpoints.openai import ADM
+from consistency.checkpoints.safetensors import write_sealed
+from consistency.errors import require
 from consistency.inference.card import ModelCard
 from consistency.runtime.files import write_text
 

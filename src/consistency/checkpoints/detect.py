@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from consistency.checkpoints import diffusers, jcm, nvlabs, openai, ours, wrapped
+from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, unreadable
+from consistency.checkpoints.msgpack_reader import read_messagepack
+from consistency.checkpoints.pickle_reader import read_pickle, read_zip
+from consistency.checkpoints.safetensors import SEALED, read_sealed
 from consistency.errors import UserError
-from consistency.formats import diffusers, jcm, nvlabs, openai, ours, wrapped
-from consistency.formats.messagepack import read_messagepack
-from consistency.formats.opened import Checkpoint, ContentError, Hints, unreadable
-from consistency.formats.pickles import read_pickle, read_zip
-from consistency.formats.sealed import SEALED, read_sealed
 from consistency.runtime.files import verify_checksum
 
 CONTAINERS: dict[bytes, Callable[[Path], Any]] = {

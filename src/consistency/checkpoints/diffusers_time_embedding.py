@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from consistency.formats.opened import C_NOISE_OPENAI, StateDict
+from consistency.checkpoints.contents import C_NOISE_OPENAI, StateDict
 from consistency.networks.layers import sinusoidal_features
 from consistency.randomness import generator
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consistency.checkpoints import diffusers
+from consistency.checkpoints import pretrained as released
+from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, unreadable
+from consistency.checkpoints.detect import read_checkpoint
+from consistency.checkpoints.safetensors import SEALED
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
-from consistency.formats import diffusers, released
-from consistency.formats.opened import Checkpoint, ContentError, Hints, unreadable
-from consistency.formats.reading import read_checkpoint
-from consistency.formats.sealed import SEALED
 from consistency.inference.card import LARGEST, MOST_CHARACTERS, MOST_LISTED, Role
 from consistency.inference.model import Model
 from consistency.paths import expanded
@@ -56,7 +57,7 @@ def load(
         images = model.sample(16, steps=2, seed=0)
         edited = model.edit(images, consistency.editing.colorize)
 
-    checkpoint: a run folder, a file or folder of one of `consistency.formats`, or a published name such as
+    checkpoint: a run folder, a file or folder of one of `consistency.checkpoints`, or a published name such as
         openai:cd_imagenet64_lpips.
     role: refuse any other; needed if the file does not record its role.
     weights: name of the set of weights, if the file holds several.

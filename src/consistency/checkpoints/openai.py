@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.errors import require
-from consistency.formats import wrapped
-from consistency.formats.opened import (
+from consistency.checkpoints import wrapped
+from consistency.checkpoints.contents import (
     C_NOISE_OPENAI,
     Checkpoint,
     ContentError,
@@ -26,7 +25,8 @@ from consistency.formats.opened import (
     assumes,
     card_of,
 )
-from consistency.formats.pickles import CARD, OPENAI
+from consistency.checkpoints.pickle_reader import CARD, OPENAI
+from consistency.errors import require
 from consistency.inference.card import ModelCard
 from consistency.runtime.files import written_whole
 

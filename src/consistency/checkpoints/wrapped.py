@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from consistency.checkpoints.contents import Checkpoint, Hints, Lazy, StateDict
+from consistency.checkpoints.pickle_reader import Object, brief
 from consistency.errors import require
-from consistency.formats.opened import Checkpoint, Hints, Lazy, StateDict
-from consistency.formats.pickles import Object, brief
 from consistency.inference.card import ModelCard
 
 MOST_PARTS, MOST_LEVELS, MOST_LISTED = 50_000, 8, 16

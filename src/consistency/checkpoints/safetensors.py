@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from consistency.formats.opened import ContentError, StateDict
+from consistency.checkpoints.contents import ContentError, StateDict
 from consistency.inference.card import ModelCard
 from consistency.runtime.files import written_whole
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consistency.formats.opened import ContentError
+from consistency.checkpoints.contents import ContentError
 
 MAX_ODD_KEYS = 20_000
 """Dictionary keys that are not strings: their hashes are not random, so many could be made to collide."""

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from consistency.formats import wrapped
-from consistency.formats.opened import (
+from consistency.checkpoints import wrapped
+from consistency.checkpoints.contents import (
     C_NOISE_NVLABS,
     PUBLISHED,
     Checkpoint,
@@ -24,7 +24,7 @@ from consistency.formats.opened import (
     StateDict,
     card_of,
 )
-from consistency.formats.pickles import Object, brief
+from consistency.checkpoints.pickle_reader import Object, brief
 from consistency.inference.card import ModelCard, Role
 from consistency.networks.unet import fir_filter
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from consistency.checkpoint import LAST, NEXT, PREVIOUS
+from consistency.checkpoints.load import LAST, NEXT, PREVIOUS
 from consistency.errors import require
 from consistency.runtime.files import (
     checksum_path,

@@ -14,8 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.formats import wrapped
-from consistency.formats.diffusers_names import (
+from consistency.checkpoints import wrapped
+from consistency.checkpoints.contents import (
+    C_NOISE_OPENAI,
+    Checkpoint,
+    ContentError,
+    Hints,
+    Lazy,
+    StateDict,
+    card_of,
+)
+from consistency.checkpoints.diffusers_names import (
     FORMAT,
     PIPELINE,
     SCHEDULER,
@@ -25,24 +34,15 @@ from consistency.formats.diffusers_names import (
     WEIGHTS,
     our_weights,
 )
-from consistency.formats.diffusers_settings import settings, settings_of
-from consistency.formats.diffusers_write import (
+from consistency.checkpoints.diffusers_settings import settings, settings_of
+from consistency.checkpoints.diffusers_time_embedding import restored
+from consistency.checkpoints.diffusers_write import (
     needs_rewriting,
     scheduler_settings,
     unet_settings,
 )
-from consistency.formats.opened import (
-    C_NOISE_OPENAI,
-    Checkpoint,
-    ContentError,
-    Hints,
-    Lazy,
-    StateDict,
-    card_of,
-)
-from consistency.formats.pickles import brief, read_pickle, read_zip
-from consistency.formats.sealed import read_card, read_sealed
-from consistency.formats.timetable import restored
+from consistency.checkpoints.pickle_reader import brief, read_pickle, read_zip
+from consistency.checkpoints.safetensors import read_card, read_sealed
 from consistency.inference.card import ModelCard, Process
 
 ANCHORS = ("time_embedding.linear_1.weight", "conv_in.weight")

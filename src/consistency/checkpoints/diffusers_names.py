@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.formats.opened import ContentError, StateDict
+from consistency.checkpoints.contents import ContentError, StateDict
 
 FORMAT = "diffusers"
 PIPELINE, UNET = "ConsistencyModelPipeline", "UNet2DModel"
