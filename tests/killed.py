@@ -26,8 +26,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from consistency import command
-from consistency import pictures as drawing
 from consistency.evaluation.classifier import digits_classifier
+from consistency.inference import plots as drawing
 from consistency.training import run
 from consistency.training.callbacks import evaluation, pictures
 

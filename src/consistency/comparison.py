@@ -12,10 +12,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from consistency import pictures
 from consistency.checkpoints.load import load
 from consistency.command import require_fresh
 from consistency.errors import UserError, require
+from consistency.inference import plots as pictures
 from consistency.paths import ROOT
 
 CALIBRATION_ONLY = [

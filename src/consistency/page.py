@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 from PIL import Image as PILImage
 from torch import Tensor
 
-from consistency import pictures
 from consistency.checkpoints.load import load
 from consistency.data.cropping import fit
 from consistency.data.decoding import (
@@ -32,6 +31,7 @@ from consistency.data.decoding import (
 )
 from consistency.editing import Pairing, colorize, inpaint, superres
 from consistency.errors import UserError, require
+from consistency.inference import plots as pictures
 from consistency.inference.model import Model
 from consistency.runtime.devices import chosen_device
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Generator, Tensor
 
-from consistency import editing, pictures
+from consistency import editing
 from consistency.checkpoints.load import load
 from consistency.command import require_fresh
 from consistency.commands.overrides import shell_line
@@ -24,6 +24,7 @@ from consistency.data.listing import read_images
 from consistency.editing import Pairing, Pixels, Start, difference, grid_times, interpolate, invert
 from consistency.errors import UserError, require
 from consistency.grids import KarrasGrid
+from consistency.inference import plots as pictures
 from consistency.inference.card import Role
 from consistency.inference.generate import Request, edits
 from consistency.inference.model import Model

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from consistency import pictures
 from consistency.checkpoints.load import load
 from consistency.command import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.errors import require
+from consistency.inference import plots as pictures
 from consistency.inference.generate import Request, drawing, generate, in_batches
 from consistency.inference.options import (
     ModelOptions,

@@ -7,8 +7,8 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import WandbLogger
 
-from consistency import pictures
 from consistency.errors import require
+from consistency.inference import plots as pictures
 from consistency.inference.generate import Request, samples
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
