@@ -12,7 +12,7 @@ from consistency import perceptual
 from consistency.errors import UserError
 from consistency.evaluation import extractors
 from consistency.evaluation.extractors import extractor_of, inception_file, small_classifier
-from consistency.evaluation.measuring import available
+from consistency.evaluation.metrics import available
 from inception import write_random_inception
 
 pytestmark = pytest.mark.usefixtures("offline")

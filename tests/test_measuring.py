@@ -13,7 +13,7 @@ from consistency.data.digits import Digits
 from consistency.errors import UserError
 from consistency.evaluation.classifier import SmallClassifier, train_classifier
 from consistency.evaluation.extractors import Extracted, Extractor, small_classifier
-from consistency.evaluation.measuring import FrechetDistance, Measure, Settings
+from consistency.evaluation.metrics import FrechetDistance, Measure, Settings
 from consistency.evaluation.reference import Reference
 
 

@@ -23,7 +23,7 @@ from consistency.data.held import load_into_memory
 from consistency.data.listing import files_at
 from consistency.data.source import Source
 from consistency.errors import require
-from consistency.evaluation.measuring import Measure, Settings
+from consistency.evaluation.metrics import Measure, Settings
 from consistency.inference.generate import Request, generate
 from consistency.inference.model import Model
 from consistency.inference.options import fill_process, plain, require_suited

@@ -17,7 +17,7 @@ from consistency.command import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.data.source import Source
 from consistency.errors import require
-from consistency.evaluation.measuring import Measure, Settings
+from consistency.evaluation.metrics import Measure, Settings
 from consistency.inference.generate import Draw, drawing, in_batches
 from consistency.inference.options import ModelOptions, require_same_settings, searched_path
 from consistency.runtime.allowlist import require_trusted

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from consistency.command import require_fresh
 from consistency.data.module import DataModule
 from consistency.errors import require
-from consistency.evaluation.clock import Clock
+from consistency.evaluation.timing import Clock
 from consistency.training.arguments import require_taken
 from consistency.training.build import (
     build_callbacks,

@@ -10,7 +10,7 @@ import torch
 
 from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION
-from consistency.evaluation.measuring import Measure, Settings
+from consistency.evaluation.metrics import Measure, Settings
 from consistency.evaluation.reference import images_of
 from consistency.inference.generate import Numbered, Request, generate
 from consistency.randomness import generator
@@ -37,7 +37,7 @@ class Evaluation(Periodic):
     num_samples: None for as many as the reference has images.
     batch_size: samples that a device draws and measures at once.
     seeds: sampling seeds: the first one during the run, the mean over all at the end.
-    extractor, reference, reference_features, cache: see `consistency.evaluation.measuring.Settings`.
+    extractor, reference, reference_features, cache: see `consistency.evaluation.metrics.Settings`.
     """
 
     def __init__(

@@ -21,7 +21,6 @@ from torchmetrics.utilities import dim_zero_cat
 from consistency import caches
 from consistency.data.source import Source
 from consistency.errors import UserError, require
-from consistency.evaluation.clock import Clock
 from consistency.evaluation.extractors import (
     INCEPTION,
     Extractor,
@@ -30,6 +29,7 @@ from consistency.evaluation.extractors import (
     small_classifier,
 )
 from consistency.evaluation.reference import Reference, read_reference, reference_of
+from consistency.evaluation.timing import Clock
 from consistency.inference.generate import Numbered
 from consistency.paths import path_of
 from consistency.runtime.ranks import gathered, print_once, rank_and_size
