@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from consistency.data.module import DataModule
+from consistency.data.shards import Stream
 from consistency.data.source import Source
-from consistency.data.stream import Stream
 from consistency.training.build import quiet
 
 

@@ -13,12 +13,12 @@ from PIL import Image
 
 import originals
 from conftest import Run
-from consistency.data import encoded as encoded_module
-from consistency.data.archive import Archive
-from consistency.data.decoding import ImageError, decode
-from consistency.data.encoded import ImageFiles
+from consistency.data import image_files as encoded_module
+from consistency.data.decode import ImageError, decode
 from consistency.data.folder import Folder
+from consistency.data.image_files import ImageFiles
 from consistency.data.lsun import Database
+from consistency.data.zip_or_folder import Archive
 from consistency.errors import UserError
 from originals import encoded, noise
 

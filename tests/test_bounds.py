@@ -18,11 +18,11 @@ from torchvision import datasets
 
 import originals
 from conftest import REPORT
-from consistency.data import archive as archive_module
-from consistency.data.archive import Archive
-from consistency.data.cifar import CIFAR10
-from consistency.data.decoding import MOST_BYTES, ImageError, decode, read_picture
-from consistency.data.idx import MNIST
+from consistency.data import zip_or_folder as archive_module
+from consistency.data.cifar10 import CIFAR10
+from consistency.data.decode import MOST_BYTES, ImageError, decode, read_picture
+from consistency.data.mnist import MNIST
+from consistency.data.zip_or_folder import Archive
 from consistency.errors import UserError
 
 Record = Callable[[str, object], None]

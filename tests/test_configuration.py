@@ -221,7 +221,7 @@ def test_a_published_set_may_come_from_its_prepared_zip(tmp_path: Path) -> None:
     for name, classes in (("imagenet64", True), ("folder", False)):
         config = composed(
             "train", f"data={name}", f"data.path={tmp_path / 'a.zip'}",
-            "data.source._target_=consistency.data.archive.Archive",
+            "data.source._target_=consistency.data.zip_or_folder.Archive",
         )  # fmt: skip
         source = instantiate(config.data.source)
         assert source[1][0].shape == (3, config.data.image_size, config.data.image_size)

@@ -12,7 +12,7 @@ from PIL import BmpImagePlugin, Image, PngImagePlugin, TiffImagePlugin
 
 import originals
 from conftest import Run
-from consistency.data.decoding import (
+from consistency.data.decode import (
     ImageError,
     _stored_deep,
     colour_of,

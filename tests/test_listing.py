@@ -14,10 +14,10 @@ from PIL import Image
 
 import originals
 from conftest import TINY, Run
-from consistency.data.archive import Archive
-from consistency.data.encoded import ImageFiles
+from consistency.data.detect import detect_source
 from consistency.data.folder import Folder
-from consistency.data.opening import detect_source
+from consistency.data.image_files import ImageFiles
+from consistency.data.zip_or_folder import Archive
 from consistency.errors import UserError
 from originals import encoded, noise
 

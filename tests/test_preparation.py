@@ -20,10 +20,10 @@ from PIL import Image
 import originals
 from conftest import ROOT, Run
 from consistency.data import write_zip
-from consistency.data.archive import Archive
-from consistency.data.cropping import box
+from consistency.data.crop import box
 from consistency.data.folder import Folder
-from consistency.data.stream import Stream
+from consistency.data.shards import Stream
+from consistency.data.zip_or_folder import Archive
 from consistency.runtime.files import part_path
 from originals import encoded, noise
 

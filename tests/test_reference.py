@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from consistency.data.held import InMemory
+from consistency.data.memory import InMemory
 from consistency.errors import UserError
 from consistency.evaluation.extractors import INCEPTION, Extracted, Extractor
 from consistency.evaluation.reference import read_reference, reference_of

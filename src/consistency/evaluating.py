@@ -18,9 +18,9 @@ from tqdm import tqdm
 from consistency.checkpoints.load import find, load_sets
 from consistency.command import require_fresh
 from consistency.commands.overrides import shell_line
-from consistency.data.decoding import MODES, colour_of, read_picture, to_tensor
-from consistency.data.held import load_into_memory
+from consistency.data.decode import MODES, colour_of, read_picture, to_tensor
 from consistency.data.listing import files_at
+from consistency.data.memory import load_into_memory
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.metrics import Measure, Settings

@@ -20,8 +20,8 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from consistency.checkpoints.load import load
-from consistency.data.cropping import fit
-from consistency.data.decoding import (
+from consistency.data.crop import fit
+from consistency.data.decode import (
     MODES,
     MOST_PIXELS,
     colour_of,

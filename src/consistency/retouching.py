@@ -18,8 +18,8 @@ from consistency import editing
 from consistency.checkpoints.load import load
 from consistency.command import require_fresh
 from consistency.commands.overrides import shell_line
-from consistency.data.cropping import halving
-from consistency.data.decoding import read_picture
+from consistency.data.crop import halving
+from consistency.data.decode import read_picture
 from consistency.data.listing import read_images
 from consistency.editing import Pairing, Pixels, Start, difference, grid_times, interpolate, invert
 from consistency.errors import UserError, require

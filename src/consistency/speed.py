@@ -67,7 +67,7 @@ def measured(config: DictConfig) -> DictConfig:
     if config.images is not None:
         require(config.images >= 1, "images >= 1, or null", config.images, "give a number")
         config.data.source = {
-            "_target_": "consistency.data.held.noise",
+            "_target_": "consistency.data.memory.noise",
             "count": max(config.images, config.data.batch_size),
             "channels": config.data.channels,
             "image_size": config.data.image_size,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from consistency.data.held import InMemory
+from consistency.data.memory import InMemory
 from consistency.errors import require
 
 SPLIT_SEED = 0

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from consistency.data.decoding import MOST_BYTES, read_bounded
-from consistency.data.encoded import ImageFiles, Index
+from consistency.data.decode import MOST_BYTES, read_bounded
+from consistency.data.image_files import ImageFiles, Index
 from consistency.data.listing import Listing, in_folder
 from consistency.data.source import required_path
 from consistency.errors import require

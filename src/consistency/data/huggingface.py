@@ -6,8 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from consistency.data.decoding import read_bounded
-from consistency.data.encoded import ImageFiles, Index
+from consistency.data.decode import read_bounded
+from consistency.data.image_files import ImageFiles, Index
 from consistency.errors import UserError, require
 
 

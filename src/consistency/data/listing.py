@@ -15,8 +15,8 @@ from jaxtyping import UInt8
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from consistency.data.cropping import fit
-from consistency.data.decoding import (
+from consistency.data.crop import fit
+from consistency.data.decode import (
     EXTENSIONS,
     MODES,
     UNREADABLE,

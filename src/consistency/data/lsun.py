@@ -6,9 +6,9 @@ from pathlib import Path
 
 import lmdb
 
-from consistency.data.cropping import Crop, box
-from consistency.data.encoded import ImageFiles, Index
+from consistency.data.crop import Crop, box
 from consistency.data.folder import file_stamp
+from consistency.data.image_files import ImageFiles, Index
 from consistency.data.parallel import PerProcess
 from consistency.data.source import required_path
 from consistency.errors import UserError, require

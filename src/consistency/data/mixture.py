@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from consistency.data.held import InMemory
+from consistency.data.memory import InMemory
 from consistency.errors import require
 from consistency.randomness import generator
 

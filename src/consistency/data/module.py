@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from consistency.data.batches import BatchSplit, PositionedBatches, split_batch
-from consistency.data.held import load_into_memory
+from consistency.data.memory import load_into_memory
 from consistency.data.source import Classes, Images, Source
 from consistency.errors import require
 from consistency.pixels import to_unit

@@ -13,11 +13,11 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.commands.overrides import shell_line
-from consistency.data.archive import Archive
-from consistency.data.opening import detect_source
-from consistency.data.shards import require_same_settings, write_shards
-from consistency.data.stream import engine
+from consistency.data.detect import detect_source
+from consistency.data.shards import engine
+from consistency.data.write_shards import require_same_settings, write_shards
 from consistency.data.write_zip import Chunk, ChunkWriter, ImageSettings, join
+from consistency.data.zip_or_folder import Archive
 from consistency.errors import UserError, require
 
 PREPARED = "prepared.json"

@@ -21,11 +21,11 @@ import numpy as np
 from hydra.utils import instantiate
 from PIL import Image as PILImage
 
-from consistency.data.cropping import Crop
-from consistency.data.decoding import MODES, ImageError, to_picture
-from consistency.data.encoded import ImageFiles
-from consistency.data.held import InMemory
+from consistency.data.crop import Crop
+from consistency.data.decode import MODES, ImageError, to_picture
+from consistency.data.image_files import ImageFiles
 from consistency.data.listing import LABELS
+from consistency.data.memory import InMemory
 from consistency.data.parallel import write_missing
 from consistency.errors import require
 from consistency.runtime.files import written_whole

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from consistency.data.cropping import Crop, halving
-from consistency.data.decoding import MODES, ImageError, colour_of, read_image, to_tensor
+from consistency.data.crop import Crop, halving
+from consistency.data.decode import MODES, ImageError, colour_of, read_image, to_tensor
 from consistency.data.parallel import in_threads
 from consistency.data.source import Image, Source
 from consistency.errors import require
@@ -34,7 +34,7 @@ class ImageFiles(Source):
 
     image_size: side in pixels to which `crop` brings every image; None keeps the images' own.
     channels: 1 grey, 3 colour; None keeps the images' own.
-    crop: one of `consistency.data.cropping`.
+    crop: one of `consistency.data.crop`.
     num_classes: number of classes of the model, which the labels must fit; None without classes.
     on_bad: "stop" raises `ImageError` when an unusable image is read; "skip" decodes every image once at the
         start and leaves the unusable ones out, so that the order of the rest is a function of position alone.

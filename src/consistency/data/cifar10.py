@@ -11,7 +11,7 @@ from torchvision.datasets.utils import download_url
 
 from consistency.checkpoints.pickle_reader import Machine
 from consistency.data.download import find_or_download
-from consistency.data.held import InMemory
+from consistency.data.memory import InMemory
 from consistency.data.source import Split, require_split, required_path
 from consistency.errors import UserError
 

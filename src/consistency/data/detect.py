@@ -3,16 +3,16 @@
 import zipfile
 from pathlib import Path
 
-from consistency.data.archive import Archive
-from consistency.data.cifar import CIFAR10, cifar_folder
-from consistency.data.encoded import ImageFiles
+from consistency.data.cifar10 import CIFAR10, cifar_folder
 from consistency.data.folder import Folder
-from consistency.data.held import InMemory
 from consistency.data.huggingface import HuggingFace
-from consistency.data.idx import MNIST, idx_folder
+from consistency.data.image_files import ImageFiles
 from consistency.data.listing import has_labels
 from consistency.data.lsun import FILE, Database
+from consistency.data.memory import InMemory
+from consistency.data.mnist import MNIST, idx_folder
 from consistency.data.source import require_existing, require_split
+from consistency.data.zip_or_folder import Archive
 from consistency.errors import require
 from consistency.paths import path_of
 

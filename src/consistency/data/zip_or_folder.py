@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from consistency.data.decoding import MOST_BYTES, UNREADABLE, require_size
-from consistency.data.encoded import ImageFiles, Index
+from consistency.data.decode import MOST_BYTES, UNREADABLE, require_size
 from consistency.data.folder import FolderFiles
+from consistency.data.image_files import ImageFiles, Index
 from consistency.data.listing import LABELS, Listing, in_zip, slashed
 from consistency.data.parallel import PerProcess
 from consistency.data.source import required_path

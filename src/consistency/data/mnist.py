@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from consistency.data.download import find_or_download
-from consistency.data.held import InMemory
+from consistency.data.memory import InMemory
 from consistency.data.source import Split, require_split, required_path
 from consistency.errors import UserError, require
 
