@@ -23,7 +23,6 @@ from consistency.objectives import (
     ProgressiveObjective,
 )
 from consistency.pairs import LognormalTimes, UniformPairs, UniformTimes
-from consistency.perceptual import RESIZING
 from consistency.preconditioning import EDM, Boundary
 from consistency.processes import variance_exploding
 from consistency.solvers import Solver, euler_step, heun_step
@@ -37,6 +36,7 @@ from consistency.tangents import (
     derivative_along,
 )
 from consistency.tensors import Data, Label, PerSample, Time, broadcast_time
+from consistency.training.lpips import RESIZING
 from consistency.weightings import karras
 from golden_formulas import (
     EXACT,

@@ -21,12 +21,12 @@ from consistency.objectives import (
     ProgressiveObjective,
 )
 from consistency.pairs import LognormalTimes, RatioPairs, UniformPairs
-from consistency.perceptual import RESIZING
 from consistency.preconditioning import EDM, Boundary
 from consistency.processes import variance_exploding
 from consistency.solvers import euler_step, heun_step
 from consistency.steps import DataStep, Step, TeacherStep
 from consistency.tensors import Data, Denoise, Label, PerSample, Time, broadcast_time
+from consistency.training.lpips import RESIZING
 from consistency.weightings import inverse_gap, karras
 from golden_formulas import GRID_FLOAT32, RHO, SIGMA_DATA, T_MAX, T_MIN, weighting
 from golden_harness import GRADIENT, OUTPUT, Archive, Tolerance

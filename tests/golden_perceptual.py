@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from consistency.distances import LPIPS
-from consistency.perceptual import TAPS, Variant, assemble, empty_features
+from consistency.training.lpips import TAPS, Variant, assemble, empty_features
 from golden_harness import Archive, Tolerance
 
 SAME = Tolerance(of_each=1e-5)

@@ -29,7 +29,8 @@ from consistency import command
 from consistency.evaluation.classifier import digits_classifier
 from consistency.inference import plots as drawing
 from consistency.training import run
-from consistency.training.callbacks import evaluation, pictures
+from consistency.training.callbacks import evaluation
+from consistency.training.callbacks import sample_grids as pictures
 
 TASK = "KILLED_TASK"
 HOOKS = (

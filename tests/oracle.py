@@ -38,7 +38,7 @@ from consistency.samplers import multistep, onestep
 from consistency.schedules import falling_rate
 from consistency.tensors import Data, Denoise, Label, Time
 from consistency.training.build import quiet
-from consistency.training.callbacks.averages import EvaluationEMA
+from consistency.training.callbacks.ema import EvaluationEMA
 from consistency.training.callbacks.schedules import LearningRateSchedule
 from consistency.training.module import ConsistencyModule
 

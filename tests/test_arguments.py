@@ -281,7 +281,7 @@ def test_tensorboard_has_one_history_of_a_run_and_its_pictures(verb: Run, tmp_pa
 def test_without_the_package_tensorboard_one_message_says_so(
     verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("consistency.training.logging.find_spec", lambda name: None)
+    monkeypatch.setattr("consistency.training.loggers.find_spec", lambda name: None)
     run = tmp_path / "run"
     outcome = verb("train", *NOT_CSV, "logger=tensorboard", f"output={run}")
     assert outcome.status == 2

@@ -177,7 +177,7 @@ def test_consistency_training_on_lsun_is_as_published() -> None:
     assert config.callbacks.learning_rate.factor.start == 1.0
     assert config.data.batch_size == 256
     assert config.data.flip is True
-    assert config.mode.objective.distance._target_ == "consistency.perceptual.load_lpips"
+    assert config.mode.objective.distance._target_ == "consistency.training.lpips.load_lpips"
     scales, decay = (
         config.mode.callbacks.scale_schedule.num_scales,
         config.mode.callbacks.target_ema.decay,

@@ -8,11 +8,11 @@ import torchvision
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from consistency import perceptual
 from consistency.errors import UserError
 from consistency.evaluation import extractors
 from consistency.evaluation.extractors import extractor_of, inception_file, small_classifier
 from consistency.evaluation.metrics import available
+from consistency.training import lpips as perceptual
 from inception import write_random_inception
 
 pytestmark = pytest.mark.usefixtures("offline")

@@ -22,7 +22,7 @@ from consistency import (
     tangents,
 )
 from consistency.distances import LPIPS
-from consistency.perceptual import RESIZING, TAPS
+from consistency.training.lpips import RESIZING, TAPS
 
 GRID = "{_target_: consistency.grids.KarrasGrid, t_min: 0.002, t_max: 80.0, rho: 7.0}"
 
@@ -71,10 +71,10 @@ def test_every_lpips_is_named_by_backbone_and_variant(
     backbone: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "consistency.perceptual._imagenet_weights", lambda name: _random_features(name)
+        "consistency.training.lpips._imagenet_weights", lambda name: _random_features(name)
     )
     place = "mode.objective.distance"
-    lpips = f"_target_:consistency.perceptual.load_lpips,backbone:{backbone},variant:{variant}"
+    lpips = f"_target_:consistency.training.lpips.load_lpips,backbone:{backbone},variant:{variant}"
     ours = built(place, "mode=ct", f"+{place}={{{lpips}}}")
     assert isinstance(ours, LPIPS)
     assert ours.resize is RESIZING[variant]
@@ -82,7 +82,7 @@ def test_every_lpips_is_named_by_backbone_and_variant(
 
 
 def _random_features(name: Any) -> dict[str, torch.Tensor]:
-    from consistency.perceptual import empty_features
+    from consistency.training.lpips import empty_features
 
     return {k: torch.zeros(v.shape) for k, v in empty_features(name).state_dict().items()}
 
@@ -96,7 +96,9 @@ def test_without_its_weights_lpips_is_an_error_before_training(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
     place = "mode.objective.distance"
-    lpips = "_target_:consistency.perceptual.load_lpips,backbone:vgg16,variant:average_pooled_unit"
+    lpips = (
+        "_target_:consistency.training.lpips.load_lpips,backbone:vgg16,variant:average_pooled_unit"
+    )
     with pytest.raises(InstantiationException, match=r"vgg16-397923af\.pth"):
         built(place, "mode=ct", f"+{place}={{{lpips}}}")
 

@@ -17,7 +17,7 @@ from conftest import TINY
 from consistency.errors import UserError
 from consistency.schedules import square_root
 from consistency.training.build import build_module, quiet
-from consistency.training.callbacks.averages import EvaluationEMA, TargetEMA
+from consistency.training.callbacks.ema import EvaluationEMA, TargetEMA
 from consistency.training.callbacks.progress import Throughput
 from consistency.training.callbacks.schedules import ScaleSchedule
 from consistency.training.module import ConsistencyModule

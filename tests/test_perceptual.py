@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 from consistency.errors import UserError
-from consistency.perceptual import (
+from consistency.training.lpips import (
     RESIZING,
     TAPS,
     Backbone,

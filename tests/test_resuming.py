@@ -21,7 +21,7 @@ from consistency.errors import UserError
 from consistency.runtime import files
 from consistency.training import resuming
 from consistency.training import run as training
-from consistency.training.logging import MetricsFile
+from consistency.training.loggers import MetricsFile
 from test_killed import assert_equal, assert_same, content, rows
 from test_wandb import records
 

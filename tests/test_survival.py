@@ -22,7 +22,7 @@ from consistency.checkpoints import ours
 from consistency.checkpoints.load import load
 from consistency.checkpoints.ours import read
 from consistency.runtime import files
-from consistency.training.logging import MetricsFile
+from consistency.training.loggers import MetricsFile
 
 SAME = ["mode=ct", "mode.total_steps=30", "data.device_batch_size=4"]
 LONG = [*SAME, "trainer.max_steps=3000"]

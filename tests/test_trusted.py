@@ -146,7 +146,7 @@ OWN_TARGETS = [
     "consistency.networks.adm.torch.hub.load",
     "consistency.checkpoints.load.os.system",
     "consistency.comparison.subprocess.run",
-    "consistency.perceptual.torch.load",
+    "consistency.training.lpips.torch.load",
     "consistency.objectives.Denoiser",
     "consistency.samplers.Tensor",
     # no names

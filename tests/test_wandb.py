@@ -10,7 +10,7 @@ from wandb.proto import wandb_internal_pb2 as protocol
 
 from conftest import ROOT, TINY, Run
 from consistency.checkpoints.ours import read
-from consistency.training.logging import PatientWandbLogger
+from consistency.training.loggers import PatientWandbLogger
 
 BLOCK, HEADER = 32768, 7
 
@@ -143,7 +143,7 @@ def test_a_failure_on_the_way_or_at_the_end_never_stops_training(
 
 
 def test_a_configured_key_means_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from consistency.training import logging
+    from consistency.training import loggers as logging
 
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for key, mode in ((True, "online"), (False, "offline")):

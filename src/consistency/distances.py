@@ -108,7 +108,7 @@ class LPIPS(nn.Module):
     """sum_l mean_hw sum_c w_lc (phi_lc(x) - phi_lc(y))^2 [Zhang et al. 2018, arXiv:1801.03924, Eq. 1].
 
     phi_l: the maps of layer l of `features`, divided by their norm over channels; weights: w_l; resize: what is done
-    to the images first. `consistency.perceptual.load_lpips` gives the published ones.
+    to the images first. `consistency.training.lpips.load_lpips` gives the published ones.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from typing import Any
 from consistency.errors import UserError, require
 from consistency.paths import ROOT
 
-SHELL = ("consistency.checkpoints.load", "consistency.perceptual")
+SHELL = ("consistency.checkpoints.load", "consistency.training.lpips")
 """Modules at the top of the package that are not of the method."""
 
 EDITING = ("mask", "task")

@@ -36,9 +36,9 @@ from consistency.training.build import (
 from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import callback_of
-from consistency.training.callbacks.pictures import SampleGrids
+from consistency.training.callbacks.sample_grids import SampleGrids
 from consistency.training.io_errors import as_user_error
-from consistency.training.logging import MetricsFile, PatientTensorBoardLogger, PatientWandbLogger
+from consistency.training.loggers import MetricsFile, PatientTensorBoardLogger, PatientWandbLogger
 from consistency.training.module import ConsistencyModule
 from consistency.training.resuming import RunStart, begin, keep_config
 

@@ -13,7 +13,7 @@ from consistency.inference.generate import Request, samples
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
 from consistency.training.io_errors import tolerate_write_errors
-from consistency.training.logging import PatientTensorBoardLogger
+from consistency.training.loggers import PatientTensorBoardLogger
 from consistency.training.module import ConsistencyModule
 
 
