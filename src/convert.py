@@ -7,7 +7,7 @@ from consistency.runtime.signals import take_over
 take_over()  # before torch is imported
 
 if __name__ == "__main__":
-    from consistency.command import command
-    from consistency.conversion import convert
+    from consistency.commands.cli import command
+    from consistency.commands.convert import convert
 
     command("convert")(convert)()

@@ -7,7 +7,7 @@ from consistency.runtime.signals import take_over
 take_over()  # before torch is imported
 
 if __name__ == "__main__":
-    from consistency.command import command
-    from consistency.retouching import edit
+    from consistency.commands.cli import command
+    from consistency.commands.edit import edit
 
     command("edit")(edit)()

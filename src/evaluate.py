@@ -5,7 +5,7 @@ from consistency.runtime.signals import take_over
 take_over()  # before torch is imported
 
 if __name__ == "__main__":
-    from consistency.command import command
-    from consistency.evaluating import evaluate
+    from consistency.commands.cli import command
+    from consistency.commands.evaluate import evaluate
 
     command("evaluate")(evaluate)()

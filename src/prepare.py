@@ -7,7 +7,7 @@ from consistency.runtime.signals import take_over
 take_over()  # before torch is imported
 
 if __name__ == "__main__":
-    from consistency.command import command
-    from consistency.data.preparation import prepare
+    from consistency.commands.cli import command
+    from consistency.commands.prepare import prepare
 
     command("prepare")(prepare)()

@@ -7,7 +7,7 @@ from consistency.runtime.signals import take_over
 take_over()  # before torch is imported
 
 if __name__ == "__main__":
-    from consistency.command import command
-    from consistency.searching import search
+    from consistency.commands.cli import command
+    from consistency.commands.search import search
 
     command("search")(search)()

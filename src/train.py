@@ -5,7 +5,7 @@ from consistency.runtime.signals import take_over
 take_over()  # before torch is imported
 
 if __name__ == "__main__":
-    from consistency.command import command
-    from consistency.training.run import train
+    from consistency.commands.cli import command
+    from consistency.commands.train import train
 
     command("train")(train)()

@@ -61,18 +61,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """verb("train", "mode=ct", ...) runs src/train.py in this process, in an empty folder."""
-    from consistency import (
-        command,
-        comparison,
-        conversion,
-        evaluating,
-        retouching,
-        sampling,
-        searching,
-        speed,
-    )
-    from consistency.data import preparation
-    from consistency.training import run
+    from consistency.commands import benchmark as speed
+    from consistency.commands import cli as command
+    from consistency.commands import compare as comparison
+    from consistency.commands import convert as conversion
+    from consistency.commands import edit as retouching
+    from consistency.commands import evaluate as evaluating
+    from consistency.commands import prepare as preparation
+    from consistency.commands import sample as sampling
+    from consistency.commands import search as searching
+    from consistency.commands import train as run
 
     mains = {
         "train": run.train,
@@ -108,7 +106,7 @@ def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
 @pytest.fixture
 def process(tmp_path: Path) -> Run:
     """process("train", "mode=ct", ...) runs `python src/train.py` as a process of its own, in an empty folder."""
-    from consistency import command
+    from consistency.commands import cli as command
 
     home = tmp_path / "process_cwd"
     home.mkdir(exist_ok=True)
@@ -145,8 +143,8 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Run folders of two-step runs by mode, trained once: `trained["ect"]`."""
-    from consistency import command
-    from consistency.training import run
+    from consistency.commands import cli as command
+    from consistency.commands import train as run
 
     folder, found = tmp_path_factory.mktemp("trained"), {}
     for mode in ("edm", "ect", "ct"):

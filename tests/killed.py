@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from consistency import command
+from consistency.commands import cli as command
+from consistency.commands import train as run
 from consistency.evaluation.classifier import digits_classifier
 from consistency.inference import plots as drawing
-from consistency.training import run
 from consistency.training.callbacks import evaluation
 from consistency.training.callbacks import sample_grids as pictures
 

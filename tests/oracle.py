@@ -28,7 +28,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
 from analytic import THREE_MODES
-from consistency import schema
+from consistency.commands import schema
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.networks.mlp import MLP

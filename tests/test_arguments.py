@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 
 from conftest import TINY, Run
 from consistency.checkpoints.ours import read
+from consistency.commands import train as training
 from consistency.commands.overrides import spelled_out
 from consistency.errors import UserError
-from consistency.training import run as training
 from consistency.training.arguments import REFUSED, STRATEGIES, TAKEN, require_taken, require_whole
 from consistency.training.lightning_patches import AtomicCheckpointIO
 from consistency.training.nonfinite import OVERFLOWS
@@ -80,7 +80,7 @@ def test_a_run_that_is_refused_has_opened_and_written_nothing(
         raise AssertionError("the data were opened")
 
     monkeypatch.setattr(training, "build_data", opened)
-    monkeypatch.setattr("consistency.speed.build_data", opened)
+    monkeypatch.setattr("consistency.commands.benchmark.build_data", opened)
     monkeypatch.chdir(tmp_path)
     outcome = verb(command, *TINY, given, f"output={tmp_path / 'run'}")
     assert outcome.status == 2

@@ -6,7 +6,7 @@ import pytest
 
 import consistency
 from conftest import ROOT, Run
-from consistency import schema
+from consistency.commands import schema
 from consistency.errors import UserError
 
 NOWHERE = ["data=folder", "data.path=/nowhere"]

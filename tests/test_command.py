@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, TINY, Run
-from consistency import schema
+from consistency.commands import schema
 
 TRAIN_MISTAKES = {
     "unknown key": (["trainer.max_stepz=3"], "max_stepz"),

@@ -12,8 +12,8 @@ from PIL import Image
 
 import originals
 from conftest import ROOT
-from consistency import schema
 from consistency.checkpoints.load import NETWORKS, PRECONDITIONING, build
+from consistency.commands import schema
 from consistency.errors import UserError
 from consistency.training import build as training
 

@@ -15,10 +15,11 @@ import torch
 import consistency
 import foreign
 from conftest import ROOT, SHORT, TINY, Outcome, Run
-from consistency import command, conversion
 from consistency.checkpoints import load as checkpoint
 from consistency.checkpoints import nvlabs, ours
 from consistency.checkpoints import pretrained as released
+from consistency.commands import cli as command
+from consistency.commands import convert as conversion
 from consistency.errors import UserError
 from consistency.inference.model import Model
 from consistency.runtime.files import checksum_path

@@ -12,6 +12,7 @@ from PIL import BmpImagePlugin, Image, PngImagePlugin, TiffImagePlugin
 
 import originals
 from conftest import Run
+from consistency.commands.edit import MaskFile
 from consistency.data.decode import (
     ImageError,
     _stored_deep,
@@ -24,7 +25,6 @@ from consistency.data.folder import Folder
 from consistency.data.listing import read_images
 from consistency.errors import UserError
 from consistency.randomness import generator
-from consistency.retouching import MaskFile
 from originals import encoded, noise
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, TINY, Run
-from consistency.data import preparation
+from consistency.commands import prepare as preparation
+from consistency.commands import train as run
 from consistency.inference import generate as generating
-from consistency.training import run
 
 WAITS = """
 import os, sys, time

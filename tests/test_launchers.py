@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY, Run
-from consistency import command
 from consistency.checkpoints.ours import read
-from consistency.training.run import train
+from consistency.commands import cli as command
+from consistency.commands.train import train
 
 JOB = [
     *TINY,

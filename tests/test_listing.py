@@ -278,7 +278,7 @@ def test_what_a_zip_of_macos_brings_is_counted(tmp_path: Path, capsys: Told) -> 
 
 
 def test_samples_in_subfolders_are_read(tmp_path: Path, capsys: Told) -> None:
-    from consistency.evaluating import given_samples
+    from consistency.commands.evaluate import given_samples
 
     pixels = noise(60, 8, 8)
     for number, image in enumerate(pixels):
@@ -294,7 +294,7 @@ def test_samples_in_subfolders_are_read(tmp_path: Path, capsys: Told) -> None:
 
 
 def test_arrays_of_samples_are_read_or_refused_in_words(tmp_path: Path) -> None:
-    from consistency.evaluating import given_samples
+    from consistency.commands.evaluate import given_samples
 
     pixels, file = noise(6, 8, 8, 3), tmp_path / "a.npz"
     for stored in (pixels, pixels.transpose(0, 3, 1, 2)):

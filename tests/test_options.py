@@ -12,15 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from analytic import Gaussian, normal, times
 from conftest import ROOT
-from consistency import (
-    distances,
-    pairs,
-    preconditioning,
-    schema,
-    solvers,
-    steps,
-    tangents,
-)
+from consistency import distances, pairs, preconditioning, solvers, steps, tangents
+from consistency.commands import schema
 from consistency.distances import LPIPS
 from consistency.training.lpips import RESIZING, TAPS
 

@@ -22,11 +22,12 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from conftest import REPORT, ROOT, Run
-from consistency import page, schema
 from consistency.checkpoints import ours
 from consistency.checkpoints.load import load
+from consistency.commands import demo as page
+from consistency.commands import schema
+from consistency.commands.demo import BLANK, Actions, mask_of
 from consistency.errors import UserError
-from consistency.page import BLANK, Actions, mask_of
 from test_formats import tiny_adm, tiny_card
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

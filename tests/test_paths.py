@@ -19,8 +19,7 @@ from PIL import Image
 import consistency
 import originals
 from conftest import ROOT, TINY, Run
-from consistency import schema
-from consistency.commands import overrides
+from consistency.commands import overrides, schema
 from consistency.paths import expanded, path_of
 from test_configuration import options
 

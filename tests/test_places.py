@@ -18,8 +18,8 @@ from lightning.fabric.plugins.environments import (
 from omegaconf import OmegaConf
 
 from conftest import TINY, Run
-from consistency import output
-from consistency.command import require_agreement
+from consistency.commands import output
+from consistency.commands.cli import require_agreement
 from consistency.errors import UserError
 from consistency.runtime import rendezvous
 from consistency.runtime.ranks import PARENT, require_alone, require_launched, this_launch

@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 import consistency
 from conftest import ROOT, TINY, Run
 from consistency.commands import python
+from consistency.commands import train as training
 from consistency.errors import UserError
 from consistency.runtime import launch
-from consistency.training import run as training
 
 SMALL = [*TINY, "mode=ct", "data=digits", "trainer.max_steps=1", "callbacks.curves=null"]
 

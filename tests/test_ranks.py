@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from conftest import REPORT, ROOT, TINY
-from consistency import command
 from consistency.checkpoints.ours import read
+from consistency.commands import cli as command
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 

@@ -13,14 +13,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from conftest import TINY, Run
-from consistency import command
 from consistency.checkpoints import ours
 from consistency.checkpoints.load import LAST, NEXT, PREVIOUS
 from consistency.checkpoints.retention import newest, promote, settle
+from consistency.commands import cli as command
+from consistency.commands import resume as resuming
+from consistency.commands import train as training
 from consistency.errors import UserError
 from consistency.runtime import files
-from consistency.training import resuming
-from consistency.training import run as training
 from consistency.training.loggers import MetricsFile
 from test_killed import assert_equal, assert_same, content, rows
 from test_wandb import records

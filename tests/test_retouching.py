@@ -13,14 +13,14 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from conftest import ROOT, Run
-from consistency import schema
 from consistency.checkpoints import ours
+from consistency.commands import schema
+from consistency.commands.edit import Interpolation, MaskFile, ZeroShot
 from consistency.commands.overrides import for_hydra, spelled_out
 from consistency.data.listing import read_images
 from consistency.editing import Box, Center, Random
 from consistency.errors import UserError
 from consistency.randomness import generator
-from consistency.retouching import Interpolation, MaskFile, ZeroShot
 from test_formats import tiny_adm, tiny_card
 
 TASKS = sorted(p.stem for p in (ROOT / "conf" / "task").glob("*.yaml"))

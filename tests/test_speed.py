@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY, Run
+from consistency.commands.benchmark import figure, rate, table
 from consistency.data.memory import noise
-from consistency.speed import figure, rate, table
 
 SMALL = [a for a in TINY if a.split("=")[0] not in ("logger", "data.batch_size")]
 

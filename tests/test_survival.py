@@ -67,8 +67,8 @@ def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run of three steps, of which `LONG` is a longer one."""
-    from consistency import command
-    from consistency.training import run
+    from consistency.commands import cli as command
+    from consistency.commands import train as run
 
     output = tmp_path_factory.mktemp("three") / "run"
     arguments = [*TINY, *SAME, "trainer.max_steps=3", f"output={output}"]

@@ -15,11 +15,11 @@ from PIL import Image
 
 import originals
 from conftest import TINY, Run
-from consistency import command
+from consistency.commands import cli as command
+from consistency.commands.train import LastLosses, value_of
 from consistency.errors import UserError
 from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
-from consistency.training.run import LastLosses, value_of
 
 SHORT = [*TINY, "mode=ect", "trainer.max_steps=1", "callbacks.curves=null"]
 

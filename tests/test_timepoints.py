@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 
 from conftest import TINY, Run
 from consistency.checkpoints import ours
+from consistency.commands.time_search import is_unimodal, ternary_search
 from consistency.errors import UserError
 from consistency.inference.options import searched_path
 from consistency.runtime.files import fingerprint
-from consistency.timepoints import is_unimodal, ternary_search
 
 SHORT_RUN = [
     *(a for a in TINY if a not in ("callbacks.evaluation=null",)),

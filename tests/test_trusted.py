@@ -15,8 +15,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from conftest import REPORT, ROOT, Run
-from consistency import schema, searching
 from consistency.checkpoints import ours
+from consistency.commands import schema
+from consistency.commands import search as searching
 from consistency.errors import UserError
 from consistency.runtime import allowlist
 from consistency.runtime.allowlist import require_trusted
@@ -131,21 +132,21 @@ OWN_TARGETS = [
     "consistency.checkpoints.ours.write",
     "consistency.checkpoints.load.load",
     "consistency.checkpoints.load.build",
-    "consistency.comparison._train",
-    "consistency.command.command",
-    "consistency.training.run.train",
+    "consistency.commands.compare._train",
+    "consistency.commands.cli.command",
+    "consistency.commands.train.train",
     "consistency.checkpoints.pretrained.download",
     "consistency.checkpoints.pretrained.fetch",
     "consistency.data.download.find_or_download",
-    "consistency.data.preparation.prepare",
-    "consistency.page.demo",
-    "consistency.page.library",
+    "consistency.commands.prepare.prepare",
+    "consistency.commands.demo.demo",
+    "consistency.commands.demo.library",
     # what a module imports is not its own
     "consistency.distances.torch.load",
     "consistency.distances.torch",
     "consistency.networks.adm.torch.hub.load",
     "consistency.checkpoints.load.os.system",
-    "consistency.comparison.subprocess.run",
+    "consistency.commands.compare.subprocess.run",
     "consistency.training.lpips.torch.load",
     "consistency.objectives.Denoiser",
     "consistency.samplers.Tensor",

@@ -85,7 +85,7 @@ def train(config: DictConfig) -> float:
     Returns what a sweeper minimises: the lowest value of what callbacks.checkpoint.monitor names, by default the Fréchet
     distance of the run's evaluation; without an evaluation, the mean of the last 100 losses.
     """
+    from consistency.commands import train as run
     from consistency.commands.python import called
-    from consistency.training import run
 
     return called(run.train, config, "train")

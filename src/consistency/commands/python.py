@@ -11,12 +11,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from consistency.command import ERRORS, Main, message, perform, require_complete
+from consistency.commands.cli import ERRORS, Main, message, perform, require_complete
+from consistency.commands.output import is_claimed
 from consistency.commands.overrides import changes, for_hydra, given_options
+from consistency.commands.schema import register_experiments
 from consistency.errors import UserError, require
-from consistency.output import is_claimed
 from consistency.paths import ROOT
-from consistency.schema import register_experiments
 
 RECORD = "_composed"
 """The attribute of a configuration that keeps what Hydra composed; a copy loses it."""

@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from consistency.checkpoints import load as checkpoint
 from consistency.checkpoints import ours
-from consistency.command import require_fresh
+from consistency.commands.cli import require_fresh
 from consistency.commands.overrides import shell_line
+from consistency.commands.time_search import Minimum, ternary_search
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.metrics import Measure, Settings
@@ -24,7 +25,6 @@ from consistency.runtime.allowlist import require_trusted
 from consistency.runtime.devices import chosen_device, require_devices
 from consistency.runtime.files import fingerprint, write_text
 from consistency.samplers import multistep
-from consistency.timepoints import Minimum, ternary_search
 
 SIGNS = {"frechet": 1, "kernel": 1, "class_score": -1, "precision": -1, "recall": -1}
 """The metrics, each with the sign under which the smallest value is the best."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from consistency.checkpoints.retention import settle
 from consistency.commands.overrides import shell_line
 from consistency.commands.python import called
+from consistency.commands.resume import RunStart, begin, keep_config
 from consistency.errors import require
 from consistency.paths import ROOT
 from consistency.runtime.launch import one_job
@@ -40,7 +41,6 @@ from consistency.training.callbacks.sample_grids import SampleGrids
 from consistency.training.io_errors import as_user_error
 from consistency.training.loggers import MetricsFile, PatientTensorBoardLogger, PatientWandbLogger
 from consistency.training.module import ConsistencyModule
-from consistency.training.resuming import RunStart, begin, keep_config
 
 
 def train(config: DictConfig, output: Path) -> float:

@@ -16,15 +16,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from consistency.checkpoints.load import CHECKPOINTS, LAST, PREVIOUS
 from consistency.checkpoints.retention import newest
-from consistency.command import AUTO, require_fresh
+from consistency.commands.cli import AUTO, require_fresh
 from consistency.commands.overrides import given_options
+from consistency.commands.schema import Train
 from consistency.errors import UserError, require
 from consistency.paths import path_of
 from consistency.runtime import allowlist
 from consistency.runtime.files import write_text
 from consistency.runtime.redaction import MASK, masked
 from consistency.runtime.rendezvous import decided
-from consistency.schema import Train
 
 CONFIG = "config.yaml"
 DEVICES = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from consistency.checkpoints.load import load
-from consistency.command import require_fresh
+from consistency.commands.cli import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.errors import require
 from consistency.inference import plots as pictures

@@ -18,11 +18,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from consistency import schema
-from consistency.binding import require_bound
+from consistency.commands import schema
+from consistency.commands.binding import require_bound
+from consistency.commands.output import claimed, is_claimed, register_dated, remove_unused
 from consistency.commands.overrides import changes, for_hydra, is_sweep
 from consistency.errors import UserError, require
-from consistency.output import claimed, is_claimed, register_dated, remove_unused
 from consistency.paths import ROOT, path_of
 from consistency.runtime import rendezvous, signals
 from consistency.runtime.ranks import is_started_here, require_alone, this_launch

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from consistency import editing
 from consistency.checkpoints.load import load
-from consistency.command import require_fresh
+from consistency.commands.cli import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.data.crop import halving
 from consistency.data.decode import read_picture

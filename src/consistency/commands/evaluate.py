@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from consistency.checkpoints.load import find, load_sets
-from consistency.command import require_fresh
+from consistency.commands.cli import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.data.decode import MODES, colour_of, read_picture, to_tensor
 from consistency.data.listing import files_at

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from consistency.checkpoints.load import load
-from consistency.command import require_fresh
+from consistency.commands.cli import require_fresh
 from consistency.errors import UserError, require
 from consistency.inference import plots as pictures
 from consistency.paths import ROOT

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
-from consistency.command import require_fresh
+from consistency.commands.cli import require_fresh
 from consistency.data.module import DataModule
 from consistency.errors import require
 from consistency.evaluation.timing import Clock
