@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -61,40 +62,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """verb("train", "mode=ct", ...) runs src/train.py in this process, in an empty folder."""
-    from consistency.commands import benchmark as speed
-    from consistency.commands import cli as command
-    from consistency.commands import compare as comparison
-    from consistency.commands import convert as conversion
-    from consistency.commands import edit as retouching
-    from consistency.commands import evaluate as evaluating
-    from consistency.commands import prepare as preparation
-    from consistency.commands import sample as sampling
-    from consistency.commands import search as searching
-    from consistency.commands import train as run
+    from consistency.commands import cli
 
-    mains = {
-        "train": run.train,
-        "sample": sampling.sample,
-        "evaluate": evaluating.evaluate,
-        "edit": retouching.edit,
-        "search": searching.search,
-        "compare": comparison.compare,
-        "convert": conversion.convert,
-        "prepare": preparation.prepare,
-        "benchmark": speed.benchmark,
-    }
     home = tmp_path / "cwd"
     home.mkdir()
     monkeypatch.chdir(home)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
     def call(name: str, *arguments: str) -> Outcome:
-        monkeypatch.delenv(command.INSIDE, raising=False)
+        monkeypatch.delenv(cli.INSIDE, raising=False)
         monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
         monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / f"{name}.py"), *arguments])
         status = 0
         try:
-            command.command(name)(mains[name])()
+            cli.command(name)(getattr(import_module(f"consistency.commands.{name}"), name))()
         except SystemExit as end:
             status = int(end.code or 0)
         captured = capfd.readouterr()
@@ -106,11 +87,11 @@ def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
 @pytest.fixture
 def process(tmp_path: Path) -> Run:
     """process("train", "mode=ct", ...) runs `python src/train.py` as a process of its own, in an empty folder."""
-    from consistency.commands import cli as command
+    from consistency.commands import cli
 
     home = tmp_path / "process_cwd"
     home.mkdir(exist_ok=True)
-    inside = {command.INSIDE, "HYDRA_FULL_ERROR"}
+    inside = {cli.INSIDE, "HYDRA_FULL_ERROR"}
     own = {name: value for name, value in os.environ.items() if name not in inside}
 
     def call(name: str, *arguments: str, **environment: str) -> Outcome:
@@ -143,8 +124,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Run folders of two-step runs by mode, trained once: `trained["ect"]`."""
-    from consistency.commands import cli as command
-    from consistency.commands import train as run
+    from consistency.commands import cli, train
 
     folder, found = tmp_path_factory.mktemp("trained"), {}
     for mode in ("edm", "ect", "ct"):
@@ -152,7 +132,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         arguments = [f"mode={mode}", "trainer.max_steps=2", f"output={output}", *TINY]
         before, sys.argv = sys.argv, [str(ROOT / "src" / "train.py"), *arguments]
         try:
-            command.command("train")(run.train)()
+            cli.command("train")(train.train)()
         finally:
             sys.argv = before
         found[mode] = output

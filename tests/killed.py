@@ -25,12 +25,11 @@ from typing import Any, NamedTuple
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from consistency.commands import cli as command
+from consistency.commands import cli
 from consistency.commands import train as run
 from consistency.evaluation.classifier import digits_classifier
-from consistency.inference import plots as drawing
-from consistency.training.callbacks import evaluation
-from consistency.training.callbacks import sample_grids as pictures
+from consistency.inference import plots
+from consistency.training.callbacks import evaluation, sample_grids
 
 TASK = "KILLED_TASK"
 HOOKS = (
@@ -119,11 +118,11 @@ def train(output: str, die: list[Any] | None) -> None:
     moments, build = Moments(output, die), run.build_callbacks
     run.build_callbacks = lambda config: [*build(config), moments]
     evaluation.generate = moments.noted("measuring samples", evaluation.generate)
-    pictures.samples = moments.noted("drawing samples", pictures.samples)
+    sample_grids.samples = moments.noted("drawing samples", sample_grids.samples)
     # Slow, and nothing of it is compared.
-    drawing.draw_curves = moments.noted("drawing curves", lambda metrics, picture: None)
+    plots.draw_curves = moments.noted("drawing curves", lambda metrics, picture: None)
     sys.addaudithook(moments.audit)
-    command.command("train")(run.train)()
+    cli.command("train")(run.train)()
     Path(f"{output}.moments_{moments.rank}").write_text(json.dumps(moments.seen))
 
 

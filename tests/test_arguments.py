@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from conftest import TINY, Run
 from consistency.checkpoints.ours import read
-from consistency.commands import train as training
+from consistency.commands import train
 from consistency.commands.overrides import spelled_out
 from consistency.errors import UserError
 from consistency.training.arguments import REFUSED, STRATEGIES, TAKEN, require_taken, require_whole
@@ -79,7 +79,7 @@ def test_a_run_that_is_refused_has_opened_and_written_nothing(
     def opened(*_: object) -> None:
         raise AssertionError("the data were opened")
 
-    monkeypatch.setattr(training, "build_data", opened)
+    monkeypatch.setattr(train, "build_data", opened)
     monkeypatch.setattr("consistency.commands.benchmark.build_data", opened)
     monkeypatch.chdir(tmp_path)
     outcome = verb(command, *TINY, given, f"output={tmp_path / 'run'}")
@@ -133,8 +133,8 @@ def test_plugins_of_a_person_stand_beside_ours(
         built.append(original(*given))
         return built[0]
 
-    original = training.build_trainer
-    monkeypatch.setattr(training, "build_trainer", kept)
+    original = train.build_trainer
+    monkeypatch.setattr(train, "build_trainer", kept)
     scaler = "scaler: {_target_: torch.amp.GradScaler, device: cpu, init_scale: 1024.0}"
     half = f"{{_target_: lightning.pytorch.plugins.MixedPrecision, precision: 16-mixed, device: cpu, {scaler}}}"
     place = "{_target_: lightning.pytorch.plugins.environments.LightningEnvironment}"

@@ -13,7 +13,7 @@ from PIL import Image
 
 import originals
 from conftest import Run
-from consistency.data import image_files as encoded_module
+from consistency.data import image_files
 from consistency.data.decode import ImageError, decode
 from consistency.data.folder import Folder
 from consistency.data.image_files import ImageFiles
@@ -198,7 +198,7 @@ def test_skipping_leaves_out_the_bad_and_nothing_else(
     assert {source[i][0].numpy().tobytes() for i in range(len(source))} == expected
     told = capsys.readouterr().out
     assert f"{len(bad)} of {len(mixed)} images cannot be used and are left out" in told
-    assert f"and {len(bad) - encoded_module.MOST_LISTED} more" in told
+    assert f"and {len(bad) - image_files.MOST_LISTED} more" in told
 
 
 def test_stopping_names_the_image_that_was_asked_for(tmp_path: Path) -> None:

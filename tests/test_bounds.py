@@ -18,7 +18,7 @@ from torchvision import datasets
 
 import originals
 from conftest import REPORT
-from consistency.data import zip_or_folder as archive_module
+from consistency.data import zip_or_folder
 from consistency.data.cifar10 import CIFAR10
 from consistency.data.decode import MOST_BYTES, ImageError, decode, read_picture
 from consistency.data.mnist import MNIST
@@ -152,7 +152,7 @@ def test_a_downloaded_archive_writes_nothing_outside_its_folder(
 def test_a_small_zip_does_not_become_a_large_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archive_module, "MOST_LABEL_BYTES", 1 << 20)
+    monkeypatch.setattr(zip_or_folder, "MOST_LABEL_BYTES", 1 << 20)
     image = originals.encoded(Image.fromarray(np.zeros((8, 8), np.uint8)))
     for name in ("b.png", "dataset.json"):
         with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:

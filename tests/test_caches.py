@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY, Run
-from consistency import caches
+from consistency.runtime import files
 
 NOWHERE = ["/proc", "/dev/null/x", None]
 
 
 def environment(monkeypatch: pytest.MonkeyPatch, home: str | None, **more: str) -> None:
-    for name in ("HOME", *caches.BASES):
+    for name in ("HOME", *files.BASES):
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
         monkeypatch.delenv(name)
     given = more if home is None else {"HOME": home, **more}
@@ -32,12 +32,12 @@ def test_without_a_home_caches_go_to_a_folder_that_can_be_written(
 ) -> None:
     environment(monkeypatch, home)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    caches.settle()
-    folders = {os.environ[name] for name in caches.BASES}
+    files.settle_caches()
+    folders = {os.environ[name] for name in files.BASES}
     assert len(folders) == 1
     (folder,) = folders
     assert os.stat(folder).st_mode & 0o777 == 0o700
-    assert caches.own() == Path(folder, "consistency")
+    assert files.cache_folder() == Path(folder, "consistency")
     assert Path.home() == Path(home or folder)
     Path(folder).rmdir()
 
@@ -46,15 +46,15 @@ def test_a_home_that_can_be_written_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment(monkeypatch, str(tmp_path / "home"))
-    caches.settle()
-    assert not any(name in os.environ for name in caches.BASES)
+    files.settle_caches()
+    assert not any(name in os.environ for name in files.BASES)
     assert list(tmp_path.iterdir()) == []
-    assert caches.own() == tmp_path / "home" / ".cache" / "consistency"
+    assert files.cache_folder() == tmp_path / "home" / ".cache" / "consistency"
 
 
 def test_only_what_cannot_be_written_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment(monkeypatch, str(tmp_path), XDG_CACHE_HOME="/proc/cache")
-    caches.settle()
+    files.settle_caches()
     assert "XDG_CONFIG_HOME" not in os.environ
     Path(os.environ["XDG_CACHE_HOME"]).rmdir()
 

@@ -15,10 +15,8 @@ import torch
 import consistency
 import foreign
 from conftest import ROOT, SHORT, TINY, Outcome, Run
-from consistency.checkpoints import load as checkpoint
-from consistency.checkpoints import nvlabs, ours
-from consistency.checkpoints import pretrained as released
-from consistency.commands import cli as command
+from consistency.checkpoints import load, nvlabs, ours, pretrained
+from consistency.commands import cli
 from consistency.commands import convert as conversion
 from consistency.errors import UserError
 from consistency.inference.model import Model
@@ -49,12 +47,12 @@ def convert(
     monkeypatch.chdir(home)
 
     def call(*arguments: str) -> Outcome:
-        monkeypatch.delenv(command.INSIDE, raising=False)
+        monkeypatch.delenv(cli.INSIDE, raising=False)
         monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
         monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / "convert.py"), *arguments])
         status = 0
         try:
-            command.command("convert")(conversion.convert)()
+            cli.command("convert")(conversion.convert)()
         except SystemExit as end:
             status = int(end.code or 0)
         captured = capfd.readouterr()
@@ -224,7 +222,7 @@ def tiny_digits_teacher(path: Path) -> Path:
     """An NVlabs file of a denoiser of the digits' size and classes."""
     kwargs = TINY_SONG | {"img_channels": 1, "label_dim": 10}
     settings = nvlabs.settings("SongUNet", kwargs | {"in_channels": 1, "out_channels": 1})
-    state = randomised(checkpoint.build(settings, checkpoint.NETWORKS, torch.nn.Module))
+    state = randomised(load.build(settings, load.NETWORKS, torch.nn.Module))
     return foreign.write_nvlabs(path, kwargs, {f"model.{k}": v for k, v in state.items()})
 
 
@@ -260,14 +258,14 @@ def test_samples_from_a_foreign_file(verb: Run, files: dict[str, Path], tmp_path
 
 def test_initial_weights_from_any_format(files: dict[str, Path]) -> None:
     """The role does not matter for `init=`; the network and its time input do."""
-    network = checkpoint.build(tiny_card()["network"], checkpoint.NETWORKS, torch.nn.Module)
-    checkpoint.load_initial(str(files["openai"]), network, weights="ema", c_noise_scale=250.0)
+    network = load.build(tiny_card()["network"], load.NETWORKS, torch.nn.Module)
+    load.load_initial(str(files["openai"]), network, weights="ema", c_noise_scale=250.0)
     expected = tiny_adm()
     assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
     with pytest.raises(UserError, match=r"c_noise_scale=250"):
-        checkpoint.load_initial(str(files["openai"]), network, weights="ema", c_noise_scale=0.25)
+        load.load_initial(str(files["openai"]), network, weights="ema", c_noise_scale=0.25)
     with pytest.raises(UserError, match="of another network"):
-        checkpoint.load_initial(str(files["nvlabs"]), network, weights="ema", c_noise_scale=0.25)
+        load.load_initial(str(files["nvlabs"]), network, weights="ema", c_noise_scale=0.25)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -291,7 +289,7 @@ def test_a_model_trained_here_opens_in_diffusers(
         f"output={output}",
     )
     assert outcome.status == 0, outcome.err
-    last, folder = checkpoint.find(output), tmp_path / "pipeline"
+    last, folder = load.find(output), tmp_path / "pipeline"
     content = ours.read(last)  # two steps leave the output near its initial zero
     for average in content["callbacks"]["EvaluationEMA"]["averages"].values():
         average |= {
@@ -366,8 +364,8 @@ def release(
     """Makes openai:cd_imagenet64_lpips a small file on that server; where it will be cached."""
     monkeypatch.setenv("CONSISTENCY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Server, "content", files["openai"].read_bytes())
-    small = released.Released(server, "consistency", len(Server.content) // 2)
-    monkeypatch.setitem(released.RELEASED, "openai:cd_imagenet64_lpips", small)
+    small = pretrained.Released(server, "consistency", len(Server.content) // 2)
+    monkeypatch.setitem(pretrained.RELEASED, "openai:cd_imagenet64_lpips", small)
     return tmp_path / "cache" / "openai" / "ema.pt"
 
 
@@ -427,8 +425,8 @@ def test_offline_says_what_to_do(
     convert: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CONSISTENCY_CACHE", str(tmp_path / "cache"))
-    nowhere = released.Released("http://127.0.0.1:9/cd.pt", "consistency", 10)
-    monkeypatch.setitem(released.RELEASED, NAME, nowhere)
+    nowhere = pretrained.Released("http://127.0.0.1:9/cd.pt", "consistency", 10)
+    monkeypatch.setitem(pretrained.RELEASED, NAME, nowhere)
     outcome = convert(f"source={NAME}")
     assert outcome.status == 2
     assert "http://127.0.0.1:9/cd.pt" in outcome.err
@@ -438,4 +436,4 @@ def test_offline_says_what_to_do(
 def test_the_documentation_lists_every_published_file() -> None:
     text = (ROOT / "docs" / "checkpoints.md").read_text()
     rows = {row.split("`")[1] for row in text.splitlines() if row.startswith("| `")}
-    assert {row for row in rows if ":" in row} == set(released.RELEASED)
+    assert {row for row in rows if ":" in row} == set(pretrained.RELEASED)

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, TINY, Run
-from consistency.commands import prepare as preparation
-from consistency.commands import train as run
-from consistency.inference import generate as generating
+from consistency.commands import prepare, train
+from consistency.inference import generate
 
 WAITS = """
 import os, sys, time
@@ -109,7 +108,7 @@ def test_before_the_first_step_a_run_ends_in_one_line_and_leaves_nothing(
     verb: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(run, "build_data", interrupts)
+    monkeypatch.setattr(train, "build_data", interrupts)
     outcome = verb("train", *TINY)
     assert (outcome.status, outcome.err) == (130, "stopped by Ctrl-C\n")
     assert not list(Path.cwd().iterdir())
@@ -117,7 +116,7 @@ def test_before_the_first_step_a_run_ends_in_one_line_and_leaves_nothing(
 
 
 def test_a_sweep_stops_as_a_whole(verb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "build_data", interrupts)
+    monkeypatch.setattr(train, "build_data", interrupts)
     outcome = verb("train", "-m", *TINY, "optimizer.lr=1e-3,2e-3")
     assert (outcome.status, outcome.err) == (130, "stopped by Ctrl-C\n")
 
@@ -125,7 +124,7 @@ def test_a_sweep_stops_as_a_whole(verb: Run, monkeypatch: pytest.MonkeyPatch) ->
 def test_samples_say_how_they_go_on(
     verb: Run, monkeypatch: pytest.MonkeyPatch, trained: dict[str, Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(generating, "SampleNoise", interrupts)
+    monkeypatch.setattr(generate, "SampleNoise", interrupts)
     given = [f"checkpoint={trained['ect']}", "device=cpu"]
     outcome = verb("sample", *given, f"output={tmp_path / 'samples'}")
     assert outcome.status == 130
@@ -138,7 +137,7 @@ def test_samples_say_how_they_go_on(
 def test_a_set_that_is_prepared_says_that_it_goes_on(
     verb: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(preparation, "detect_source", interrupts)
+    monkeypatch.setattr(prepare, "detect_source", interrupts)
     outcome = verb("prepare", "source=x", f"output={tmp_path / 'a.zip'}")
     assert outcome.status == 130
     assert outcome.err == "stopped by Ctrl-C; the same command again goes on\n"

@@ -15,7 +15,7 @@ import torch
 
 from conftest import ROOT, TINY, Run
 from consistency.checkpoints.ours import read
-from consistency.commands import cli as command
+from consistency.commands import cli
 from consistency.commands.train import train
 
 JOB = [
@@ -80,7 +80,7 @@ Start = Callable[..., Job]
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """start(srun, arguments, delay=1.0, order=(1, 0), more={1: [...]}) begins the ranks in that order."""
-    inside = {command.INSIDE, "HYDRA_FULL_ERROR"}
+    inside = {cli.INSIDE, "HYDRA_FULL_ERROR"}
     own = {name: value for name, value in os.environ.items() if name not in inside}
     job = Job(tmp_path / "home")
     job.home.mkdir()
@@ -123,7 +123,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     arguments = [*(a for a in JOB if a != "trainer=ddp"), f"output={run}"]
     before, sys.argv = sys.argv, [str(ROOT / "src" / "train.py"), *arguments]
     try:
-        command.command("train")(train)()
+        cli.command("train")(train)()
     finally:
         sys.argv = before
     return read(run / "checkpoints" / "last.ckpt")["state_dict"]

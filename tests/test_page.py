@@ -24,8 +24,7 @@ from PIL import Image
 from conftest import REPORT, ROOT, Run
 from consistency.checkpoints import ours
 from consistency.checkpoints.load import load
-from consistency.commands import demo as page
-from consistency.commands import schema
+from consistency.commands import demo, schema
 from consistency.commands.demo import BLANK, Actions, mask_of
 from consistency.errors import UserError
 from test_formats import tiny_adm, tiny_card
@@ -135,20 +134,20 @@ def test_the_page_listens_on_loopback_unless_told_otherwise(
 ) -> None:
     launched: dict[str, Any] = {}
     served = SimpleNamespace(launch=lambda **options: launched.update(options))
-    monkeypatch.setattr(page, "library", lambda: None)
-    monkeypatch.setattr(page, "page", lambda *_: served)
+    monkeypatch.setattr(demo, "library", lambda: None)
+    monkeypatch.setattr(demo, "page", lambda *_: served)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     schema.register()
     given = [f"checkpoint={trained['ect']}", *([f"host={host}"] if host else [])]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("demo", given)
-    page.demo(config, Path())
+    demo.demo(config, Path())
     assert launched["server_name"] == (host or "127.0.0.1")
     assert launched["share"] is False
     assert ("whoever reaches" in capsys.readouterr().err) == warned
     config.host = "everywhere"
     with pytest.raises(UserError, match="an address of this machine"):
-        page.demo(config, Path())
+        demo.demo(config, Path())
 
 
 # ----------------------------------------------------------------------------- served

@@ -20,7 +20,7 @@ import consistency
 import originals
 from conftest import ROOT, TINY, Run
 from consistency.commands import overrides, schema
-from consistency.paths import expanded, path_of
+from consistency.runtime.files import expanded, path_of
 from test_configuration import options
 
 NAMES = [

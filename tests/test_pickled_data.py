@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 import consistency
 import foreign
-from consistency.checkpoints import load as checkpoint
-from consistency.checkpoints import nvlabs
+from consistency.checkpoints import load, nvlabs
 from consistency.checkpoints.contents import ContentError
 from consistency.checkpoints.pickle_reader import Machine, Object
 from consistency.errors import UserError
@@ -73,7 +72,7 @@ def song(**changes: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     kwargs = TINY_SONG | changes
     channels = {"in_channels": kwargs["img_channels"], "out_channels": kwargs["img_channels"]}
     settings = nvlabs.settings(kwargs["model_type"], kwargs | channels)
-    state = randomised(checkpoint.build(settings, checkpoint.NETWORKS, nn.Module))
+    state = randomised(load.build(settings, load.NETWORKS, nn.Module))
     return kwargs, {f"model.{name}": value for name, value in state.items()}
 
 
@@ -224,7 +223,7 @@ def test_settings_of_nvlabs_networks_that_we_lack_are_refused_by_name_and_value(
 
 def test_a_state_dict_of_nvlabs_with_a_variance_is_refused(tmp_path: Path) -> None:
     settings = nvlabs.settings("SongUNet", TINY_SONG | {"in_channels": 3, "out_channels": 3})
-    network = checkpoint.build(settings | {"out_channels": 6}, checkpoint.NETWORKS, nn.Module)
+    network = load.build(settings | {"out_channels": 6}, load.NETWORKS, nn.Module)
     torch.save(network.state_dict(), tmp_path / "net.pt")
     with pytest.raises(UserError, match="out_channels=6 for in_channels=3"):
         consistency.load(tmp_path / "net.pt", "teacher")

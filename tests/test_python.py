@@ -13,8 +13,7 @@ from omegaconf import OmegaConf
 
 import consistency
 from conftest import ROOT, TINY, Run
-from consistency.commands import python
-from consistency.commands import train as training
+from consistency.commands import python, train
 from consistency.errors import UserError
 from consistency.runtime import launch
 
@@ -89,7 +88,7 @@ def test_what_hydra_s_own_interface_composes_trains(folder_given: bool, here: Pa
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("train", [*SMALL, "optimizer.lr=0.125", "output=x"])
     if folder_given:
-        training.train(config, here / "x")
+        train.train(config, here / "x")
     else:
         consistency.train(config)
     assert lr_of(here / "x") == 0.125

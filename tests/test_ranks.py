@@ -16,7 +16,7 @@ import pytest
 
 from conftest import REPORT, ROOT, TINY
 from consistency.checkpoints.ours import read
-from consistency.commands import cli as command
+from consistency.commands import cli
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 
@@ -110,7 +110,7 @@ class Running:
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     """started("trainer.max_steps=3", ...) begins a run of two processes in a group of their own."""
-    inside = {command.INSIDE, "HYDRA_FULL_ERROR"}
+    inside = {cli.INSIDE, "HYDRA_FULL_ERROR"}
     own = {name: value for name, value in os.environ.items() if name not in inside}
     begun: list[Running] = []
 

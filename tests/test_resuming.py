@@ -16,9 +16,7 @@ from conftest import TINY, Run
 from consistency.checkpoints import ours
 from consistency.checkpoints.load import LAST, NEXT, PREVIOUS
 from consistency.checkpoints.retention import newest, promote, settle
-from consistency.commands import cli as command
-from consistency.commands import resume as resuming
-from consistency.commands import train as training
+from consistency.commands import cli, resume, train
 from consistency.errors import UserError
 from consistency.runtime import files
 from consistency.training.loggers import MetricsFile
@@ -41,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = sys.argv
     sys.argv = ["train.py", *BEGUN, f"trainer.max_steps={STEPS}", f"output={output}"]
     try:
-        command.command("train")(training.train)()
+        cli.command("train")(train.train)()
     finally:
         sys.argv = before
     return output
@@ -420,7 +418,7 @@ def test_what_may_change_is_what_changes(
         seen.append(config)
         raise UserError("stopped by the test")
 
-    monkeypatch.setattr(training, "build_data", stop)
+    monkeypatch.setattr(train, "build_data", stop)
     given = ["trainer=ddp", "trainer.devices=2", "trainer.log_every_n_steps=1"]
     given += ["data.num_workers=3", "logger=wandb", "mode=ct"]
     assert "stopped by" in verb("train", f"resume={begun}", *given).err
@@ -485,11 +483,11 @@ def test_a_secret_is_stored_nowhere_and_given_again(verb: Run, begun: Path) -> N
     given = OmegaConf.merge(config, {"data": {"path": "https://me:word@host/set"}, "resume": None})
     hydra = OmegaConf.create({"overrides": {"task": ["data.path=x"]}, "runtime": {"choices": {}}})
     assert isinstance(given, DictConfig)
-    with mock.patch.object(resuming.HydraConfig, "get", return_value=hydra):
-        assert resuming.resumed_config(given, begun).data.path == "https://me:word@host/set"
+    with mock.patch.object(resume.HydraConfig, "get", return_value=hydra):
+        assert resume.resumed_config(given, begun).data.path == "https://me:word@host/set"
         given.data.path = "https://me:word@elsewhere/set"
         with pytest.raises(UserError, match="elsewhere"):
-            resuming.resumed_config(given, begun)
+            resume.resumed_config(given, begun)
 
 
 def test_an_option_younger_than_the_run_is_no_contradiction_while_it_is_null(
@@ -499,7 +497,7 @@ def test_an_option_younger_than_the_run_is_no_contradiction_while_it_is_null(
     config = OmegaConf.load(path)
     del config.trainer["gradient_clip_val"]
     OmegaConf.save(config, path)
-    monkeypatch.setattr(training, "build_data", mock.Mock(side_effect=UserError("reached")))
+    monkeypatch.setattr(train, "build_data", mock.Mock(side_effect=UserError("reached")))
     outcome = verb("train", f"resume={begun}", "trainer.gradient_clip_val=null")
     assert "reached" in outcome.err
     outcome = verb("train", f"resume={begun}", "trainer.gradient_clip_val=1.5")

@@ -20,7 +20,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "src" / "consistency"
 FLOORS = [
-    ["errors", "tensors", "pixels", "schedules", "grids", "preconditioning", "averaging", "randomness", "timepoints", "networks"],
+    ["errors", "tensors", "pixels", "schedules", "grids", "preconditioning", "averaging", "randomness", "networks"],
     ["processes", "solvers", "pairs", "distances", "weightings", "denoiser", "tangents"],
     ["steps", "samplers", "editing"],
     ["objectives"],
@@ -106,6 +106,48 @@ def test_no_code_branches_on_a_mode() -> None:
                     c.value for c in [node.left, *node.comparators] if isinstance(c, ast.Constant)
                 }
                 assert not compared & modes, (path, node.lineno)
+
+
+ROOMS = ("runtime", "inference", "checkpoints", "data", "evaluation", "training", "commands")
+VERBS = {p.stem for p in (ROOT / "src").glob("*.py")}
+
+
+def test_the_shell_stands_in_its_rooms() -> None:
+    folders = {p.parent.name for p in PACKAGE.rglob("*.py")} - {"consistency", "callbacks"}
+    assert folders == {*ROOMS, "networks"}
+    assert {p.stem for p in PACKAGE.glob("*.py")} == {*CORE, "__init__"} - {"networks"}
+    assert len(list((PACKAGE / "runtime").glob("[!_]*.py"))) <= 8
+    for verb in VERBS:
+        assert (PACKAGE / "commands" / f"{verb}.py").is_file(), verb
+        assert (ROOT / "conf" / f"{verb}.yaml").is_file(), verb
+
+
+def test_nothing_imports_commands_and_no_command_imports_a_command() -> None:
+    """The package itself, whose `compose` and `train` are the commands without a command line, excepted."""
+    for name, path in modules().items():
+        for imported in imports(path):
+            room, _, module = imported.removeprefix("consistency.").partition(".")
+            if room == "commands" and name != "__init__":
+                assert name.startswith("commands"), (name, imported)
+                assert module not in VERBS, (name, imported)
+
+
+@pytest.mark.parametrize("room", ["inference", "checkpoints"])
+def test_inference_and_checkpoints_import_neither_lightning_nor_hydra(room: str) -> None:
+    for name, path in modules().items():
+        if name.startswith(f"{room}."):
+            tops = {imported.split(".")[0] for imported in imports(path)}
+            assert not tops & {"lightning", "hydra", "torchmetrics", "wandb"}, name
+
+
+def test_functions_have_at_most_50_lines_and_files_400() -> None:
+    for name, path in modules().items():
+        text = path.read_text()
+        assert len(text.splitlines()) <= 400, name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                constructor = node.name == "__init__" and name.startswith("networks.")
+                assert constructor or node.end_lineno - node.lineno < 50, (name, node.name)
 
 
 def test_no_room_is_called_utils() -> None:

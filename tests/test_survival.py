@@ -67,14 +67,13 @@ def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run of three steps, of which `LONG` is a longer one."""
-    from consistency.commands import cli as command
-    from consistency.commands import train as run
+    from consistency.commands import cli, train
 
     output = tmp_path_factory.mktemp("three") / "run"
     arguments = [*TINY, *SAME, "trainer.max_steps=3", f"output={output}"]
     before, sys.argv = sys.argv, [str(ROOT / "src" / "train.py"), *arguments]
     try:
-        command.command("train")(run.train)()
+        cli.command("train")(train.train)()
     finally:
         sys.argv = before
     return output

@@ -15,7 +15,7 @@ from PIL import Image
 
 import originals
 from conftest import TINY, Run
-from consistency.commands import cli as command
+from consistency.commands import cli
 from consistency.commands.train import LastLosses, value_of
 from consistency.errors import UserError
 from consistency.training.callbacks.checkpoints import RunCheckpoints
@@ -102,11 +102,11 @@ def test_a_failure_is_told_with_its_cause(capfd: pytest.CaptureFixture[str]) -> 
         finally:
             raise RuntimeError("what came of it")
     except RuntimeError as error:
-        command._print_failure(run, error)
+        cli._print_failure(run, error)
     told = capfd.readouterr().err
     assert "job 3 of the sweep (seed=1)" in told
     assert "the true cause" in told and "what came of it" in told
-    command._print_failure(run, UserError("expected x\n  got: y"))
+    cli._print_failure(run, UserError("expected x\n  got: y"))
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -119,7 +119,7 @@ def test_a_job_in_a_process_of_joblib_can_start_processes(
     monkeypatch.setattr(
         multiprocessing, "set_start_method", lambda method, force: chosen.append((method, force))
     )
-    command._allow_processes()
+    cli._allow_processes()
     assert chosen == [(None, True)]
 
 

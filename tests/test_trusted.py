@@ -16,8 +16,7 @@ from omegaconf import OmegaConf
 
 from conftest import REPORT, ROOT, Run
 from consistency.checkpoints import ours
-from consistency.commands import schema
-from consistency.commands import search as searching
+from consistency.commands import schema, search
 from consistency.errors import UserError
 from consistency.runtime import allowlist
 from consistency.runtime.allowlist import require_trusted
@@ -350,7 +349,7 @@ def test_a_search_builds_nothing_that_a_checkpoint_names_but_our_sources(
         content["config"]["data"]["held_out"] = node
         ours.write(content, tmp_path / f"{number}.ckpt")
         with pytest.raises(UserError, match=r"the target"):
-            searching.measure_of(OmegaConf.create({}), tmp_path / f"{number}.ckpt")
+            search.measure_of(OmegaConf.create({}), tmp_path / f"{number}.ckpt")
     assert not tripwires
 
 

@@ -143,10 +143,10 @@ def test_a_failure_on_the_way_or_at_the_end_never_stops_training(
 
 
 def test_a_configured_key_means_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from consistency.training import loggers as logging
+    from consistency.training import loggers
 
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for key, mode in ((True, "online"), (False, "offline")):
-        monkeypatch.setattr(logging, "key_configured", lambda found=key: found)
+        monkeypatch.setattr(loggers, "key_configured", lambda found=key: found)
         logger = PatientWandbLogger(project="p", folder=str(tmp_path), name=None)
         assert logger._wandb_init["settings"].mode == mode

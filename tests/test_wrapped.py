@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import consistency
 from conftest import Run
-from consistency.checkpoints import diffusers_names, nvlabs, wrapped
-from consistency.checkpoints import load as checkpoint
+from consistency.checkpoints import diffusers_names, load, nvlabs, wrapped
 from consistency.checkpoints.contents import Hints
 from consistency.errors import UserError
 from golden_harness import FOLDER, read_json
@@ -169,7 +168,7 @@ def test_several_averages_have_names_of_their_own(tmp_path: Path) -> None:
 
 def test_networks_of_two_sizes_in_one_file_open(tmp_path: Path) -> None:
     """A teacher and a smaller student: the settings are those of the set that is loaded."""
-    network = checkpoint.build(TINY_ADM | {"channel_mult": [1, 2]}, checkpoint.NETWORKS, nn.Module)
+    network = load.build(TINY_ADM | {"channel_mult": [1, 2]}, load.NETWORKS, nn.Module)
     larger = network.state_dict()
     torch.save({"student": ONLINE, "teacher": larger}, tmp_path / "model.pt")
     assert same(opened(tmp_path / "model.pt", "online"), ONLINE)
@@ -247,7 +246,7 @@ def test_a_file_that_holds_itself_is_read_to_its_end(tmp_path: Path) -> None:
 def song_state(**changes: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     kwargs = TINY_SONG | {"in_channels": 3, "out_channels": 3} | changes
     settings = nvlabs.settings(kwargs["model_type"], kwargs)
-    network = checkpoint.build(settings, checkpoint.NETWORKS, nn.Module)
+    network = load.build(settings, load.NETWORKS, nn.Module)
     return settings, randomised(network)
 
 
@@ -292,7 +291,7 @@ def test_state_dicts_in_the_names_of_diffusers_open(tmp_path: Path) -> None:
     node = TINY_ADM | {"channel_mult": [1, 2], "attention_resolutions": [4], "num_classes": 5}
     for in_blocks in (True, False):
         node = node | {"resblock_updown": in_blocks}
-        weights = randomised(checkpoint.build(node, checkpoint.NETWORKS, nn.Module))
+        weights = randomised(load.build(node, load.NETWORKS, nn.Module))
         theirs = diffusers_names.their_weights(node, weights)
         torch.save({"state_dict": under("model.", theirs)}, tmp_path / "unet.ckpt")
         loaded = consistency.load(
@@ -308,7 +307,7 @@ def test_state_dicts_in_the_names_of_diffusers_open(tmp_path: Path) -> None:
 def test_heads_that_a_state_dict_does_not_hold_can_be_given(convert: Run, tmp_path: Path) -> None:
     node = TINY_ADM | {"channel_mult": [1, 2], "attention_resolutions": [8, 4]}
     node |= {"num_heads": 2, "num_head_channels": None, "num_heads_upsample": 4}
-    weights = randomised(checkpoint.build(node, checkpoint.NETWORKS, nn.Module))
+    weights = randomised(load.build(node, load.NETWORKS, nn.Module))
     torch.save(weights, tmp_path / "model.pt")
     heads = ["num_heads=2", "num_heads_upsample=4", "image_size=8"]
     target = tmp_path / "ours"
@@ -324,7 +323,7 @@ def test_heads_that_a_state_dict_does_not_hold_can_be_given(convert: Run, tmp_pa
 @pytest.mark.parametrize("verb_of", ["source", "verify"])
 def test_a_learned_variance_is_refused_by_name(verb_of: str, convert: Run, tmp_path: Path) -> None:
     node = TINY_ADM | {"out_channels": 6}
-    weights = checkpoint.build(node, checkpoint.NETWORKS, nn.Module).state_dict()
+    weights = load.build(node, load.NETWORKS, nn.Module).state_dict()
     torch.save({"model": under("module.", weights)}, tmp_path / "model.pt")
     outcome = convert(f"{verb_of}={tmp_path / 'model.pt'}", "role=consistency")
     assert outcome.status == 2

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency.checkpoints import diffusers
-from consistency.checkpoints import pretrained as released
+from consistency.checkpoints import diffusers, pretrained
 from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, unreadable
 from consistency.checkpoints.detect import read_checkpoint
 from consistency.checkpoints.safetensors import SEALED
@@ -20,7 +19,7 @@ from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import LARGEST, MOST_CHARACTERS, MOST_LISTED, Role
 from consistency.inference.model import Model
-from consistency.paths import expanded
+from consistency.runtime.files import expanded
 
 NETWORKS = "consistency.networks."
 PRECONDITIONING = "consistency.preconditioning."
@@ -65,7 +64,7 @@ def load(
     The others are settings that some files do not record, see `Hints`. Raise `UserError` if the file is missing, damaged,
     of another role or no checkpoint.
     """
-    published = released.RELEASED.get(str(checkpoint))
+    published = pretrained.RELEASED.get(str(checkpoint))
     hints = Hints(
         image_size,
         num_head_channels,
@@ -82,7 +81,7 @@ def load_sets(
     checkpoint: str | os.PathLike[str], weights: Sequence[str] | None, *, role: Role | None = None
 ) -> list[Model]:
     """Open several sets of weights of a checkpoint, all if `weights` is None. The file is read once."""
-    published = released.RELEASED.get(str(checkpoint))
+    published = pretrained.RELEASED.get(str(checkpoint))
     content = read_checkpoint(find(checkpoint), Hints(role=published.role if published else None))
     return [build_model(content, name, role) for name in weights or content.names]
 
@@ -128,8 +127,8 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     """Return the path of a checkpoint: a file, a folder of diffusers or of ours, the last checkpoint of a run folder, or
     the downloaded file of a published name.
     """
-    if str(checkpoint).startswith(released.PROGRAMS):
-        return released.fetch(str(checkpoint))
+    if str(checkpoint).startswith(pretrained.PROGRAMS):
+        return pretrained.fetch(str(checkpoint))
     path = Path(expanded(os.fspath(checkpoint)))
     if path.is_dir():
         path = find_inside(path)

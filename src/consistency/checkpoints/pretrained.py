@@ -13,10 +13,9 @@ from difflib import get_close_matches
 from http.client import HTTPException
 from pathlib import Path
 
-from consistency import caches
 from consistency.errors import UserError, require
 from consistency.inference.card import Role
-from consistency.runtime.files import fingerprint, part_path, write_checksum
+from consistency.runtime.files import cache_folder, fingerprint, part_path, write_checksum
 
 PROGRAMS = ("openai:", "jcm:", "edm:")
 OPENAI = "https://openaipublic.blob.core.windows.net/consistency"
@@ -93,7 +92,7 @@ def fetch(name: str) -> Path:
     )
     released, (program, title) = RELEASED[name], name.split(":")
     file = f"{title}.flax" if released.url.startswith(JCM) else Path(released.url).name
-    path = caches.own() / program / file
+    path = cache_folder() / program / file
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_name(f"{path.name}.lock").open("w") as lock:

@@ -23,8 +23,8 @@ from consistency.commands.binding import require_bound
 from consistency.commands.output import claimed, is_claimed, register_dated, remove_unused
 from consistency.commands.overrides import changes, for_hydra, is_sweep
 from consistency.errors import UserError, require
-from consistency.paths import ROOT, path_of
 from consistency.runtime import rendezvous, signals
+from consistency.runtime.files import ROOT, path_of
 from consistency.runtime.ranks import is_started_here, require_alone, this_launch
 from consistency.runtime.redaction import masked, masked_output, masked_text
 

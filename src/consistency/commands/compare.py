@@ -15,8 +15,8 @@ from PIL import Image
 from consistency.checkpoints.load import load
 from consistency.commands.cli import require_fresh
 from consistency.errors import UserError, require
-from consistency.inference import plots as pictures
-from consistency.paths import ROOT
+from consistency.inference import plots
+from consistency.runtime.files import ROOT
 
 CALIBRATION_ONLY = [
     "callbacks.evaluation=null",
@@ -91,7 +91,7 @@ def _train(arguments: list[str], *, quiet: bool) -> None:
 
 
 def _series(run: Path, metric: str) -> list[float]:
-    return pictures.read_metrics(run / "metrics.csv")[metric][1]
+    return plots.read_metrics(run / "metrics.csv")[metric][1]
 
 
 def markdown(runs: list[Trained], *, teacher_mode: str) -> str:
@@ -129,5 +129,5 @@ def picture(runs: list[Trained], seed: int) -> Image.Image:
             sampler = instantiate(node, _convert_="all")
             images = model.sample(STRIP, sampler=sampler, labels=labels, seed=seed)
             caption = f"{run.mode}, {name.replace('_', ' ')}"
-            strips.append((caption, pictures.grid(images, COLUMNS)))
-    return pictures.below_each_other(strips)
+            strips.append((caption, plots.grid(images, COLUMNS)))
+    return plots.below_each_other(strips)

@@ -31,7 +31,7 @@ from consistency.data.decode import (
 )
 from consistency.editing import Pairing, colorize, inpaint, superres
 from consistency.errors import UserError, require
-from consistency.inference import plots as pictures
+from consistency.inference import plots
 from consistency.inference.model import Model
 from consistency.runtime.devices import chosen_device
 
@@ -116,7 +116,7 @@ def demo(config: DictConfig, output: Path) -> None:
 
 def enlarged(images: UInt8[Tensor, "n c h w"]) -> PILImage.Image:
     """Return the images as one picture of a visible size."""
-    picture = pictures.grid(images, pictures.columns_for(len(images)))
+    picture = plots.grid(images, plots.columns_for(len(images)))
     factor = max(1, SIDE // picture.width)
     size = (picture.width * factor, picture.height * factor)
     return picture.resize(size, PILImage.Resampling.NEAREST)

@@ -24,16 +24,15 @@ from consistency.data.listing import read_images
 from consistency.editing import Pairing, Pixels, Start, difference, grid_times, interpolate, invert
 from consistency.errors import UserError, require
 from consistency.grids import KarrasGrid
-from consistency.inference import plots as pictures
+from consistency.inference import plots
 from consistency.inference.card import Role
 from consistency.inference.generate import Request, edits
 from consistency.inference.model import Model
 from consistency.inference.options import fill_process, plain
-from consistency.paths import path_of
 from consistency.pixels import to_uint8, to_unit
 from consistency.randomness import SampleNoise, generator
 from consistency.runtime.devices import chosen_device
-from consistency.runtime.files import written_whole
+from consistency.runtime.files import path_of, written_whole
 from consistency.samplers import heun, indexed_times
 from consistency.tensors import Data, Label
 
@@ -328,15 +327,15 @@ def write(edited: Edited, output: Path, *, single: bool) -> None:
     """Write a sheet to look at, arrays, a GIF of animations, and one PNG a result if `single`."""
     output.mkdir(parents=True, exist_ok=True)
     results = edited.results
-    panels = [(caption, pictures.grid(images, 1)) for caption, images in edited.panels]
-    panels.append((edited.caption, pictures.grid(results.flatten(0, 1), results.shape[1])))
-    pictures.side_by_side(panels).save(output / "grid.png")
+    panels = [(caption, plots.grid(images, 1)) for caption, images in edited.panels]
+    panels.append((edited.caption, plots.grid(results.flatten(0, 1), results.shape[1])))
+    plots.side_by_side(panels).save(output / "grid.png")
     pixels = results.movedim(2, -1).numpy()
     with written_whole(output / "edited.npz") as file:
         np.savez(file, allow_pickle=False, arr_0=pixels)
     if edited.moving:
         there_and_back = torch.cat([results, results.flip(1)[:, 1:-1]], 1)
-        pictures.animation(there_and_back, output / "grid.gif")
+        plots.animation(there_and_back, output / "grid.gif")
     if single:
         folder = output / "images"
         folder.mkdir()

@@ -27,9 +27,8 @@ from consistency.evaluation.metrics import Measure, Settings
 from consistency.inference.generate import Request, generate
 from consistency.inference.model import Model
 from consistency.inference.options import fill_process, plain, require_suited
-from consistency.paths import path_of
 from consistency.runtime.devices import chosen_device, in_precision, require_devices, share_threads
-from consistency.runtime.files import fingerprint, write_text
+from consistency.runtime.files import fingerprint, path_of, write_text
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import batches, is_first, rank_and_size
 from consistency.samplers import Sampler

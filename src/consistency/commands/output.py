@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from consistency.paths import path_of
+from consistency.runtime.files import path_of
 
 DATE = "%Y-%m-%d_%H-%M-%S"
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from consistency.commands.schema import is_path
 from consistency.errors import require
-from consistency.paths import ROOT, expanded, path_of
+from consistency.runtime.files import ROOT, expanded, path_of
 
 OVERRIDE = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)

@@ -16,7 +16,7 @@ from consistency.commands.output import is_claimed
 from consistency.commands.overrides import changes, for_hydra, given_options
 from consistency.commands.schema import register_experiments
 from consistency.errors import UserError, require
-from consistency.paths import ROOT
+from consistency.runtime.files import ROOT
 
 RECORD = "_composed"
 """The attribute of a configuration that keeps what Hydra composed; a copy loses it."""

@@ -20,9 +20,8 @@ from consistency.commands.cli import AUTO, require_fresh
 from consistency.commands.overrides import given_options
 from consistency.commands.schema import Train
 from consistency.errors import UserError, require
-from consistency.paths import path_of
 from consistency.runtime import allowlist
-from consistency.runtime.files import write_text
+from consistency.runtime.files import path_of, write_text
 from consistency.runtime.redaction import MASK, masked
 from consistency.runtime.rendezvous import decided
 

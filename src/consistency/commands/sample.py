@@ -20,7 +20,7 @@ from consistency.checkpoints.load import load
 from consistency.commands.cli import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.errors import require
-from consistency.inference import plots as pictures
+from consistency.inference import plots
 from consistency.inference.generate import Request, drawing, generate, in_batches
 from consistency.inference.options import (
     ModelOptions,
@@ -149,7 +149,7 @@ class SampleStore:
 
 def write_pictures(images: UInt8[Tensor, "n c h w"], output: Path, *, single: bool) -> None:
     """Write the grid of all samples, and one PNG of each if `single`."""
-    pictures.grid(images, pictures.columns_for(len(images))).save(output / "grid.png")
+    plots.grid(images, plots.columns_for(len(images))).save(output / "grid.png")
     if single:
         folder = output / "images"
         folder.mkdir(exist_ok=True)
@@ -170,8 +170,8 @@ def write_trajectory(
 
     for _ in generate(replace(request, denoise=denoise), sampler, [numbers]):
         pass
-    panels = [(f"t={t:.2g}", pictures.grid(images, 1)) for t, images in estimates]
-    step = -(-len(panels) // pictures.MOST_COLUMNS)
-    pictures.side_by_side(panels[::-step][::-1]).save(output / "trajectory.png")
+    panels = [(f"t={t:.2g}", plots.grid(images, 1)) for t, images in estimates]
+    step = -(-len(panels) // plots.MOST_COLUMNS)
+    plots.side_by_side(panels[::-step][::-1]).save(output / "trajectory.png")
     frames = torch.stack([images for _, images in estimates], 1)
-    pictures.animation(frames, output / "trajectory.gif", milliseconds=400)
+    plots.animation(frames, output / "trajectory.gif", milliseconds=400)

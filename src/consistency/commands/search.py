@@ -11,8 +11,8 @@ from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from consistency.checkpoints import load as checkpoint
 from consistency.checkpoints import ours
+from consistency.checkpoints.load import find, load
 from consistency.commands.cli import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.commands.time_search import Minimum, ternary_search
@@ -44,8 +44,8 @@ def search(config: DictConfig, output: Path) -> float:
         "give more scales or search fewer points",
     )
     require_devices(chosen_device(config.device), config.devices)
-    path = checkpoint.find(config.checkpoint)
-    model = checkpoint.load(path, weights=config.weights, role="consistency")
+    path = find(config.checkpoint)
+    model = load(path, weights=config.weights, role="consistency")
     options = ModelOptions(
         checkpoint=str(path), weights=config.weights, device=config.device, seed=config.seed
     )

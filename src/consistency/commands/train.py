@@ -21,7 +21,7 @@ from consistency.commands.overrides import shell_line
 from consistency.commands.python import called
 from consistency.commands.resume import RunStart, begin, keep_config
 from consistency.errors import require
-from consistency.paths import ROOT
+from consistency.runtime.files import ROOT
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import is_first, require_launched
 from consistency.training.arguments import require_taken

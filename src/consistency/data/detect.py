@@ -14,7 +14,7 @@ from consistency.data.mnist import MNIST, idx_folder
 from consistency.data.source import require_existing, require_split
 from consistency.data.zip_or_folder import Archive
 from consistency.errors import require
-from consistency.paths import path_of
+from consistency.runtime.files import path_of
 
 HUB = "hf:"
 

@@ -28,7 +28,7 @@ from consistency.data.decode import (
 )
 from consistency.data.source import require_existing
 from consistency.errors import require
-from consistency.paths import path_of
+from consistency.runtime.files import path_of
 
 LABELS = "dataset.json"
 

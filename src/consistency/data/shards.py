@@ -20,12 +20,11 @@ import torch
 from jaxtyping import Int
 from torch import Generator, Tensor
 
-from consistency import caches
 from consistency.data.download import locked
 from consistency.data.parallel import PerProcess
 from consistency.data.source import Classes, Image, Images, Source, required_path
 from consistency.errors import UserError, require
-from consistency.paths import path_of
+from consistency.runtime.files import cache_folder, path_of
 
 INDEX = "index.json"
 FORMATS = {"tensor", "int"}
@@ -80,7 +79,7 @@ class Stream(Source):
         self.storage_options = dict(storage_options or {})
         self.remote = self.path.startswith(REMOTE)
         if self.remote:
-            base = path_of(cache) if cache else caches.own() / "shards"
+            base = path_of(cache) if cache else cache_folder() / "shards"
             self.folder = base / hashlib.blake2b(self.path.encode(), digest_size=8).hexdigest()
             self._download_index()
         else:

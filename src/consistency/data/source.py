@@ -10,7 +10,7 @@ from jaxtyping import Int, UInt8
 from torch import Generator, Tensor
 
 from consistency.errors import require
-from consistency.paths import path_of
+from consistency.runtime.files import path_of
 
 Image: TypeAlias = UInt8[Tensor, "c h w"]
 Images: TypeAlias = UInt8[Tensor, "b c h w"]

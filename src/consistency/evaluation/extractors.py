@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from consistency.data.download import timeout
 from consistency.errors import UserError, require
 from consistency.evaluation.classifier import digits_classifier
-from consistency.paths import path_of
+from consistency.runtime.files import path_of
 from consistency.runtime.ranks import gathered, print_once
 from consistency.training.lpips import IMAGENET_MEAN, IMAGENET_STD
 

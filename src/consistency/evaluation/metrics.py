@@ -18,7 +18,6 @@ from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities import dim_zero_cat
 
-from consistency import caches
 from consistency.data.source import Source
 from consistency.errors import UserError, require
 from consistency.evaluation.extractors import (
@@ -31,7 +30,7 @@ from consistency.evaluation.extractors import (
 from consistency.evaluation.reference import Reference, read_reference, reference_of
 from consistency.evaluation.timing import Clock
 from consistency.inference.generate import Numbered
-from consistency.paths import path_of
+from consistency.runtime.files import cache_folder, path_of
 from consistency.runtime.ranks import gathered, print_once, rank_and_size
 from consistency.tensors import sent
 
@@ -252,7 +251,7 @@ class Settings:
             extractor,
             name=chosen,
             most_features=self.reference_features,
-            cache=path_of(self.cache) if self.cache else caches.own() / "references",
+            cache=path_of(self.cache) if self.cache else cache_folder() / "references",
             batch_size=self.batch_size,
             num_workers=num_workers,
         )

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from consistency.errors import UserError, require
-from consistency.paths import ROOT
+from consistency.runtime.files import ROOT
 
 SHELL = ("consistency.checkpoints.load", "consistency.training.lpips")
 """Modules at the top of the package that are not of the method."""

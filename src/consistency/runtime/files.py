@@ -1,16 +1,39 @@
-"""Files that are written whole or not at all, and their checksums.
+"""Files: paths as people give them, caches, and files that are written whole, with their checksums beside them.
 
-The SHA-256 of `last.ckpt` stands in `last.ckpt.sha256` beside it.
+The SHA-256 of `last.ckpt` is in `last.ckpt.sha256`.
 """
 
+import atexit
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from consistency.errors import require
+
+ROOT = Path(__file__).resolve().parents[3]
+
+BASES = {
+    "XDG_CACHE_HOME": ("~/.cache", "consistency"),
+    "XDG_CONFIG_HOME": ("~/.config", "matplotlib"),
+    "XDG_DATA_HOME": ("~/.local/share", "wandb"),
+    "TRITON_HOME": ("~", ".triton"),
+}
+"""By variable: its default, and a folder made there. torch hub, Hugging Face, fontconfig and others read the first three."""
+
+
+def expanded(text: str) -> str:
+    """Expand ~ at the front to the home folder, unless a file has exactly this name."""
+    return text if os.path.lexists(text) else os.path.expanduser(text)
+
+
+def path_of(path: str | os.PathLike[str]) -> Path:
+    """Return the path that a person means."""
+    return Path(expanded(os.fspath(path)))
 
 
 def part_path(path: Path) -> Path:
@@ -101,3 +124,44 @@ def fingerprint(path: Path) -> str:
     files = sorted(p for p in path.rglob("*") if p.is_file())
     lines = [f"{fingerprint(p)}  {p.relative_to(path).as_posix()}\n" for p in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Return the folder of our own cache: downloads, references, shards."""
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "consistency")
+    return Path(os.path.expanduser(os.environ.get("CONSISTENCY_CACHE") or default))
+
+
+def settle_caches() -> None:
+    """Point bases that cannot be written, as in a container without a home, to one temporary folder.
+
+    The folder is removed at the end of this process; processes that it starts share it.
+    """
+    variables = [name for name, base in BASES.items() if not _is_writable(name, *base)]
+    if not os.path.isabs(os.path.expanduser("~")):  # an unknown user, for whom libraries fail
+        variables.append("HOME")
+    if not variables:
+        return
+    with suppress(OSError):  # without any writable folder, what needs a cache fails by itself
+        folder = tempfile.mkdtemp(prefix="consistency-")
+        atexit.register(_remove_folder, folder, os.getpid())
+        os.environ.update(dict.fromkeys(variables, folder))
+
+
+def _is_writable(variable: str, default: str, inside: str) -> bool:
+    """Try to write a file: permissions say little to root and of mounted folders."""
+    base = os.path.expanduser(os.environ.get(variable) or default)
+    if not os.path.isabs(base):
+        return False
+    folder = Path(base, inside)
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return True
+    except OSError:
+        return False
+
+
+def _remove_folder(folder: str, process: int) -> None:
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)

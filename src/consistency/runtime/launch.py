@@ -23,8 +23,8 @@ from lightning.pytorch.strategies.launchers import subprocess_script as pytorch_
 from omegaconf import OmegaConf
 
 from consistency.errors import UserError
-from consistency.paths import ROOT
 from consistency.runtime import rendezvous, signals
+from consistency.runtime.files import ROOT
 from consistency.runtime.ranks import PARENT, is_started_here, this_launch
 from consistency.runtime.rendezvous import GRACE, SILENT, End
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from consistency.errors import require
-from consistency.inference import plots as pictures
+from consistency.inference import plots
 from consistency.inference.generate import Request, samples
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
@@ -70,7 +70,7 @@ class SampleGrids(Periodic):
         card = module.card
         assert card is not None
         classes, count = card.num_classes, self.num_samples
-        columns, panels = pictures.columns_for(count, classes), []
+        columns, panels = plots.columns_for(count, classes), []
         with module.sampling_denoiser(self.weights) as denoise:
             request = Request(
                 denoise=denoise,
@@ -82,8 +82,8 @@ class SampleGrids(Periodic):
             for name, sampler in self.samplers.items():
                 images = samples(request, sampler, count, self.batch_size)
                 caption = f"{name.replace('_', ' ')}, step {module.k}"
-                panels.append((caption, pictures.grid(images, columns)))
-        sheet = pictures.side_by_side(panels)
+                panels.append((caption, plots.grid(images, columns)))
+        sheet = plots.side_by_side(panels)
         with tolerate_write_errors(f"the picture of step k={module.k}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             sheet.save(self.folder / f"step_{module.k:08d}.png")
@@ -115,4 +115,4 @@ class Curves(Periodic):
             logger.save()
         if trainer.is_global_zero and self.metrics.is_file():
             with tolerate_write_errors(str(self.picture)):
-                pictures.draw_curves(self.metrics, self.picture)
+                plots.draw_curves(self.metrics, self.picture)
