@@ -43,10 +43,10 @@ test-kill: $(READY) ## kill a hundred runs and compare each with one that was ne
 	$(BIN)/python -m pytest -m kill $(ARGS)
 
 oracle: $(READY) ## train every mode on a law with exact answers, a minute of CPU each, and print the errors
-	$(BIN)/python tests/oracle.py $(ARGS)
+	$(BIN)/python tests/tools/oracle.py $(ARGS)
 
 mutations: $(READY) ## plant known mistakes; the tests must notice each
-	$(BIN)/python tests/mutations.py $(ARGS)
+	$(BIN)/python tests/tools/mutations.py $(ARGS)
 
 lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

@@ -1,8 +1,7 @@
 """The deliberate errors of `mutations.py` can be planted."""
 
 import pytest
-
-from mutations import MUTATIONS, ROOT, TESTS, Mutation
+from mutations import MUTATIONS, ROOT, TESTS, Mutation, file_of_test
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
@@ -13,4 +12,4 @@ def test_the_text_of_an_error_stands_once_in_its_file(mutation: Mutation) -> Non
 
 def test_the_tests_that_must_notice_exist() -> None:
     for name in TESTS:
-        assert (ROOT / "tests" / f"test_{name}.py").is_file(), name
+        assert file_of_test(name).is_file(), name

@@ -22,7 +22,7 @@ from consistency.networks.unet import Resample
 # PyTorch's own first use of forward-mode derivatives.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
-MODELS = Path(__file__).parent.parent / "conf" / "model"
+MODELS = Path(__file__).parents[2] / "conf" / "model"
 TEXTS = {path: path.read_text() for path in sorted(MODELS.glob("*.yaml"))}
 PUBLISHED = [path for path, text in TEXTS.items() if "${" not in text and "network:" in text]
 SIDE, CLASSES = 8, 5

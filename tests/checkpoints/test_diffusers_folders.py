@@ -18,7 +18,7 @@ from consistency.checkpoints.diffusers_names import their_weights
 from consistency.checkpoints.diffusers_write import write_diffusers
 from consistency.errors import UserError
 from golden_harness import read_json
-from test_conversion import convert
+from test_convert import convert
 from test_formats import tiny, tiny_adm, tiny_card, write_config
 
 __all__ = ["convert"]

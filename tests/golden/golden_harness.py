@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-FOLDER = Path(os.environ.get("CM_GOLDEN", Path(__file__).parent / "golden"))
+FOLDER = Path(os.environ.get("CM_GOLDEN", Path(__file__).parent / "arrays"))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from unittest import mock
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from test_killed import assert_equal, assert_same, content, rows
+from test_wandb import records
 
 from conftest import TINY, Run
 from consistency.checkpoints import ours
@@ -20,8 +22,6 @@ from consistency.commands import cli, resume, train
 from consistency.errors import UserError
 from consistency.runtime import files
 from consistency.training.loggers import MetricsFile
-from test_killed import assert_equal, assert_same, content, rows
-from test_wandb import records
 
 STEPS = 4
 BEGUN = [

@@ -35,7 +35,7 @@ def check(run: Path) -> dict[str, object]:
 @pytest.mark.slow  # test_launchers.py and the sweep below hold the same
 def test_two_processes_train_alone(process: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    outcome = process("train", *TWO, f"output={run}", PYTHONPATH=str(ROOT / "tests"))
+    outcome = process("train", *TWO, f"output={run}", PYTHONPATH=str(ROOT / "tests" / "support"))
     assert outcome.status == 0, outcome.err
     assert check(run)["k"] == 3
     assert [p.name for p in tmp_path.iterdir() if p.is_dir() and p.name != "process_cwd"] == ["run"]
@@ -49,7 +49,7 @@ def test_two_processes_train_inside_a_sweep(process: Run, tmp_path: Path) -> Non
         *TWO,
         "optimizer.lr=1e-3,2e-3",
         f"output={sweep}",
-        PYTHONPATH=str(ROOT / "tests"),
+        PYTHONPATH=str(ROOT / "tests" / "support"),
     )
     assert outcome.status == 0, outcome.err
     folders = sorted(p for p in sweep.iterdir() if p.is_dir())

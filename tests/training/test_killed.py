@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_training import MODES
 
 from conftest import REPORT, ROOT, TINY
-from test_training import MODES
 
 TIMES = {"images_per_second", "training_seconds", "evaluation_seconds"}
 STEPS = [
@@ -108,9 +108,9 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
 
 
 def killed(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What tests/killed.py makes of the settings."""
+    """What tests/support/killed.py makes of the settings."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "killed.py"), json.dumps(settings)],
+        [sys.executable, str(ROOT / "tests" / "support" / "killed.py"), json.dumps(settings)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,

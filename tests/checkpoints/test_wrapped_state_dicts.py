@@ -15,7 +15,7 @@ from consistency.checkpoints import diffusers_names, load, nvlabs, wrapped
 from consistency.checkpoints.contents import Hints
 from consistency.errors import UserError
 from golden_harness import FOLDER, read_json
-from test_conversion import convert
+from test_convert import convert
 from test_formats import TINY_ADM, TINY_SONG, randomised, tiny_adm
 
 __all__ = ["convert"]

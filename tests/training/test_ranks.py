@@ -123,7 +123,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Running]]:
                 env={
                     **own,
                     "OMP_NUM_THREADS": "1",
-                    "PYTHONPATH": str(ROOT / "tests"),
+                    "PYTHONPATH": str(ROOT / "tests" / "support"),
                     "MARK": mark,
                 },
                 stdout=out,

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from omegaconf import OmegaConf
+from test_edge_options import composed
 
 from conftest import TINY, Run
 from consistency.checkpoints.ours import read
@@ -21,7 +22,6 @@ from consistency.errors import UserError
 from consistency.training.arguments import REFUSED, STRATEGIES, TAKEN, require_taken, require_whole
 from consistency.training.lightning_patches import AtomicCheckpointIO
 from consistency.training.nonfinite import OVERFLOWS
-from test_options import composed
 
 NOT_CSV = [a for a in TINY if a != "logger=csv"]
 

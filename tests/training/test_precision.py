@@ -350,7 +350,7 @@ def test_a_sample_that_is_not_finite_on_the_other_rank_stops_both(
         "~mode.objective.weighting",
         "+mode.objective.weighting={_target_: probe.Poisoned, calls: [2], rank: 1}",
         f"output={tmp_path / 'run'}",
-        PYTHONPATH=str(ROOT / "tests"),
+        PYTHONPATH=str(ROOT / "tests" / "support"),
     )
     assert outcome.status == 2, outcome.err
     assert outcome.err.count("DenoisingObjective at step k=2") == 1

@@ -37,7 +37,7 @@ from golden_harness import (
     require_known,
 )
 
-MODELS = Path(__file__).parent.parent / "conf" / "model"
+MODELS = Path(__file__).parents[2] / "conf" / "model"
 
 # Section 2 of the golden README: the defaults of all files.
 SIGMA_DATA, T_MIN = 0.5, 0.002

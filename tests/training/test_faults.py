@@ -30,7 +30,7 @@ LONG = [*SAME, "trainer.max_steps=3000"]
 
 
 def probe(kind: str, **arguments: object) -> str:
-    """The override that puts a fault of tests/probe.py into a run."""
+    """The override that puts a fault of tests/support/probe.py into a run."""
     given = "".join(f", {name}: {value}" for name, value in arguments.items())
     return f"+callbacks.{kind.lower()}={{_target_: probe.{kind}{given}}}"
 

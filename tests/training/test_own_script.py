@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from omegaconf import DictConfig
+from test_edge_options import composed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -21,7 +22,6 @@ from consistency.training.callbacks.ema import EvaluationEMA, TargetEMA
 from consistency.training.callbacks.progress import Throughput
 from consistency.training.callbacks.schedules import ScaleSchedule
 from consistency.training.module import ConsistencyModule
-from test_options import composed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 

@@ -1,4 +1,4 @@
-"""Deliberate errors, each of which a test must notice: `python tests/mutations.py [name ...]`.
+"""Deliberate errors, each of which a test must notice: `python tests/tools/mutations.py [name ...]`.
 
 The errors are those that others have made. Each is planted in a copy of the repository, where the fast tests of the core
 run until one fails; the table names it. Ends with status 1 if an error goes unnoticed.
@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("src", "conf", "tests", "experiments", "pyproject.toml")
 SOURCE = "src/consistency"
 
@@ -229,11 +229,16 @@ TESTS = [
     "editing",
     "randomness",
     "tangents",
-    "perceptual",
+    "lpips",
     "objectives",
     "trajectory",
     "golden",
 ]
+
+
+def file_of_test(name: str) -> Path:
+    """Return the file of a test in its room."""
+    return next((ROOT / "tests").rglob(f"test_{name}.py"))
 
 
 def first_failure(mutation: Mutation | None) -> str | None:
@@ -250,7 +255,7 @@ def first_failure(mutation: Mutation | None) -> str | None:
         if mutation is not None:
             file = copy / mutation.file
             file.write_text(file.read_text().replace(mutation.before, mutation.after))
-        files = [f"tests/test_{name}.py" for name in TESTS]
+        files = [str(file.relative_to(ROOT)) for file in map(file_of_test, TESTS)]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", *files],
             cwd=copy,

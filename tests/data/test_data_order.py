@@ -21,7 +21,7 @@ def watch(output: Path, **settings: Any) -> None:
     output.mkdir(exist_ok=True)
     text = json.dumps({"size": SIZE, "batch_size": BATCH, "steps": STEPS, "output": str(output), **settings})  # fmt: skip
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "positions.py"), text],
+        [sys.executable, str(ROOT / "tests" / "support" / "positions.py"), text],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Every mode on a law that is known: `python tests/oracle.py [seconds per mode] [mode ...]`.
+"""Every mode on a law that is known: `python tests/tools/oracle.py [seconds per mode] [mode ...]`.
 
 Prints a table and leaves it in runs/oracle/table.md, with a picture of the one-step samples in runs/oracle/samples.png.
 
@@ -42,7 +42,7 @@ from consistency.training.callbacks.ema import EvaluationEMA
 from consistency.training.callbacks.schedules import LearningRateSchedule
 from consistency.training.module import ConsistencyModule
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "runs" / "oracle"
 BATCH, AVERAGE, SHOWN = 512, 0.999, 2000
 SCALINGS = EDM(sigma_data=0.5, c_noise_scale=0.25)

@@ -115,7 +115,7 @@ def test_a_service_that_is_killed_never_stops_training(process: Run, tmp_path: P
         kill,
         "trainer.max_steps=20",
         f"output={run}",
-        PYTHONPATH=str(ROOT / "tests"),
+        PYTHONPATH=str(ROOT / "tests" / "support"),
         WANDB_MODE="offline",
     )
     assert outcome.status == 0, outcome.err

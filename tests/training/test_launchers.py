@@ -95,7 +95,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         more: dict[int, list[str]] | None = None,
     ) -> Job:
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+        paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests" / "support")}
         for number, rank in enumerate(order):
             time.sleep(delay if number else 0)
             given = [*arguments, *(more or {}).get(rank, [])]

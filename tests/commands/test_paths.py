@@ -15,13 +15,13 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from test_configuration import options
 
 import consistency
 import originals
 from conftest import ROOT, TINY, Run
 from consistency.commands import overrides, schema
 from consistency.runtime.files import expanded, path_of
-from test_configuration import options
 
 NAMES = [
     "My Photos (2024)", "été_写真", "фото 🙂", "a=b", "lr=0.001", "one,two", "it's", 'say "hi"', "both ' and \"",
