@@ -128,10 +128,11 @@ def test_every_experiment_builds_and_states_its_result(
 @pytest.mark.parametrize("sampler", [s for s in options("sampler") if s != "searched"])
 def test_every_sampler_builds_for_a_checkpoint(sampler: str, trained: dict[str, Path]) -> None:
     from consistency.checkpoints.load import load
+    from consistency.commands.overrides import shell_line
     from consistency.inference.options import fill_process
 
     config = composed("sample", f"sampler={sampler}", f"checkpoint={trained['ect']}")
-    fill_process(config, config.sampler, load(trained["ect"]), command.shell_line)
+    fill_process(config, config.sampler, load(trained["ect"]), shell_line)
     assert callable(instantiate(config.sampler, _convert_="all"))
     listed = composed("evaluate", f"samplers=[{sampler}]")
     assert list(listed.samplers) == [sampler]

@@ -336,11 +336,11 @@ def test_every_printed_line_works_pasted(
     assert (Path(script).name, arguments) == ("search.py", [f"checkpoint={odd}"])
 
 
-def test_the_home_folder_of_the_readme(
+def test_the_home_folder_of_the_documentation(
     verb: Run, pasted: Pasted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dash leaves the ~ behind = to us, and so does bash."""
-    lines = (ROOT / "README.md").read_text().splitlines()
+    lines = (ROOT / "docs" / "data.md").read_text().splitlines()
     line = next(text for text in lines if "data=folder data.path=~/pictures" in text)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     photos(tmp_path / "home" / "pictures")
