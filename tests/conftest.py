@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+MODES = sorted(p.stem for p in (ROOT / "conf" / "mode").glob("*.yaml"))
+
 SHORT = [
     "logger=csv",
     "trainer.accelerator=cpu",
@@ -82,6 +85,20 @@ def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
         return Outcome(status, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def convert(verb: Run) -> Run:
+    """convert("source=...", ...) runs src/convert.py in this process, in an empty folder."""
+    return partial(verb, "convert")
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One small checkpoint of every format, by the format's name."""
+    from tiny_models import write_files
+
+    return write_files(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,51 +13,15 @@ import torch
 
 import consistency
 import foreign
-from conftest import ROOT, SHORT, TINY, Outcome, Run
+from conftest import ROOT, SHORT, TINY, Run
 from consistency.checkpoints import load, nvlabs, ours, pretrained
-from consistency.commands import cli
-from consistency.commands import convert as conversion
 from consistency.errors import UserError
 from consistency.inference.model import Model
 from consistency.runtime.files import checksum_path
-from test_formats import (
-    CHECKED,
-    TINY_SONG,
-    TOLD,
-    files,
-    randomised,
-    same_images,
-    tiny_adm,
-    tiny_card,
-    write_card,
-)
+from real_pipelines import same_images
+from tiny_models import CHECKED, TINY_SONG, TOLD, randomised, tiny_adm, tiny_card, write_card
 
-__all__ = ["files"]
 SUFFIXES = {"a file": "model.safetensors", "a torch file": "model.pt", "a folder": "model"}
-
-
-@pytest.fixture
-def convert(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Run:
-    """convert("source=...", ...) runs src/convert.py in this process, in an empty folder."""
-    home = tmp_path / "convert_cwd"
-    home.mkdir()
-    monkeypatch.chdir(home)
-
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.delenv(cli.INSIDE, raising=False)
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / "convert.py"), *arguments])
-        status = 0
-        try:
-            cli.command("convert")(conversion.convert)()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capfd.readouterr()
-        return Outcome(status, captured.out, captured.err)
-
-    return call
 
 
 def role_of(kind: str) -> list[str]:

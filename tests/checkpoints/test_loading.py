@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT
 from consistency.checkpoints import ours, safetensors
-from test_formats import tiny, tiny_adm
+from tiny_models import tiny, tiny_adm
 
 
 def write(kind: str, folder: Path) -> Path:
