@@ -1,11 +1,14 @@
 """The offline W&B run is read back from its file."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from conftest import TINY, Run
+from conftest import ROOT, TINY, Run
+from consistency.checkpoints.ours import read
 from consistency.training.loggers import PatientWandbLogger
+from wandb_files import contents
 
 
 def test_an_evaluation_is_in_wandb(
