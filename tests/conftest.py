@@ -37,6 +37,7 @@ TINY = [
 """Overrides that make it take one."""
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def process(tmp_path: Path) -> Run:
         done = subprocess.run(
             [sys.executable, str(ROOT / "src" / f"{name}.py"), *arguments],
             cwd=home,
-            env={**own, "OMP_NUM_THREADS": "1", **environment},
+            env={**own, **environment},
             capture_output=True,
             text=True,
             timeout=1200,
