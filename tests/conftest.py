@@ -1,4 +1,4 @@
-"""Fixtures that run the commands as a person would: in this process where that is enough, in their own where it is not."""
+"""Fixtures that run the commands, in this process or in a process of their own."""
 
 import os
 import socket
@@ -34,7 +34,7 @@ TINY = [
     "model.network.model_channels=8",
     "model.network.num_head_channels=8",
 ]
-"""Overrides that make it take one."""
+"""Overrides that make such a run take one second."""
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
@@ -52,11 +52,11 @@ class Outcome:
 Run = Callable[..., Outcome]
 
 REPORT = "report"
-"""A property that a test records to have it printed at the end, also from a process of its own."""
+"""The property whose texts are printed at the end of a test session."""
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints what tests have to report."""
+    """Print the reports of tests."""
     for outcome in terminalreporter.getreports("passed"):
         for name, text in outcome.user_properties:
             if name == REPORT:
@@ -144,7 +144,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Run folders of two-step runs by mode, trained once: `trained["ect"]`."""
     from consistency.commands import cli, train
 
-    folder, found = tmp_path_factory.mktemp("trained"), {}
+    folder, runs = tmp_path_factory.mktemp("trained"), {}
     for mode in ("edm", "ect", "ct"):
         output = folder / mode
         arguments = [f"mode={mode}", "trainer.max_steps=2", f"output={output}", *TINY]
@@ -153,5 +153,5 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             cli.command("train")(train.train)()
         finally:
             sys.argv = before
-        found[mode] = output
-    return found
+        runs[mode] = output
+    return runs

@@ -1,4 +1,4 @@
-"""The rules of the house, held by a machine."""
+"""Rules of the repository's structure."""
 
 import ast
 import re
@@ -32,22 +32,22 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            names.add(node.module)
             if node.module == "consistency":
-                found |= {f"consistency.{alias.name}" for alias in node.names}
-    return found
+                names |= {f"consistency.{alias.name}" for alias in node.names}
+    return names
 
 
 CORE_MODULES = sorted(name for name in modules() if name.split(".")[0] in CORE)
 
 
 @pytest.mark.parametrize("name", CORE_MODULES)
-def test_the_core_imports_torch_and_jaxtyping_and_no_floor_above(name: str) -> None:
+def test_the_core_imports_only_torch_jaxtyping_and_lower_floors(name: str) -> None:
     for imported in imports(modules()[name]):
         top = imported.split(".")[0]
         if top == "consistency":
@@ -81,18 +81,18 @@ def test_importing_the_package_imports_neither_torch_nor_hydra() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_no_circle_among_modules() -> None:
+def test_imports_are_acyclic() -> None:
     graph = {
         f"consistency.{name}": {i for i in imports(path) if i.startswith("consistency.")}
         for name, path in modules().items()
     }
     done: set[str] = set()
 
-    def visit(name: str, way: tuple[str, ...]) -> None:
-        assert name not in way, " -> ".join([*way, name])
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path, name])
         if name not in done:
             for other in graph.get(name, set()):
-                visit(other, (*way, name))
+                visit(other, (*path, name))
             done.add(name)
 
     for name in graph:
@@ -114,7 +114,7 @@ ROOMS = ("runtime", "inference", "checkpoints", "data", "evaluation", "training"
 VERBS = {p.stem for p in (ROOT / "src").glob("*.py")}
 
 
-def test_the_shell_stands_in_its_rooms() -> None:
+def test_every_module_of_the_shell_is_in_a_room() -> None:
     folders = {p.parent.name for p in PACKAGE.rglob("*.py")} - {"consistency", "callbacks"}
     assert folders == {*ROOMS, "networks"}
     assert {p.stem for p in PACKAGE.glob("*.py")} == {*CORE, "__init__"} - {"networks"}
@@ -125,7 +125,7 @@ def test_the_shell_stands_in_its_rooms() -> None:
 
 
 def test_nothing_imports_commands_and_no_command_imports_a_command() -> None:
-    """The package itself, whose `compose` and `train` are the commands without a command line, excepted."""
+    """The package itself is excepted: its `compose` and `train` are the commands in Python."""
     for name, path in modules().items():
         for imported in imports(path):
             room, _, module = imported.removeprefix("consistency.").partition(".")
@@ -152,7 +152,7 @@ def test_functions_have_at_most_50_lines_and_files_400() -> None:
                 assert constructor or node.end_lineno - node.lineno < 50, (name, node.name)
 
 
-def test_no_room_is_called_utils() -> None:
+def test_no_module_is_called_utils() -> None:
     for path in (ROOT / "src").rglob("*"):
         assert path.stem not in ("utils", "helpers", "common", "misc"), path
 
@@ -175,7 +175,7 @@ def test_conda_installs_what_the_project_declares() -> None:
     assert {"pip": ["-e ."]} in environment["dependencies"]
 
 
-def test_the_lock_pins_everything_by_hash_and_names_no_address() -> None:
+def test_the_lock_pins_every_package_by_hash_without_addresses() -> None:
     text = (ROOT / "requirements.lock").read_text()
     assert "://" not in text
     pinned = set(re.findall(r"^([a-z0-9._-]+)==", text, re.M))

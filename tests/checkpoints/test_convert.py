@@ -19,13 +19,21 @@ from consistency.errors import UserError
 from consistency.inference.model import Model
 from consistency.runtime.files import checksum_path
 from real_pipelines import same_images
-from tiny_models import CHECKED, TINY_SONG, TOLD, randomised, tiny_adm, tiny_card, write_card
+from tiny_models import (
+    TINY_SONG,
+    WITH_CHECKSUM,
+    WITH_ROLE,
+    randomised,
+    tiny_adm,
+    tiny_card,
+    write_card,
+)
 
 SUFFIXES = {"a file": "model.safetensors", "a torch file": "model.pt", "a folder": "model"}
 
 
 def role_of(kind: str) -> list[str]:
-    return [] if kind in TOLD else ["role=consistency"]
+    return [] if kind in WITH_ROLE else ["role=consistency"]
 
 
 def same_model(a: Model, b: Model) -> None:
@@ -50,7 +58,7 @@ def test_to_ours(
     target = tmp_path / SUFFIXES[place]
     outcome = convert(f"source={files[kind]}", "to=ours", f"output={target}", *role_of(kind))
     assert outcome.status == 0, outcome.err
-    role = None if kind in TOLD else "consistency"
+    role = None if kind in WITH_ROLE else "consistency"
     same_model(consistency.load(target), consistency.load(files[kind], role))
     assert re.search(r"parameters +[\d,]+\n", outcome.out)
     names = {"openai": "OpenAI", "jcm": "JAX", "unet": "diffusers", "state": "NVlabs"}
@@ -142,7 +150,7 @@ def test_as_a_process(files: dict[str, Path], process: Run, tmp_path: Path) -> N
 # --------------------------------------------------------------------------------- verifying
 
 
-@pytest.mark.parametrize("kind", [*CHECKED, "nvlabs", "jcm", "unet"])
+@pytest.mark.parametrize("kind", [*WITH_CHECKSUM, "nvlabs", "jcm", "unet"])
 def test_verify(kind: str, files: dict[str, Path], convert: Run) -> None:
     outcome = convert(f"verify={files[kind]}", *role_of(kind))
     assert outcome.status == 0, outcome.err

@@ -51,8 +51,8 @@ REAL = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", REAL)
-def test_a_real_pipeline_opens_here_and_ours_opens_there(name: str, tmp_path: Path) -> None:
-    """diffusers' own folder -> our samples; the model written by us -> the real pipeline; the same images each time."""
+def test_our_model_and_the_real_pipeline_draw_the_same_images(name: str, tmp_path: Path) -> None:
+    """Our sampler reads their folder, and their pipeline reads ours, with the same images."""
     diffusers = pytest.importorskip("diffusers")
     unet = diffusers.UNet2DModel(**REAL[name])
     unet.load_state_dict(randomised(unet))
@@ -79,7 +79,7 @@ def test_a_real_pipeline_opens_here_and_ours_opens_there(name: str, tmp_path: Pa
         16,
     )
 
-    unet.save_pretrained(tmp_path / "unet", safe_serialization=False)  # diffusers' older form
+    unet.save_pretrained(tmp_path / "unet", safe_serialization=False)  # diffusers' older format
     alone = consistency.load(tmp_path / "unet", "teacher").denoiser.network.state_dict()
     assert all(torch.equal(alone[key], state[key]) for key in state)
 
@@ -93,7 +93,7 @@ def test_a_real_pipeline_opens_here_and_ours_opens_there(name: str, tmp_path: Pa
         ({"resblock_updown": False, "conv_resample": False}, "resblock_updown"),
     ],
 )
-def test_what_diffusers_cannot_express_is_refused(
+def test_a_model_without_a_diffusers_form_is_refused(
     change: dict[str, Any], hint: str, tmp_path: Path
 ) -> None:
     node = TINY_ADM | {"channel_mult": [1, 2], "attention_resolutions": [8]}

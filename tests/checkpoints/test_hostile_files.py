@@ -303,7 +303,7 @@ REFUSED: list[str] = []
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_bad_file_is_one_error(
+def test_a_hostile_file_is_refused_in_one_error(
     name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -324,13 +324,13 @@ def test_a_bad_file_is_one_error(
         record_property(REPORT, f"checkpoints: {len(REFUSED)} hostile or wrong files refused")
 
 
-def test_the_source_inside_an_nvlabs_file_is_not_run(files: dict[str, Path]) -> None:
+def test_the_source_in_an_nvlabs_snapshot_does_not_run(files: dict[str, Path]) -> None:
     assert foreign.SOURCE.encode()[:40] in files["nvlabs"].read_bytes()
     consistency.load(files["nvlabs"])
 
 
-def test_modules_that_contain_each_other(tmp_path: Path) -> None:
-    """A chain in which every module holds the next one twice would take for ever to walk."""
+def test_modules_nested_exponentially_often_are_refused(tmp_path: Path) -> None:
+    """Walking a chain in which every module holds the next one twice would take forever."""
     inner = nvlabs_meta("UNetBlock", {"_modules": {}, "_parameters": {}, "_buffers": {}})
     for _ in range(40):
         both = {"a": inner, "b": inner}

@@ -16,7 +16,7 @@ from consistency.checkpoints.contents import Hints
 from consistency.errors import UserError
 from golden_harness import FOLDER, OUTPUT, Archive, read_json
 from golden_networks import model_configurations, openai_arguments
-from tiny_models import TOLD, tiny_adm, weights_of
+from tiny_models import WITH_ROLE, tiny_adm, weights_of
 
 OPENAI_NETWORKS = sorted(read_json(FOLDER / "openai_unet" / "configs.json"))
 
@@ -28,7 +28,7 @@ ROLES = ("teacher", "consistency")
 
 
 def released(name: str) -> dict[str, Any]:
-    """What a golden folder says of the released networks; only some folders do."""
+    """Return the golden folder's description of the released networks; skip if it has none."""
     if not (FOLDER / name).is_file():
         pytest.skip(f"a golden folder without {name}")
     return read_json(FOLDER / name)
@@ -42,7 +42,7 @@ def agrees(archive: Archive, name: str, ours: Tensor) -> None:
 def openai_case(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> tuple[Archive, Path, dict[str, Any]]:
-    """Golden arrays, a file as the published code saves it, and the settings that the file does not hold."""
+    """Golden arrays, a file as the published code saves it, and the settings that the file lacks."""
     name = request.param
     settings = openai_arguments(read_json(FOLDER / "openai_unet" / "configs.json")[name]["cfg"])
     heads = ("num_head_channels", "num_heads", "num_heads_upsample", "image_size")
@@ -52,7 +52,7 @@ def openai_case(
 
 
 def test_openai(openai_case: tuple[Archive, Path, dict[str, Any]]) -> None:
-    """Both scalings, the time input 250 ln t and the order of qkv, against the published denoisers."""
+    """Both scalings, the time input 250 ln t and the order of qkv agree with the published denoisers."""
     archive, path, hints = openai_case
     label = archive.tensor("y") if "y" in archive else None
     for role, name in (("teacher", "edm"), ("consistency", "boundary")):
@@ -73,7 +73,7 @@ def test_openai_older_torch_form(tmp_path: Path) -> None:
 
 
 def test_released_openai_networks_are_recognised() -> None:
-    """Every setting of the two released networks, from names and shapes alone."""
+    """Names and shapes determine every setting of the two released networks."""
     shipped = model_configurations()
     entries = released("openai_unet/released_architectures.json")
     for entry in entries.values():
@@ -100,7 +100,7 @@ def test_pooling_layers_without_weights_are_recognised() -> None:
 
 @pytest.mark.parametrize("name", NVLABS_NETWORKS)
 def test_nvlabs(name: str, tmp_path: Path) -> None:
-    """Snapshots and training states, without augmentation labels; classes; "no class" where no label is given."""
+    """Snapshots and training states, without augmentation labels; classes; no label means "no class"."""
     kwargs = read_json(FOLDER / "edm" / "configs.json")[name]["kwargs"]
     weights = weights_of("edm", name)
     archive = Archive(FOLDER / "edm" / f"{name}.npz")
@@ -158,7 +158,7 @@ def test_released_nvlabs_networks_are_recognised() -> None:
 
 
 def test_jcm(tmp_path: Path) -> None:
-    """Transposed kernels, separate q, k, v, and both scalings around the published network's output."""
+    """Transposed kernels, separate q, k, v and both scalings reproduce the published network's output."""
     config = read_json(FOLDER / "jcm" / "ncsnpp_config.json")
     path = foreign.write_flax(tmp_path / "checkpoint_80", weights_of("jcm", "ncsnpp"))
     archive = Archive(FOLDER / "jcm" / "ncsnpp.npz")
@@ -176,10 +176,12 @@ def test_jcm(tmp_path: Path) -> None:
         assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
 
 
-def test_jcm_holds_several_weights(tmp_path: Path) -> None:
+def test_a_jcm_checkpoint_has_ema_and_online_weights(tmp_path: Path) -> None:
     path = foreign.write_flax(tmp_path / "checkpoint_80", weights_of("jcm", "ncsnpp"))
     online = consistency.load(path, "teacher", weights="online").denoiser.network
-    assert not any(parameter.any() for parameter in online.parameters())  # as the writer made them
+    assert not any(
+        parameter.any() for parameter in online.parameters()
+    )  # the writer makes them zero
     with pytest.raises(UserError, match="ema, online"):
         consistency.load(path, "teacher", weights="target")
 
@@ -194,15 +196,15 @@ def test_released_jcm_network_is_recognised() -> None:
 
 
 @pytest.mark.parametrize("kind", ["openai", "jcm", "unet"])
-def test_an_unknown_role_is_asked_for(kind: str, files: dict[str, Path]) -> None:
+def test_a_checkpoint_without_a_role_needs_one(kind: str, files: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"role=teacher .* role=consistency") as error:
         consistency.load(files[kind])
     assert "does not record one" in str(error.value)
 
 
-@pytest.mark.parametrize("kind", [*TOLD, "openai", "jcm", "unet"])
-def test_every_tiny_file_opens(kind: str, files: dict[str, Path]) -> None:
-    loaded = consistency.load(files[kind], None if kind in TOLD else "consistency")
+@pytest.mark.parametrize("kind", [*WITH_ROLE, "openai", "jcm", "unet"])
+def test_a_checkpoint_of_every_format_opens(kind: str, files: dict[str, Path]) -> None:
+    loaded = consistency.load(files[kind], None if kind in WITH_ROLE else "consistency")
     x = torch.randn(2, 3, 8, 8)
     found = loaded.denoise(x, torch.tensor([0.01, 80.0]))
     assert found.shape == x.shape
@@ -214,15 +216,15 @@ def test_every_tiny_file_opens(kind: str, files: dict[str, Path]) -> None:
         assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
-def test_flax_reads_what_the_test_writes() -> None:
-    """The test's writer is flax's own, byte by byte, where flax is installed."""
+def test_the_writer_of_flax_files_agrees_with_flax() -> None:
+    """The tests' writer and flax write the same bytes, if flax is installed."""
     serialization = pytest.importorskip("flax.serialization")
     state = foreign.flax_state(weights_of("jcm", "ncsnpp"))
     assert serialization.to_bytes(state) == foreign.pack(state)
 
 
-def test_a_buffer_of_bytes_is_enough() -> None:
-    """The reader of pickles works on bytes as on files."""
+def test_the_pickle_reader_reads_a_buffer() -> None:
+    """The pickle reader reads bytes as it reads files."""
     from consistency.checkpoints.pickle_reader import Machine
 
     content = pickle.dumps({"a": [1, 2.5, "text", None, True, (1, 2, 3, 4)], "b": b"bytes"})

@@ -33,7 +33,7 @@ for number, line in enumerate(sys.stdin.read().splitlines()):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project with every file of the page written into it."""
+    """A copy of the project with every file of the page."""
     folder = tmp_path_factory.mktemp("extended")
     for name in ("src", "conf", "experiments"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

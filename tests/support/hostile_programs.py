@@ -13,7 +13,7 @@ import foreign
 
 
 class Call:
-    """Pickles as a call of a function by name."""
+    """An object that pickles as a call of a function by name."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
@@ -25,7 +25,7 @@ class Call:
 def archive(
     path: Path, program: bytes, compression: int = zipfile.ZIP_STORED, **records: bytes
 ) -> Path:
-    """A torch archive with correct checksums around any program."""
+    """Write a torch archive with correct checksums around any pickle."""
     with zipfile.ZipFile(path, "w", compression) as file:
         file.writestr("archive/data.pkl", program)
         for key, content in records.items():
@@ -36,7 +36,7 @@ def archive(
 def tensor_program(
     length: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> bytes:
-    """A pickle of a state dict whose one tensor is a view of a storage of the given length."""
+    """Return the pickle of a state dict whose one tensor is a view of a storage of `length` numbers."""
 
     def text(value: str) -> bytes:
         return b"X" + struct.pack("<I", len(value)) + value.encode()
@@ -60,7 +60,7 @@ def nested_pickle(levels: int) -> bytes:
 
 
 def doubled(levels: int) -> list[Any]:
-    """A list that holds the one before twice, `levels` times over: short to store, endless to print or to compare."""
+    """Return nested lists that each hold the next one twice: short to store, endless to print or compare."""
     inner: list[Any] = []
     for _ in range(levels):
         inner = [inner, inner]
@@ -77,7 +77,7 @@ def put(path: Path, content: bytes) -> Path:
 
 
 def older_program(length: int) -> bytes:
-    """The older torch form with a storage that claims `length` numbers."""
+    """Return a file of torch's older format with a storage that claims `length` numbers."""
     parts = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
     program = b"".join(pickle.dumps(part, 2) for part in parts)
     return program + tensor_program(length, 0, (4,), (1,)) + pickle.dumps(["0"], 2) + b"\x00" * 8
@@ -97,7 +97,7 @@ def write_persistent(path: Path, ema: Any) -> Path:
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Fails where a file makes its reader hang."""
+    """Fail if a file makes its reader hang."""
 
     def stop(*_: object) -> None:
         raise BaseException("a checkpoint made its reader hang")

@@ -9,7 +9,7 @@ from consistency.inference.model import Model
 
 
 def pipeline_images(pipe: Any, label: list[int] | None, **steps: Any) -> Tensor:
-    """Two images of the real pipeline from a fixed generator, in [-1, 1]."""
+    """Draw two images of the real pipeline from a fixed generator, in [-1, 1]."""
     draw = torch.Generator().manual_seed(3)
     images = pipe(
         batch_size=2, class_labels=label, generator=draw, output_type="np", **steps
@@ -18,7 +18,7 @@ def pipeline_images(pipe: Any, label: list[int] | None, **steps: Any) -> Tensor:
 
 
 def our_images(loaded: Model, label: list[int] | None, times: list[float]) -> Tensor:
-    """The same draws through our sampler."""
+    """Draw images from the same noise with our sampler, in [-1, 1]."""
     from consistency.samplers import multistep
 
     draw, side = torch.Generator().manual_seed(3), loaded.card.image_size
@@ -34,7 +34,7 @@ def our_images(loaded: Model, label: list[int] | None, times: list[float]) -> Te
 
 
 def same_images(pipe: Any, loaded: Model, label: list[int] | None) -> None:
-    """One step, and two at points of the pipeline's grid; float32 rounding apart."""
+    """Check that one step, and two steps at points of the pipeline's grid, agree up to float32 rounding."""
     from consistency.grids import KarrasGrid
 
     noise = pipe.scheduler.config

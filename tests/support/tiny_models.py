@@ -57,7 +57,7 @@ TINY_SONG = {
 
 
 def randomised(network: torch.nn.Module) -> dict[str, Tensor]:
-    """Random weights everywhere, also where a network begins at zero; filters stay what they are."""
+    """Return random weights for every parameter, also those that start at zero; resampling filters stay."""
     torch.manual_seed(0)
     state = network.state_dict()
     for name, value in state.items():
@@ -85,7 +85,7 @@ def tiny(**changes: Any) -> ModelCard:
 
 
 def write_files(folder: Path) -> dict[str, Path]:
-    """One small valid checkpoint of every format."""
+    """Write one small valid checkpoint of every format; return the paths by format."""
     weights, card = tiny_adm(), tiny()
     song = nvlabs.settings("SongUNet", TINY_SONG | {"in_channels": 3, "out_channels": 3})
     state = randomised(checkpoint.build(song, checkpoint.NETWORKS, torch.nn.Module))
@@ -103,7 +103,7 @@ def write_files(folder: Path) -> dict[str, Path]:
     openai.write_openai(files["openai_card"], card, weights)
     diffusers_write.write_diffusers(files["diffusers"], card, weights)
     diffusers_write.write_diffusers(files["unet"].parent, card, weights)
-    unsealed(files["unet"] / "diffusion_pytorch_model.safetensors")
+    remove_card(files["unet"] / "diffusion_pytorch_model.safetensors")
     files["openai"] = foreign.write_openai(folder / "ema.pt", weights)
     files["nvlabs"] = foreign.write_nvlabs(folder / "snapshot.pkl", TINY_SONG, prefixed)
     files["state"] = foreign.write_nvlabs_state(folder / "state.pt", TINY_SONG, prefixed)
@@ -111,23 +111,23 @@ def write_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def unsealed(path: Path) -> None:
-    """Rewrites weights as diffusers itself does, without a card."""
+def remove_card(path: Path) -> None:
+    """Rewrite weights as diffusers does, without our card and checksum."""
     from safetensors.torch import load_file, save_file
 
     save_file(load_file(path), path, metadata={"format": "pt"})
 
 
-CHECKED = ("ours", "sealed", "openai_card", "openai", "state", "diffusers")
-"""Files that find every change of their weights: by a zip's CRC or by our own checksum."""
+WITH_CHECKSUM = ("ours", "sealed", "openai_card", "openai", "state", "diffusers")
+"""Formats that detect every change of their weights, by a zip's CRC or by our own checksum."""
 
 
-TOLD = ("ours", "sealed", "openai_card", "nvlabs", "state", "diffusers")
-"""Files that say their role."""
+WITH_ROLE = ("ours", "sealed", "openai_card", "nvlabs", "state", "diffusers")
+"""Formats that record the role of a model."""
 
 
 def write_card(path: Path, **changes: Any) -> Path:
-    """A checkpoint of ours with a changed card and valid weights."""
+    """Write a checkpoint of ours with a changed card and valid weights."""
     ours.write({"card": tiny_card(**changes), "weights": tiny_adm()}, path)
     return path
 
@@ -139,9 +139,9 @@ def write_weights(path: Path, change: Callable[[dict[str, Tensor]], None]) -> Pa
 
 
 def write_config(folder: Path, **changes: Any) -> Path:
-    """A UNet of diffusers with a changed configuration."""
+    """Write a UNet of diffusers with a changed configuration."""
     diffusers_write.write_diffusers(folder, tiny(role="teacher"), tiny_adm())
-    unsealed(folder / "diffusion_pytorch_model.safetensors")
+    remove_card(folder / "diffusion_pytorch_model.safetensors")
     config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps(config | changes))
     return folder

@@ -23,21 +23,21 @@ ADVISORY = {
 
 
 class Advisories(http.server.BaseHTTPRequestHandler):
-    """As much of OSV's service as an audit asks: which packages have an advisory, and what it says."""
+    """The part of OSV's service that an audit uses: the advisories of packages, and their texts."""
 
     bad: ClassVar[str] = ""
 
-    def answer(self, found: object) -> None:
-        content = json.dumps(found).encode()
+    def answer(self, reply: object) -> None:
+        content = json.dumps(reply).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["queries"]
+        queries = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["queries"]
         self.answer(
-            {"results": [{"vulns": [ADVISORY]} if q["package"]["name"] == self.bad else {} for q in asked]}
+            {"results": [{"vulns": [ADVISORY]} if q["package"]["name"] == self.bad else {} for q in queries]}
         )  # fmt: skip
 
     def do_GET(self) -> None:
@@ -48,7 +48,7 @@ class Advisories(http.server.BaseHTTPRequestHandler):
 
 
 def audited(folder: Path, service: str) -> subprocess.CompletedProcess[str]:
-    """`make audit` with the tools of this environment."""
+    """Run `make audit` with the tools of this environment."""
     tools = [f"BIN={Path(sys.executable).parent}", f"VENV={folder}", "READY="]
     return subprocess.run(
         ["make", "audit", *tools, f"ARGS=--service-url {service}"],
@@ -62,13 +62,13 @@ def audited(folder: Path, service: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("bad", "status", "said"),
+    ("bad", "status", "message"),
     [("pillow", 2, "TEST-1"), ("", 0, "no known vulnerabilities"), (None, 0, "not checked: error")],
 )
-def test_an_audit_fails_for_an_advisory_alone(
-    bad: str | None, status: int, said: str, tmp_path: Path
+def test_an_audit_fails_only_for_an_advisory(
+    bad: str | None, status: int, message: str, tmp_path: Path
 ) -> None:
-    """Every package of the lock is asked for; without an answer, it says that it has not checked."""
+    """The audit covers every package of the lock; without an answer it prints that it has not checked."""
     handler = type("Handler", (Advisories,), {"bad": bad})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -79,7 +79,7 @@ def test_an_audit_fails_for_an_advisory_alone(
     if bad is not None and "not checked: error: Failed to fetch" in done.stdout:
         pytest.skip("no package index within reach")
     assert done.returncode == status, done
-    assert said in done.stdout
+    assert message in done.stdout
     if bad is not None:
         pins = re.findall(r"^[a-z0-9].*==", (ROOT / "requirements.lock").read_text(), re.M)
         assert f"in {len(pins)} packages" in done.stdout
