@@ -93,6 +93,10 @@ HOSTILE: dict[str, tuple[Write, str]] = {
     "state on a name": (lambda p: put(p, b"\x80\x02ccollections\nOrderedDict\n}b."), "OrderedDict"),
     # Sizes
     "long bytes": (lambda p: put(p, b"\x80\x04" + LONG + b"abc."), "no sense"),
+    "long array of bytes": (
+        lambda p: put(p, b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"abc."),
+        "no sense",
+    ),
     "memo bomb": (lambda p: put(p, b"\x80\x02]r\xff\xff\xff\xff."), "no model"),
     "deep lists": (lambda p: put(p, nested_pickle(50_000)), "no model"),
     "deep keys": (
@@ -338,7 +342,7 @@ def test_modules_nested_exponentially_often_are_refused(tmp_path: Path) -> None:
     inner.class_name = "SongUNet"
     inner.attributes["_init_kwargs"] = TINY_SONG | {"in_channels": 3, "out_channels": 3}
     path = write_persistent(
-        tmp_path / "p", nvlabs_meta("EDMPrecond", {"_modules": {"model": inner}})
+        tmp_path / "p", nvlabs_meta("EDMPrecond", {"_modules": {"model": inner}, "sigma_data": 0.5})
     )
     with (
         time_limit(20),
