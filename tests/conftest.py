@@ -1,4 +1,4 @@
-"""Fixtures that run the commands as a person would: in this process where that is enough, in their own where it is not."""
+"""Fixtures that run the commands, in this process or in a process of their own."""
 
 import os
 import socket
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+MODES = sorted(p.stem for p in (ROOT / "conf" / "mode").glob("*.yaml"))
+
 SHORT = [
     "logger=csv",
     "trainer.accelerator=cpu",
@@ -31,9 +34,10 @@ TINY = [
     "model.network.model_channels=8",
     "model.network.num_head_channels=8",
 ]
-"""Overrides that make it take one."""
+"""Overrides that make such a run take one second."""
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,11 @@ class Outcome:
 Run = Callable[..., Outcome]
 
 REPORT = "report"
-"""A property that a test records to have it printed at the end, also from a process of its own."""
+"""The property whose texts are printed at the end of a test session."""
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints what tests have to report."""
+    """Print the reports of tests."""
     for outcome in terminalreporter.getreports("passed"):
         for name, text in outcome.user_properties:
             if name == REPORT:
@@ -85,6 +89,20 @@ def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
 
 
 @pytest.fixture
+def convert(verb: Run) -> Run:
+    """convert("source=...", ...) runs src/convert.py in this process, in an empty folder."""
+    return partial(verb, "convert")
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One small checkpoint of every format, by the format's name."""
+    from tiny_models import write_files
+
+    return write_files(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
 def process(tmp_path: Path) -> Run:
     """process("train", "mode=ct", ...) runs `python src/train.py` as a process of its own, in an empty folder."""
     from consistency.commands import cli
@@ -98,7 +116,7 @@ def process(tmp_path: Path) -> Run:
         done = subprocess.run(
             [sys.executable, str(ROOT / "src" / f"{name}.py"), *arguments],
             cwd=home,
-            env={**own, "OMP_NUM_THREADS": "1", **environment},
+            env={**own, **environment},
             capture_output=True,
             text=True,
             timeout=1200,
@@ -126,7 +144,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Run folders of two-step runs by mode, trained once: `trained["ect"]`."""
     from consistency.commands import cli, train
 
-    folder, found = tmp_path_factory.mktemp("trained"), {}
+    folder, runs = tmp_path_factory.mktemp("trained"), {}
     for mode in ("edm", "ect", "ct"):
         output = folder / mode
         arguments = [f"mode={mode}", "trainer.max_steps=2", f"output={output}", *TINY]
@@ -135,5 +153,5 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             cli.command("train")(train.train)()
         finally:
             sys.argv = before
-        found[mode] = output
-    return found
+        runs[mode] = output
+    return runs

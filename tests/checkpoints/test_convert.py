@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,55 +13,27 @@ import torch
 
 import consistency
 import foreign
-from conftest import ROOT, SHORT, TINY, Outcome, Run
+from conftest import ROOT, SHORT, TINY, Run
 from consistency.checkpoints import load, nvlabs, ours, pretrained
-from consistency.commands import cli
-from consistency.commands import convert as conversion
 from consistency.errors import UserError
 from consistency.inference.model import Model
 from consistency.runtime.files import checksum_path
-from test_formats import (
-    CHECKED,
+from real_pipelines import same_images
+from tiny_models import (
     TINY_SONG,
-    TOLD,
-    files,
+    WITH_CHECKSUM,
+    WITH_ROLE,
     randomised,
-    same_images,
     tiny_adm,
     tiny_card,
     write_card,
 )
 
-__all__ = ["files"]
 SUFFIXES = {"a file": "model.safetensors", "a torch file": "model.pt", "a folder": "model"}
 
 
-@pytest.fixture
-def convert(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Run:
-    """convert("source=...", ...) runs src/convert.py in this process, in an empty folder."""
-    home = tmp_path / "convert_cwd"
-    home.mkdir()
-    monkeypatch.chdir(home)
-
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.delenv(cli.INSIDE, raising=False)
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / "convert.py"), *arguments])
-        status = 0
-        try:
-            cli.command("convert")(conversion.convert)()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        captured = capfd.readouterr()
-        return Outcome(status, captured.out, captured.err)
-
-    return call
-
-
 def role_of(kind: str) -> list[str]:
-    return [] if kind in TOLD else ["role=consistency"]
+    return [] if kind in WITH_ROLE else ["role=consistency"]
 
 
 def same_model(a: Model, b: Model) -> None:
@@ -87,7 +58,7 @@ def test_to_ours(
     target = tmp_path / SUFFIXES[place]
     outcome = convert(f"source={files[kind]}", "to=ours", f"output={target}", *role_of(kind))
     assert outcome.status == 0, outcome.err
-    role = None if kind in TOLD else "consistency"
+    role = None if kind in WITH_ROLE else "consistency"
     same_model(consistency.load(target), consistency.load(files[kind], role))
     assert re.search(r"parameters +[\d,]+\n", outcome.out)
     names = {"openai": "OpenAI", "jcm": "JAX", "unet": "diffusers", "state": "NVlabs"}
@@ -179,7 +150,7 @@ def test_as_a_process(files: dict[str, Path], process: Run, tmp_path: Path) -> N
 # --------------------------------------------------------------------------------- verifying
 
 
-@pytest.mark.parametrize("kind", [*CHECKED, "nvlabs", "jcm", "unet"])
+@pytest.mark.parametrize("kind", [*WITH_CHECKSUM, "nvlabs", "jcm", "unet"])
 def test_verify(kind: str, files: dict[str, Path], convert: Run) -> None:
     outcome = convert(f"verify={files[kind]}", *role_of(kind))
     assert outcome.status == 0, outcome.err

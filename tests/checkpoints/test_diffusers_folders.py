@@ -18,10 +18,8 @@ from consistency.checkpoints.diffusers_names import their_weights
 from consistency.checkpoints.diffusers_write import write_diffusers
 from consistency.errors import UserError
 from golden_harness import read_json
-from test_convert import convert
-from test_formats import tiny, tiny_adm, tiny_card, write_config
+from tiny_models import tiny, tiny_adm, tiny_card, write_config
 
-__all__ = ["convert"]
 NAME = "diffusion_pytorch_model"
 ONLINE = tiny_adm()
 EMA = {name: value + 1 for name, value in ONLINE.items()}

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT
 from consistency.checkpoints import ours, safetensors
-from test_formats import tiny, tiny_adm
+from tiny_models import tiny, tiny_adm
 
 
 def write(kind: str, folder: Path) -> Path:
@@ -32,7 +32,7 @@ def run(*arguments: str) -> str:
 def test_a_checkpoint_of_a_run_passes_a_dozen_functions(tmp_path: Path) -> None:
     path = write("last.ckpt", tmp_path)
     assert path.with_name("last.ckpt.sha256").is_file()
-    names = run(str(ROOT / "tests" / "support" / "entered.py"), str(path)).split()
+    names = run(str(ROOT / "tests" / "support" / "entered_functions.py"), str(path)).split()
     assert "consistency.checkpoints.load.load" in names
     assert len(names) <= 12, names
 

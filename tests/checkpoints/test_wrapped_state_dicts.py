@@ -15,10 +15,7 @@ from consistency.checkpoints import diffusers_names, load, nvlabs, wrapped
 from consistency.checkpoints.contents import Hints
 from consistency.errors import UserError
 from golden_harness import FOLDER, read_json
-from test_convert import convert
-from test_formats import TINY_ADM, TINY_SONG, randomised, tiny_adm
-
-__all__ = ["convert"]
+from tiny_models import TINY_ADM, TINY_SONG, randomised, tiny_adm
 
 ONLINE = tiny_adm()
 EMA = {name: value + 1 for name, value in ONLINE.items()}

@@ -14,6 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from configurations import options
 from conftest import REPORT, ROOT, Run
 from consistency.checkpoints import ours
 from consistency.commands import schema, search
@@ -23,10 +24,6 @@ from consistency.runtime.allowlist import require_trusted
 from consistency.runtime.redaction import masked
 
 GROUPS = ("callbacks", "crop", "data", "evaluation", "logger", "mode", "model", "optimizer", "recipe", "sampler", "trainer")  # fmt: skip
-
-
-def options(group: str) -> list[str]:
-    return sorted(p.stem for p in (ROOT / "conf" / group).glob("*.yaml"))
 
 
 def composed(*overrides: str) -> dict[str, Any]:

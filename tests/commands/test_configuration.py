@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import originals
+from configurations import composed, options
 from conftest import ROOT
 from consistency.checkpoints.load import NETWORKS, PRECONDITIONING, build
-from consistency.commands import schema
 from consistency.errors import UserError
 from consistency.training import build as training
 
@@ -35,17 +35,6 @@ NEEDS = {
     "path": "data.path",
     "backbone": "weights",
 }
-
-
-def options(group: str) -> list[str]:
-    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
-
-
-def composed(name: str, *overrides: str) -> DictConfig:
-    schema.register()
-    schema.register_experiments()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(name, [*overrides, "output=/nowhere/run"])
 
 
 def build_all(config: DictConfig, folder: Path, teacher: Path) -> None:

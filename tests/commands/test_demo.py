@@ -27,7 +27,7 @@ from consistency.checkpoints.load import load
 from consistency.commands import demo, schema
 from consistency.commands.demo import BLANK, Actions, mask_of
 from consistency.errors import UserError
-from test_formats import tiny_adm, tiny_card
+from tiny_models import tiny_adm, tiny_card
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

@@ -21,7 +21,7 @@ from consistency.data.listing import read_images
 from consistency.editing import Box, Center, Random
 from consistency.errors import UserError
 from consistency.randomness import generator
-from test_formats import tiny_adm, tiny_card
+from tiny_models import tiny_adm, tiny_card
 
 TASKS = sorted(p.stem for p in (ROOT / "conf" / "task").glob("*.yaml"))
 MASKS = sorted(p.stem for p in (ROOT / "conf" / "mask").glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, and the Python of the README, run as they stand."""
+"""Every example of docs/extending.md trains and samples."""
 
 import os
 import re
@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, SHORT, TINY
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 BLOCK = re.compile(
     r"`((?:src|conf|experiments)/[\w./]+)`[^`]*?\n```(?:python|yaml)\n(.*?)```", re.DOTALL
 )
 COMMAND = re.compile(r"^python src/train\.py (.*)$", re.MULTILINE)
-RUN = """
+TINY_NETWORK = TINY[len(SHORT) :]
+RUN = f"""
 import sys, consistency
 for number, line in enumerate(sys.stdin.read().splitlines()):
-    options = [*line.split(), f"output=runs/{number}", "logger=none"]
+    options = [*line.split(), f"output=runs/{{number}}", "logger=none"]
     options += ["evaluation@callbacks.evaluation=none", "callbacks.samples.num_samples=4"]
-    options += ["data.batch_size=8"]  # small, so that it is quick
+    options += ["data.batch_size=8", *({TINY_NETWORK} if "model=" not in line else [])]
     config = consistency.compose(options)
     consistency.train(config)
     assert consistency.load(config.output).sample(2).shape[0] == 2
@@ -32,7 +33,7 @@ for number, line in enumerate(sys.stdin.read().splitlines()):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project with every file of the page written into it."""
+    """A copy of the project with every file of the page."""
     folder = tmp_path_factory.mktemp("extended")
     for name in ("src", "conf", "experiments"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

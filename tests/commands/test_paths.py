@@ -15,10 +15,10 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from test_configuration import options
 
 import consistency
 import originals
+from configurations import options
 from conftest import ROOT, TINY, Run
 from consistency.commands import overrides, schema
 from consistency.runtime.files import expanded, path_of

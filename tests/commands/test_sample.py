@@ -24,7 +24,7 @@ from consistency.inference.generate import Request, samples
 from consistency.randomness import SampleNoise
 from consistency.runtime.devices import in_precision
 from consistency.samplers import multistep, onestep, trigflow_multistep
-from test_formats import tiny_card
+from tiny_models import tiny_card
 
 
 def arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -99,7 +99,7 @@ def excused(file: str, array: str) -> bool:
     )
 
 
-def test_folder_is_there() -> None:
+def test_the_golden_folder_exists() -> None:
     assert FILES, f"no golden data in {FOLDER}: set CM_GOLDEN to the folder"
 
 

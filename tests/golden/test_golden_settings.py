@@ -204,7 +204,7 @@ def test_every_option_of_the_optimizer_is_read(
         golden_trajectories.compare_trajectory(Archive(path))
 
 
-def test_a_setting_that_nothing_reads_is_a_failure(tmp_path: Path) -> None:
+def test_an_unread_setting_is_a_failure(tmp_path: Path) -> None:
     folder = tmp_path / "openai_trajectory"
     path = write(folder / "run.npz", {"a": np.zeros(1)})
     (folder / "specs.json").write_text(json.dumps({"run": CT | {"lookahead": 5}}))
@@ -322,7 +322,7 @@ def compare_ect(archive: Archive) -> None:
     ("q", "stage", "p_mean", "second"),
     [(1.5, 2, 1.5, True), (4.0, 1, 1.5, True), (1.5, 0, -2.0, False)],
 )
-def test_any_q_and_a_batch_without_a_second_pass(
+def test_any_q_and_a_batch_with_one_pass(
     q: float, stage: int, p_mean: float, second: bool, tmp_path: Path
 ) -> None:
     path = ect(tmp_path, q, stage, p_mean, second=second)
@@ -338,7 +338,7 @@ def without(path: Path, name: str) -> Archive:
     return archive
 
 
-def test_an_array_that_its_case_implies_must_not_be_missing(tmp_path: Path) -> None:
+def test_a_missing_array_of_a_case_is_a_failure(tmp_path: Path) -> None:
     """The output of a second pass that ran, a plain call of a network with classes, the noise of a sampler that churns."""
     path = ect(tmp_path, 1.5, 2, 1.5, second=True)
     for name in ("mine.D_yr_raw", "mine.D_yt"):
@@ -435,14 +435,14 @@ def test_lists_of_indices_of_edits_may_end_anywhere(indices: list[int], tmp_path
 # -------------------------------------------------------------------------------- networks
 
 
-def test_arguments_of_networks_that_nothing_reads_are_a_failure() -> None:
+def test_an_unread_argument_of_a_network_is_a_failure() -> None:
     kwargs = next(iter(read_json(FOLDER / "edm" / "configs.json").values()))["kwargs"]
     with pytest.raises(AssertionError, match="skip_scale"):
         golden_networks.nvlabs_arguments(kwargs | {"skip_scale": 1.0})
     assert golden_networks.nvlabs_arguments(kwargs | {"use_fp16": False, "sigma_data": 0.4})
 
 
-def test_a_number_of_heads_on_the_way_up_reaches_the_network() -> None:
+def test_the_number_of_heads_of_the_decoder_reaches_the_network() -> None:
     cfg = next(iter(read_json(FOLDER / "openai_unet" / "configs.json").values()))["cfg"]
     assert "num_heads_upsample" not in golden_networks.openai_arguments(cfg)
     found = golden_networks.openai_arguments(cfg | {"num_heads_upsample": 2})

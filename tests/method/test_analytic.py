@@ -12,7 +12,7 @@ GRID = KarrasGrid(t_min=0.002, t_max=80.0, rho=7.0)
 GAUSSIAN = Gaussian(0.3, 0.5)
 
 
-def test_the_flow_is_the_identity_at_its_own_time_and_a_semigroup() -> None:
+def test_the_flow_is_a_semigroup_and_the_identity_at_equal_times() -> None:
     x = 80 * normal(50, 1, 2, 2)
     t, s, r = times(50, 80.0), times(50, 3.0), times(50, 0.002)
     for law in (GAUSSIAN, THREE_MODES):

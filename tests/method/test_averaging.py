@@ -14,7 +14,7 @@ def linear(value: float) -> nn.Module:
     return layer
 
 
-def test_a_frozen_copy_is_apart_and_takes_no_gradient() -> None:
+def test_a_frozen_copy_shares_no_weights_and_takes_no_gradient() -> None:
     online = linear(1.0)
     copy = frozen_copy(online)
     assert not any(p.requires_grad for p in copy.parameters())
@@ -26,7 +26,7 @@ def test_a_frozen_copy_is_apart_and_takes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.95, 0.9999, 1.0])
-def test_an_average_of_constant_weights_closes_in_geometrically(decay: float) -> None:
+def test_an_average_of_constant_weights_converges_geometrically(decay: float) -> None:
     """theta-_n = theta + decay^n (theta-_0 - theta)."""
     online = linear(1.0).double()
     average = frozen_copy(linear(0.0).double())

@@ -51,7 +51,7 @@ DISTANCES: list[Callable[[], Distance]] = [
 
 
 @pytest.mark.parametrize("build", DISTANCES)
-def test_a_distance_is_symmetric_and_0_for_equals_alone(build: Callable[[], Distance]) -> None:
+def test_a_distance_is_symmetric_and_0_only_for_equal_images(build: Callable[[], Distance]) -> None:
     d = build()
     assert d(X, Y).shape == (4,)
     assert torch.allclose(d(X, Y), d(Y, X))
@@ -60,7 +60,9 @@ def test_a_distance_is_symmetric_and_0_for_equals_alone(build: Callable[[], Dist
 
 
 @pytest.mark.parametrize("build", DISTANCES)
-def test_each_sample_is_measured_alone(build: Callable[[], Distance]) -> None:
+def test_the_distance_of_a_sample_does_not_depend_on_its_batch(
+    build: Callable[[], Distance],
+) -> None:
     each = torch.cat([build()(X[i : i + 1], Y[i : i + 1]) for i in range(4)])
     assert torch.allclose(build()(X, Y), each)
 
@@ -134,7 +136,7 @@ def test_lpips_is_the_formula() -> None:
     assert torch.allclose(d.per_layer(X, Y).sum(0), expected)
 
 
-def test_lpips_does_not_see_contrast() -> None:
+def test_lpips_ignores_contrast() -> None:
     """Features are compared by direction."""
     assert (lpips()(X, 3 * X) < 1e-12).all()
 
@@ -154,7 +156,7 @@ def test_lpips_resizes_first() -> None:
     assert torch.allclose(resized(X, Y), lpips()(x, y))
 
 
-def test_lpips_stays_out_of_half_precision() -> None:
+def test_lpips_computes_in_single_precision() -> None:
     weights = [torch.ones(3)]
 
     class Linear(nn.Module):

@@ -75,7 +75,7 @@ def edited(task: Task, y: Data, seed: int, start: str = "reference", points: int
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 @pytest.mark.parametrize("points", [1, 9])
 @pytest.mark.parametrize("name", TASKS)
-def test_what_was_given_is_kept_and_what_was_free_varies(
+def test_an_edit_keeps_the_known_part_and_varies_the_free_part(
     name: str, points: int, dtype: torch.dtype, start: str
 ) -> None:
     task, y = TASKS[name](SHAPE, generator(0, "edit")), 0.3 * normal(4, *SHAPE, dtype=dtype)
@@ -90,7 +90,7 @@ def test_what_was_given_is_kept_and_what_was_free_varies(
         assert torch.equal(first[known], y[known])
 
 
-def test_means_of_patches_and_brightness_are_what_is_kept() -> None:
+def test_superresolution_keeps_patch_means_and_colorization_keeps_brightness() -> None:
     y = 0.3 * normal(2, *SHAPE)
     small = edited(superres(SHAPE, generator(0, "edit"), patch=4), y, 0)
     pooled = torch.nn.functional.avg_pool2d
@@ -157,13 +157,13 @@ def test_strokes_guide_and_the_noisy_input_is_cleaned() -> None:
     assert torch.equal(cleaned, consistency(noisy, times(2, 0.5)))
 
 
-def test_nothing_of_the_free_part_of_the_input_is_seen() -> None:
+def test_the_free_part_of_the_input_does_not_change_the_edit() -> None:
     task, y = TASKS["inpaint a box"](SHAPE, generator(0, "edit")), 0.3 * normal(2, *SHAPE)
     other = torch.where(task.omega == 1, torch.full_like(y, 0.9), y)
     assert torch.equal(edited(task, y, 0), edited(task, other, 0))
 
 
-def test_masks_have_the_numbers_they_are_given() -> None:
+def test_masks_hold_the_specified_values() -> None:
     draw = generator(0, "edit")
     assert Box(box=[1, 2, 3, 4])(8, 9, draw)[2:6, 1:4].sum() == 12 == Box(box=[1, 2, 3, 4])(8, 9, draw).sum()  # fmt: skip
     assert Center(size=4)(8, 8, draw)[2:6, 2:6].sum() == 16 == Center()(8, 8, draw).sum()
@@ -233,7 +233,7 @@ def test_interpolation_begins_and_ends_at_the_two_images() -> None:
         interpolate(consistency, z_0, z_1, frames=1, t_max=80.0, clip=False)
 
 
-def test_the_default_points_are_the_published_grid_without_its_idle_end() -> None:
+def test_the_default_points_are_the_published_grid_without_its_last_point() -> None:
     points = grid_times(GRID, 40)
     assert (len(points), points[0]) == (39, 80.0)
     assert points == GRID.points(40)[:-1].tolist()

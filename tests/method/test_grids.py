@@ -11,7 +11,7 @@ sizes = pytest.mark.parametrize("n", [2, 3, 18, 40, 151, 201, 1281])
 
 
 @sizes
-def test_both_ends_hold_to_the_last_bit(n: int) -> None:
+def test_both_ends_of_the_grid_are_exact(n: int) -> None:
     """The formula alone ends at 0.002000000000000003, where the boundary condition would not hold exactly."""
     points = GRID.points(n)
     assert float(points[0]) == 80.0

@@ -122,7 +122,7 @@ def test_an_objective_is_a_function_of_its_arguments(build: Callable[[], nn.Modu
 
 
 @every
-def test_a_share_of_a_batch_meets_the_times_and_noise_of_its_rows(
+def test_a_part_of_a_batch_uses_the_times_and_noise_of_its_rows(
     build: Callable[[], nn.Module],
 ) -> None:
     objective, online, target = build(), network(), network(1)
@@ -146,7 +146,7 @@ def test_only_the_online_network_takes_gradients(build: Callable[[], nn.Module])
 
 
 @every
-def test_samples_do_not_touch_each_other(build: Callable[[], nn.Module]) -> None:
+def test_the_loss_of_a_sample_does_not_depend_on_the_others(build: Callable[[], nn.Module]) -> None:
     """Another last image changes the last loss alone."""
     objective, online = build(), network().float()
     x_0 = 0.5 * normal(*SHAPE).float()
@@ -160,7 +160,7 @@ def test_samples_do_not_touch_each_other(build: Callable[[], nn.Module]) -> None
 # ------------------------------------------------------------------------ consistency losses
 
 
-def test_the_loss_is_what_the_law_of_pairs_and_the_noise_make_it() -> None:
+def test_forward_draws_pairs_and_noise_and_calls_losses_at() -> None:
     """forward draws the pair first, then the noise, and calls losses_at."""
     objective, online, target = consistency(), network().float(), network(1).float()
     x_0 = 0.5 * normal(*SHAPE).float()
@@ -302,7 +302,7 @@ def vanishes(values: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("i", [2, 9, 16])
-def test_training_stands_still_at_its_fixed_point(i: int) -> None:
+def test_the_gradient_vanishes_at_the_fixed_point_of_training(i: int) -> None:
     """a_{n+1} = a_n (s^2 + t_n t_{n+1}) / (s^2 + t_{n+1}^2), and not beside it."""
     t, r = (float(time) for time in GRID.points(18)[i : i + 2])
     s_2, before, h = LAW.std**2, 0.7, t - r

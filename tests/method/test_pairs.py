@@ -70,7 +70,7 @@ def counts(law: Pairs, n: int, draws: int) -> torch.Tensor:
     return torch.bincount(i, minlength=n - 1).double()
 
 
-def test_uniform_pairs_visit_every_interval_alike() -> None:
+def test_uniform_pairs_visit_every_interval_equally_often() -> None:
     """Also the first (t_max) and the last (t_min): indices 0 ... N - 2 [Song et al. 2023, Algorithm 2]."""
     n, draws = 11, 40_000
     expected = draws / (n - 1)
@@ -149,13 +149,13 @@ def test_lognormal_times_have_their_moments() -> None:
         assert float(log_t.std()) == pytest.approx(1.2, abs=0.03)
 
 
-def test_even_times_take_one_from_each_part_of_the_law() -> None:
+def test_even_times_are_stratified() -> None:
     t = LognormalTimes(p_mean=-1.2, p_std=1.2, even=True)(64, generator())
     shares = torch.special.ndtr((t.double().log() + 1.2) / 1.2)
     assert torch.equal((shares * 64).floor().long(), torch.arange(64))
 
 
-def test_even_times_stay_finite_at_the_end_of_the_law() -> None:
+def test_even_times_are_finite_at_the_ends_of_the_law() -> None:
     nearly_one = torch.full((4096,), 1 - 2**-24)
     law = LognormalTimes(p_mean=-1.2, p_std=1.2, even=True)
     assert torch.isfinite(law.spread(nearly_one)).all()

@@ -58,7 +58,7 @@ def test_the_network_sees_unit_variance(scalings: Preconditioning) -> None:
     assert torch.allclose(trig(T).c_in ** 2 * SIGMA_DATA**2, torch.ones_like(T))
 
 
-def test_a_denoising_network_is_asked_for_unit_variance() -> None:
+def test_the_target_of_a_denoising_network_has_unit_variance() -> None:
     """Var[(x_0 - c_skip x_t) / c_out] = 1 [Karras et al. 2022, Eq. 140]."""
     c = edm(T)
     variance = ((1 - c.c_skip) ** 2 * SIGMA_DATA**2 + c.c_skip**2 * T**2) / c.c_out**2

@@ -17,7 +17,7 @@ def test_variance_exploding_adds_noise_of_standard_deviation_t() -> None:
     assert torch.allclose(noise, 3 * z)
 
 
-def test_trigflow_is_variance_exploding_seen_from_the_circle() -> None:
+def test_trigflow_is_rescaled_variance_exploding() -> None:
     """x_trig = cos(t) x_ve at t_ve = sigma_data tan(t) [Lu and Song 2024, Appendix A]."""
     x_0, z = normal(5, 1, 2, 2), normal(5, 1, 2, 2, seed=1)
     t = torch.tensor([0.0, 0.3, 0.8, 1.2, 1.5], dtype=torch.float64)

@@ -18,7 +18,7 @@ DEVICES = [
 ]
 
 
-def test_keys_tell_places_apart_and_never_change() -> None:
+def test_keys_of_a_generator_are_distinct_and_stable() -> None:
     places = [(0, "train", 0, 0), (0, "train", 0, 1), (0, "train", 1, 0), (1, "train", 0, 0)]
     keys = {key(*place) for place in [*places, (0, "dropout", 0, 0)]}
     assert len(keys) == 5
@@ -27,7 +27,7 @@ def test_keys_tell_places_apart_and_never_change() -> None:
     assert key(0, "train", 0, 0) == 6578950792936650312
 
 
-def test_a_generator_forgets_what_was_drawn_before() -> None:
+def test_a_generator_does_not_depend_on_earlier_draws() -> None:
     first = torch.randn(5, generator=generator(0, "train", 3))
     torch.randn(1000, generator=generator(0, "train", 2))
     assert torch.equal(torch.randn(5, generator=generator(0, "train", 3)), first)

@@ -66,7 +66,7 @@ class Counted:
     ],
 )
 @pytest.mark.parametrize("steps", [2, 7])
-def test_the_number_of_evaluations_is_that_of_the_docstring(
+def test_the_number_of_evaluations_is_the_documented_one(
     sampler: Callable[..., Data], per_step: int, less: int, steps: int
 ) -> None:
     counted = Counted(LAW.denoise)
@@ -109,7 +109,7 @@ def test_stochastic_samplers_have_the_deviation_of_the_data(
     assert not torch.allclose(x_0, other)
 
 
-def test_without_the_last_step_the_walk_ends_at_t_min() -> None:
+def test_without_the_last_step_sampling_ends_at_t_min() -> None:
     walk = heun(LAW.denoise, source(9), grid=GRID, steps=200, clip=False, to_zero=False)
     exact = LAW.flow(T_MAX * source(9)(), times(9, T_MAX), times(9, T_MIN))
     assert torch.allclose(walk, exact, atol=1e-3)
@@ -119,7 +119,7 @@ def test_without_the_last_step_the_walk_ends_at_t_min() -> None:
     assert torch.allclose(one, x + (T_MIN - T_MAX) * slope)
 
 
-def test_levels_of_an_ancestral_step_add_up() -> None:
+def test_variances_of_an_ancestral_step_add_up() -> None:
     t, r = torch.tensor([3.0, 1.0, 0.5]).double(), torch.tensor([1.0, 0.9, 0.0]).double()
     down, up = ancestral_levels(t, r)
     assert torch.allclose(down**2 + up**2, r**2)
@@ -132,7 +132,7 @@ def test_renewed_noise_keeps_an_exact_consistency_function_exact() -> None:
         assert float(x_0.std()) == pytest.approx(math.hypot(0.5, T_MIN), rel=0.015)
 
 
-def test_renewed_noise_leaves_room_for_that_of_t_min() -> None:
+def test_renewed_noise_accounts_for_the_noise_at_t_min() -> None:
     """x at t has the deviation t around data that is noisy to t_min already."""
     counted, seen = Counted(lambda x, t, label: 0 * x), []
 
@@ -144,7 +144,7 @@ def test_renewed_noise_leaves_room_for_that_of_t_min() -> None:
     assert seen == pytest.approx([9.0, 3.0], rel=0.02)
 
 
-def test_churn_raises_the_level_within_its_bounds() -> None:
+def test_churn_raises_the_noise_level_within_its_bounds() -> None:
     points = GRID.points(7).tolist()
     for s_churn, factor in ((1.4, 1.2), (1e9, math.sqrt(2))):
         for sampler in (heun, dpm_solver_2):
@@ -188,7 +188,7 @@ def test_indices_that_leave_noise_are_an_error(
 
 
 @pytest.mark.parametrize("points", [[], [3.0], [T_MAX, 1.0, 1.0], [T_MAX, 1.0, 2.0], [T_MAX, 1e-4]])
-def test_time_points_that_make_no_sense_are_an_error(points: Sequence[float]) -> None:
+def test_invalid_time_points_are_an_error(points: Sequence[float]) -> None:
     with pytest.raises(UserError, match="time points"):
         multistep(consistency, source(1), times=points, **MULTISTEP)
 
@@ -206,7 +206,7 @@ def test_clip_bounds_every_estimate() -> None:
         assert float(clipped.max()) < 2 < float(free.min()), sampler
 
 
-def test_trigflow_is_the_variance_exploding_sampler_in_other_words() -> None:
+def test_trigflow_and_variance_exploding_samplers_agree() -> None:
     """x_trig = cos(t) x_ve, so f_trig(x, t) = f_ve(x / cos(t), sigma_data tan(t))."""
     sigma_data = 0.5
     law = Gaussian(0.0, 0.4)

@@ -34,7 +34,7 @@ def test_square_root_passes_the_published_points() -> None:
     assert [imagenet(int(K * share)) for share in shares] == [2, 21, 64, 101, 143, 175, 201]
 
 
-def test_square_root_takes_every_size_in_turn() -> None:
+def test_square_root_increases_by_one_at_a_time() -> None:
     """N = 2 holds for the first step alone, because of the ceiling."""
     sizes = [n for n, _ in itertools.groupby(cifar(k) for k in range(0, K + 1, 100))]
     assert cifar(0) == 2
@@ -106,7 +106,7 @@ GROWING: list[Callable[[int], int]] = [
         partial(halving, s_0=2),
     ],
 )
-def test_a_schedule_of_scales_has_a_value_however_long_a_run_goes_on(
+def test_a_schedule_of_scales_is_defined_at_any_step(
     schedule: Callable[..., int], length: int
 ) -> None:
     lowest = 1 if schedule.func is halving else 2
@@ -124,13 +124,11 @@ def test_a_schedule_of_scales_has_a_value_however_long_a_run_goes_on(
         (partial(constant, num_scales=18), 18),
     ],
 )
-def test_scales_that_have_reached_their_end_stay_there(
-    schedule: Callable[[int], int], at_end: int
-) -> None:
+def test_scales_stay_at_their_final_value(schedule: Callable[[int], int], at_end: int) -> None:
     assert {schedule(k) for k in range(799, 4000)} == {at_end}
 
 
-def test_the_square_root_goes_on_without_a_jump() -> None:
+def test_the_square_root_continues_without_a_jump() -> None:
     """As the released code, which bounds it below alone."""
     longer = [cifar(k) for k in range(K - 1000, 2 * K, 100)]
     assert all(0 <= b - a <= 1 for a, b in itertools.pairwise(longer))
@@ -140,7 +138,7 @@ def test_the_square_root_goes_on_without_a_jump() -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 100])
 @pytest.mark.parametrize("start", [0.0, 0.5, 0.999, 1.0, 2.0])
-def test_a_rate_is_a_factor_between_0_and_1_and_never_rises_however_long_a_run_goes_on(
+def test_a_rate_is_a_factor_between_0_and_1_and_never_rises_at_any_step(
     start: float, length: int
 ) -> None:
     rates = [
@@ -154,7 +152,7 @@ def test_a_rate_is_a_factor_between_0_and_1_and_never_rises_however_long_a_run_g
 
 
 @pytest.mark.parametrize("length", [1, 2, 80])
-def test_the_rate_of_distillation_is_a_factor_however_long_a_run_goes_on(length: int) -> None:
+def test_the_rate_of_distillation_is_a_factor_at_any_step(length: int) -> None:
     rates = [
         falling_in_stages(k, s_0=16, total_steps=length)
         for k in [*range(4 * length), 10**6 * length]
@@ -169,7 +167,7 @@ def test_a_decay_is_below_1_for_any_number_of_scales(decay: Callable[..., float]
     assert 0 <= found[0] and found[-1] < 1
 
 
-def test_scales_that_cannot_be_are_told() -> None:
+def test_invalid_scales_are_refused() -> None:
     with pytest.raises(UserError, match=r"s_0=10, s_1=5"):
         doubling(0, s_0=10, s_1=5, total_steps=10)
     with pytest.raises(UserError, match="s_0 >= 2"):
@@ -210,7 +208,7 @@ def test_rate_of_distillation_falls_once_in_every_stage() -> None:
     assert all(rates[k] < rates[k - 1] for k in range(1, 70) if k not in starts)
 
 
-def test_half_life_is_what_it_says() -> None:
+def test_the_weight_halves_after_the_half_life() -> None:
     decay = half_life_decay(10**6, half_life=1000, ramp_up=0.05)
     assert decay**1000 == pytest.approx(0.5)
     assert half_life_decay(0, half_life=1000, ramp_up=0.05) == 0.0

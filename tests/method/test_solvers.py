@@ -46,7 +46,7 @@ HEUN = [1.174619, 1.055278, 1.039196, 1.009286, 1.002260, 1.000635, 1.000557, 1.
 
 
 @pytest.mark.parametrize(("solver", "ratios"), [(euler_step, EULER), (heun_step, HEUN)])
-def test_distillation_of_gaussian_data_ends_at_the_known_gain(
+def test_distillation_of_gaussian_data_has_the_known_gain(
     solver: Solver, ratios: list[float]
 ) -> None:
     """f(x_{n+1}) = f(solver(x_{n+1})) is the whole walk down the grid: its gain against the exact one."""
@@ -74,13 +74,13 @@ def test_times_differ_from_sample_to_sample() -> None:
         assert torch.allclose(together, torch.cat(each), atol=1e-14)
 
 
-def test_steps_go_up_as_well() -> None:
+def test_solvers_also_step_towards_more_noise() -> None:
     x, t, r = normal(8, 1, 2, 2), times(8, 1.0), times(8, 1.01)
     back = heun_step(GAUSSIAN.denoise, heun_step(GAUSSIAN.denoise, x, t, r), r, t)
     assert torch.allclose(back, x, atol=1e-6)
 
 
-def test_the_slope_is_the_noise_that_is_left() -> None:
+def test_the_slope_is_the_remaining_noise() -> None:
     """(x - D(x, t)) / t is the mean of z given x_t: exactly z where the data are one point."""
     point = Gaussian(0.3, 1e-9)
     z, t = normal(8, 1, 2, 2), times(8, 0.7)

@@ -46,7 +46,7 @@ def test_the_tangent_of_the_exact_function_vanishes() -> None:
     assert float(wrong.abs().max()) > 0.01
 
 
-def test_any_kind_of_attention_has_a_derivative() -> None:
+def test_every_attention_has_a_forward_derivative() -> None:
     """The fused kernels have none of their own."""
 
     def network(kind: Attention) -> ADM:
@@ -79,7 +79,7 @@ def test_any_kind_of_attention_has_a_derivative() -> None:
     assert torch.allclose(tangents[0][1], tangents[1][1])
 
 
-def test_the_lengths() -> None:
+def test_the_lengths_are_the_norms() -> None:
     flat = G.flatten(1)
     assert torch.allclose(L1Tangent().length(F, G), flat.abs().mean(1))
     assert torch.allclose(LInfTangent().length(F, G), flat.abs().amax(1))
@@ -87,7 +87,7 @@ def test_the_lengths() -> None:
     assert torch.equal(L2Tangent().lowered(F, G), G)
 
 
-def test_those_without_a_metric_tensor_do_not_claim_one() -> None:
+def test_lengths_without_a_metric_tensor_have_none() -> None:
     assert isinstance(L2Tangent(), TangentMetric)
     assert isinstance(HessianTangent(distance=L2()), TangentMetric)
     assert not isinstance(L1Tangent(), TangentMetric)
@@ -106,7 +106,7 @@ def test_the_hessian_of_known_distances() -> None:
         assert torch.allclose(hessian.length(F, G), factor * G.square().sum((1, 2, 3)))
 
 
-def test_a_distance_is_to_second_order_half_its_length() -> None:
+def test_a_distance_is_half_its_length_to_second_order() -> None:
     """d(f + e g, f) = e^2 / 2 g^T H g + O(e^3), for a distance that is no square."""
 
     class Curved(torch.nn.Module):

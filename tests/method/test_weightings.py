@@ -15,7 +15,7 @@ T = torch.tensor([0.002, 0.5, 1.0, 3.0, 80.0], dtype=torch.float64)
 R = T / 2
 
 
-def test_the_weightings_are_what_they_are_called() -> None:
+def test_the_weightings_are_their_formulas() -> None:
     assert torch.equal(uniform(T, R), torch.ones_like(T))
     assert torch.allclose(snr(T, R) * T**2, torch.ones_like(T))
     assert torch.allclose(snr_plus_one(T, R), snr(T, R) + 1)

@@ -115,7 +115,7 @@ def test_time_and_class_matter(build: Build) -> None:
 
 
 @networks
-def test_samples_do_not_see_each_other(build: Build) -> None:
+def test_the_output_of_a_sample_does_not_depend_on_the_others(build: Build) -> None:
     network = awake(build(num_classes=CLASSES))
     x, c_noise, label = inputs()
     both = network(x, c_noise, label)
@@ -256,7 +256,7 @@ def attended(block: AttentionBlock, x: Tensor, heads: int) -> Tensor:
         (2, 4, 8, (4, 4)),
     ],
 )
-def test_the_decoder_may_have_a_number_of_heads_of_its_own(
+def test_the_decoder_may_have_its_own_number_of_heads(
     heads: int, up: int | None, width: int | None, expected: tuple[int, int]
 ) -> None:
     """As published: the middle belongs to the way down, and a width of the heads decides for both ways."""

@@ -1,4 +1,4 @@
-"""Writes tiny files in the layouts of the published programs, without those programs.
+"""Writers of tiny files in the layouts of the published programs.
 
 NVlabs' `torch_utils.persistence` reduces every module to `_reconstruct_persistent_obj(meta)`, with the source of its
 class as text and its `__dict__` as state; flax packs nested dictionaries as MessagePack with arrays as extension type
@@ -34,7 +34,7 @@ _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
 
 @contextlib.contextmanager
 def persistence() -> Iterator[None]:
-    """Makes `torch_utils.persistence` importable, which pickling by name needs."""
+    """Make `torch_utils.persistence` importable, as pickling by name requires."""
     package, module = types.ModuleType("torch_utils"), types.ModuleType("torch_utils.persistence")
     module._reconstruct_persistent_obj = _reconstruct_persistent_obj  # type: ignore[attr-defined]
     names = {"torch_utils": package, "torch_utils.persistence": module}
@@ -47,7 +47,7 @@ def persistence() -> Iterator[None]:
 
 
 class Persistent(nn.Module):
-    """A module of a decorated class: it pickles as its class's name and source and its state."""
+    """A module of a decorated class: its pickle holds the class's name and source, and its state."""
 
     def __init__(self, class_name: str, **kwargs: Any) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Persistent(nn.Module):
 
 
 class PlainPersistent:
-    """A decorated class that is no module, such as EDM's loss."""
+    """An object of a decorated class that is not a module, such as EDM's loss."""
 
     def __init__(self, class_name: str, **attributes: Any) -> None:
         self.class_name, self.attributes = class_name, attributes
@@ -76,7 +76,7 @@ class PlainPersistent:
 
 
 class EctLoss:
-    """ECT's loss, which keeps a bound method of itself: it pickles as a call of `getattr`."""
+    """ECT's loss, which holds a bound method of itself; this pickles as a call of `getattr`."""
 
     def __init__(self) -> None:
         self.q, self._init_args, self._init_kwargs = 2, (), {"q": 2}
@@ -92,7 +92,7 @@ class EctLoss:
 
 
 def nvlabs_modules(kwargs: dict[str, Any], weights: dict[str, Tensor], kind: str) -> Persistent:
-    """The preconditioned network: `kwargs` of the constructor, weights by their dotted names."""
+    """Return the preconditioned network: `kwargs` of the constructor, weights by their dotted names."""
     outer = Persistent(kind, **kwargs)
     state = {"sigma_min": 0.003 if kind == "ECMPrecond" else 0, "sigma_max": float("inf")}
     outer.__dict__.update(state | {"sigma_data": 0.5, "use_fp16": False})
@@ -128,7 +128,7 @@ def _place(module: nn.Module, path: list[str], value: Tensor) -> None:
 def write_nvlabs(
     path: Path, kwargs: dict[str, Any], weights: dict[str, Tensor], kind: str = "EDMPrecond"
 ) -> Path:
-    """A `network-snapshot-*.pkl`."""
+    """Write a `network-snapshot-*.pkl`."""
     with persistence():
         loss = PlainPersistent("EDMLoss", P_mean=-1.2, P_std=1.2, sigma_data=0.5)
         content = {
@@ -143,7 +143,7 @@ def write_nvlabs(
 
 
 def write_nvlabs_state(path: Path, kwargs: dict[str, Any], weights: dict[str, Tensor]) -> Path:
-    """A `training-state-*.pt`."""
+    """Write a `training-state-*.pt`."""
     with persistence():
         net = nvlabs_modules(kwargs, weights, "EDMPrecond").train()
         torch.save({"net": net, "optimizer_state": {"state": {}, "param_groups": []}}, path)
@@ -154,7 +154,7 @@ def write_nvlabs_state(path: Path, kwargs: dict[str, Any], weights: dict[str, Te
 
 
 def pack(value: Any) -> bytes:
-    """MessagePack of nested dictionaries, as `flax.serialization.to_bytes` writes it."""
+    """Return the MessagePack of nested dictionaries, as `flax.serialization.to_bytes` writes it."""
     if isinstance(value, dict):
         body = b"".join(pack(key) + pack(item) for key, item in value.items())
         return _head(len(value), 0x80, 15, None, 0xDE, 0xDF) + body
@@ -192,7 +192,7 @@ def _extension(n: int) -> bytes:
 
 
 def nested(flat: dict[str, Tensor]) -> dict[str, Any]:
-    """Nested dictionaries of arrays from dotted names."""
+    """Return nested dictionaries of arrays from dotted names."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *path, last = name.split(".")
@@ -204,7 +204,7 @@ def nested(flat: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def flax_state(params: dict[str, Tensor]) -> dict[str, Any]:
-    """The state dict of the JAX code's training state; only the averaged parameters are `params`."""
+    """Return the state dict of the JAX code's training state; `params` are its averaged parameters."""
     zero = {name: torch.zeros_like(value) for name, value in params.items()}
     return {
         "step": 800000,
@@ -227,7 +227,7 @@ def write_flax(path: Path, params: dict[str, Tensor]) -> Path:
 
 
 def write_openai(path: Path, weights: dict[str, Tensor]) -> Path:
-    """The state dict of a module, with the versions that torch keeps as an attribute of it."""
+    """Write the state dict of a module with the `_metadata` attribute that torch adds."""
     state = OrderedDict(weights)
     state._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
     torch.save(state, path)

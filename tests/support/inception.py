@@ -1,4 +1,4 @@
-"""Inception with random weights, as a file in torch-fidelity's layout, for tests: the published ones need a network."""
+"""Inception with random weights in torch-fidelity's file layout: tests cannot download the published weights."""
 
 from pathlib import Path
 from unittest import mock
@@ -9,7 +9,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as published
 
 
 def write_random_inception(path: Path, seed: int = 0) -> Path:
-    """Weights whose features are of order one and differ between images."""
+    """Write weights whose features are of order one and differ between images."""
     network = published.FeatureExtractorInceptionV3
     with (
         mock.patch.object(published, "load_state_dict_from_url", return_value={}),

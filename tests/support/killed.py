@@ -1,12 +1,12 @@
-"""A script for the tests: runs that kill themselves, at a moment that a seed chooses, and are resumed until they end.
+"""Kill training runs at moments that a seed chooses, and resume them until they end.
 
-`python killed.py <list of settings as JSON>`; a setting is a folder, the arguments of train.py, those that are added when
-a run is resumed, a seed and a number of kills. The first run, `whole`, is left alone and notes its moments: hooks of
-training, the drawing and measuring of samples, and whatever happens to a file below the run folder. The others, `run_<n>`,
-die at one moment after the other by SIGKILL. Prints the kills and the runs of every setting as JSON.
+`python killed.py <list of settings as JSON>`; a setting has a folder, the arguments of train.py, the arguments added on
+resuming, a seed and a number of kills. The first run, `whole`, is not killed and records its moments: hooks of training,
+the drawing and measuring of samples, and every access to a file below the run folder. The other runs, `run_<n>`, are
+killed by SIGKILL at one moment after another. The kills and runs of every setting are printed as JSON.
 
-As many settings run at a time as there are cores. Every attempt is a process of its own, forked, so that everything is
-imported already. Lightning starts further ranks by calling this script anew: then the environment says what to do.
+One setting runs per core. Every attempt is a forked process, which has all imports. Lightning starts further ranks by
+calling this script again; an environment variable holds their task.
 """
 
 import json
@@ -42,11 +42,11 @@ HOOKS = (
 )
 FILES = ("open", "os.rename", "os.remove", "os.truncate")
 IN_A_ROW = 4
-"""Kills of one run, at most."""
+"""The most kills of one run."""
 
 
 class Moment(NamedTuple):
-    """The n-th time that something called `name` happens at an optimizer step, -1 before the first, on a rank."""
+    """The `number`-th event `name` at an optimizer step (-1 before the first) on a rank."""
 
     step: int
     rank: int
@@ -55,13 +55,13 @@ class Moment(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Of what kind it is: a hook, a file, or what is drawn and measured."""
+        """The kind of event: a hook, a file, or a result (samples, measures, curves)."""
         first = self.name.split()[0]
         return "file" if first in FILES else "hook" if first in HOOKS else "result"
 
 
 class Moments(Callback):
-    """Notes every moment of one process, and kills it at one of them."""
+    """A callback that records every moment of its process and kills it at one of them."""
 
     def __init__(self, output: str, die: list[Any] | None) -> None:
         self.output, self.die = output, None if die is None else Moment(*die)
@@ -70,7 +70,7 @@ class Moments(Callback):
         self.counts: Counter[tuple[int, str]] = Counter()
 
     def note(self, name: str) -> None:
-        """A moment has come."""
+        """Record a moment; kill the process if it is the chosen one."""
         self.counts[self.step, name] += 1
         self.seen.append(Moment(self.step, self.rank, name, self.counts[self.step, name]))
         if self.seen[-1] == self.die:
@@ -79,7 +79,7 @@ class Moments(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Python tells of every file before it is touched."""
+        """Record file accesses: Python calls this hook before each."""
         if event in FILES and isinstance(arguments[0], str | os.PathLike):
             path = os.fspath(arguments[0])
             if isinstance(path, str) and path.startswith(f"{self.output}/"):
@@ -92,7 +92,7 @@ class Moments(Callback):
         return self.die == Moment(self.step, self.rank, name, self.counts[self.step, name] + 1)
 
     def noted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, with a moment before each call."""
+        """Wrap a function to record a moment before each call."""
 
         def call(*arguments: Any, **settings: Any) -> Any:
             self.note(name)
@@ -114,7 +114,7 @@ for _name in HOOKS:
 
 
 def train(output: str, die: list[Any] | None) -> None:
-    """What src/train.py does, with the moments noted beside the run folder at the end."""
+    """Train as src/train.py does, and write the moments beside the run folder."""
     moments, build = Moments(output, die), run.build_callbacks
     run.build_callbacks = lambda config: [*build(config), moments]
     evaluation.generate = moments.noted("measuring samples", evaluation.generate)
@@ -127,7 +127,7 @@ def train(output: str, die: list[Any] | None) -> None:
 
 
 def attempt(output: Path, arguments: list[str], die: Moment | None) -> bool:
-    """One process; whether it came to its end. Raises `RuntimeError` where it failed instead of dying as it should."""
+    """Train in a forked process; return whether it ended. Raise `RuntimeError` if it failed instead of being killed."""
     log, deaths = Path(f"{output}.log"), Path(f"{output}.deaths")
     before = deaths.read_text() if deaths.exists() else ""
     child = os.fork()
@@ -156,7 +156,7 @@ def attempt(output: Path, arguments: list[str], die: Moment | None) -> bool:
 
 
 def chosen(moments: list[Moment], count: int, draw: random.Random) -> list[Moment]:
-    """So many moments in the order in which they come, each of a kind, a name and a place as likely as any other."""
+    """Choose `count` moments, in order: first a kind, then a name, then a moment, each uniformly."""
     picked = []
     for _ in range(count):
         kind = draw.choice(sorted({m.kind for m in moments}))
@@ -168,7 +168,7 @@ def chosen(moments: list[Moment], count: int, draw: random.Random) -> list[Momen
 def survive(
     folder: str, arguments: list[str], resumed: list[str], seed: int, kills: int
 ) -> dict[str, Any]:
-    """Runs one setting whole, then others with so many kills in all."""
+    """Run one setting without kills, then in further runs with `kills` kills in total."""
     whole = Path(folder) / "whole"
     attempt(whole, [*arguments, f"output={whole}"], None)
     moments = sorted(

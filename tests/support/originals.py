@@ -1,4 +1,4 @@
-"""Writes small sets in the exact file formats of the originals, and sets of images for one's own."""
+"""Writers of small data sets in the exact file formats of the originals."""
 
 import gzip
 import io
@@ -17,12 +17,12 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def noise(*shape: int, seed: int = 0) -> Array:
-    """Random grey values."""
+    """Draw random grey values."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """An image file's bytes."""
+    """Return the bytes of an image file."""
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
@@ -45,7 +45,7 @@ def _integer(value: int) -> bytes:
 def cifar_batch(
     rows: Array, labels: Sequence[int], title: bytes = b"training batch 1 of 5"
 ) -> bytes:
-    """rows (n, 3072): 1,024 red, green and blue values each."""
+    """Return a pickled batch; rows (n, 3072) hold 1,024 red, then green, then blue values."""
     kind = b"cnumpy\ndtype\n" + _text(b"u1") + b"K\x00K\x01\x87R(K\x03" + _text(b"|") + b"NNN"
     kind += b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     array = (
@@ -62,7 +62,10 @@ def cifar_batch(
 
 
 def write_cifar(root: Path, per_batch: int = 20) -> tuple[Array, list[int]]:
-    """cifar-10-batches-py with five training batches and a test batch; images (n, 3, 32, 32) and labels, in order."""
+    """Write cifar-10-batches-py with five training batches and a test batch.
+
+    Return the images (n, 3, 32, 32) and labels in order.
+    """
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     rows = noise(6 * per_batch, 3072)
@@ -77,14 +80,14 @@ def write_cifar(root: Path, per_batch: int = 20) -> tuple[Array, list[int]]:
 
 
 def idx(array: Array) -> bytes:
-    """An array of bytes as an IDX file."""
+    """Return an array of bytes as an IDX file."""
     return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
 def write_idx(
     folder: Path, counts: tuple[int, int] = (30, 10), packed: bool = True
 ) -> tuple[Array, Array]:
-    """The four files; images (n, 28, 28) and labels of both splits, in order."""
+    """Write the four files; return the images (n, 28, 28) and labels of both splits in order."""
     folder.mkdir(parents=True, exist_ok=True)
     images, labels = noise(sum(counts), 28, 28), (np.arange(sum(counts)) % 10).astype(np.uint8)
     for prefix, part in (("train", slice(0, counts[0])), ("t10k", slice(counts[0], None))):
@@ -99,7 +102,7 @@ def write_idx(
 
 
 def write_lmdb(folder: Path, values: Sequence[bytes]) -> None:
-    """An LMDB with keys as LSUN has them, 40 hexadecimal digits, in order."""
+    """Write an LMDB with LSUN's keys: 40 hexadecimal digits, in order."""
     size = sum(map(len, values)) + (1 << 20)
     with lmdb.open(str(folder), map_size=size) as database, database.begin(write=True) as write:
         for number, value in enumerate(values):
@@ -110,7 +113,7 @@ def write_lmdb(folder: Path, values: Sequence[bytes]) -> None:
 
 
 def write_archive(target: Path, images: Sequence[tuple[str, bytes]], labels: Any = None) -> None:
-    """A zip or, without the suffix, a folder in the form of dataset_tool."""
+    """Write a data set of NVlabs' dataset_tool: a zip or, without the suffix, a folder."""
     entries = [*images, ("dataset.json", json.dumps({"labels": labels}).encode())]
     if target.suffix == ".zip":
         with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
@@ -123,7 +126,7 @@ def write_archive(target: Path, images: Sequence[tuple[str, bytes]], labels: Any
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Files by name."""
+    """Write files by name."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)

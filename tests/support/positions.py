@@ -1,8 +1,8 @@
-"""A script for the tests: which images each rank sees, in an unbroken run and after resuming it.
+"""Record the images of each rank in an uninterrupted run and in resumed ones.
 
-`python positions.py <settings as JSON>` trains a weight that means nothing on images that tell their own number, saves at
-the steps `save_at`, resumes from each with every number of workers in `workers`, and writes what was seen into
-`output`/<run>_rank_<r>.json, a list of numbers a micro-batch. It may be several processes: Lightning starts the others.
+`python positions.py <settings as JSON>` trains a dummy weight on images that encode their index, saves at the steps
+`save_at`, resumes from each with every number of workers in `workers`, and writes the indices of each micro-batch to
+`output`/<run>_rank_<r>.json. Lightning starts further ranks.
 """
 
 import json
@@ -22,7 +22,7 @@ from consistency.training.build import quiet
 
 
 class Numbered(Source):
-    """Images of 1x2x2 pixels whose first two grey values are their number, in base 256."""
+    """Images of 1x2x2 pixels whose first two grey values are their index in base 256."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -37,13 +37,13 @@ class Numbered(Source):
 
 
 def numbers(images: Tensor) -> list[int]:
-    """What `Numbered` images tell."""
+    """Return the indices of `Numbered` images."""
     flat = images.flatten(1).long()
     return (flat[:, 0] * 256 + flat[:, 1]).tolist()
 
 
 class Watcher(L.LightningModule):
-    """Notes the numbers of every micro-batch."""
+    """A module that records the indices of every micro-batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Watcher(L.LightningModule):
 
 
 class SaveAt(Callback):
-    """Saves after the optimizer steps given, as the runs do."""
+    """A callback that saves a checkpoint after each of the optimizer steps `steps`."""
 
     def __init__(self, steps: list[int], folder: Path) -> None:
         self.steps, self.folder, self.done = steps, folder, 0
@@ -72,7 +72,7 @@ class SaveAt(Callback):
 
 
 def data(settings: dict[str, Any], workers: int) -> DataModule:
-    """The data module of the settings."""
+    """Build the data module of the settings."""
 
     def source() -> Source:
         if settings.get("stream"):
@@ -98,7 +98,7 @@ def data(settings: dict[str, Any], workers: int) -> DataModule:
 def run(
     settings: dict[str, Any], name: str, *, workers: int, save_at: list[int], resume: str | None
 ) -> None:
-    """One fit, from its start or from a checkpoint."""
+    """Train once, from the start or from a checkpoint."""
     output, module = Path(settings["output"]), Watcher()
     module_data = data(settings, workers)
     trainer = L.Trainer(
@@ -120,7 +120,7 @@ def run(
 
 
 def main(settings: dict[str, Any]) -> None:
-    """All runs of the settings; those that have a checkpoint given only resume from it."""
+    """Run the settings; with a checkpoint in `from`, only resume from it."""
     quiet()
     output = Path(settings["output"])
     if settings.get("from"):

@@ -1,4 +1,4 @@
-"""Parts for the tests: what each rank saw, written to a file of its own, and faults at will."""
+"""Callbacks, a logger and a weighting that record a rank's batches or cause faults."""
 
 import errno
 import hashlib
@@ -23,7 +23,7 @@ from consistency.training.module import ConsistencyModule
 
 
 class RankProbe(Callback):
-    """Writes rank_<r>.json: learning rate, seed, N, k, and a digest of the weights and of the images of each batch."""
+    """Writer of rank_<r>.json: learning rate, seed, N, k, and digests of the weights and of each batch's images."""
 
     def __init__(self, *, folder: str) -> None:
         self.folder, self.images = Path(folder), []
@@ -50,7 +50,7 @@ class RankProbe(Callback):
 
 
 class Poisoned:
-    """A weighting of 1, but NaN for the first sample of the calls number `calls` (from 0), on one rank or on all."""
+    """A weighting of 1 that is NaN for the first sample in the calls number `calls` (from 0), on one rank or all."""
 
     def __init__(self, *, calls: Sequence[int], rank: int | None = None) -> None:
         self.calls, self.made = set(calls), 0
@@ -65,7 +65,7 @@ class Poisoned:
 
 
 class At(Callback):
-    """Does something at the start of micro-batch `batch` (from 0), on one rank or on all."""
+    """A callback that acts at the start of micro-batch `batch` (from 0), on one rank or all."""
 
     def __init__(self, *, batch: int, rank: int | None = None) -> None:
         self.batch = batch
@@ -78,12 +78,12 @@ class At(Callback):
             self.act(trainer)
 
     def act(self, trainer: L.Trainer) -> None:
-        """What it does."""
+        """Act."""
         raise NotImplementedError
 
 
 class Signal(At):
-    """Sends a signal to its own process, or to the whole group of it."""
+    """Sender of a signal to its own process or process group."""
 
     def __init__(self, *, name: str, group: bool = False, **place: Any) -> None:
         super().__init__(**place)
@@ -97,7 +97,7 @@ class Signal(At):
 
 
 class KillService(At):
-    """Kills the process of W&B that this one has started."""
+    """Killer of the W&B service that this process started."""
 
     def act(self, trainer: L.Trainer) -> None:
         for status in Path("/proc").glob("[0-9]*/status"):
@@ -107,7 +107,7 @@ class KillService(At):
 
 
 class Remove(At):
-    """Removes a folder."""
+    """Remover of a folder."""
 
     def __init__(self, *, folder: str, **place: Any) -> None:
         super().__init__(**place)
@@ -118,7 +118,7 @@ class Remove(At):
 
 
 class Fill(At):
-    """Fills the file system of a folder to the last byte, until the start of micro-batch `until`."""
+    """Filler of a file system to the last byte, until the start of micro-batch `until`."""
 
     def __init__(self, *, folder: str, until: int | None, **place: Any) -> None:
         super().__init__(**place)
@@ -139,7 +139,7 @@ class Fill(At):
 
 
 class Seal(At):
-    """Makes the file system of a folder read-only."""
+    """A callback that makes the file system of a folder read-only."""
 
     def __init__(self, *, folder: str, **place: Any) -> None:
         super().__init__(**place)
@@ -150,7 +150,7 @@ class Seal(At):
 
 
 class Obstruct(At):
-    """Puts folders where a run wants to write files."""
+    """A callback that creates folders at the paths of files that a run writes."""
 
     def __init__(self, *, folders: Sequence[str], **place: Any) -> None:
         super().__init__(**place)
@@ -162,7 +162,7 @@ class Obstruct(At):
 
 
 class Loud(At):
-    """Raises an error that no one expects, or one of the house."""
+    """A callback that raises a `UserError` or an unexpected error."""
 
     def __init__(self, *, user: bool, **place: Any) -> None:
         super().__init__(**place)
@@ -173,7 +173,7 @@ class Loud(At):
 
 
 class Unsteady(Logger):
-    """A logger whose disk fails at a step."""
+    """A logger that raises an I/O error at a step."""
 
     name, version = "unsteady", ""
 
@@ -182,7 +182,7 @@ class Unsteady(Logger):
         self.step = step
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if step == self.step:
@@ -190,7 +190,7 @@ class Unsteady(Logger):
 
 
 class Exploding(Callback):
-    """Infinite gradients of one parameter, at one optimizer step, while the loss is finite."""
+    """A callback that makes one gradient infinite in one step, while the loss is finite."""
 
     def __init__(self, *, parameter: str, batch: int) -> None:
         self.parameter, self.batch = parameter, batch

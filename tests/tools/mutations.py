@@ -20,7 +20,7 @@ SOURCE = "src/consistency"
 
 @dataclass(frozen=True)
 class Mutation:
-    """`before` becomes `after` in `file`."""
+    """A replacement of `before` by `after` in `file`."""
 
     name: str
     file: str
@@ -242,7 +242,7 @@ def file_of_test(name: str) -> Path:
 
 
 def first_failure(mutation: Mutation | None) -> str | None:
-    """The first test that fails in a copy with the error, or None."""
+    """Return the first test that fails in a copy with the error, or None."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in COPIED:

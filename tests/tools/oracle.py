@@ -1,6 +1,6 @@
-"""Every mode on a law that is known: `python tests/tools/oracle.py [seconds per mode] [mode ...]`.
+"""Train every mode on data with known answers: `python tests/tools/oracle.py [seconds per mode] [mode ...]`.
 
-Prints a table and leaves it in runs/oracle/table.md, with a picture of the one-step samples in runs/oracle/samples.png.
+Print a table and write it to runs/oracle/table.md, with a picture of the one-step samples in runs/oracle/samples.png.
 
 Data: points of the plane whose coordinates follow the mixture of three modes in `analytic`, for which the map from
 noise to data is known. Each mode is trained for about the given processor time with its own YAML, the LightningModule
@@ -52,7 +52,7 @@ MIXTURE = tuple(
 
 
 def exact_denoiser() -> Denoise:
-    """The teacher that is known: D of the mixture, in float32."""
+    """Return the exact denoiser of the mixture, in float32."""
 
     def denoise(x_t: Data, t: Time, label: Label = None) -> Data:
         return THREE_MODES.denoise(x_t.double(), t.double()).to(x_t.dtype)
@@ -64,13 +64,13 @@ TRAINED: dict[str, Denoiser] = {}
 
 
 def trained_denoiser() -> Denoiser:
-    """The denoiser that mode=edm has just trained, a teacher with weights."""
+    """Return the denoiser that mode=edm has trained."""
     return TRAINED["edm"]
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """A mode: overrides of its YAML, whether it starts from the trained denoiser, and what was reached before."""
+    """A mode: overrides of its YAML, whether it starts from the trained denoiser, and earlier results."""
 
     overrides: list[str] = field(default_factory=list)
     tuned: bool = False
@@ -177,7 +177,7 @@ def train(name: str, oracle: Oracle, steps: int) -> ConsistencyModule:
 def measured(
     denoise: Denoise, count: int = 20_000
 ) -> tuple[tuple[float, float, float, float], Tensor]:
-    """Error of the one-step map, W1 at one and two steps, ratio of standard deviations; and some one-step samples."""
+    """Return the error of the one-step map, W1 at one and two steps, the ratio of standard deviations; and samples."""
 
     def noise_of(seed: int) -> Callable[[], Data]:
         draw = generator(seed, "oracle")
@@ -203,7 +203,7 @@ def measured(
 
 @dataclass(frozen=True)
 class Row:
-    """What one mode reached: name, steps, processor seconds, the four numbers and the one-step samples (n, 2)."""
+    """The results of one mode: name, steps, processor seconds, the four numbers and one-step samples (n, 2)."""
 
     name: str
     steps: int
@@ -216,7 +216,7 @@ HEAD = "| mode | steps | CPU s | map error | W1, 1 step | W1, 2 steps | std rati
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table."""
+    """Return the table."""
     lines = [HEAD, "|---|--:|--:|--:|--:|--:|--:|---|\n"]
     for row in rows:
         numbers = " | ".join(f"{number:.3f}" for number in row.numbers)
@@ -226,7 +226,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def picture(rows: list[Row], path: Path) -> None:
-    """One panel a mode: its one-step samples on top of samples of the law itself."""
+    """Draw one panel per mode: its one-step samples over samples of the data."""
     columns = 4
     height = -(-len(rows) // columns)
     figure = Figure(figsize=(3 * columns, 3 * height), layout="constrained")
@@ -236,7 +236,7 @@ def picture(rows: list[Row], path: Path) -> None:
     law = (means[mode] + stds[mode] * torch.randn(2 * SHOWN, generator=draw)).reshape(-1, 2)
     for place, row in enumerate(rows, start=1):
         axes = figure.add_subplot(height, columns, place)
-        axes.scatter(*law.T, s=2, color="0.75", linewidths=0, label="the law")
+        axes.scatter(*law.T, s=2, color="0.75", linewidths=0, label="data")
         axes.scatter(*row.samples.T, s=2, color="tab:blue", linewidths=0, label="one step")
         axes.set(title=row.name, xlim=(-1.3, 1.4), ylim=(-1.3, 1.4), aspect="equal")
         axes.set(xticks=[], yticks=[])

@@ -1,6 +1,5 @@
 """A run that is killed, at whatever moment and however often, and resumed ends with the bits of one that never was."""
 
-import csv
 import json
 import os
 import subprocess
@@ -11,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from test_training import MODES
 
-from conftest import REPORT, ROOT, TINY
+from comparing_runs import assert_same
+from conftest import MODES, REPORT, ROOT, TINY
 
-TIMES = {"images_per_second", "training_seconds", "evaluation_seconds"}
 STEPS = [
     "trainer.max_steps=7",
     "data.batch_size=288",
@@ -119,53 +116,3 @@ def killed(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
-
-
-def rows(run: Path) -> list[dict[str, str]]:
-    """metrics.csv without the times."""
-    with (run / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in r.items() if k not in TIMES} for r in csv.DictReader(file)]
-
-
-def files(run: Path) -> list[str]:
-    return sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
-
-
-def assert_same(whole: Path, run: Path) -> None:
-    """The same files, with the same bits in them but for times."""
-    assert files(run) == files(whole)
-    assert rows(run) == rows(whole)
-    assert [int(row["step"]) for row in rows(run)] == list(range(len(rows(run))))
-    for name in files(whole):
-        one, other = whole / name, run / name
-        if name.endswith(".ckpt"):
-            assert_equal(content(one), content(other), name)
-        elif name.endswith((".json", ".png")):
-            assert one.read_bytes() == other.read_bytes(), name
-    assert (run / "config.yaml").read_text().replace(str(run), "") == (
-        whole / "config.yaml"
-    ).read_text().replace(str(whole), "").replace("resume: null", "resume: auto")
-
-
-def content(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds, but for paths and times."""
-    found: dict[str, Any] = torch.load(checkpoint, weights_only=True)
-    del found["config"], found["callbacks"]["Throughput"]
-    return found
-
-
-def assert_equal(one: Any, other: Any, place: str) -> None:
-    """Equal to the bit, wherever it is nested."""
-    assert type(one) is type(other), place
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), place
-    elif isinstance(one, dict):
-        assert list(one) == list(other), place
-        for key in one:
-            assert_equal(one[key], other[key], f"{place}/{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), place
-        for number, (first, second) in enumerate(zip(one, other, strict=True)):
-            assert_equal(first, second, f"{place}/{number}")
-    else:
-        assert one == other, place

@@ -9,11 +9,11 @@ import lightning as L
 import pytest
 import torch
 from omegaconf import DictConfig
-from test_edge_options import composed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import consistency
+from configurations import composed
 from conftest import TINY
 from consistency.errors import UserError
 from consistency.schedules import square_root
@@ -32,7 +32,7 @@ CLASSES = torch.arange(32) % 10
 
 @cache
 def config(*overrides: str) -> DictConfig:
-    return composed(*TINY, "trainer.max_steps=3", *overrides)
+    return composed("train", *TINY, "trainer.max_steps=3", *overrides)
 
 
 def module(*overrides: str) -> ConsistencyModule:

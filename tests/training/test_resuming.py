@@ -11,9 +11,8 @@ from unittest import mock
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
-from test_killed import assert_equal, assert_same, content, rows
-from test_wandb import records
 
+from comparing_runs import assert_equal, assert_same, content, rows
 from conftest import TINY, Run
 from consistency.checkpoints import ours
 from consistency.checkpoints.load import LAST, NEXT, PREVIOUS
@@ -22,6 +21,7 @@ from consistency.commands import cli, resume, train
 from consistency.errors import UserError
 from consistency.runtime import files
 from consistency.training.loggers import MetricsFile
+from wandb_files import records
 
 STEPS = 4
 BEGUN = [

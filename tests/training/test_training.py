@@ -8,10 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, TINY, Run
+from conftest import MODES, TINY, Run
 from consistency.checkpoints.load import load
-
-MODES = sorted(p.stem for p in (ROOT / "conf" / "mode").glob("*.yaml"))
 
 
 def rows(run: Path) -> list[dict[str, str]]:

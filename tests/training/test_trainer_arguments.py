@@ -12,8 +12,8 @@ from hydra.utils import instantiate
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from omegaconf import OmegaConf
-from test_edge_options import composed
 
+from configurations import composed
 from conftest import TINY, Run
 from consistency.checkpoints.ours import read
 from consistency.commands import train
@@ -27,7 +27,7 @@ NOT_CSV = [a for a in TINY if a != "logger=csv"]
 
 
 def trainer_node(*overrides: str) -> Any:
-    return composed(*TINY, *overrides).trainer
+    return composed("train", *TINY, *overrides).trainer
 
 
 @cache
@@ -264,7 +264,7 @@ def test_tensorboard_has_one_history_of_a_run_and_its_pictures(verb: Run, tmp_pa
     given = ["logger=tensorboard", "callbacks.checkpoint.every_n_train_steps=2"]
     first = verb("train", *NOT_CSV, *given, "trainer.max_steps=2", f"output={run}")
     assert first.status == 0, first.err
-    torn = instantiate(composed("logger=tensorboard", f"output={run}").logger.tensorboard, folder=str(run / "tensorboard"))  # fmt: skip
+    torn = instantiate(composed("train", "logger=tensorboard", f"output={run}").logger.tensorboard, folder=str(run / "tensorboard"))  # fmt: skip
     torn.log_metrics({"train/loss": -1.0}, 2)
     torn.finalize("failed")
     second = verb("train", f"resume={run}", "trainer.max_steps=4")

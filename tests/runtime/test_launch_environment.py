@@ -1,10 +1,6 @@
 """The place of a process among others: read as Lightning reads it, and refused where the numbers contradict each other."""
 
 import os
-import socket
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,15 +11,11 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from omegaconf import OmegaConf
 
-from conftest import TINY, Run
-from consistency.commands import output
-from consistency.commands.cli import require_agreement
+from conftest import Run
 from consistency.errors import UserError
 from consistency.runtime import rendezvous
 from consistency.runtime.ranks import PARENT, require_alone, require_launched, this_launch
-from consistency.runtime.rendezvous import SILENT, End, EndedError, Guest, Host
 
 SRUN = {
     "SLURM_NTASKS": "4",
@@ -196,111 +188,3 @@ def test_a_sweep_in_every_process_of_a_launcher_is_refused(
     assert outcome.status == 2
     assert "leave torchrun out" in outcome.err
     assert not list(Path.cwd().iterdir())
-
-
-# Folders
-
-
-def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
-    output._dated.add("runs/now")
-    found = [output.claimed("runs/now", tmp_path) for _ in range(3)]
-    assert [path.name for path in found] == ["now", "now_2", "now_3"]
-    (found[1] / "config.yaml").touch()
-    output.remove_unused()
-    assert list(tmp_path.rglob("now*")) == [found[1]]
-    assert output.claimed("runs/given", tmp_path) == tmp_path / "runs" / "given"
-
-
-@pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--help"], ["data.image_size=7"]])
-def test_what_does_not_run_leaves_no_folder(arguments: list[str], verb: Run) -> None:
-    verb("train", *TINY, *arguments)
-    assert not list(Path.cwd().iterdir())
-
-
-def test_a_refused_command_leaves_no_folder_at_its_output(verb: Run, tmp_path: Path) -> None:
-    outcome = verb("train", *TINY, "data.image_size=7", f"output={tmp_path / 'a' / 'b'}")
-    assert outcome.status == 2
-    assert not (tmp_path / "a").exists()
-
-
-# The rendezvous
-
-
-def guest(host: Host, name: str = "rank 1") -> Guest:
-    return Guest(name, ["127.0.0.1", host.port, host.token], 5.0)
-
-
-@pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    """A first process, none of whose others is ended by force."""
-    monkeypatch.setattr(rendezvous.Rendezvous, "_end_process", lambda self: None)
-    host = Host("127.0.0.1")
-    yield host
-    host.close()
-    time.sleep(0.2)
-
-
-def test_all_are_told_what_the_first_decides_also_who_comes_late(host: Host) -> None:
-    early = guest(host)
-    host.gather(1, 5)
-    assert host.decided(lambda: {"folder": "a"}) == {"folder": "a"}
-    assert host.decided(lambda: [1, None]) == [1, None]
-    for other in (early, guest(host, "rank 2")):
-        assert other.decided(lambda: {"folder": "mine"}) == {"folder": "a"}
-        assert other.decided(list) == [1, None]
-        other.close()
-    time.sleep(0.2)
-    assert host.end is None
-    assert early.end is None
-
-
-def test_the_words_of_one_reach_all_on_one_line(host: Host) -> None:
-    one, other = guest(host), guest(host, "rank 2")
-    host.gather(2, 5)
-    one.failed(UserError("expected a\n  got: b"))
-    assert host.ended.wait(5)
-    assert other.ended.wait(5)
-    assert host.end == other.end == End("rank 1", "expected a\n  got: b", 2)
-    assert str(host.reason(UserError(""))) == "rank 1: expected a; got: b"
-    with pytest.raises(EndedError):
-        other.decided(lambda: 0)
-
-
-def test_a_connection_that_ends_without_a_word_is_a_death(host: Host) -> None:
-    one, other = guest(host), guest(host, "rank 2")
-    host.gather(2, 5)
-    with socket.socket(fileno=os.dup(one.links["rank 0"].fileno())) as connection:
-        connection.shutdown(socket.SHUT_RDWR)
-    assert other.ended.wait(5)
-    assert other.end == End("rank 1", SILENT, 1)
-    assert "rank 1 ended without a word, killed or lost; do:" in str(other.reason(UserError("")))
-
-
-def test_a_process_without_the_token_is_no_guest(host: Host) -> None:
-    with pytest.raises(EndedError, match="rank 0 ended"):
-        Guest("rank 1", ["127.0.0.1", host.port, "guess"], 5.0)
-    with pytest.raises(UserError, match="1 after 0 s"):
-        host.gather(1, 0.2)
-
-
-def test_other_settings_than_those_of_the_first_are_refused_without_telling_values(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rendezvous, "current", host)
-    require_agreement(OmegaConf.create({"seed": 0, "data": {"password": "secret"}}))
-    other = guest(host)
-    assert "secret" not in str(host._sent)
-    monkeypatch.setattr(rendezvous, "current", other)
-    with pytest.raises(UserError, match="seed=5 on rank 1"):
-        require_agreement(OmegaConf.create({"seed": 5, "data": {"password": "secret"}}))
-
-
-def test_a_process_that_hangs_is_ended_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gone = threading.Event()
-    monkeypatch.setattr(rendezvous, "NOTICE", 0.1)
-    monkeypatch.setattr(os, "_exit", lambda status: gone.set())
-    rendezvous.Rendezvous("rank 0").report(End("rank 1", SILENT, 1))
-    assert gone.wait(5)
-    assert "error: rank 1 ended without a word" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Prints the functions of this package that `consistency.load` enters for the checkpoint that is its argument."""
+"""Print the functions of this package that `consistency.load` calls: `python entered_functions.py <checkpoint>`."""
 
 import sys
 from pathlib import Path
@@ -12,14 +12,14 @@ UNCOUNTED = (
     "consistency.denoiser",
     "consistency.errors",
 )
-"""The parts that are built, and the guard `require`."""
+"""Modules that do not count: the parts of a model, and the guard `require`."""
 
 INTERPRETER = ("consistency.checkpoints.pickle_reader", "consistency.checkpoints.pickle_calls")
-"""The interpreter of pickles counts as its entry alone, `read_zip`."""
+"""The pickle reader counts as one function, its entry `read_zip`."""
 
 
 def entered(path: str) -> set[str]:
-    """The functions by module and name, each once; without comprehensions and what dataclass generates."""
+    """Return the called functions by module and name, without comprehensions and generated methods."""
     load = consistency.load
     names: set[str] = set()
 

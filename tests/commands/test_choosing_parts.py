@@ -1,35 +1,26 @@
-"""Every part can be chosen on the command line, and what is chosen is what trains."""
+"""Every part of a method can be chosen on the command line, and the chosen part is the one that trains."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from analytic import Gaussian, normal, times
-from conftest import ROOT
+from configurations import composed
 from consistency import distances, pairs, preconditioning, solvers, steps, tangents
-from consistency.commands import schema
 from consistency.distances import LPIPS
 from consistency.training.lpips import RESIZING, TAPS
 
 GRID = "{_target_: consistency.grids.KarrasGrid, t_min: 0.002, t_max: 80.0, rho: 7.0}"
 
 
-def composed(*overrides: str) -> DictConfig:
-    schema.register()
-    schema.register_experiments()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", [*overrides, "output=/nowhere/run"])
-
-
 def built(place: str, *overrides: str) -> Any:
     """The object at a place of the configuration."""
-    return instantiate(OmegaConf.select(composed(*overrides), place), _convert_="all")
+    return instantiate(OmegaConf.select(composed("train", *overrides), place), _convert_="all")
 
 
 def replaced(place: str, part: str) -> list[str]:

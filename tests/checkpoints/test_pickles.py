@@ -25,15 +25,8 @@ from consistency.checkpoints.contents import ContentError
 from consistency.checkpoints.pickle_reader import Machine, Object
 from consistency.errors import UserError
 from golden_harness import FOLDER, read_json
-from test_formats import (
-    TINY_SONG,
-    Call,
-    nvlabs_meta,
-    randomised,
-    time_limit,
-    weights_of,
-    write_persistent,
-)
+from hostile_programs import Call, nvlabs_meta, time_limit, write_persistent
+from tiny_models import TINY_SONG, randomised, weights_of
 
 
 class EasyDict(dict):  # type: ignore[type-arg]

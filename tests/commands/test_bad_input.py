@@ -82,8 +82,8 @@ def test_a_misspelt_key_inside_a_file_is_an_error(
     assert "proces" in outcome.err
 
 
-def test_the_trace_comes_when_asked_for(process: Run, tmp_path: Path) -> None:
-    outcome = process("train", "mode=cd", f"output={tmp_path / 'run'}", HYDRA_FULL_ERROR="1")
+def test_hydra_full_error_prints_the_traceback(process: Run) -> None:
+    outcome = process("convert", "source=missing", HYDRA_FULL_ERROR="1")
     assert outcome.status == 1
     assert "Traceback" in outcome.err
     assert "UserError" in outcome.err
@@ -160,10 +160,10 @@ def test_an_unreadable_checkpoint_is_one_message(
     assert "Traceback" not in outcome.err
 
 
-def test_commands_work_from_any_folder(process: Run, tmp_path: Path) -> None:
-    outcome = process("train", *TINY, "trainer.max_steps=1", "output=here")
+def test_commands_work_from_any_folder(verb: Run, tmp_path: Path) -> None:
+    outcome = verb("train", *TINY, "trainer.max_steps=1", "output=here")
     assert outcome.status == 0, outcome.err
-    written = tmp_path / "process_cwd" / "here" / "checkpoints" / "last.ckpt"
+    written = tmp_path / "cwd" / "here" / "checkpoints" / "last.ckpt"
     assert written.is_file()
     assert ROOT not in written.parents
 

@@ -1,0 +1,42 @@
+"""Readers of the offline files of W&B."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2 as protocol
+
+BLOCK, HEADER = 32768, 7
+
+
+def records(file: Path) -> Iterator[Any]:
+    """Yield the records of a .wandb file: a LevelDB log of protocol buffers."""
+    data, position, parts = file.read_bytes(), HEADER, b""
+    while position + HEADER <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < HEADER:
+            position += left
+            continue
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        kind = data[position + 6]
+        parts += data[position + HEADER : position + HEADER + length]
+        position += HEADER + length
+        if kind in (1, 4):
+            record = protocol.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def contents(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the logged rows and the config of a .wandb file."""
+    rows: list[dict[str, Any]] = []
+    config: dict[str, Any] = {}
+    for record in records(file):
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+        for update in (*record.run.config.update, *record.config.update):
+            config["/".join(update.nested_key) or update.key] = json.loads(update.value_json)
+    return rows, config
