@@ -1,18 +1,15 @@
 """Detection of the data set at a path, in any of the known forms."""
 
 import zipfile
-from pathlib import Path
 
-from consistency.data.cifar10 import CIFAR10, cifar_folder
-from consistency.data.folder import Folder
 from consistency.data.huggingface import HuggingFace
 from consistency.data.image_files import ImageFiles
 from consistency.data.listing import has_labels
 from consistency.data.lsun import FILE, Database
 from consistency.data.memory import InMemory
-from consistency.data.mnist import MNIST, idx_folder
 from consistency.data.source import require_existing, require_split
-from consistency.data.zip_or_folder import Archive
+from consistency.data.torchvision_sets import CIFAR10, MNIST
+from consistency.data.zip_or_folder import Archive, Folder
 from consistency.errors import require
 from consistency.runtime.files import path_of
 
@@ -35,6 +32,7 @@ def detect_source(
         name = source.removeprefix(HUB)
         return HuggingFace(name=name, split=split, classes=classes, background=background)
     require_split(split)
+    images: ImageFiles | InMemory
     path = path_of(source)
     require_existing(path, f"images at source={source}")
     require(
@@ -43,7 +41,14 @@ def detect_source(
         f"a file {path.name}",
         "unpack it, or give the folder it is in",
     )
-    images = _detect(path, split, classes, background)
+    if path.is_file() or has_labels(path):
+        images = Archive(path=source, classes=classes or None, background=background)
+    elif (path / FILE).is_file():
+        images = Database(path=source, background=background)
+    elif kind := next((kind for kind in (MNIST, CIFAR10) if kind.find(path)), None):
+        images = kind(path=source, split=split)  # type: ignore[arg-type]  # checked above
+    else:
+        images = Folder(path=source, classes=classes, background=background)
     require(
         bool(images.class_names) or not classes,
         f"classes in source={source}, for classes=true",
@@ -51,15 +56,3 @@ def detect_source(
         "leave classes=false",
     )
     return images
-
-
-def _detect(path: Path, split: str, classes: bool, background: str | None) -> ImageFiles | InMemory:
-    if path.is_file() or has_labels(path):
-        return Archive(path=str(path), classes=classes or None, background=background)
-    if (path / FILE).is_file():
-        return Database(path=str(path), background=background)
-    if (folder := idx_folder(path)) is not None:
-        return MNIST(path=str(folder), split=split)  # type: ignore[arg-type]  # checked above
-    if cifar_folder(path) is not None:
-        return CIFAR10(path=str(path), split=split)  # type: ignore[arg-type]
-    return Folder(path=str(path), classes=classes, background=background)

@@ -7,10 +7,10 @@ from pathlib import Path
 import lmdb
 
 from consistency.data.crop import Crop, box
-from consistency.data.folder import file_stamp
 from consistency.data.image_files import ImageFiles, Index
 from consistency.data.parallel import PerProcess
 from consistency.data.source import required_path
+from consistency.data.zip_or_folder import FolderFiles
 from consistency.errors import UserError, require
 
 FILE = "data.mdb"
@@ -26,13 +26,13 @@ class Database(ImageFiles):
     path: str | None
 
     def open(self) -> Index:
-        self.folder = self.find()
-        self.where = str(self.folder)
-        self.environment = PerProcess(partial(_open_database, self.folder))
+        folder = self.find()
+        self.where, self.files = str(folder), FolderFiles(folder)
+        self.environment = PerProcess(partial(_open_database, folder))
         with self.environment().begin() as read:
             # latin-1 maps every byte to a character and back
             keys = [bytes(key).decode("latin-1") for key in read.cursor().iternext(values=False)]
-        require(bool(keys), f"images in {self.folder / FILE}", "none", "get the database again")
+        require(bool(keys), f"images in {folder / FILE}", "none", "get the database again")
         return Index(keys)
 
     def find(self) -> Path:
@@ -41,14 +41,13 @@ class Database(ImageFiles):
 
     def read(self, name: str) -> bytes:
         try:
-            with self.environment().begin(buffers=True) as read:
-                stored = read.get(name.encode("latin-1"))
-                return b"" if stored is None else bytes(stored)
+            with self.environment().begin() as read:
+                return read.get(name.encode("latin-1"), b"")
         except lmdb.Error as error:
             raise OSError(f"damaged entry, {error}") from error
 
     def stamp(self, index: int) -> bytes:
-        return file_stamp(self.folder / FILE)
+        return self.files.stamp(FILE)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

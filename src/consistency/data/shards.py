@@ -9,10 +9,13 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -21,12 +24,19 @@ from jaxtyping import Int
 from torch import Generator, Tensor
 
 from consistency.data.download import locked
-from consistency.data.parallel import PerProcess
+from consistency.data.parallel import PerProcess, write_missing
 from consistency.data.source import Classes, Image, Images, Source, required_path
 from consistency.errors import UserError, require
-from consistency.runtime.files import cache_folder, path_of
+from consistency.randomness import generator
+from consistency.runtime.files import cache_folder, path_of, write_text
 
 INDEX = "index.json"
+UNFINISHED = "unfinished.json"
+"""In a folder of incomplete shards: the settings they are written with."""
+
+PART = "part_"
+"""Begins the names of folders of shards that are being written."""
+
 FORMATS = {"tensor", "int"}
 """litdata's names of the content of our shards. Others of its formats unpickle."""
 
@@ -50,7 +60,7 @@ def engine() -> ModuleType:
 
 
 class Stream(Source):
-    """Images and class indices from shards that `consistency.data.write_shards` wrote.
+    """Images and class indices from shards that `write_shards` wrote.
 
     Every machine downloads the shards that its cache lacks once an epoch, whatever the number of machines.
 
@@ -78,13 +88,13 @@ class Stream(Source):
         self.path, self.mixing = str(path), mixing
         self.storage_options = dict(storage_options or {})
         self.remote = self.path.startswith(REMOTE)
+        self.reader, self.downloader = PerProcess(self._reader), PerProcess(self._downloader)
         if self.remote:
             base = path_of(cache) if cache else cache_folder() / "shards"
             self.folder = base / hashlib.blake2b(self.path.encode(), digest_size=8).hexdigest()
             self._download_index()
         else:
             self.folder = path_of(self.path)
-        self.reader, self.downloader = PerProcess(self._reader), PerProcess(self._downloader)
         shards = self._checked_shards()
         self.files = [str(shard["filename"]) for shard in shards]
         self.sizes = torch.tensor([int(shard["chunk_size"]) for shard in shards])
@@ -99,6 +109,9 @@ class Stream(Source):
             "raise it, or lower data.source.mixing",
         )
 
+    def _download(self, name: str, file: Path) -> None:
+        self.downloader().download_file(f"{self.path.rstrip('/')}/{name}", str(file))
+
     def _download_index(self) -> None:
         """Download the table of the shards; if it differs from that in the cache, empty the cache."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -106,14 +119,10 @@ class Stream(Source):
         with locked(self.folder / "index.lock"):
             fresh.unlink(missing_ok=True)
             try:
-                url = f"{self.path.rstrip('/')}/{INDEX}"
-                self._downloader().download_file(url, str(fresh))
+                self._download(INDEX, fresh)
             except Exception as error:
-                raise UserError(
-                    f"shards at data.path={self.path}",
-                    error,
-                    f"check the URL, the credentials and that {INDEX} is there",
-                ) from error
+                remedy = f"check the URL, the credentials and that {INDEX} is there"
+                raise UserError(f"shards at data.path={self.path}", error, remedy) from error
             if file.is_file() and file.read_bytes() != fresh.read_bytes():
                 for shard in self.folder.glob("*.bin"):
                     shard.unlink(missing_ok=True)
@@ -208,17 +217,13 @@ class Stream(Source):
             with locked(file.with_suffix(".lock")):
                 try:
                     if not file.is_file():
-                        url = f"{self.path.rstrip('/')}/{file.name}"
-                        self.downloader().download_file(url, str(file))
+                        self._download(file.name, file)
                         self._make_room()
                 except Exception as error:  # of the client of the store
                     reason = error
-        require(
-            file.is_file(),
-            f"the shard {file.name} at data.path={self.path}",
-            reason,
-            "check the connection and the credentials; write the shards again if it is gone",
-        )
+        remedy = "check the connection and the credentials; write the shards again if it is gone"
+        expected = f"the shard {file.name} at data.path={self.path}"
+        require(file.is_file(), expected, reason, remedy)
 
     def _make_room(self) -> None:
         """Delete the shards used least recently while all together are larger than allowed."""
@@ -233,3 +238,112 @@ class Stream(Source):
                 return
             file.unlink(missing_ok=True)
             size -= bytes_
+
+
+def write_shards(
+    source: Source,
+    folder: Path,
+    *,
+    num_workers: int | None = None,
+    shard_bytes: int = 64_000_000,
+    seed: int = 0,
+    show: bool = True,
+) -> int:
+    """Write all images of a source, which must be picklable, and return their number.
+
+    The order is drawn from `seed`: a stream mixes only neighbouring shards, so a set sorted by class must not stay
+    sorted. Pixels are stored as they are, height x width x channels bytes an image. The shards do not depend on the
+    number of workers. Complete shards of as many images stay, and an interrupted call with the same settings is
+    continued; other folders are refused. As this starts processes, call it under `if __name__ == "__main__"`.
+
+    num_workers: processes that read and write; None for as many as there are cores and enough images for.
+    shard_bytes: largest size of a shard.
+    show: whether to show a progress bar.
+    """
+    engine()
+    count = len(source)
+    require(count >= 1, "a source with images", "none", "check its path")
+    if count_images(folder) == count:
+        return count
+    _begin(folder, [count, shard_bytes, seed])
+    order = torch.randperm(count, generator=generator(seed, "shards")).tolist()
+    writer = ShardWriter(source, order, folder, shard_bytes)
+    files = list(
+        write_missing(writer.files(), writer.write, workers=num_workers, title="writing", show=show)
+    )
+    indices = [json.loads(file.read_text()) for file in files]
+    shards = [shard for index in indices for shard in index["chunks"]]
+    write_text(folder / INDEX, json.dumps({"chunks": shards, "config": indices[0]["config"]}))
+    for file in [*files, folder / UNFINISHED]:
+        file.unlink()
+    return count
+
+
+def count_images(folder: Path) -> int | None:
+    """Return the number of images in a folder of complete shards, None for other folders."""
+    file = folder / INDEX
+    if (folder / UNFINISHED).exists() or not file.is_file():
+        return None
+    return sum(int(shard["chunk_size"]) for shard in json.loads(file.read_text())["chunks"])
+
+
+def _begin(folder: Path, settings: list[int]) -> None:
+    """Make the folder and note the settings in it; refuse a folder with other content."""
+    unfinished, count = folder / UNFINISHED, count_images(folder)
+    if unfinished.is_file():
+        before = json.loads(unfinished.read_text())
+        require_same_settings(before, settings, folder, "interrupted shards")
+    elif folder.exists() and any(folder.iterdir()):
+        content = "a folder with content" if count is None else f"shards of {count} images"
+        require_same_settings(count, settings, folder, content)
+    write_text(unfinished, json.dumps(settings))
+    for part in folder.glob(f"{PART}*"):
+        shutil.rmtree(part)
+
+
+def require_same_settings(before: object, now: object, output: Path, content: str) -> None:
+    """Refuse to continue the work at `output`, which has this content, with other settings than before."""
+    require(
+        before == now,
+        f"output={output} to be new, or begun from the same images with the same settings",
+        f"{content}, made otherwise",
+        "choose another output=, or move the old one away",
+    )
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Images of a source in an order, written as shards. As all images have one shape, so have all shards but the last."""
+
+    source: Source
+    order: Sequence[int]
+    folder: Path
+    shard_bytes: int
+
+    def files(self) -> dict[Path, range]:
+        """Return the file that describes each shard, written after it, with the positions of its images."""
+        with TemporaryDirectory(dir=self.folder, prefix=PART) as part:
+            item, _ = self._writer(part, 0).serialize(self._item(0))
+        count, total = max(1, self.shard_bytes // len(item)), len(self.order)
+        spans = [range(n, min(n + count, total)) for n in range(0, total, count)]
+        return {self.folder / f"{number}.json": span for number, span in enumerate(spans)}
+
+    def write(self, span: range, file: Path) -> None:
+        """Write a shard and its description."""
+        with TemporaryDirectory(dir=self.folder, prefix=PART) as part:
+            writer = self._writer(part, int(file.stem))
+            for position in span:
+                writer.add_item(position, self._item(position))
+            writer.done()
+            (shard,), (index,) = Path(part).glob("*.bin"), Path(part).glob("*.json")
+            os.replace(shard, self.folder / shard.name)
+            os.replace(index, file)
+
+    def _item(self, position: int) -> dict[str, Any]:
+        image, label = self.source[self.order[position]]
+        return {"image": image.contiguous(), "label": int(label)}
+
+    def _writer(self, folder: str, number: int) -> Any:
+        from litdata.streaming.writer import BinaryWriter
+
+        return BinaryWriter(folder, chunk_bytes=self.shard_bytes, chunk_index=number)
