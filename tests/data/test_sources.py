@@ -23,8 +23,7 @@ from consistency.data.digits import Digits
 from consistency.data.huggingface import HuggingFace
 from consistency.data.image_files import ImageFiles
 from consistency.data.lsun import LSUN
-from consistency.data.memory import load_into_memory
-from consistency.data.mixture import Mixture
+from consistency.data.memory import Mixture, load_into_memory
 from consistency.data.source import Source
 from consistency.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST, read_batch
 from consistency.data.zip_or_folder import Archive, Folder

@@ -3,7 +3,6 @@
 import importlib
 from dataclasses import InitVar, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from consistency.data.decode import read_bounded
@@ -34,14 +33,19 @@ class HuggingFace(ImageFiles):
         super().__post_init__()
 
     def open(self) -> Index:
-        require(
-            self.name is not None, "the name of a set", "data.path=null", "add data.path=<name>"
-        )
-        library = _library()
+        missing = self.name is None
+        require(not missing, "the name of a set", "data.path=null", "add data.path=<name>")
         try:
-            table = library.load_dataset(
-                self.name, self.subset, split=self.split, cache_dir=self.cache
-            )
+            library = importlib.import_module("datasets")
+        except ImportError as error:
+            raise UserError(
+                "the library `datasets` for a set of the Hugging Face hub (data.path)",
+                error,
+                "pip install 'consistency[huggingface]', or in this repository pip install datasets",
+            ) from error
+        try:
+            options = {"split": self.split, "cache_dir": self.cache}
+            table = library.load_dataset(self.name, self.subset, **options)
         except Exception as error:  # of the library, its network and its file systems
             raise UserError(
                 f"the set {self.name} (subset {self.subset}, split {self.split}) for data.path={self.name}",
@@ -65,17 +69,6 @@ class HuggingFace(ImageFiles):
     def stamp(self, index: int) -> bytes:
         """Return the library's fingerprint of the whole set."""
         return str(self.table._fingerprint).encode()
-
-
-def _library() -> ModuleType:
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as error:
-        raise UserError(
-            "the library `datasets` for a set of the Hugging Face hub (data.path)",
-            error,
-            "pip install 'consistency[huggingface]', or in this repository pip install datasets",
-        ) from error
 
 
 def _only(features: Any, kind: type, chosen: str | None, option: str) -> str:

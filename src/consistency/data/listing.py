@@ -5,10 +5,12 @@ import stat
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from io import BufferedIOBase
+from io import FileIO
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import torch
 from jaxtyping import UInt8
@@ -85,24 +87,23 @@ class Listing:
     repeated: list[str] = field(default_factory=list)
     entries: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, opening: Callable[[], BufferedIOBase]) -> None:
+    def add(self, name: str, opening: Callable[[], IO[bytes]]) -> None:
         """Add a file, an image by its suffix or by how its content begins."""
         suffix = os.path.splitext(name)[1].lower()
-        if suffix in EXTENSIONS or _begins_as_image(name, suffix, opening):
-            self.names.append(name)
-        elif name.rsplit("/", 1)[-1] == LABELS:
-            self.tables.append(name)
-        else:
-            self.others.append(name)
+        is_picture = suffix in EXTENSIONS
+        if not is_picture and suffix not in NEVER and not name.endswith("~"):
+            with suppress(*UNREADABLE), opening() as stream:
+                is_picture = is_image(stream)
+        is_table = name.rsplit("/", 1)[-1] == LABELS
+        (self.names if is_picture else self.tables if is_table else self.others).append(name)
 
     def require_images(self) -> None:
         """Print one line about ignored files, if there are any; refuse a listing without images."""
         parts = []
         if others := Counter(map(_suffix, self.others)):
             parts.append(f"files of other types: {_counts(others)}")
-            if unread := sorted(others.keys() & PICTURES):
-                remedy = "pictures that cannot be read: save them as PNG"
-                parts[0] += f" ({', '.join(unread)} are {remedy})"
+            if unread := ", ".join(sorted(others.keys() & PICTURES)):
+                parts[0] += f" ({unread} are pictures that cannot be read: save them as PNG)"
         if self.hidden:
             own = (name.rsplit("/", 1)[-1] for name in self.hidden)
             kinds = Counter("._*" if name.startswith("._") else name for name in own)
@@ -112,8 +113,7 @@ class Listing:
             (self.repeated, "links to files listed already"),
         ):
             if names:
-                shown = ", ".join(sorted(names)[:MOST_SHOWN])
-                parts.append(f"{len(names):,} {kind}: {shown}")
+                parts.append(f"{len(names):,} {kind}: {', '.join(sorted(names)[:MOST_SHOWN])}")
         if parts:
             line = f"Ignored in {self.where}: {'; '.join(parts)}"
             rank_zero_only(print)(line.encode(errors="backslashreplace").decode())
@@ -193,37 +193,34 @@ class _Walk:
 
     def scan(self, name: str) -> None:
         """List the files of one folder; note its folders and its links."""
-        path = os.path.join(self.root, name)
+        path, listing = os.path.join(self.root, name), self.listing
         real = os.path.realpath(path)
         if real in self.known:
-            self.listing.repeated.append(name)
+            listing.repeated.append(name)
             return
         self.known.add(real)
         if name:
-            self.listing.folders.add(name)
+            listing.folders.add(name)
         try:
             entries = list(os.scandir(path))
         except OSError:
-            self.listing.broken.append(name)
+            listing.broken.append(name)
             return
         for entry in entries:
-            inner = f"{name}/{entry.name}" if name else entry.name
+            inner = f"{name}/{entry.name}".lstrip("/")
             if hidden(entry.name):
-                self.listing.hidden.append(inner)
-            elif entry.is_symlink():
-                self._note_link(inner, entry.path)
-            elif entry.is_dir():
-                self.folders.append(inner)
-            elif entry.is_file():
-                self.listing.add(inner, partial(_open_file, entry.path))
-
-    def _note_link(self, name: str, path: str) -> None:
-        if os.path.isdir(path):
-            self.linked_folders.append(name)
-        elif os.path.isfile(path):
-            self.linked_files.append(name)
-        else:
-            self.listing.broken.append(name)
+                listing.hidden.append(inner)
+            elif not entry.is_symlink():
+                if entry.is_dir():
+                    self.folders.append(inner)
+                elif entry.is_file():
+                    listing.add(inner, partial(FileIO, entry.path))
+            elif os.path.isdir(entry.path):
+                self.linked_folders.append(inner)
+            elif os.path.isfile(entry.path):
+                self.linked_files.append(inner)
+            else:
+                listing.broken.append(inner)
 
     def add_linked_files(self) -> None:
         """List the files that links lead to, unless they are listed already."""
@@ -235,19 +232,15 @@ class _Walk:
                 self.listing.repeated.append(name)
             else:
                 self.known.add(real)
-                self.listing.add(name, partial(_open_file, path))
+                self.listing.add(name, partial(FileIO, path))
 
 
 def children(folder: Path) -> tuple[list[str], bool]:
     """Return the names of the folders in a folder that are not hidden, and whether images lie beside them."""
-    folders, images = [], False
-    for entry in os.scandir(folder):
-        if not hidden(entry.name):
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif PurePosixPath(entry.name).suffix.lower() in EXTENSIONS:
-                images = True
-    return folders, images
+    entries = [entry for entry in os.scandir(folder) if not hidden(entry.name)]
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    suffixes = {os.path.splitext(entry.name)[1].lower() for entry in entries if not entry.is_dir()}
+    return folders, not suffixes.isdisjoint(EXTENSIONS)
 
 
 def has_labels(folder: Path) -> bool:
@@ -262,21 +255,29 @@ def has_labels(folder: Path) -> bool:
 
 def class_level(children: Callable[[str], tuple[list[str], bool]]) -> str:
     """Return the folder whose folders are the classes: the top, or below single folders of folders the last of these."""
-    level = ""
-    while True:
-        folders, images = children(level)
-        if images or len(folders) != 1:
-            return level
-        inner = f"{level}/{folders[0]}" if level else folders[0]
-        folders, images = children(inner)
-        if images or not folders:
-            return level
+    level, inner = "", ""
+    folders, images = children(level)
+    while folders and not images:
         level = inner
+        if len(folders) > 1:
+            break
+        inner = f"{level}/{folders[0]}".lstrip("/")
+        folders, images = children(inner)
+    return level
 
 
 def in_zip(archive: zipfile.ZipFile, where: str) -> Listing:
     """List a zip; backslashes in names, as some programs write them, are read as slashes."""
     listing = Listing(where)
+
+    def opened(entry: zipfile.ZipInfo) -> IO[bytes]:
+        require_size(entry.file_size)
+        return archive.open(entry)
+
+    def children(level: str) -> tuple[list[str], bool]:
+        folders = [PurePosixPath(n).name for n in listing.folders if os.path.dirname(n) == level]
+        return folders, any(os.path.dirname(name) == level for name in listing.names)
+
     for entry in archive.infolist():
         name = slashed(entry.filename)
         parts = name.split("/") if name else []
@@ -293,43 +294,16 @@ def in_zip(archive: zipfile.ZipFile, where: str) -> Listing:
             listing.broken.append(name)
             continue
         if name not in listing.entries:
-            listing.add(name, partial(_open_entry, archive, entry))
+            listing.add(name, partial(opened, entry))
         listing.entries[name] = entry.filename  # of two entries of one name the last counts
     listing.names.sort()
-    listing.level = class_level(partial(_children_in, listing))
+    listing.level = class_level(children)
     return listing
 
 
 def slashed(name: str) -> str:
     """Return the name of a file in a zip or a table of labels as listings have it."""
     return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
-
-
-def _open_file(path: str) -> BufferedIOBase:
-    return open(path, "rb")
-
-
-def _open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> BufferedIOBase:
-    require_size(entry.file_size)
-    return archive.open(entry)  # type: ignore[return-value]
-
-
-def _children_in(listing: Listing, level: str) -> tuple[list[str], bool]:
-    def directly(names: Iterable[str]) -> list[str]:
-        return [n for n in names if n.rpartition("/")[0] == level]
-
-    folders = [n.rpartition("/")[2] for n in directly(listing.folders)]
-    return folders, bool(directly(listing.names))
-
-
-def _begins_as_image(name: str, suffix: str, opening: Callable[[], BufferedIOBase]) -> bool:
-    if suffix in NEVER or name.endswith("~"):
-        return False
-    try:
-        with opening() as stream:
-            return is_image(stream)
-    except UNREADABLE:
-        return False
 
 
 def _suffix(name: str) -> str:
@@ -341,7 +315,7 @@ def _counts(kinds: Counter[str]) -> str:
     ordered = sorted(kinds.items(), key=lambda pair: (-pair[1], pair[0]))
     more = len(ordered) - MOST_SHOWN
     shown = [f"{count:,} {kind}" for kind, count in ordered[:MOST_SHOWN]]
-    return ", ".join([*shown, *([f"{more:,} other kinds"] if more > 0 else [])])
+    return ", ".join(shown) + (f", {more:,} other kinds" if more > 0 else "")
 
 
 def files_at(path: str) -> list[Path]:

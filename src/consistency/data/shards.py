@@ -50,11 +50,9 @@ def engine() -> ModuleType:
     try:
         import litdata
     except ImportError as error:
-        raise UserError(
-            "the package litdata, which data=stream and prepare to=shards need",
-            error,
-            "install the extra `streaming`: pip install -e '.[streaming]'",
-        ) from error
+        expected = "the package litdata, which data=stream and prepare to=shards need"
+        remedy = "install the extra `streaming`: pip install -e '.[streaming]'"
+        raise UserError(expected, error, remedy) from error
     logging.getLogger("litdata").setLevel(logging.WARNING)
     return litdata
 
@@ -102,12 +100,9 @@ class Stream(Source):
         self.budget = cache_gigabytes * 1e9
         bytes_ = [int(shard["chunk_bytes"]) for shard in shards]
         least = min(2 * (mixing + 1) * max(bytes_), sum(bytes_))
-        require(
-            not self.remote or self.budget >= least,
-            f"data.source.cache_gigabytes of at least {least / 1e9:.3g}, twice the shards read at a time",
-            cache_gigabytes,
-            "raise it, or lower data.source.mixing",
-        )
+        expected = f"data.source.cache_gigabytes of at least {least / 1e9:.3g}, twice the shards read at a time"
+        large = not self.remote or self.budget >= least
+        require(large, expected, cache_gigabytes, "raise it, or lower data.source.mixing")
 
     def _download(self, name: str, file: Path) -> None:
         self.downloader().download_file(f"{self.path.rstrip('/')}/{name}", str(file))
@@ -130,27 +125,21 @@ class Stream(Source):
 
     def _checked_shards(self) -> list[dict[str, Any]]:
         """Read the table of the shards; refuse shards that run code or lie elsewhere."""
-        file = self.folder / INDEX
-        require(
-            file.is_file(),
-            f"shards with their {INDEX} at data.path={self.path}",
-            "no such file" if self.folder.is_dir() else "no such folder",
-            "check the path; prepare to=shards writes a folder of shards",
-        )
+        file, at = self.folder / INDEX, f"at data.path={self.path}"
+        got = "no such file" if self.folder.is_dir() else "no such folder"
+        remedy = "check the path; prepare to=shards writes a folder of shards"
+        require(file.is_file(), f"shards with their {INDEX} {at}", got, remedy)
         index = json.loads(file.read_text())
         shards, config = index["chunks"], index["config"]
-        require(
-            bool(shards) and not config.get("compression"),
-            f"uncompressed shards at data.path={self.path}",
-            f"compression {config['compression']}" if shards else "none",
-            WRITE,
-        )
+        packed, kinds = config.get("compression"), config.get("data_format")
+        got = f"compression {packed}" if shards else "none"
+        require(bool(shards) and not packed, f"uncompressed shards {at}", got, WRITE)
         names = [str(shard["filename"]) for shard in shards]
         inside = all(Path(name).name == name and name.endswith(".bin") for name in names)
         require(
-            inside and set(config.get("data_format") or [""]) <= FORMATS,
-            f"shards of {sorted(FORMATS)} at data.path={self.path}, each a file *.bin in that folder",
-            f"{config.get('data_format')} in {names[:3]}"[:200],
+            inside and set(kinds or [""]) <= FORMATS,
+            f"shards of {sorted(FORMATS)} {at}, each a file *.bin in that folder",
+            f"{kinds} in {names[:3]}"[:200],
             f"{WRITE}; other kinds can run code or write elsewhere",
         )
         return shards
@@ -191,11 +180,9 @@ class Stream(Source):
         image = item.get("image") if isinstance(item, dict) else None
         if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
             return image, int(item["label"])
-        raise UserError(
-            f"items of {{'image': uint8 tensor, channels x height x width, 'label': int}} at {self.path}",
-            sorted(item) if isinstance(item, dict) else type(item).__name__,
-            WRITE,
-        )
+        form = "{'image': uint8 tensor, channels x height x width, 'label': int}"
+        got = sorted(item) if isinstance(item, dict) else type(item).__name__
+        raise UserError(f"items of {form} at {self.path}", got, WRITE)
 
     def order(self, draw: Generator) -> Int[Tensor, "n"]:
         """Draw a random walk through all shards.
@@ -268,9 +255,8 @@ def write_shards(
     _begin(folder, [count, shard_bytes, seed])
     order = torch.randperm(count, generator=generator(seed, "shards")).tolist()
     writer = ShardWriter(source, order, folder, shard_bytes)
-    files = list(
-        write_missing(writer.files(), writer.write, workers=num_workers, title="writing", show=show)
-    )
+    spans = writer.files()
+    files = [*write_missing(spans, writer.write, workers=num_workers, title="writing", show=show)]
     indices = [json.loads(file.read_text()) for file in files]
     shards = [shard for index in indices for shard in index["chunks"]]
     write_text(folder / INDEX, json.dumps({"chunks": shards, "config": indices[0]["config"]}))
@@ -290,12 +276,12 @@ def count_images(folder: Path) -> int | None:
 def _begin(folder: Path, settings: list[int]) -> None:
     """Make the folder and note the settings in it; refuse a folder with other content."""
     unfinished, count = folder / UNFINISHED, count_images(folder)
+    before, content = settings, ""
     if unfinished.is_file():
-        before = json.loads(unfinished.read_text())
-        require_same_settings(before, settings, folder, "interrupted shards")
+        before, content = json.loads(unfinished.read_text()), "interrupted shards"
     elif folder.exists() and any(folder.iterdir()):
-        content = "a folder with content" if count is None else f"shards of {count} images"
-        require_same_settings(count, settings, folder, content)
+        before, content = [], f"shards of {count} images" if count else "a folder with content"
+    require_same_settings(before, settings, folder, content)
     write_text(unfinished, json.dumps(settings))
     for part in folder.glob(f"{PART}*"):
         shutil.rmtree(part)
@@ -303,12 +289,9 @@ def _begin(folder: Path, settings: list[int]) -> None:
 
 def require_same_settings(before: object, now: object, output: Path, content: str) -> None:
     """Refuse to continue the work at `output`, which has this content, with other settings than before."""
-    require(
-        before == now,
-        f"output={output} to be new, or begun from the same images with the same settings",
-        f"{content}, made otherwise",
-        "choose another output=, or move the old one away",
-    )
+    expected = f"output={output} to be new, or begun from the same images with the same settings"
+    remedy = "choose another output=, or move the old one away"
+    require(before == now, expected, f"{content}, made otherwise", remedy)
 
 
 @dataclass(frozen=True)
@@ -324,9 +307,8 @@ class ShardWriter:
         """Return the file that describes each shard, written after it, with the positions of its images."""
         with TemporaryDirectory(dir=self.folder, prefix=PART) as part:
             item, _ = self._writer(part, 0).serialize(self._item(0))
-        count, total = max(1, self.shard_bytes // len(item)), len(self.order)
-        spans = [range(n, min(n + count, total)) for n in range(0, total, count)]
-        return {self.folder / f"{number}.json": span for number, span in enumerate(spans)}
+        count, all_ = max(1, self.shard_bytes // len(item)), range(len(self.order))
+        return {self.folder / f"{n // count}.json": all_[n : n + count] for n in all_[::count]}
 
     def write(self, span: range, file: Path) -> None:
         """Write a shard and its description."""
