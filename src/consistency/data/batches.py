@@ -106,12 +106,11 @@ def unpack_batch(
         "give a loader of TensorDataset(images, labels), or of a Dataset whose items are (image, label)",
     )
     images = parts[0]
-    require(
-        images.ndim == 4 and shape in (None, tuple(images.shape[1:])),
-        f"images of shape (batch, {', '.join(map(str, shape or ('channels', 'height', 'width')))})",
-        f"{images.dtype} of shape {tuple(images.shape)}",
-        "change the loader, or build the module for these images: data.channels=, data.image_size=, model=",
-    )
+    fits = images.ndim == 4 and shape in (None, tuple(images.shape[1:]))
+    axes = ", ".join(map(str, shape or ("channels", "height", "width")))
+    got = f"{images.dtype} of shape {tuple(images.shape)}"
+    remedy = "change the loader, or build the module for these images: data.channels=, data.image_size=, model="
+    require(fits, f"images of shape (batch, {axes})", got, remedy)
     if num_classes is None:
         return _in_unit(images), None
     return _in_unit(images), _classes(parts[1] if parts[1:] else None, len(images), num_classes)
@@ -120,19 +119,13 @@ def unpack_batch(
 def _in_unit(images: Tensor) -> Data:
     if images.dtype == torch.uint8:
         return to_unit(images)
-    require(
-        images.is_floating_point(),
-        "images of uint8 from 0 to 255, or of float within [-1, 1]",
-        f"images of {images.dtype}",
-        "write images.to(torch.uint8) for grey values from 0 to 255",
-    )
+    expected = "images of uint8 from 0 to 255, or of float within [-1, 1]"
+    remedy = "write images.to(torch.uint8) for grey values from 0 to 255"
+    require(images.is_floating_point(), expected, f"images of {images.dtype}", remedy)
     low, high = torch.stack(torch.aminmax(images)).tolist()
-    require(
-        -1 - ROUNDING <= low and high <= 1 + ROUNDING,
-        "float images within [-1, 1]",
-        f"values from {low:.4g} to {high:.4g}",
-        "give uint8, or scale them: x / 127.5 - 1 from 0 ... 255, 2 * x - 1 from 0 ... 1",
-    )
+    fits, got = -1 - ROUNDING <= low <= high <= 1 + ROUNDING, f"values from {low:.4g} to {high:.4g}"
+    remedy = "give uint8, or scale them: x / 127.5 - 1 from 0 ... 255, 2 * x - 1 from 0 ... 1"
+    require(fits, "float images within [-1, 1]", got, remedy)
     return images.float()
 
 
@@ -145,10 +138,9 @@ def _classes(labels: Any, count: int, num_classes: int) -> Label:
         if fits and count:
             low, high = torch.stack(torch.aminmax(labels)).tolist()
             got, fits = f"labels from {low} to {high}", 0 <= low and high < num_classes
-    require(
-        fits,
-        f"{count} labels, integers from 0 to {num_classes - 1}, for a model of {num_classes} classes",
-        got,
-        "give them, counted from 0, or set data.num_classes; null builds the module without classes",
+    expected = f"{count} labels, integers from 0 to {num_classes - 1}, for a model of {num_classes} classes"
+    remedy = (
+        "give them, counted from 0, or set data.num_classes; null builds the module without classes"
     )
+    require(fits, expected, got, remedy)
     return labels.long()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -134,7 +134,7 @@ def colour_of(background: str | None) -> Colour | None:
     return cast(Colour, colour)
 
 
-def is_image(stream: IO[bytes]) -> bool:
+def is_image(stream: io.IOBase) -> bool:
     """Return whether a file begins as one of `FORMATS` does, under any name."""
     head = stream.read(16)
     try:

@@ -32,9 +32,7 @@ class Index(NamedTuple):
 class ImageFiles(Source):
     """Base of the sources of image files.
 
-    image_size: side in pixels to which `crop` brings every image; None keeps the images' own.
-    channels: 1 grey, 3 colour; None keeps the images' own.
-    crop: one of `consistency.data.crop`.
+    image_size, channels: of every image after `crop`; None keeps the images' own.
     num_classes: number of classes of the model, which the labels must fit; None without classes.
     on_bad: "stop" raises `ImageError` when an unusable image is read; "skip" decodes every image once at the
         start and leaves the unusable ones out, so that the order of the rest is a function of position alone.
@@ -84,19 +82,16 @@ class ImageFiles(Source):
         return f"{self.where}/{self.names[index]}"
 
     def _require_classes(self, num_classes: int) -> None:
-        require(
-            bool(self.class_names),
-            f"classes for data.num_classes={num_classes} in {self.where}",
-            "images without classes",
-            "add data.source.classes=true if it has classes, or set data.num_classes=null",
-        )
+        expected = f"classes for data.num_classes={num_classes} in {self.where}"
+        remedy = "add data.source.classes=true if it has classes, or set data.num_classes=null"
+        require(bool(self.class_names), expected, "images without classes", remedy)
         highest, name = int(self.labels.max()), self.name_of(int(self.labels.argmax()))
-        require(
-            highest < num_classes,
-            f"class indices below data.num_classes={num_classes}",
+        expected = f"class indices below data.num_classes={num_classes}"
+        got, remedy = (
             f"class index {highest} of {name}",
             "set data.num_classes to the number of classes",
         )
+        require(highest < num_classes, expected, got, remedy)
         if len(self.class_names) < num_classes:
             has = f"{self.where} has {len(self.class_names)}: {', '.join(self.class_names[:MOST_LISTED])}"
             rank_zero_only(print)(f"data.num_classes={num_classes}, but {has}")

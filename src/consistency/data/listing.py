@@ -6,11 +6,9 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
-from io import FileIO
+from io import FileIO, IOBase
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 import torch
 from jaxtyping import UInt8
@@ -61,33 +59,22 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in NOT_OURS
 
 
-@dataclass
 class Listing:
-    """The content of a folder or zip, by names relative to it, with slashes.
+    """The content of the folder or zip `where`, by names relative to it, with slashes."""
 
-    where: path of the folder or zip.
-    names: the images, sorted.
-    folders: all folders that are not hidden.
-    level: the folder whose folders are the classes.
-    tables: files of labels.
-    others: files of other types.
-    hidden, broken, repeated: ignored files and folders: hidden ones; links without target and folders that cannot
-        be opened; links to images that are listed already.
-    entries: names that a zip itself gives to its images.
-    """
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.names: list[str] = []  # of the images, sorted
+        self.tables: list[str] = []  # files of labels
+        self.others: list[str] = []  # files of other types
+        self.folders: set[str] = set()  # all that are not hidden
+        self.level = ""  # the folder whose folders are the classes
+        self.hidden: list[str] = []  # these are ignored, and the next two
+        self.broken: list[str] = []  # links without target and folders that cannot be opened
+        self.repeated: list[str] = []  # links to images that are listed already
+        self.entries: dict[str, str] = {}  # names that a zip itself gives to its images
 
-    where: str
-    names: list[str] = field(default_factory=list)
-    folders: set[str] = field(default_factory=set)
-    level: str = ""
-    tables: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    hidden: list[str] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
-    repeated: list[str] = field(default_factory=list)
-    entries: dict[str, str] = field(default_factory=dict)
-
-    def add(self, name: str, opening: Callable[[], IO[bytes]]) -> None:
+    def add(self, name: str, opening: Callable[[], IOBase]) -> None:
         """Add a file, an image by its suffix or by how its content begins."""
         suffix = os.path.splitext(name)[1].lower()
         is_picture = suffix in EXTENSIONS
@@ -124,12 +111,10 @@ class Listing:
         """Return the class index of every image and the names of the classes, which are the folders at `level`."""
         depth = len(PurePosixPath(self.level).parts)
         beside = [name for name in self.names if name.count("/") <= depth]
-        require(
-            not beside,
-            f"one folder a class, and no image beside them, in {self.where}",
-            f"{len(beside):,} images without a class, the first of them {(beside or [''])[0]}",
-            "move them into folders, or leave classes=false (data.source.classes=false)",
-        )
+        expected = f"one folder a class, and no image beside them, in {self.where}"
+        got = f"{len(beside):,} images without a class, the first of them {''.join(beside[:1])}"
+        remedy = "move them into folders, or leave classes=false (data.source.classes=false)"
+        require(not beside, expected, got, remedy)
         tops = [name.split("/")[depth] for name in self.names]
         names = sorted(set(tops))
         lost = {n for n in self.broken if os.path.splitext(n)[1].lower() not in EXTENSIONS}
@@ -140,12 +125,10 @@ class Listing:
             if top in content:
                 content[top][_suffix(name)] += 1
         shown = [f"{top} ({_counts(kinds) or 'empty'})" for top, kinds in content.items()]
-        require(
-            not content,
-            f"images in every class folder of {self.where}",
-            f"{len(content):,} without any: {', '.join(shown[:MOST_SHOWN])}",
-            "put images in, or remove the folder; the classes are numbered in the order of their names",
-        )
+        expected = f"images in every class folder of {self.where}"
+        got = f"{len(content):,} without any: {', '.join(shown[:MOST_SHOWN])}"
+        remedy = "put images in, or remove the folder; the classes are numbered in the order of their names"
+        require(not content, expected, got, remedy)
         number = {name: index for index, name in enumerate(names)}
         return [number[top] for top in tops], names
 
@@ -270,9 +253,9 @@ def in_zip(archive: zipfile.ZipFile, where: str) -> Listing:
     """List a zip; backslashes in names, as some programs write them, are read as slashes."""
     listing = Listing(where)
 
-    def opened(entry: zipfile.ZipInfo) -> IO[bytes]:
+    def opened(entry: zipfile.ZipInfo) -> IOBase:
         require_size(entry.file_size)
-        return archive.open(entry)
+        return archive.open(entry)  # type: ignore[return-value]
 
     def children(level: str) -> tuple[list[str], bool]:
         folders = [PurePosixPath(n).name for n in listing.folders if os.path.dirname(n) == level]
@@ -280,22 +263,18 @@ def in_zip(archive: zipfile.ZipFile, where: str) -> Listing:
 
     for entry in archive.infolist():
         name = slashed(entry.filename)
-        parts = name.split("/") if name else []
-        is_folder = entry.filename.endswith(("/", "\\"))
-        first_hidden = next((n for n, part in enumerate(parts) if hidden(part)), None)
-        if first_hidden is not None:
-            if not is_folder:
-                listing.hidden.append("/".join(parts[: first_hidden + 1]))
+        paths = ["/".join(name.split("/")[:n]) for n in range(1, name.count("/") + 2)]
+        is_folder = entry.filename.endswith(("/", "\\")) or not name
+        if out_of_sight := [path for path in paths if hidden(os.path.basename(path))]:
+            listing.hidden += [] if is_folder else out_of_sight[:1]
             continue
-        listing.folders.update("/".join(parts[:n]) for n in range(1, len(parts) + is_folder))
-        if is_folder or not name:
-            continue
-        if stat.S_ISLNK(entry.external_attr >> 16):
+        listing.folders.update(paths if is_folder and name else paths[:-1])
+        if not is_folder and stat.S_ISLNK(entry.external_attr >> 16):
             listing.broken.append(name)
-            continue
-        if name not in listing.entries:
-            listing.add(name, partial(opened, entry))
-        listing.entries[name] = entry.filename  # of two entries of one name the last counts
+        elif not is_folder:
+            if name not in listing.entries:
+                listing.add(name, partial(opened, entry))
+            listing.entries[name] = entry.filename  # of two entries of one name the last counts
     listing.names.sort()
     listing.level = class_level(children)
     return listing

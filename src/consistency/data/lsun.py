@@ -18,10 +18,7 @@ FILE = "data.mdb"
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Database(ImageFiles):
-    """The images of an LMDB, one file a value, in the order of the keys, without classes.
-
-    path: the folder of data.mdb.
-    """
+    """The images of an LMDB, the folder of data.mdb, one file a value, in the order of the keys, without classes."""
 
     path: str | None
 
@@ -55,8 +52,6 @@ class LSUN(Database):
     """A category of LSUN [Yu et al. 2015, arXiv:1506.03365], without classes.
 
     By default the central square is resized with a box filter, as in the published preparation at 256 pixels.
-
-    path: the folder of `<category>_<split>_lmdb`.
     """
 
     category: str

@@ -47,17 +47,9 @@ def _init_worker(parent: int, worker: int) -> None:
 class DataModule(L.LightningDataModule):
     """Training batches (uint8 images, class indices) from a source. Pixels are only scaled, never dequantised by noise.
 
-    source: builds the training images; called once.
-    held_out: builds images kept from training, or None.
-    num_classes: number of classes of a conditional model; None for an unconditional one.
-    batch_size: images per optimizer step over all devices.
-    device_batch_size: most images a device holds at once, of which the largest divisor of its share is taken; None for
-        the whole share.
-    num_workers: processes of each rank that read images.
-    flip: whether to mirror every image left to right with probability 1/2, on the device.
-    seed: of the order.
-    in_memory: whether to decode all training images once and hold them in memory.
-    allow_reorder: whether a resumed run may get its images in another order than before.
+    source, held_out: build the images for training, and others kept from it; `seed` is that of the order.
+
+    The other arguments are those of `consistency.commands.schema.Data`.
     """
 
     def __init__(

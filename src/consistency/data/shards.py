@@ -62,13 +62,10 @@ class Stream(Source):
 
     Every machine downloads the shards that its cache lacks once an epoch, whatever the number of machines.
 
-    path: a folder, or the URL of an object store (s3://, gs://, r2://, azure://, hf://; local:<folder> treats a folder
-        as one).
-    mixing: largest distance, in shards, of two neighbours of the random order; the process reads about as many shards
-        at a time.
-    cache: folder of downloaded shards; None for a folder in the user's cache.
-    cache_gigabytes: size of that cache on every machine; the shards used least recently are deleted.
-    storage_options: of litdata's client of the object store, such as endpoint_url.
+    path: a folder, or a URL that begins with one of `REMOTE`; local:<folder> treats a folder as an object store.
+    mixing: largest distance, in shards, of two neighbours of the random order.
+
+    conf/data/stream.yaml has the other arguments.
     """
 
     def __init__(
@@ -239,13 +236,9 @@ def write_shards(
     """Write all images of a source, which must be picklable, and return their number.
 
     The order is drawn from `seed`: a stream mixes only neighbouring shards, so a set sorted by class must not stay
-    sorted. Pixels are stored as they are, height x width x channels bytes an image. The shards do not depend on the
-    number of workers. Complete shards of as many images stay, and an interrupted call with the same settings is
-    continued; other folders are refused. As this starts processes, call it under `if __name__ == "__main__"`.
-
-    num_workers: processes that read and write; None for as many as there are cores and enough images for.
-    shard_bytes: largest size of a shard.
-    show: whether to show a progress bar.
+    sorted. Pixels are stored as they are, in shards of at most `shard_bytes`, which do not depend on the number of
+    workers. Complete shards of as many images stay, and an interrupted call with the same settings is continued; other
+    folders are refused. As this starts processes, call it under `if __name__ == "__main__"`.
     """
     engine()
     count = len(source)
@@ -296,7 +289,7 @@ def require_same_settings(before: object, now: object, output: Path, content: st
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Images of a source in an order, written as shards. As all images have one shape, so have all shards but the last."""
+    """Images of a source in an order, written as shards, all but the last of one size."""
 
     source: Source
     order: Sequence[int]

@@ -31,13 +31,10 @@ CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 class Downloaded(InMemory):
     """Base of the sets in this file.
 
-    path: the folder of the files, or the one below which torchvision puts them.
-    split: train, test or all.
-    download: whether torchvision downloads missing files.
+    path: the folder of the files, or the one below which torchvision puts them, in `home`.
 
-    home: folder that torchvision makes.
     train, test: names of the parts of the splits.
-    marks: files of which one is there in every copy of the set.
+    marks: files of which every copy of the set has one.
     """
 
     home: ClassVar[str]
@@ -65,12 +62,11 @@ class Downloaded(InMemory):
                 last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
                 reason = f"no such file, and the download failed ({last_line})"
         if folder is None:
-            raise UserError(
-                f"{root / self.home / self.marks[0]} and its companions (data.path={root})",
-                reason,
+            needed = f"{root / self.home / self.marks[0]} and its companions (data.path={root})"
+            remedy = (
                 "add data.download=true on a machine with a network, or put the files there from "
-                + ", ".join(self.sources()),
             )
+            raise UserError(needed, reason, remedy + ", ".join(self.sources()))
         names = {"train": self.train, "test": self.test, "all": [*self.train, *self.test]}[split]
         parts = [self.read(folder, name) for name in names]
         images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -111,12 +107,9 @@ class MNIST(Downloaded):
     def read(self, folder: Path, part: str) -> tuple[Images, Classes]:
         images = read_idx(folder, f"{part}-{IMAGES}", 3)
         labels = read_idx(folder, f"{part}-{LABELS}", 1)
-        require(
-            len(images) == len(labels) > 0,
-            f"as many images as labels in {folder}/{part}-*",
-            f"{len(images):,} images and {len(labels):,} labels",
-            "get both files again",
-        )
+        got = f"{len(images):,} images and {len(labels):,} labels"
+        expected = f"as many images as labels in {folder}/{part}-*"
+        require(len(images) == len(labels) > 0, expected, got, "get both files again")
         return images[:, None], labels.long()
 
 
@@ -193,9 +186,7 @@ def read_batch(file: Path) -> tuple[UInt8[Tensor, "n 3 32 32"], Int64[Tensor, "n
         if not known or len(labels) != len(images):
             raise ValueError(f"{len(images):,} images and other labels than as many classes")
     except Exception as error:  # a damaged pickle fails in any way
-        raise UserError(
-            f"a batch of CIFAR-10 at {file}",
-            f"a damaged or other file ({type(error).__name__}: {error})",
-            f"get {datasets.CIFAR10.url} and unpack it there",
-        ) from error
+        got = f"a damaged or other file ({type(error).__name__}: {error})"
+        remedy = f"get {datasets.CIFAR10.url} and unpack it there"
+        raise UserError(f"a batch of CIFAR-10 at {file}", got, remedy) from error
     return images, torch.tensor(labels, dtype=torch.int64)

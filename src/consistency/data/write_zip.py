@@ -56,12 +56,9 @@ class ImageFacts:
         """Refuse an image that is not square, or of another size or mode than the first."""
         square = f"square images, or resolution=<pixels> to crop them, for {self.name}"
         require(self.height == self.width, square, self, "add resolution=64, for example")
-        require(
-            str(self) == str(first),
-            f"images of one size and mode, as {first.name} of {first}",
-            f"{self.name} of {self}",
-            "choose resolution=<pixels>, and channels=1 for grey or channels=3 for RGB",
-        )
+        alike = f"images of one size and mode, as {first.name} of {first}"
+        remedy = "choose resolution=<pixels>, and channels=1 for grey or channels=3 for RGB"
+        require(str(self) == str(first), alike, f"{self.name} of {self}", remedy)
 
 
 @dataclass(frozen=True)
@@ -75,11 +72,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkWriter:
-    """Images of a source, brought to one size and mode and written as chunks.
+    """Images of a source, written as chunks with this resolution and these channels (None: the images' own).
 
-    resolution, channels: of the written images; None keeps the images' own.
-    crop: a configuration of a crop.
-    background: of the source.
+    crop: a configuration.
     """
 
     source: ImageFiles | InMemory
@@ -90,8 +85,8 @@ class ChunkWriter:
 
     def files(self, folder: Path) -> dict[Path, range]:
         """Return the file of every chunk, named by its number and digest, with the numbers of its images."""
-        size = len(self.source)
-        spans = [range(n, min(n + CHUNK, size)) for n in range(0, size, CHUNK)]
+        every = range(len(self.source))
+        spans = [every[n : n + CHUNK] for n in every[::CHUNK]]
         return {folder / f"{n:08d}_{self.digest(span)}.zip": span for n, span in enumerate(spans)}
 
     def digest(self, span: range) -> str:

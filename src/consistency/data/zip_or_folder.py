@@ -77,10 +77,9 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Folder(ImageFiles):
-    """Image files below a folder, in the order of their names. `listing` has the rules of what is an image or a class.
+    """Image files below a folder, by name, each folder directly below it a class if there are `classes`.
 
-    path: the folder.
-    classes: whether each folder directly below it is a class.
+    `consistency.data.listing` has the rules of what is an image or a class.
     """
 
     path: str | None
@@ -130,13 +129,11 @@ class Archive(Folder):
         if table is not None:
             without = [name for name in listing.names if name not in table]
             unused = sorted(table.keys() - set(listing.names))
-            require(
-                not without and not unused,
-                f"one label for every image and no other in {LABELS} of {self.where}",
-                f"{len(without):,} images without a label {without[:MOST_NAMED]}, "
-                f"{len(unused):,} labels without an image {unused[:MOST_NAMED]}",
-                "make the set anew, or set data.source.classes=false and data.num_classes=null",
-            )
+            expected = f"one label for every image and no other in {LABELS} of {self.where}"
+            got = f"{len(without):,} images without a label {without[:MOST_NAMED]}"
+            got += f", {len(unused):,} labels without an image {unused[:MOST_NAMED]}"
+            remedy = "make the set anew, or set data.source.classes=false and data.num_classes=null"
+            require(not without and not unused, expected, got, remedy)
             labels = [table[name] for name in listing.names]
             return Index(listing.names, labels, [str(i) for i in range(max(labels) + 1)])
         return Index(listing.names, *(listing.classes() if self.classes else ()))
@@ -144,12 +141,9 @@ class Archive(Folder):
     def _label_table(self, listing: Listing) -> dict[str, int] | None:
         """Read dataset.json, at the top or in the folder of its images: name -> class index."""
         tables = [LABELS] if LABELS in listing.tables else sorted(listing.tables)
-        require(
-            len(tables) < 2,
-            f"one {LABELS} in {self.where}",
-            f"{len(tables)}: {', '.join(tables[:MOST_NAMED])}",
-            "give one of these sets alone, or set classes=false (data.source.classes=false)",
-        )
+        got = f"{len(tables)}: {', '.join(tables[:MOST_NAMED])}"
+        remedy = "give one of these sets alone, or set classes=false (data.source.classes=false)"
+        require(len(tables) < 2, f"one {LABELS} in {self.where}", got, remedy)
         if not tables:
             return None
         try:
@@ -163,12 +157,13 @@ class Archive(Folder):
     def _require_class_folders(self, listing: Listing) -> None:
         """Refuse folders as classes if a dataset.json has none, or if dataset_tool made the folders."""
         chunks = all(CHUNKED.search(name) for name in listing.names)
-        require(
-            not listing.tables and not chunks and any("/" in name for name in listing.names),
-            f"class labels in {LABELS} of {self.where}, or a folder a class",
-            f"{LABELS} without labels" if listing.tables else "neither",
-            "set data.source.classes=false and data.num_classes=null (classes=false when preparing)",
+        fits = not listing.tables and not chunks and any("/" in name for name in listing.names)
+        expected = f"class labels in {LABELS} of {self.where}, or a folder a class"
+        got = f"{LABELS} without labels" if listing.tables else "neither"
+        remedy = (
+            "set data.source.classes=false and data.num_classes=null (classes=false when preparing)"
         )
+        require(fits, expected, got, remedy)
 
 
 def labels_in(content: bytes, where: str) -> dict[str, int] | None:
@@ -181,11 +176,9 @@ def labels_in(content: bytes, where: str) -> dict[str, int] | None:
     if not table:
         return None
     for name, label in table.items():
-        if isinstance(label, list):
-            got = f"a vector of {len(label)} numbers, {str(label)[:40]}, for {name}"
-            raise _bad_labels(where, got)
         if type(label) is not int or not 0 <= label < 2**31:
-            raise _bad_labels(where, f"the label {str(label)[:40]} of {name}")
+            kind = f"a vector of {len(label)} numbers," if isinstance(label, list) else "the label"
+            raise _bad_labels(where, f"{kind} {str(label)[:40]}, for {name}")
     if len(table) != len(rows):
         raise _bad_labels(where, "two labels for one image")
     return table
