@@ -29,22 +29,6 @@ class BatchSplit(NamedTuple):
         return f"{devices} x {self.images} images x {self.accumulated} accumulated"
 
 
-def split_batch(batch_size: int, *, devices: int, at_most: int | None) -> BatchSplit:
-    """Split `batch_size` images over `devices` in equal shares.
-
-    A device holds as many images at once as divide its share and are at most `at_most` (None: its whole share).
-    """
-    valid = at_most is None or at_most >= 1
-    require(valid, "data.device_batch_size >= 1, or null", at_most, "give a number of images")
-    expected = f"data.batch_size to be a multiple of the {devices} devices"
-    got, remedy = f"data.batch_size={batch_size}", "change data.batch_size or trainer.devices"
-    require(batch_size % devices == 0, expected, got, remedy)
-    share = batch_size // devices
-    bound = min(at_most or share, share)
-    images = next(size for size in range(bound, 0, -1) if share % size == 0)
-    return BatchSplit(devices, images, share // images)
-
-
 @dataclass(kw_only=True, eq=False, repr=False)
 class PositionedBatches(Sampler[list[int]]):
     """Index lists of the micro-batches number start ... total-1 of one rank.
@@ -139,8 +123,6 @@ def _classes(labels: Any, count: int, num_classes: int) -> Label:
             low, high = torch.stack(torch.aminmax(labels)).tolist()
             got, fits = f"labels from {low} to {high}", 0 <= low and high < num_classes
     expected = f"{count} labels, integers from 0 to {num_classes - 1}, for a model of {num_classes} classes"
-    remedy = (
-        "give them, counted from 0, or set data.num_classes; null builds the module without classes"
-    )
+    remedy = "give them, from 0, or set data.num_classes; null builds the module without classes"
     require(fits, expected, got, remedy)
     return labels.long()

@@ -26,11 +26,8 @@ def detect_source(
     path = path_of(source)
     require_existing(path, f"images at source={source}")
     known = path.is_dir() or path.suffix.lower() == ".zip" or zipfile.is_zipfile(path)
-    expected, remedy = (
-        f"a zip of images or a folder at source={source}",
-        "unpack it, or give its folder",
-    )
-    require(known, expected, f"a file {path.name}", remedy)
+    expected, got = f"a zip of images or a folder at source={source}", f"a file {path.name}"
+    require(known, expected, got, "unpack it, or give the folder it is in")
     if path.is_file() or has_labels(path):
         images = Archive(path=source, classes=classes or None, background=background)
     elif (path / FILE).is_file():

@@ -37,9 +37,7 @@ class HuggingFace(ImageFiles):
             library = importlib.import_module("datasets")
         except ImportError as error:
             expected = "the library `datasets` for a set of the Hugging Face hub (data.path)"
-            remedy = (
-                "pip install 'consistency[huggingface]', or in this repository pip install datasets"
-            )
+            remedy = "pip install 'consistency[huggingface]', or in this repository datasets"
             raise UserError(expected, error, remedy) from error
         try:
             options = {"split": self.split, "cache_dir": self.cache}

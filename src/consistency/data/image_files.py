@@ -87,11 +87,8 @@ class ImageFiles(Source):
         require(bool(self.class_names), expected, "images without classes", remedy)
         highest, name = int(self.labels.max()), self.name_of(int(self.labels.argmax()))
         expected = f"class indices below data.num_classes={num_classes}"
-        got, remedy = (
-            f"class index {highest} of {name}",
-            "set data.num_classes to the number of classes",
-        )
-        require(highest < num_classes, expected, got, remedy)
+        remedy = "set data.num_classes to the number of classes"
+        require(highest < num_classes, expected, f"class index {highest} of {name}", remedy)
         if len(self.class_names) < num_classes:
             has = f"{self.where} has {len(self.class_names)}: {', '.join(self.class_names[:MOST_LISTED])}"
             rank_zero_only(print)(f"data.num_classes={num_classes}, but {has}")

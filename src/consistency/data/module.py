@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from consistency.data.batches import BatchSplit, PositionedBatches, split_batch
+from consistency.data.batches import BatchSplit, PositionedBatches
 from consistency.data.memory import load_into_memory
 from consistency.data.source import Classes, Images, Source
 from consistency.errors import require
@@ -95,14 +95,23 @@ class DataModule(L.LightningDataModule):
         require(tuple(image.shape) == (self.channels, size, size), expected, got, remedy)
         expected = f"class indices below data.num_classes={classes}"
         remedy = (
-            "set data.num_classes to the number of classes, or to null for a model without classes"
+            "set data.num_classes to the number of classes, or null for a model without classes"
         )
         fits = classes is None or 0 <= label < classes
         require(fits, expected, f"class index {label}", remedy)
 
     def split(self, world_size: int) -> BatchSplit:
-        """Split a batch over `world_size` devices."""
-        return split_batch(self.batch_size, devices=world_size, at_most=self.device_batch_size)
+        """Split a batch over devices in equal shares; a device holds the largest divisor of its share that is allowed."""
+        at_most, size = self.device_batch_size, self.batch_size
+        valid = at_most is None or at_most >= 1
+        require(valid, "data.device_batch_size >= 1, or null", at_most, "give a number of images")
+        expected = f"data.batch_size to be a multiple of the {world_size} devices"
+        got, remedy = f"data.batch_size={size}", "change data.batch_size or trainer.devices"
+        require(size % world_size == 0, expected, got, remedy)
+        share = size // world_size
+        bound = min(at_most or share, share)
+        images = next(count for count in range(bound, 0, -1) if share % count == 0)
+        return BatchSplit(world_size, images, share // images)
 
     def accumulation(self, world_size: int) -> int:
         """Return the number of micro-batches per optimizer step on `world_size` devices."""

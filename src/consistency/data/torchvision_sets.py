@@ -63,10 +63,8 @@ class Downloaded(InMemory):
                 reason = f"no such file, and the download failed ({last_line})"
         if folder is None:
             needed = f"{root / self.home / self.marks[0]} and its companions (data.path={root})"
-            remedy = (
-                "add data.download=true on a machine with a network, or put the files there from "
-            )
-            raise UserError(needed, reason, remedy + ", ".join(self.sources()))
+            remedy = "add data.download=true on a machine with a network, or put the files there"
+            raise UserError(needed, reason, f"{remedy} from {', '.join(self.sources())}")
         names = {"train": self.train, "test": self.test, "all": [*self.train, *self.test]}[split]
         parts = [self.read(folder, name) for name in names]
         images, labels = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -161,7 +161,7 @@ class Archive(Folder):
         expected = f"class labels in {LABELS} of {self.where}, or a folder a class"
         got = f"{LABELS} without labels" if listing.tables else "neither"
         remedy = (
-            "set data.source.classes=false and data.num_classes=null (classes=false when preparing)"
+            "set data.source.classes=false (classes=false when preparing), data.num_classes=null"
         )
         require(fits, expected, got, remedy)
 
