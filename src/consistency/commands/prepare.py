@@ -123,9 +123,8 @@ def _print_result(target: Path, facts: dict[str, Any]) -> None:
     kind = "zip" if target.is_file() else "stream"
     options = [f"data={kind}", f"data.path={target}"]
     options += [f"data.image_size={size}", f"data.channels={channels}"]
-    if classes:
-        options += [f"data.num_classes={classes}"]
-        options += ["data.source.classes=true"] if kind == "zip" else []
+    options += [f"data.num_classes={classes}"] if classes else []
+    options += ["data.source.classes=true"] if classes and kind == "zip" else []
     print(
         f"images      {facts['count']:,}, left out {facts['left_out']:,}",
         f"size        {size}x{size}, {'grey' if channels == 1 else 'RGB'}",

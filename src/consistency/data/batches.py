@@ -83,12 +83,10 @@ def unpack_batch(
     shape: of an image, if it is known.
     """
     parts = list(batch) if isinstance(batch, tuple | list) else [batch]
-    require(
-        len(parts) in (1, 2) and isinstance(parts[0], Tensor),
-        "batches (images, labels): images uint8, or float within [-1, 1], of shape (batch, channels, height, width)",
-        f"{type(batch).__name__} of {', '.join(type(part).__name__ for part in parts)}",
-        "give a loader of TensorDataset(images, labels), or of a Dataset whose items are (image, label)",
-    )
+    expected = "batches (images, labels): images uint8, or float within [-1, 1], of shape (batch, channels, height, width)"
+    got = f"{type(batch).__name__} of {', '.join(type(part).__name__ for part in parts)}"
+    remedy = "give a loader of TensorDataset(images, labels), or of a Dataset whose items are (image, label)"
+    require(len(parts) in (1, 2) and isinstance(parts[0], Tensor), expected, got, remedy)
     images = parts[0]
     fits = images.ndim == 4 and shape in (None, tuple(images.shape[1:]))
     axes = ", ".join(map(str, shape or ("channels", "height", "width")))

@@ -68,12 +68,8 @@ class ImageError(UserError):
 
 
 def bad_image(name: str, reason: str, remedy: str = "mend it, or save it as PNG") -> ImageError:
-    error = ImageError(
-        f"an image of 8 bits a channel, grey or colour, in {name}",
-        reason,
-        f"{remedy}; a data set can leave out such images with data.on_bad=skip "
-        "(on_bad=skip when preparing, which lists them)",
-    )
+    remedy += "; data.on_bad=skip leaves out such images of a set (on_bad=skip when preparing, which lists them)"
+    error = ImageError(f"an image of 8 bits a channel, grey or colour, in {name}", reason, remedy)
     error.name = name
     return error
 
@@ -125,12 +121,9 @@ def colour_of(background: str | None) -> Colour | None:
     colour: tuple[int, ...] = ()
     with suppress(ValueError):
         colour = ImageColor.getrgb(str(background))
-    require(
-        len(colour) == 3,
-        "the name of a colour or #rrggbb at data.background (background when preparing and editing), or null",
-        background,
-        "give white, for example; a colour by numbers needs quotes, data.background='\"#f0f0f0\"'",
-    )
+    expected = "null, the name of a colour or #rrggbb at data.background (background when preparing and editing)"
+    remedy = "give white, for example; numbers need quotes, data.background='\"#f0f0f0\"'"
+    require(len(colour) == 3, expected, background, remedy)
     return cast(Colour, colour)
 
 

@@ -62,13 +62,10 @@ class LSUN(Database):
     def find(self) -> Path:
         name = f"{self.category}_{self.split}_lmdb"
         database = required_path(self.path, f"the folder of LSUN's {name}", exists=False) / name
-        require(
-            (database / FILE).is_file(),
-            f"LSUN's own database {name}/{FILE} in the folder data.path={self.path}",
-            "no such file",
-            f"get {name}.zip with the download script of github.com/fyu/lsun "
-            f"(`python download.py -c {self.category}`), unzip it, and give data.path=<the folder of {name}>",
-        )
+        expected = f"LSUN's own database {name}/{FILE} in the folder data.path={self.path}"
+        remedy = f"get {name}.zip with download.py of github.com/fyu/lsun, -c {self.category}"
+        remedy += f", unzip it, and give data.path=<the folder of {name}>"
+        require((database / FILE).is_file(), expected, "no such file", remedy)
         return database
 
 

@@ -91,12 +91,10 @@ class Mixture(InMemory):
         stds: Sequence[float],
         seed: int,
     ) -> None:
-        require(
-            len(weights) == len(means) == len(stds) and min(*weights, *stds) > 0,
-            "as many weights as means and stds, weights and stds positive",
-            f"weights {list(weights)}, means {list(means)}, stds {list(stds)}",
-            "set data.source.weights, means, stds",
-        )
+        valid = len(weights) == len(means) == len(stds) and min(*weights, *stds) > 0
+        expected = "as many weights as means and stds, weights and stds positive"
+        got = f"weights {list(weights)}, means {list(means)}, stds {list(stds)}"
+        require(valid, expected, got, "set data.source.weights, means, stds")
         reach = max(abs(m) + 3 * s for m, s in zip(means, stds, strict=True))
         require(reach <= 1, "modes within [-1, 1], 3 deviations wide", reach, "move or narrow them")
         draw = generator(seed, "mixture")

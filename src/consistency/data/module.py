@@ -94,9 +94,7 @@ class DataModule(L.LightningDataModule):
         remedy = "set data.channels and data.image_size to the images, or prepare the images"
         require(tuple(image.shape) == (self.channels, size, size), expected, got, remedy)
         expected = f"class indices below data.num_classes={classes}"
-        remedy = (
-            "set data.num_classes to the number of classes, or null for a model without classes"
-        )
+        remedy = "set data.num_classes to the number of classes, or null without classes"
         fits = classes is None or 0 <= label < classes
         require(fits, expected, f"class index {label}", remedy)
 

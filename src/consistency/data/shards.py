@@ -113,7 +113,7 @@ class Stream(Source):
             try:
                 self._download(INDEX, fresh)
             except Exception as error:
-                remedy = f"check the URL, the credentials and that {INDEX} is there"
+                remedy = f"check the URL, the credentials and that {INDEX} exists"
                 raise UserError(f"shards at data.path={self.path}", error, remedy) from error
             if file.is_file() and file.read_bytes() != fresh.read_bytes():
                 for shard in self.folder.glob("*.bin"):
@@ -133,12 +133,10 @@ class Stream(Source):
         require(bool(shards) and not packed, f"uncompressed shards {at}", got, WRITE)
         names = [str(shard["filename"]) for shard in shards]
         inside = all(Path(name).name == name and name.endswith(".bin") for name in names)
-        require(
-            inside and set(kinds or [""]) <= FORMATS,
-            f"shards of {sorted(FORMATS)} {at}, each a file *.bin in that folder",
-            f"{kinds} in {names[:3]}"[:200],
-            f"{WRITE}; other kinds can run code or write elsewhere",
-        )
+        expected = f"shards of {sorted(FORMATS)} {at}, each a file *.bin in that folder"
+        got, known = f"{kinds} in {names[:3]}"[:200], set(kinds or [""]) <= FORMATS
+        remedy = f"{WRITE}; other kinds can run code or write elsewhere"
+        require(inside and known, expected, got, remedy)
         return shards
 
     def _downloader(self) -> Any:

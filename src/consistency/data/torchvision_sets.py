@@ -51,10 +51,7 @@ class Downloaded(InMemory):
         if folder is None and download:
             try:
                 root.mkdir(parents=True, exist_ok=True)
-                with (
-                    locked(root / ".download.lock"),
-                    timeout(),
-                ):  # one process of a machine at a time
+                with locked(root / ".download.lock"), timeout():
                     if self.find(root) is None:
                         self.download(root)
                 folder = self.find(root)

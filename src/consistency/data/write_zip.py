@@ -2,8 +2,7 @@
 
 Several processes write the images in chunks. A finished chunk is a zip of its own, named by a digest of its images
 and settings; so a stopped run continues with the missing chunks, and a chunk whose images or settings changed is
-written again. All chunks are joined in order. The same images and settings give the same bytes, for any number of
-processes or interruptions.
+written again. The same images and settings give the same bytes, for any number of processes or interruptions.
 """
 
 import hashlib

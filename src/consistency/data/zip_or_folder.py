@@ -160,9 +160,7 @@ class Archive(Folder):
         fits = not listing.tables and not chunks and any("/" in name for name in listing.names)
         expected = f"class labels in {LABELS} of {self.where}, or a folder a class"
         got = f"{LABELS} without labels" if listing.tables else "neither"
-        remedy = (
-            "set data.source.classes=false (classes=false when preparing), data.num_classes=null"
-        )
+        remedy = "set data.source.classes=false data.num_classes=null (preparing: classes=false)"
         require(fits, expected, got, remedy)
 
 
