@@ -21,9 +21,9 @@ The shell stands in rooms:
     checkpoints         load detect contents; ours safetensors openai nvlabs jcm diffusers (diffusers_names, diffusers_settings,
                         diffusers_write, diffusers_time_embedding); wrapped (state dicts below any keys), pickle_reader,
                         pickle_calls, msgpack_reader, pretrained (published files), retention (last, previous, best)
-    data                module (the LightningDataModule) batches (order by position) source feed (other loaders); memory: digits
-                        mixture cifar10 mnist; image_files: folder zip_or_folder lsun huggingface; shards; decode crop listing
-                        detect download parallel write_zip write_shards
+    data                module (the LightningDataModule) batches (order by position, foreign loaders) source; memory: digits
+                        torchvision_sets; image_files: zip_or_folder lsun huggingface; shards; decode crop listing detect
+                        download parallel write_zip
     evaluation          metrics extractors reference classifier timing
     training            build (configuration -> parts) module (the LightningModule) arguments (of Lightning) nonfinite loggers lpips
                         lightning_patches io_errors; callbacks: schedules ema progressive_distillation periodic checkpoints

@@ -133,7 +133,7 @@ OWN_TARGETS = [
     "consistency.commands.train.train",
     "consistency.checkpoints.pretrained.download",
     "consistency.checkpoints.pretrained.fetch",
-    "consistency.data.download.find_or_download",
+    "consistency.data.shards.write_shards",
     "consistency.commands.prepare.prepare",
     "consistency.commands.demo.demo",
     "consistency.commands.demo.library",

@@ -15,10 +15,9 @@ import originals
 from conftest import Run
 from consistency.data import image_files
 from consistency.data.decode import ImageError, decode
-from consistency.data.folder import Folder
 from consistency.data.image_files import ImageFiles
 from consistency.data.lsun import Database
-from consistency.data.zip_or_folder import Archive
+from consistency.data.zip_or_folder import Archive, Folder
 from consistency.errors import UserError
 from originals import encoded, noise
 

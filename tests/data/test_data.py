@@ -11,11 +11,11 @@ from PIL import Image
 
 from consistency.data.batches import PositionedBatches
 from consistency.data.digits import Digits
-from consistency.data.folder import Folder
 from consistency.data.lsun import LSUN
 from consistency.data.memory import InMemory, load_into_memory
 from consistency.data.module import DataModule
 from consistency.data.source import Source
+from consistency.data.zip_or_folder import Folder
 from consistency.errors import UserError
 from consistency.pixels import to_uint8, to_unit
 

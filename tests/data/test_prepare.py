@@ -21,9 +21,8 @@ import originals
 from conftest import ROOT, Run
 from consistency.data import write_zip
 from consistency.data.crop import box
-from consistency.data.folder import Folder
 from consistency.data.shards import Stream
-from consistency.data.zip_or_folder import Archive
+from consistency.data.zip_or_folder import Archive, Folder
 from consistency.runtime.files import part_path
 from originals import encoded, noise
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import originals
 from conftest import ROOT
-from consistency.data.write_shards import count_images
+from consistency.data.shards import count_images
 from originals import encoded, noise
 
 pytestmark = [
@@ -26,7 +26,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 from consistency.data.digits import Digits
-from consistency.data.write_shards import write_shards
+from consistency.data.shards import write_shards
 
 class Slow(Digits):
     def __getitem__(self, index):

@@ -69,7 +69,7 @@ def check_resumes(
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The numbered images in 9 shards."""
     pytest.importorskip("litdata")
-    from consistency.data.write_shards import write_shards
+    from consistency.data.shards import write_shards
 
     folder = tmp_path_factory.mktemp("data") / "shards"
     assert write_shards(Numbered(SIZE), folder, shard_bytes=250, show=False) == SIZE

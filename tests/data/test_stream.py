@@ -16,8 +16,7 @@ from conftest import REPORT
 from consistency.data.batches import PositionedBatches
 from consistency.data.digits import Digits
 from consistency.data.module import DataModule
-from consistency.data.shards import Stream
-from consistency.data.write_shards import count_images, write_shards
+from consistency.data.shards import Stream, count_images, write_shards
 from consistency.errors import UserError
 from consistency.randomness import generator
 

@@ -21,8 +21,8 @@ from consistency.data.decode import (
     is_deep,
     read_picture,
 )
-from consistency.data.folder import Folder
 from consistency.data.listing import read_images
+from consistency.data.zip_or_folder import Folder
 from consistency.errors import UserError
 from consistency.randomness import generator
 from originals import encoded, noise

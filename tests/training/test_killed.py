@@ -38,7 +38,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits to train on, in shards."""
     pytest.importorskip("litdata")
     from consistency.data.digits import Digits
-    from consistency.data.write_shards import write_shards
+    from consistency.data.shards import write_shards
 
     folder = tmp_path_factory.mktemp("data") / "shards"
     write_shards(Digits(split="train"), folder, shard_bytes=5000, show=False)

@@ -13,10 +13,9 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.commands.overrides import shell_line
+from consistency.data import shards
 from consistency.data.detect import detect_source
-from consistency.data.shards import engine
-from consistency.data.write_shards import require_same_settings, write_shards
-from consistency.data.write_zip import Chunk, ChunkWriter, ImageSettings, join
+from consistency.data.write_zip import Chunk, ChunkWriter, join
 from consistency.data.zip_or_folder import Archive
 from consistency.errors import UserError, require
 
@@ -34,27 +33,22 @@ def prepare(config: DictConfig, target: Path) -> None:
     classes = f"{count} classes" if count else "no classes"
     print(f"source      {config.source} ({kind}): {len(source):,} images, {classes}")
     crop = OmegaConf.to_container(config.crop, resolve=True)
-    settings = ImageSettings(config.resolution, config.channels, crop, config.background)
-    writer, parts = ChunkWriter(source, settings), target.with_name(f".{target.name}.parts")
+    writer = ChunkWriter(source, config.resolution, config.channels, crop, config.background)
+    parts = target.with_name(f".{target.name}.parts")
     files = writer.files(parts)
     digests = "".join(file.stem.partition("_")[2] for file in files)
     identity = hashlib.sha256(digests.encode()).hexdigest()
     if target.exists():
         facts = _facts_of(target)
-        require_same_settings(facts.get("identity"), identity, target, "a file or folder")
-        shutil.rmtree(parts, ignore_errors=True)
+        shards.require_same_settings(facts.get("identity"), identity, target, "a file or folder")
         print(f"nothing to do: {target} is made from this source with these settings")
     else:
         parts.mkdir(parents=True, exist_ok=True)
         chunks = list(writer.write_all(files, config.num_workers))
-        facts = {
-            "identity": identity,
-            **_count_bad(chunks, len(source), config.on_bad),
-            **_summary(chunks),
-            "num_classes": count or None,
-        }
+        facts = {"identity": identity, "num_classes": count or None}
+        facts |= _summary(chunks, len(source), config.on_bad)
         _write(chunks, facts, target, parts)
-        shutil.rmtree(parts)
+    shutil.rmtree(parts, ignore_errors=True)
     _print_result(target, facts)
 
 
@@ -69,51 +63,40 @@ def _require_options(config: DictConfig, target: Path) -> None:
         (workers is None or workers > 0, "num_workers >= 1, or null", workers),
     ):
         require(valid, expected, got, "choose one")
-    require(
-        (target.suffix == ".zip") == (config.to == "zip"),
-        f"{shape[config.to]} at output=",
-        target,
-        "give output=<folder>/<name>.zip" if config.to == "zip" else "give output=<folder>",
-    )
+    remedy = "give output=<folder>/<name>.zip" if config.to == "zip" else "give output=<folder>"
+    fits = (target.suffix == ".zip") == (config.to == "zip")
+    require(fits, f"{shape[config.to]} at output=", target, remedy)
     if config.to == "shards":
-        engine()  # fails before the work if the extra is missing
+        shards.engine()  # fails before the work if the extra is missing
 
 
 def _write(chunks: Sequence[Chunk], facts: dict[str, Any], target: Path, parts: Path) -> None:
     """Join the chunks to a zip, at `target` or, for shards there, in `parts`."""
-    labelled = facts["num_classes"] is not None
-    if target.suffix == ".zip":
-        join(chunks, target, labelled=labelled, facts=facts)
-        return
-    file, folder = parts / "joined.zip", parts / "shards"
+    to_zip, labelled = target.suffix == ".zip", facts["num_classes"] is not None
+    file, folder = target if to_zip else parts / "joined.zip", parts / "shards"
     join(chunks, file, labelled=labelled, facts=facts)
-    source = Archive(path=str(file), classes=labelled)
-    write_shards(source, folder)
-    (folder / PREPARED).write_text(json.dumps(facts, sort_keys=True))
-    folder.replace(target)
+    if not to_zip:
+        shards.write_shards(Archive(path=str(file), classes=labelled), folder)
+        (folder / PREPARED).write_text(json.dumps(facts, sort_keys=True))
+        folder.replace(target)
 
 
-def _count_bad(chunks: Sequence[Chunk], total: int, on_bad: str) -> dict[str, int]:
-    """Print the images that cannot be used; refuse them unless they may be skipped."""
-    bad = [line for chunk in chunks for line in chunk.bad]
-    if bad:
-        print(f"{len(bad):,} of {total:,} images cannot be used:")
-        for line in bad:
-            print(f"  {line}")
-    if bad and (on_bad == "stop" or len(bad) == total):
-        raise UserError(
-            f"images that can be used, all {total:,} of them",
-            f"{len(bad):,} that cannot, listed above",
-            "mend or remove them and run the command again, which continues from here, or leave them out with on_bad=skip",
-        )
-    return {"count": total - len(bad), "left_out": len(bad)}
-
-
-def _summary(chunks: Sequence[Chunk]) -> dict[str, Any]:
-    """Return size, images of the smallest and largest class, and channel means."""
+def _summary(chunks: Sequence[Chunk], total: int, on_bad: str) -> dict[str, Any]:
+    """Return the facts of the images; print those that cannot be used, and refuse them unless they may be skipped."""
     images = [image for chunk in chunks for image in chunk.images]
+    if bad := [line for chunk in chunks for line in chunk.bad]:
+        print(f"{len(bad):,} of {total:,} images cannot be used:")
+        print(*(f"  {line}" for line in bad), sep="\n")
+        if on_bad == "stop" or not images:
+            raise UserError(
+                f"images that can be used, all {total:,} of them",
+                f"{len(bad):,} that cannot, listed above",
+                "mend or remove them and run the command again, which continues from here, or leave them out with on_bad=skip",
+            )
     counts = Counter(image.label for image in images).values()
     return {
+        "count": len(images),
+        "left_out": len(bad),
         "resolution": images[0].height,
         "channels": len(images[0].means),
         "images_per_class": [min(counts), max(counts)],
@@ -140,12 +123,14 @@ def _print_result(target: Path, facts: dict[str, Any]) -> None:
     kind = "zip" if target.is_file() else "stream"
     options = [f"data={kind}", f"data.path={target}"]
     options += [f"data.image_size={size}", f"data.channels={channels}"]
-    if classes:
-        options += [f"data.num_classes={classes}"]
-        options += ["data.source.classes=true"] if kind == "zip" else []
-    print(f"images      {facts['count']:,}, left out {facts['left_out']:,}")
-    print(f"size        {size}x{size}, {'grey' if channels == 1 else 'RGB'}")
-    print(f"classes     {f'{classes}, of {least:,} to {most:,} images' if classes else 'none'}")
-    print(f"means       {means} (of 0 to 255, by channel)")
-    print(f"written     {target}")
-    print(f"train on it {shell_line('train', *options)}")
+    options += [f"data.num_classes={classes}"] if classes else []
+    options += ["data.source.classes=true"] if classes and kind == "zip" else []
+    print(
+        f"images      {facts['count']:,}, left out {facts['left_out']:,}",
+        f"size        {size}x{size}, {'grey' if channels == 1 else 'RGB'}",
+        f"classes     {f'{classes}, of {least:,} to {most:,} images' if classes else 'none'}",
+        f"means       {means} (of 0 to 255, by channel)",
+        f"written     {target}",
+        f"train on it {shell_line('train', *options)}",
+        sep="\n",
+    )

@@ -1,8 +1,8 @@
-"""The order of the data as a function of the global position of a batch."""
+"""Batches: their order as a function of the global position, and those of a foreign loader."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -10,7 +10,11 @@ from torch import Generator, Tensor
 from torch.utils.data import Sampler
 
 from consistency.errors import require
+from consistency.pixels import to_unit
 from consistency.randomness import generator
+from consistency.tensors import Data, Label
+
+ROUNDING = 1e-4
 
 
 class BatchSplit(NamedTuple):
@@ -25,33 +29,14 @@ class BatchSplit(NamedTuple):
         return f"{devices} x {self.images} images x {self.accumulated} accumulated"
 
 
-def split_batch(batch_size: int, *, devices: int, at_most: int | None) -> BatchSplit:
-    """Split `batch_size` images over `devices` in equal shares.
-
-    A device holds as many images at once as divide its share and are at most `at_most` (None: its whole share).
-    """
-    valid = at_most is None or at_most >= 1
-    require(valid, "data.device_batch_size >= 1, or null", at_most, "give a number of images")
-    require(
-        batch_size % devices == 0,
-        f"data.batch_size to be a multiple of the {devices} devices",
-        f"data.batch_size={batch_size}",
-        "change data.batch_size or trainer.devices",
-    )
-    share = batch_size // devices
-    bound = min(at_most or share, share)
-    images = next(size for size in range(bound, 0, -1) if share % size == 0)
-    return BatchSplit(devices, images, share // images)
-
-
 @dataclass(kw_only=True, eq=False, repr=False)
 class PositionedBatches(Sampler[list[int]]):
     """Index lists of the micro-batches number start ... total-1 of one rank.
 
-    Every epoch is a fresh permutation of the set, a function of (seed, epoch); a global batch is a run of
-    `batch_size` entries of it, cut into `accumulate` micro-batches, each cut into `world_size` shares. The rest of an
-    epoch, less than one global batch, is dropped. The sampler holds no position: a second iteration gives
-    the same indices, and a run resumed at `start` continues as if it had never stopped.
+    Every epoch is a fresh permutation of the set, a function of (seed, epoch); a global batch is a run of `batch_size`
+    entries of it, cut into `accumulate` micro-batches, each cut into `world_size` shares. The rest of an epoch, less than
+    one global batch, is dropped. The sampler holds no position: a second iteration gives the same indices, and a run
+    resumed at `start` continues as if it had never stopped.
 
     size: number of images.
     order: draws a permutation of them from a generator.
@@ -85,3 +70,57 @@ class PositionedBatches(Sampler[list[int]]):
                 current, order = epoch, self.epoch(epoch)
             first = batch * self.batch_size + (micro * self.world_size + self.rank) * share
             yield order[first : first + share].tolist()
+
+
+def unpack_batch(
+    batch: Any, *, shape: tuple[int, ...] | None, num_classes: int | None
+) -> tuple[Data, Label]:
+    """Return images and labels of a foreign loader's batch: (images, labels), (images,), or images alone.
+
+    Images of uint8 are scaled; float ones must be in [-1, 1]. Labels are integers below `num_classes`; without
+    classes they are ignored.
+
+    shape: of an image, if it is known.
+    """
+    parts = list(batch) if isinstance(batch, tuple | list) else [batch]
+    expected = "batches (images, labels): images uint8, or float within [-1, 1], of shape (batch, channels, height, width)"
+    got = f"{type(batch).__name__} of {', '.join(type(part).__name__ for part in parts)}"
+    remedy = "give a loader of TensorDataset(images, labels), or of a Dataset whose items are (image, label)"
+    require(len(parts) in (1, 2) and isinstance(parts[0], Tensor), expected, got, remedy)
+    images = parts[0]
+    fits = images.ndim == 4 and shape in (None, tuple(images.shape[1:]))
+    axes = ", ".join(map(str, shape or ("channels", "height", "width")))
+    got = f"{images.dtype} of shape {tuple(images.shape)}"
+    remedy = "change the loader, or build the module for these images: data.channels=, data.image_size=, model="
+    require(fits, f"images of shape (batch, {axes})", got, remedy)
+    if num_classes is None:
+        return _in_unit(images), None
+    return _in_unit(images), _classes(parts[1] if parts[1:] else None, len(images), num_classes)
+
+
+def _in_unit(images: Tensor) -> Data:
+    if images.dtype == torch.uint8:
+        return to_unit(images)
+    expected = "images of uint8 from 0 to 255, or of float within [-1, 1]"
+    remedy = "write images.to(torch.uint8) for grey values from 0 to 255"
+    require(images.is_floating_point(), expected, f"images of {images.dtype}", remedy)
+    low, high = torch.stack(torch.aminmax(images)).tolist()
+    fits, got = -1 - ROUNDING <= low <= high <= 1 + ROUNDING, f"values from {low:.4g} to {high:.4g}"
+    remedy = "give uint8, or scale them: x / 127.5 - 1 from 0 ... 255, 2 * x - 1 from 0 ... 1"
+    require(fits, "float images within [-1, 1]", got, remedy)
+    return images.float()
+
+
+def _classes(labels: Any, count: int, num_classes: int) -> Label:
+    got, fits = "none" if labels is None else type(labels).__name__, False
+    if isinstance(labels, Tensor):
+        got = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        floating = labels.is_floating_point() or labels.is_complex()
+        fits = not floating and labels.dtype != torch.bool and tuple(labels.shape) == (count,)
+        if fits and count:
+            low, high = torch.stack(torch.aminmax(labels)).tolist()
+            got, fits = f"labels from {low} to {high}", 0 <= low and high < num_classes
+    expected = f"{count} labels, integers from 0 to {num_classes - 1}, for a model of {num_classes} classes"
+    remedy = "give them, from 0, or set data.num_classes; null builds the module without classes"
+    require(fits, expected, got, remedy)
+    return labels.long()

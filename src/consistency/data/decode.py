@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -38,10 +38,7 @@ _KNOWN = {s for s, f in PILImage.registered_extensions().items() if f in (*FORMA
 EXTENSIONS = tuple(sorted(_KNOWN - {".pfm"} | {".jif", ".jfi", ".pjpeg", ".pjp"}))
 """Suffixes of image files: Pillow's of these formats without the one of floating point, and further ones of JPEG."""
 
-UNREADABLE = (
-    *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError, KeyError),
-    *(zlib.error, zipfile.BadZipFile),
-)
+UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, KeyError, zlib.error, zipfile.BadZipFile)
 """Errors of reading a file or an entry of a zip."""
 
 GREY = ("1", "L", "LA", "La")
@@ -70,22 +67,15 @@ class ImageError(UserError):
     name: str = ""
 
 
-def bad_image(
-    name: str, reason: str, remedy: str = "mend the file, or save it anew as a PNG"
-) -> ImageError:
-    """Return the error for an image that cannot be used."""
-    error = ImageError(
-        f"an image of 8 bits a channel, grey or colour, in {name}",
-        reason,
-        f"{remedy}; a data set can leave out such images with data.on_bad=skip "
-        "(on_bad=skip when preparing, which lists them)",
-    )
+def bad_image(name: str, reason: str, remedy: str = "mend it, or save it as PNG") -> ImageError:
+    remedy += "; data.on_bad=skip leaves out such images of a set (on_bad=skip when preparing, which lists them)"
+    error = ImageError(f"an image of 8 bits a channel, grey or colour, in {name}", reason, remedy)
     error.name = name
     return error
 
 
 def read_bounded(file: Path, most: int = MOST_BYTES) -> bytes:
-    """Return the content of a file; refuse a larger one than `most` bytes before it is read."""
+    """Return the content of a file of at most `most` bytes."""
     require_size(file.stat().st_size, most)
     return file.read_bytes()
 
@@ -128,19 +118,16 @@ def colour_of(background: str | None) -> Colour | None:
     """Return the colour of that name, or of that form #rrggbb, to put behind transparent images."""
     if background is None:
         return None
-    values: tuple[int, ...] = ()
+    colour: tuple[int, ...] = ()
     with suppress(ValueError):
-        values = ImageColor.getrgb(str(background))
-    require(
-        len(values) == 3,
-        "the name of a colour or #rrggbb at data.background (background when preparing and editing), or null",
-        background,
-        "give white, for example; a colour by numbers needs quotes, data.background='\"#f0f0f0\"'",
-    )
-    return values[0], values[1], values[2]
+        colour = ImageColor.getrgb(str(background))
+    expected = "null, the name of a colour or #rrggbb at data.background (background when preparing and editing)"
+    remedy = "give white, for example; numbers need quotes, data.background='\"#f0f0f0\"'"
+    require(len(colour) == 3, expected, background, remedy)
+    return cast(Colour, colour)
 
 
-def is_image(stream: io.BufferedIOBase) -> bool:
+def is_image(stream: io.IOBase) -> bool:
     """Return whether a file begins as one of `FORMATS` does, under any name."""
     head = stream.read(16)
     try:
@@ -172,13 +159,10 @@ def decode(
     - More than `MOST_PIXELS` pixels are refused.
     - A PNG is checked against its checksums. A JPEG has none, so damage that its decoder misses stays unseen.
     """
-    if not content:
-        raise bad_image(name, "an empty file (0 bytes)")
-    reason = ""
-    for stored in (content, _without_metadata(content)):
+    reason = "" if content else "an empty file (0 bytes)"
+    for stored in filter(None, (content, _without_metadata(content))):
         try:
-            if stored is not None:
-                return _decode(stored, name, mode, background)
+            return _decode(stored, name, mode, background)
         except ImageError:
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
@@ -198,18 +182,17 @@ def _decode(
     grey = image.mode in GREY
     image.load()
     transparent = image.has_transparency_data
-    image = _upright(image)
+    turn = None
+    with suppress(Exception):  # unreadable metadata
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    image = image if turn is None else image.transpose(turn)
     if transparent:
         image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
             if background is None:
-                raise bad_image(
-                    name,
-                    "an image that is transparent in places",
-                    "put it on a colour with data.background=white "
-                    "(background=white when preparing and editing)",
-                )
+                remedy = "put it on a colour with data.background=white (background=white when preparing and editing)"
+                raise bad_image(name, "an image that is transparent in places", remedy)
             grey = grey and len(set(background)) == 1
             ground = PILImage.new("RGBA", image.size, (*background, 255))
             image = PILImage.alpha_composite(ground, image)
@@ -221,7 +204,8 @@ def _reason(error: Exception, content: bytes) -> str:
     """Return why the decoder failed, in words."""
     if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "a HEIC picture, which cannot be read: save it as JPEG or PNG"
-    if any(_precision(content, *segment) > 8 for segment in _segments(content)):
+    frames = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+    if any(m in frames and content[at + 4 : at + 5] > b"\x08" for m, at, _ in _segments(content)):
         return "more than 8 bits a channel"
     text = str(error) or type(error).__name__
     if isinstance(error, PILImage.UnidentifiedImageError):
@@ -267,14 +251,6 @@ def _stored_deep(kind: str | None, content: bytes) -> bool:
     return any((bits & 0x7F) + 1 > 8 for bits in content[at + 42 : at + 42 + 3 * count : 3])
 
 
-def _upright(image: PILImage.Image) -> PILImage.Image:
-    try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # unreadable metadata
-        turn = None
-    return image if turn is None else image.transpose(turn)
-
-
 def _without_metadata(content: bytes) -> bytes | None:
     """Return a PNG or JPEG with only its pixels and orientation; None for other files."""
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -282,8 +258,11 @@ def _without_metadata(content: bytes) -> bytes | None:
     if not content.startswith(b"\xff\xd8\xff"):
         return None
     rest, end = content[:2], 2
+    least = {0xE0: 16, 0xE1: 0, 0xEE: 14}  # EXIF stays, and JFIF and Adobe of their full length
     for marker, start, end in _segments(content):
-        if not _is_metadata(marker, end - start):
+        if not (
+            marker == 0xFE or (0xE0 <= marker <= 0xEF and end - start < least.get(marker, 1 << 17))
+        ):
             rest += content[start:end]
     return rest + content[end:]
 
@@ -307,19 +286,7 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
     at = 2 if jpeg.startswith(b"\xff\xd8\xff") else len(jpeg)
     while at + 4 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] not in (0xD9, 0xDA):
         end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4])
-        if jpeg[at + 1] == 0xFF:  # padding
-            at += 1
-            continue
-        yield jpeg[at + 1], at, end
-        at = end
-
-
-def _is_metadata(marker: int, size: int) -> bool:
-    """Return whether a segment of a JPEG can go: all but EXIF, and JFIF and Adobe of their full length."""
-    least = {0xE0: 16, 0xE1: 0, 0xEE: 14}
-    return marker == 0xFE or (0xE0 <= marker <= 0xEF and size < least.get(marker, size + 1))
-
-
-def _precision(jpeg: bytes, marker: int, start: int, end: int) -> int:
-    frame = 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
-    return jpeg[start + 4] if frame and start + 4 < len(jpeg) else 0
+        padding = jpeg[at + 1] == 0xFF
+        if not padding:
+            yield jpeg[at + 1], at, end
+        at = at + 1 if padding else end

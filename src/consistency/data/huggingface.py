@@ -3,7 +3,6 @@
 import importlib
 from dataclasses import InitVar, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from consistency.data.decode import read_bounded
@@ -15,10 +14,8 @@ from consistency.errors import UserError, require
 class HuggingFace(ImageFiles):
     """A set of the hub, or a folder that `datasets` can read. Images are decoded by our own rules.
 
-    name, subset, split: as in `datasets.load_dataset`.
+    name, subset, split, cache: as in `datasets.load_dataset`.
     images, labels: the columns; None for the only one of images, or of class labels.
-    classes: whether to read the labels.
-    cache: folder of the download; None for the default of `datasets`.
     """
 
     name: str | None
@@ -34,20 +31,22 @@ class HuggingFace(ImageFiles):
         super().__post_init__()
 
     def open(self) -> Index:
-        require(
-            self.name is not None, "the name of a set", "data.path=null", "add data.path=<name>"
-        )
-        library = _library()
+        missing = self.name is None
+        require(not missing, "the name of a set", "data.path=null", "add data.path=<name>")
         try:
-            table = library.load_dataset(
-                self.name, self.subset, split=self.split, cache_dir=self.cache
-            )
+            library = importlib.import_module("datasets")
+        except ImportError as error:
+            expected = "the library `datasets` for a set of the Hugging Face hub (data.path)"
+            remedy = "pip install 'consistency[huggingface]', or in this repository datasets"
+            raise UserError(expected, error, remedy) from error
+        try:
+            options = {"split": self.split, "cache_dir": self.cache}
+            table = library.load_dataset(self.name, self.subset, **options)
         except Exception as error:  # of the library, its network and its file systems
-            raise UserError(
-                f"the set {self.name} (subset {self.subset}, split {self.split}) for data.path={self.name}",
-                f"{type(error).__name__}: {str(error)[:300]}",
-                "check the name; without a network, fill the library's cache beforehand",
-            ) from error
+            expected = f"the set data.path={self.name} (subset {self.subset}, split {self.split})"
+            got = f"{type(error).__name__}: {str(error)[:300]}"
+            remedy = "check the name; without a network, fill the library's cache beforehand"
+            raise UserError(expected, got, remedy) from error
         self.where = str(self.name)
         self.column = _only(table.features, library.Image, self.images, "images")
         files = table.select_columns([self.column])
@@ -67,26 +66,12 @@ class HuggingFace(ImageFiles):
         return str(self.table._fingerprint).encode()
 
 
-def _library() -> ModuleType:
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as error:
-        raise UserError(
-            "the library `datasets` for a set of the Hugging Face hub (data.path)",
-            error,
-            "pip install 'consistency[huggingface]', or in this repository pip install datasets",
-        ) from error
-
-
 def _only(features: Any, kind: type, chosen: str | None, option: str) -> str:
     """Return the chosen column, or the only one of its type."""
     fitting = [name for name, feature in features.items() if isinstance(feature, kind)]
     columns = fitting if chosen is None else [chosen]
     without = "" if option == "images" else ", or data.source.classes=false"
-    require(
-        len(columns) == 1 and columns[0] in fitting,
-        f"one column of type {kind.__name__}, or data.source.{option}=<column>",
-        f"{chosen or fitting} of {list(features)}",
-        f"name one with data.source.{option}={without}",
-    )
+    expected = f"one column of type {kind.__name__}, or data.source.{option}=<column>"
+    got, remedy = f"{chosen or fitting} of {list(features)}", f"name one with data.source.{option}="
+    require(len(columns) == 1 and columns[0] in fitting, expected, got, remedy + without)
     return columns[0]

@@ -21,7 +21,7 @@ MOST_LISTED = 20
 
 
 class Index(NamedTuple):
-    """Names of all images with their class indices (None: all 0), and the names of the classes."""
+    """Names of all images, their class indices (None: all 0), and the names of the classes."""
 
     names: Sequence[str]
     labels: Sequence[int] | None = None
@@ -32,9 +32,7 @@ class Index(NamedTuple):
 class ImageFiles(Source):
     """Base of the sources of image files.
 
-    image_size: side in pixels to which `crop` brings every image; None keeps the images' own.
-    channels: 1 grey, 3 colour; None keeps the images' own.
-    crop: one of `consistency.data.crop`.
+    image_size, channels: of every image after `crop`; None keeps the images' own.
     num_classes: number of classes of the model, which the labels must fit; None without classes.
     on_bad: "stop" raises `ImageError` when an unusable image is read; "skip" decodes every image once at the
         start and leaves the unusable ones out, so that the order of the rest is a function of position alone.
@@ -84,24 +82,16 @@ class ImageFiles(Source):
         return f"{self.where}/{self.names[index]}"
 
     def _require_classes(self, num_classes: int) -> None:
-        require(
-            bool(self.class_names),
-            f"classes for data.num_classes={num_classes} in {self.where}",
-            "images without classes",
-            "add data.source.classes=true if it has classes, or set data.num_classes=null",
-        )
-        highest = int(self.labels.max())
-        require(
-            highest < num_classes,
-            f"class indices below data.num_classes={num_classes}",
-            f"class index {highest} of {self.name_of(int(self.labels.argmax()))}",
-            "set data.num_classes to the number of classes",
-        )
+        expected = f"classes for data.num_classes={num_classes} in {self.where}"
+        remedy = "add data.source.classes=true if it has classes, or set data.num_classes=null"
+        require(bool(self.class_names), expected, "images without classes", remedy)
+        highest, name = int(self.labels.max()), self.name_of(int(self.labels.argmax()))
+        expected = f"class indices below data.num_classes={num_classes}"
+        remedy = "set data.num_classes to the number of classes"
+        require(highest < num_classes, expected, f"class index {highest} of {name}", remedy)
         if len(self.class_names) < num_classes:
-            shown = ", ".join(self.class_names[:MOST_LISTED])
-            rank_zero_only(print)(
-                f"data.num_classes={num_classes}, but {self.where} has {len(self.class_names)}: {shown}"
-            )
+            has = f"{self.where} has {len(self.class_names)}: {', '.join(self.class_names[:MOST_LISTED])}"
+            rank_zero_only(print)(f"data.num_classes={num_classes}, but {has}")
 
     def _leave_out_bad(self) -> None:
         reasons: dict[int, str] = {}
@@ -110,20 +100,17 @@ class ImageFiles(Source):
             try:
                 self[index]
             except ImageError as error:
-                reasons[index] = f"{error.name}: {error.got}"
+                reasons[index] = f"  {error.name}: {error.got}"
 
         total = len(self)
         in_threads(attempt, total, "trying every image (data.on_bad=skip)")
         usable = [i for i in range(total) if i not in reasons]
         require(bool(usable), f"an image that can be read in {self.where}", "none", "check them")
-        rank_zero_only(_report_left_out)([reasons[i] for i in sorted(reasons)], total)
+        lines = [reasons[i] for i in sorted(reasons)][:MOST_LISTED]
+        if more := len(reasons) - len(lines):
+            lines.append(f"  ... and {more:,} more")
+        left_out = f"{len(reasons):,} of {total:,} images cannot be used and are left out"
+        rank_zero_only(print)(left_out, *lines, sep="\n")
         self.left_out = len(reasons)
         self.names = [self.names[i] for i in usable]
         self.labels = self.labels[usable]
-
-
-def _report_left_out(lines: Sequence[str], total: int) -> None:
-    print(f"{len(lines):,} of {total:,} images cannot be used and are left out")
-    more = len(lines) - MOST_LISTED
-    for line in [*lines[:MOST_LISTED], *([f"... and {more:,} more"] if more > 0 else [])]:
-        print(f"  {line}")

@@ -5,9 +5,9 @@ import stat
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from contextlib import suppress
 from functools import partial
-from io import BufferedIOBase
+from io import FileIO, IOBase
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -59,50 +59,38 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in NOT_OURS
 
 
-@dataclass
 class Listing:
-    """The content of a folder or zip, by names relative to it, with slashes.
+    """The content of the folder or zip `where`, by names relative to it, with slashes."""
 
-    where: path of the folder or zip.
-    names: the images, sorted.
-    folders: all folders that are not hidden.
-    level: the folder whose folders are the classes.
-    tables: files of labels.
-    others: files of other types.
-    hidden, broken, repeated: ignored files and folders: hidden ones; links without target and folders that cannot
-        be opened; links to images that are listed already.
-    entries: names that a zip itself gives to its images.
-    """
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.names: list[str] = []  # of the images, sorted
+        self.tables: list[str] = []  # files of labels
+        self.others: list[str] = []  # files of other types
+        self.folders: set[str] = set()  # all that are not hidden
+        self.level = ""  # the folder whose folders are the classes
+        self.hidden: list[str] = []  # these are ignored, and the next two
+        self.broken: list[str] = []  # links without target and folders that cannot be opened
+        self.repeated: list[str] = []  # links to images that are listed already
+        self.entries: dict[str, str] = {}  # names that a zip itself gives to its images
 
-    where: str
-    names: list[str] = field(default_factory=list)
-    folders: set[str] = field(default_factory=set)
-    level: str = ""
-    tables: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    hidden: list[str] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
-    repeated: list[str] = field(default_factory=list)
-    entries: dict[str, str] = field(default_factory=dict)
-
-    def add(self, name: str, opening: Callable[[], BufferedIOBase]) -> None:
+    def add(self, name: str, opening: Callable[[], IOBase]) -> None:
         """Add a file, an image by its suffix or by how its content begins."""
         suffix = os.path.splitext(name)[1].lower()
-        if suffix in EXTENSIONS or _begins_as_image(name, suffix, opening):
-            self.names.append(name)
-        elif name.rsplit("/", 1)[-1] == LABELS:
-            self.tables.append(name)
-        else:
-            self.others.append(name)
+        is_picture = suffix in EXTENSIONS
+        if not is_picture and suffix not in NEVER and not name.endswith("~"):
+            with suppress(*UNREADABLE), opening() as stream:
+                is_picture = is_image(stream)
+        is_table = name.rsplit("/", 1)[-1] == LABELS
+        (self.names if is_picture else self.tables if is_table else self.others).append(name)
 
     def require_images(self) -> None:
         """Print one line about ignored files, if there are any; refuse a listing without images."""
         parts = []
         if others := Counter(map(_suffix, self.others)):
             parts.append(f"files of other types: {_counts(others)}")
-            if unread := sorted(others.keys() & PICTURES):
-                remedy = "pictures that cannot be read: save them as PNG"
-                parts[0] += f" ({', '.join(unread)} are {remedy})"
+            if unread := ", ".join(sorted(others.keys() & PICTURES)):
+                parts[0] += f" ({unread} are pictures that cannot be read: save them as PNG)"
         if self.hidden:
             own = (name.rsplit("/", 1)[-1] for name in self.hidden)
             kinds = Counter("._*" if name.startswith("._") else name for name in own)
@@ -112,8 +100,7 @@ class Listing:
             (self.repeated, "links to files listed already"),
         ):
             if names:
-                shown = ", ".join(sorted(names)[:MOST_SHOWN])
-                parts.append(f"{len(names):,} {kind}: {shown}")
+                parts.append(f"{len(names):,} {kind}: {', '.join(sorted(names)[:MOST_SHOWN])}")
         if parts:
             line = f"Ignored in {self.where}: {'; '.join(parts)}"
             rank_zero_only(print)(line.encode(errors="backslashreplace").decode())
@@ -124,12 +111,10 @@ class Listing:
         """Return the class index of every image and the names of the classes, which are the folders at `level`."""
         depth = len(PurePosixPath(self.level).parts)
         beside = [name for name in self.names if name.count("/") <= depth]
-        require(
-            not beside,
-            f"one folder a class, and no image beside them, in {self.where}",
-            f"{len(beside):,} images without a class, the first of them {(beside or [''])[0]}",
-            "move them into folders, or leave classes=false (data.source.classes=false)",
-        )
+        expected = f"one folder a class, and no image beside them, in {self.where}"
+        got = f"{len(beside):,} images without a class, the first of them {''.join(beside[:1])}"
+        remedy = "move them into folders, or leave classes=false (data.source.classes=false)"
+        require(not beside, expected, got, remedy)
         tops = [name.split("/")[depth] for name in self.names]
         names = sorted(set(tops))
         lost = {n for n in self.broken if os.path.splitext(n)[1].lower() not in EXTENSIONS}
@@ -140,12 +125,10 @@ class Listing:
             if top in content:
                 content[top][_suffix(name)] += 1
         shown = [f"{top} ({_counts(kinds) or 'empty'})" for top, kinds in content.items()]
-        require(
-            not content,
-            f"images in every class folder of {self.where}",
-            f"{len(content):,} without any: {', '.join(shown[:MOST_SHOWN])}",
-            "put images in, or remove the folder; the classes are numbered in the order of their names",
-        )
+        expected = f"images in every class folder of {self.where}"
+        got = f"{len(content):,} without any: {', '.join(shown[:MOST_SHOWN])}"
+        remedy = "put images in, or remove the folder; the classes are numbered in the order of their names"
+        require(not content, expected, got, remedy)
         number = {name: index for index, name in enumerate(names)}
         return [number[top] for top in tops], names
 
@@ -193,37 +176,34 @@ class _Walk:
 
     def scan(self, name: str) -> None:
         """List the files of one folder; note its folders and its links."""
-        path = os.path.join(self.root, name)
+        path, listing = os.path.join(self.root, name), self.listing
         real = os.path.realpath(path)
         if real in self.known:
-            self.listing.repeated.append(name)
+            listing.repeated.append(name)
             return
         self.known.add(real)
         if name:
-            self.listing.folders.add(name)
+            listing.folders.add(name)
         try:
             entries = list(os.scandir(path))
         except OSError:
-            self.listing.broken.append(name)
+            listing.broken.append(name)
             return
         for entry in entries:
-            inner = f"{name}/{entry.name}" if name else entry.name
+            inner = f"{name}/{entry.name}".lstrip("/")
             if hidden(entry.name):
-                self.listing.hidden.append(inner)
-            elif entry.is_symlink():
-                self._note_link(inner, entry.path)
-            elif entry.is_dir():
-                self.folders.append(inner)
-            elif entry.is_file():
-                self.listing.add(inner, partial(_open_file, entry.path))
-
-    def _note_link(self, name: str, path: str) -> None:
-        if os.path.isdir(path):
-            self.linked_folders.append(name)
-        elif os.path.isfile(path):
-            self.linked_files.append(name)
-        else:
-            self.listing.broken.append(name)
+                listing.hidden.append(inner)
+            elif not entry.is_symlink():
+                if entry.is_dir():
+                    self.folders.append(inner)
+                elif entry.is_file():
+                    listing.add(inner, partial(FileIO, entry.path))
+            elif os.path.isdir(entry.path):
+                self.linked_folders.append(inner)
+            elif os.path.isfile(entry.path):
+                self.linked_files.append(inner)
+            else:
+                listing.broken.append(inner)
 
     def add_linked_files(self) -> None:
         """List the files that links lead to, unless they are listed already."""
@@ -235,19 +215,15 @@ class _Walk:
                 self.listing.repeated.append(name)
             else:
                 self.known.add(real)
-                self.listing.add(name, partial(_open_file, path))
+                self.listing.add(name, partial(FileIO, path))
 
 
 def children(folder: Path) -> tuple[list[str], bool]:
     """Return the names of the folders in a folder that are not hidden, and whether images lie beside them."""
-    folders, images = [], False
-    for entry in os.scandir(folder):
-        if not hidden(entry.name):
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif PurePosixPath(entry.name).suffix.lower() in EXTENSIONS:
-                images = True
-    return folders, images
+    entries = [entry for entry in os.scandir(folder) if not hidden(entry.name)]
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    suffixes = {os.path.splitext(entry.name)[1].lower() for entry in entries if not entry.is_dir()}
+    return folders, not suffixes.isdisjoint(EXTENSIONS)
 
 
 def has_labels(folder: Path) -> bool:
@@ -262,74 +238,51 @@ def has_labels(folder: Path) -> bool:
 
 def class_level(children: Callable[[str], tuple[list[str], bool]]) -> str:
     """Return the folder whose folders are the classes: the top, or below single folders of folders the last of these."""
-    level = ""
-    while True:
-        folders, images = children(level)
-        if images or len(folders) != 1:
-            return level
-        inner = f"{level}/{folders[0]}" if level else folders[0]
-        folders, images = children(inner)
-        if images or not folders:
-            return level
+    level, inner = "", ""
+    folders, images = children(level)
+    while folders and not images:
         level = inner
+        if len(folders) > 1:
+            break
+        inner = f"{level}/{folders[0]}".lstrip("/")
+        folders, images = children(inner)
+    return level
 
 
 def in_zip(archive: zipfile.ZipFile, where: str) -> Listing:
     """List a zip; backslashes in names, as some programs write them, are read as slashes."""
     listing = Listing(where)
+
+    def opened(entry: zipfile.ZipInfo) -> IOBase:
+        require_size(entry.file_size)
+        return archive.open(entry)  # type: ignore[return-value]
+
+    def children(level: str) -> tuple[list[str], bool]:
+        folders = [PurePosixPath(n).name for n in listing.folders if os.path.dirname(n) == level]
+        return folders, any(os.path.dirname(name) == level for name in listing.names)
+
     for entry in archive.infolist():
         name = slashed(entry.filename)
-        parts = name.split("/") if name else []
-        is_folder = entry.filename.endswith(("/", "\\"))
-        first_hidden = next((n for n, part in enumerate(parts) if hidden(part)), None)
-        if first_hidden is not None:
-            if not is_folder:
-                listing.hidden.append("/".join(parts[: first_hidden + 1]))
+        paths = ["/".join(name.split("/")[:n]) for n in range(1, name.count("/") + 2)]
+        is_folder = entry.filename.endswith(("/", "\\")) or not name
+        if out_of_sight := [path for path in paths if hidden(os.path.basename(path))]:
+            listing.hidden += [] if is_folder else out_of_sight[:1]
             continue
-        listing.folders.update("/".join(parts[:n]) for n in range(1, len(parts) + is_folder))
-        if is_folder or not name:
-            continue
-        if stat.S_ISLNK(entry.external_attr >> 16):
+        listing.folders.update(paths if is_folder and name else paths[:-1])
+        if not is_folder and stat.S_ISLNK(entry.external_attr >> 16):
             listing.broken.append(name)
-            continue
-        if name not in listing.entries:
-            listing.add(name, partial(_open_entry, archive, entry))
-        listing.entries[name] = entry.filename  # of two entries of one name the last counts
+        elif not is_folder:
+            if name not in listing.entries:
+                listing.add(name, partial(opened, entry))
+            listing.entries[name] = entry.filename  # of two entries of one name the last counts
     listing.names.sort()
-    listing.level = class_level(partial(_children_in, listing))
+    listing.level = class_level(children)
     return listing
 
 
 def slashed(name: str) -> str:
     """Return the name of a file in a zip or a table of labels as listings have it."""
     return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
-
-
-def _open_file(path: str) -> BufferedIOBase:
-    return open(path, "rb")
-
-
-def _open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> BufferedIOBase:
-    require_size(entry.file_size)
-    return archive.open(entry)  # type: ignore[return-value]
-
-
-def _children_in(listing: Listing, level: str) -> tuple[list[str], bool]:
-    def directly(names: Iterable[str]) -> list[str]:
-        return [n for n in names if n.rpartition("/")[0] == level]
-
-    folders = [n.rpartition("/")[2] for n in directly(listing.folders)]
-    return folders, bool(directly(listing.names))
-
-
-def _begins_as_image(name: str, suffix: str, opening: Callable[[], BufferedIOBase]) -> bool:
-    if suffix in NEVER or name.endswith("~"):
-        return False
-    try:
-        with opening() as stream:
-            return is_image(stream)
-    except UNREADABLE:
-        return False
 
 
 def _suffix(name: str) -> str:
@@ -341,7 +294,7 @@ def _counts(kinds: Counter[str]) -> str:
     ordered = sorted(kinds.items(), key=lambda pair: (-pair[1], pair[0]))
     more = len(ordered) - MOST_SHOWN
     shown = [f"{count:,} {kind}" for kind, count in ordered[:MOST_SHOWN]]
-    return ", ".join([*shown, *([f"{more:,} other kinds"] if more > 0 else [])])
+    return ", ".join(shown) + (f", {more:,} other kinds" if more > 0 else "")
 
 
 def files_at(path: str) -> list[Path]:

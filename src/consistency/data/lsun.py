@@ -7,10 +7,10 @@ from pathlib import Path
 import lmdb
 
 from consistency.data.crop import Crop, box
-from consistency.data.folder import file_stamp
 from consistency.data.image_files import ImageFiles, Index
 from consistency.data.parallel import PerProcess
 from consistency.data.source import required_path
+from consistency.data.zip_or_folder import FolderFiles
 from consistency.errors import UserError, require
 
 FILE = "data.mdb"
@@ -18,21 +18,18 @@ FILE = "data.mdb"
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Database(ImageFiles):
-    """The images of an LMDB, one file a value, in the order of the keys, without classes.
-
-    path: the folder of data.mdb.
-    """
+    """The images of an LMDB, the folder of data.mdb, one file a value, in the order of the keys, without classes."""
 
     path: str | None
 
     def open(self) -> Index:
-        self.folder = self.find()
-        self.where = str(self.folder)
-        self.environment = PerProcess(partial(_open_database, self.folder))
+        folder = self.find()
+        self.where, self.files = str(folder), FolderFiles(folder)
+        self.environment = PerProcess(partial(_open_database, folder))
         with self.environment().begin() as read:
             # latin-1 maps every byte to a character and back
             keys = [bytes(key).decode("latin-1") for key in read.cursor().iternext(values=False)]
-        require(bool(keys), f"images in {self.folder / FILE}", "none", "get the database again")
+        require(bool(keys), f"images in {folder / FILE}", "none", "get the database again")
         return Index(keys)
 
     def find(self) -> Path:
@@ -41,14 +38,13 @@ class Database(ImageFiles):
 
     def read(self, name: str) -> bytes:
         try:
-            with self.environment().begin(buffers=True) as read:
-                stored = read.get(name.encode("latin-1"))
-                return b"" if stored is None else bytes(stored)
+            with self.environment().begin() as read:
+                return read.get(name.encode("latin-1"), b"")
         except lmdb.Error as error:
             raise OSError(f"damaged entry, {error}") from error
 
     def stamp(self, index: int) -> bytes:
-        return file_stamp(self.folder / FILE)
+        return self.files.stamp(FILE)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -56,8 +52,6 @@ class LSUN(Database):
     """A category of LSUN [Yu et al. 2015, arXiv:1506.03365], without classes.
 
     By default the central square is resized with a box filter, as in the published preparation at 256 pixels.
-
-    path: the folder of `<category>_<split>_lmdb`.
     """
 
     category: str
@@ -68,13 +62,10 @@ class LSUN(Database):
     def find(self) -> Path:
         name = f"{self.category}_{self.split}_lmdb"
         database = required_path(self.path, f"the folder of LSUN's {name}", exists=False) / name
-        require(
-            (database / FILE).is_file(),
-            f"LSUN's own database {name}/{FILE} in the folder data.path={self.path}",
-            "no such file",
-            f"get {name}.zip with the download script of github.com/fyu/lsun "
-            f"(`python download.py -c {self.category}`), unzip it, and give data.path=<the folder of {name}>",
-        )
+        expected = f"LSUN's own database {name}/{FILE} in the folder data.path={self.path}"
+        remedy = f"get {name}.zip with download.py of github.com/fyu/lsun, -c {self.category}"
+        remedy += f", unzip it, and give data.path=<the folder of {name}>"
+        require((database / FILE).is_file(), expected, "no such file", remedy)
         return database
 
 

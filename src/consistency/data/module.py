@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from consistency.data.batches import BatchSplit, PositionedBatches, split_batch
+from consistency.data.batches import BatchSplit, PositionedBatches
 from consistency.data.memory import load_into_memory
 from consistency.data.source import Classes, Images, Source
 from consistency.errors import require
@@ -47,18 +47,9 @@ def _init_worker(parent: int, worker: int) -> None:
 class DataModule(L.LightningDataModule):
     """Training batches (uint8 images, class indices) from a source. Pixels are only scaled, never dequantised by noise.
 
-    source: builds the training images; called once.
-    held_out: builds images kept from training, or None.
-    image_size, channels: of every image.
-    num_classes: number of classes of a conditional model; None for an unconditional one.
-    batch_size: images per optimizer step over all devices.
-    device_batch_size: most images a device holds at once, of which the largest divisor of its share is taken; None for
-        the whole share.
-    num_workers: processes of each rank that read images.
-    flip: whether to mirror every image left to right with probability 1/2, on the device.
-    seed: of the order.
-    in_memory: whether to decode all training images once and hold them in memory.
-    allow_reorder: whether a resumed run may get its images in another order than before.
+    source, held_out: build the images for training, and others kept from it; `seed` is that of the order.
+
+    The other arguments are those of `consistency.commands.schema.Data`.
     """
 
     def __init__(
@@ -85,42 +76,40 @@ class DataModule(L.LightningDataModule):
         self._saved_accumulation: int | None = None
         require(batch_size >= 1, "data.batch_size >= 1", batch_size, "give a number of images")
         require(num_workers >= 0, "data.num_workers >= 0", num_workers, "give 0 or more")
-        images = source()
-        require(
-            isinstance(images, Source),
-            "a consistency.data.source.Source at data.source",
-            type(images).__name__,
-            "derive the class from Source, which needs only __len__ and __getitem__",
-        )
+        images, expected = source(), "a consistency.data.source.Source at data.source"
+        remedy = "derive the class from Source, which needs only __len__ and __getitem__"
+        require(isinstance(images, Source), expected, type(images).__name__, remedy)
         self.train_source = load_into_memory(images) if in_memory else images
         self.held_out = held_out() if held_out is not None else None
         self._require_fitting_images()
 
     def _require_fitting_images(self) -> None:
-        size, classes = self.image_size, self.num_classes
-        require(
-            len(self.train_source) >= self.batch_size,
-            f"at least one batch of data.batch_size={self.batch_size} images",
-            f"{len(self.train_source)} images",
-            "lower data.batch_size or add images",
-        )
+        size, classes, count = self.image_size, self.num_classes, len(self.train_source)
+        expected = f"at least one batch of data.batch_size={self.batch_size} images"
+        remedy = "lower data.batch_size or add images"
+        require(count >= self.batch_size, expected, f"{count} images", remedy)
         image, label = self.train_source[0]
-        require(
-            tuple(image.shape) == (self.channels, size, size),
-            f"images of {self.channels} channels and {size}x{size} pixels",
-            f"a first image of shape {tuple(image.shape)}",
-            "set data.channels and data.image_size to the images, or prepare the images",
-        )
-        require(
-            classes is None or 0 <= label < classes,
-            f"class indices below data.num_classes={classes}",
-            f"class index {label}",
-            "set data.num_classes to the number of classes, or to null for a model without classes",
-        )
+        expected = f"images of {self.channels} channels and {size}x{size} pixels"
+        got = f"a first image of shape {tuple(image.shape)}"
+        remedy = "set data.channels and data.image_size to the images, or prepare the images"
+        require(tuple(image.shape) == (self.channels, size, size), expected, got, remedy)
+        expected = f"class indices below data.num_classes={classes}"
+        remedy = "set data.num_classes to the number of classes, or null without classes"
+        fits = classes is None or 0 <= label < classes
+        require(fits, expected, f"class index {label}", remedy)
 
     def split(self, world_size: int) -> BatchSplit:
-        """Split a batch over `world_size` devices."""
-        return split_batch(self.batch_size, devices=world_size, at_most=self.device_batch_size)
+        """Split a batch over devices in equal shares; a device holds the largest divisor of its share that is allowed."""
+        at_most, size = self.device_batch_size, self.batch_size
+        valid = at_most is None or at_most >= 1
+        require(valid, "data.device_batch_size >= 1, or null", at_most, "give a number of images")
+        expected = f"data.batch_size to be a multiple of the {world_size} devices"
+        got, remedy = f"data.batch_size={size}", "change data.batch_size or trainer.devices"
+        require(size % world_size == 0, expected, got, remedy)
+        share = size // world_size
+        bound = min(at_most or share, share)
+        images = next(count for count in range(bound, 0, -1) if share % count == 0)
+        return BatchSplit(world_size, images, share // images)
 
     def accumulation(self, world_size: int) -> int:
         """Return the number of micro-batches per optimizer step on `world_size` devices."""
@@ -131,10 +120,8 @@ class DataModule(L.LightningDataModule):
         count = len(self.train_source)
         batches, dropped = divmod(count, self.batch_size)
         rest = f"the {dropped} that remain are left out, other ones in each"
-        return (
-            f"Batch: {self.batch_size} = {self.split(world_size)}\n"
-            f"Epoch: {count} images = {batches} batches, {rest if dropped else 'none left out'}"
-        )
+        epoch = f"{count} images = {batches} batches, {rest if dropped else 'none left out'}"
+        return f"Batch: {self.batch_size} = {self.split(world_size)}\nEpoch: {epoch}"
 
     def batches(
         self, *, split: BatchSplit, rank: int = 0, start: int = 0, total: int = 0
@@ -168,24 +155,21 @@ class DataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Images, Classes]]:
         """Return the batches from the trainer's present position up to its last step."""
-        assert self.trainer is not None
-        split = self.split(self.trainer.world_size)
+        trainer = self.trainer
+        assert trainer is not None
+        split = self.split(trainer.world_size)
         self._translate_position(split.accumulated)
-        batches = self.batches(
-            split=split,
-            rank=self.trainer.global_rank,
-            start=self.trainer.fit_loop.epoch_loop.batch_progress.current.ready,
-            total=self.trainer.max_steps * split.accumulated,
-        )
-        return self.loader(batches, pin_memory=self.trainer.strategy.root_device.type == "cuda")
+        start = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        total = trainer.max_steps * split.accumulated
+        batches = self.batches(split=split, rank=trainer.global_rank, start=start, total=total)
+        return self.loader(batches, pin_memory=trainer.strategy.root_device.type == "cuda")
 
     @cached_property
     def order(self) -> str:
         """A digest of the order of the images, the same for any number of devices and workers."""
-        first = self.batches(split=self.split(1)).epoch(0).numpy()
-        digest = hashlib.blake2b(first.tobytes(), digest_size=16)
-        digest.update(str((self.seed, self.batch_size)).encode())
-        return digest.hexdigest()
+        first = self.batches(split=self.split(1)).epoch(0).numpy().tobytes()
+        settings = str((self.seed, self.batch_size)).encode()
+        return hashlib.blake2b(first + settings, digest_size=16).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the order and split of the data, for a resumed run; the trainer saves the position itself."""
@@ -202,31 +186,25 @@ class DataModule(L.LightningDataModule):
         same = state_dict["order"] == self.order
         before = f"{state_dict['images']} images in batches of {state_dict['batch_size']}"
         now = f"{len(self.train_source)} images in batches of {self.batch_size}"
-        require(
-            same or self.allow_reorder,
-            f"the images in the order that the run began with ({before})",
-            f"another order ({now})",
-            "give the same data, shards, seed and data.batch_size, or data.allow_reorder=true",
-        )
+        expected = f"the images in the order that the run began with ({before})"
+        remedy = "give the same data, shards, seed and data.batch_size, or data.allow_reorder=true"
+        require(same or self.allow_reorder, expected, f"another order ({now})", remedy)
         if not same:
-            rank_zero_only(print)(
-                f"The data come in another order than before: {before}; now {now}."
-            )
+            change = f"{before}; now {now}"
+            rank_zero_only(print)(f"The data come in another order than before: {change}.")
         self._saved_accumulation = state_dict["accumulation"]
 
     def _translate_position(self, accumulation: int) -> None:
-        """Translate the position after a resume with another number of devices.
+        """Translate the position after a resume with another number of devices, in micro-batches as Lightning counts it.
 
-        Lightning counts micro-batches, whose number per optimizer step may have changed. Checkpoints are written between
-        steps only, so the count is a multiple of it.
+        Checkpoints are written between steps only, so the count is a multiple of `accumulation`.
         """
         assert self.trainer is not None
         before, self._saved_accumulation = self._saved_accumulation, None
         if before is None or before == accumulation:
             return
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        counts: tuple[Any, ...] = (progress.current, progress.total)
-        for count in counts:
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        for count in (progress.current, progress.total):
             unfinished = count.processed - count.completed
             position = count.ready // before * accumulation
             count.ready = count.started = count.processed = position

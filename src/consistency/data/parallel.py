@@ -1,20 +1,23 @@
 """Work on many images at once, in threads or in processes, and handles that each process opens for itself."""
 
-import multiprocessing
 import os
-from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from consistency.runtime import signals
-from consistency.runtime.signals import die_with
 
 T = TypeVar("T")
+Write: TypeAlias = Callable[[range, Path], None]
+"""Writes images of these numbers to a file, whole."""
 
 IMAGES_PER_TASK = 64
 """Images that a thread takes at once."""
@@ -41,41 +44,22 @@ class PerProcess(Generic[T]):
 
 
 def in_threads(work: Callable[[int], None], count: int, title: str) -> None:
-    """Run work(0) ... work(count-1) on all cores, with a progress bar if there are many.
-
-    Decoding releases the interpreter's lock, so threads suffice.
-    """
-
-    def run(first: int) -> int:
-        last = min(first + IMAGES_PER_TASK, count)
-        for index in range(first, last):
-            work(index)
-        return last - first
-
+    """Run work(0) ... work(count-1) on all cores, which decoding leaves free, with a progress bar if there are many."""
     silent = getattr(rank_zero_only, "rank", 0) != 0 or count < 1000
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=count, desc=title, unit="img", disable=silent, leave=False) as bar,
-    ):
-        for done in pool.map(run, range(0, count, IMAGES_PER_TASK)):
-            bar.update(done)
+    with ThreadPool() as pool:
+        done = pool.imap(work, range(count), IMAGES_PER_TASK)
+        for _ in tqdm(done, title, count, unit="img", disable=silent, leave=False):
+            pass
 
 
 def write_missing(
-    files: Mapping[Path, range],
-    write: Callable[[range, Path], None],
-    *,
-    workers: int | None,
-    title: str,
-    show: bool = True,
+    files: Mapping[Path, range], write: Write, *, workers: int | None, title: str, show: bool = True
 ) -> Generator[Path, None, None]:
     """Yield `files` in order, written by `write` in several processes if they are missing.
 
-    The processes die with this one. They are spawned, because threads do not survive a fork. That takes seconds, so
-    that few images are written in this process unless `workers` is given.
+    Starting a process takes seconds, so few images are written in this process unless `workers` is given.
 
     files: with the numbers of their images.
-    write: writes a file whole; it is sent to each process once.
     show: whether to show progress.
     """
     missing = {file: span for file, span in files.items() if not file.is_file()}
@@ -84,9 +68,11 @@ def write_missing(
         print(f"continued   {total - images:,} images are done already")
     wanted = workers or min(os.cpu_count() or 1, images // IMAGES_PER_PROCESS)
     with (
-        closing(_write(missing, write, min(wanted, len(missing)))) as written,
+        _mapped(write, min(wanted, len(missing))) as mapped,
         tqdm(total=total, initial=total - images, unit="img", desc=title, disable=not show) as bar,
     ):
+        with signals.blocked():
+            written = mapped(missing.values(), missing)
         for file, span in files.items():
             if file in missing:
                 next(written)
@@ -94,34 +80,27 @@ def write_missing(
             yield file
 
 
-def _write(
-    files: Mapping[Path, range], write: Callable[[range, Path], None], workers: int
-) -> Generator[None, None, None]:
-    """Write files in order, yielding after each."""
+@contextmanager
+def _mapped(write: Write, workers: int) -> Iterator[Callable[..., Iterator[None]]]:
+    """Yield a `map` of `write`, in processes that die with this one; spawned, as threads do not survive a fork."""
     if workers <= 1:
-        yield from map(write, files.values(), files)
+        yield partial(map, write)
         return
-    with ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start,
-        initargs=(write, os.getpid()),
-    ) as pool:
+    start = (write, os.getpid())  # the images of `write` are sent once a process, not once a file
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start, start) as pool:
         try:
-            with signals.blocked():
-                written = pool.map(_write_in_process, files.values(), files)
-            yield from written
+            yield partial(pool.map, _write_in_process)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-_write_here: Callable[[range, Path], None]
+_write_here: Write
 
 
-def _start(write: Callable[[range, Path], None], parent: int) -> None:
+def _start(write: Write, parent: int) -> None:
     global _write_here
-    die_with(parent)
+    signals.die_with(parent)
     _write_here = write
 
 

@@ -9,10 +9,13 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -21,12 +24,19 @@ from jaxtyping import Int
 from torch import Generator, Tensor
 
 from consistency.data.download import locked
-from consistency.data.parallel import PerProcess
+from consistency.data.parallel import PerProcess, write_missing
 from consistency.data.source import Classes, Image, Images, Source, required_path
 from consistency.errors import UserError, require
-from consistency.runtime.files import cache_folder, path_of
+from consistency.randomness import generator
+from consistency.runtime.files import cache_folder, path_of, write_text
 
 INDEX = "index.json"
+UNFINISHED = "unfinished.json"
+"""In a folder of incomplete shards: the settings they are written with."""
+
+PART = "part_"
+"""Begins the names of folders of shards that are being written."""
+
 FORMATS = {"tensor", "int"}
 """litdata's names of the content of our shards. Others of its formats unpickle."""
 
@@ -40,27 +50,22 @@ def engine() -> ModuleType:
     try:
         import litdata
     except ImportError as error:
-        raise UserError(
-            "the package litdata, which data=stream and prepare to=shards need",
-            error,
-            "install the extra `streaming`: pip install -e '.[streaming]'",
-        ) from error
+        expected = "the package litdata, which data=stream and prepare to=shards need"
+        remedy = "install the extra `streaming`: pip install -e '.[streaming]'"
+        raise UserError(expected, error, remedy) from error
     logging.getLogger("litdata").setLevel(logging.WARNING)
     return litdata
 
 
 class Stream(Source):
-    """Images and class indices from shards that `consistency.data.write_shards` wrote.
+    """Images and class indices from shards that `write_shards` wrote.
 
     Every machine downloads the shards that its cache lacks once an epoch, whatever the number of machines.
 
-    path: a folder, or the URL of an object store (s3://, gs://, r2://, azure://, hf://; local:<folder> treats a folder
-        as one).
-    mixing: largest distance, in shards, of two neighbours of the random order; the process reads about as many shards
-        at a time.
-    cache: folder of downloaded shards; None for a folder in the user's cache.
-    cache_gigabytes: size of that cache on every machine; the shards used least recently are deleted.
-    storage_options: of litdata's client of the object store, such as endpoint_url.
+    path: a folder, or a URL that begins with one of `REMOTE`; local:<folder> treats a folder as an object store.
+    mixing: largest distance, in shards, of two neighbours of the random order.
+
+    conf/data/stream.yaml has the other arguments.
     """
 
     def __init__(
@@ -78,13 +83,13 @@ class Stream(Source):
         self.path, self.mixing = str(path), mixing
         self.storage_options = dict(storage_options or {})
         self.remote = self.path.startswith(REMOTE)
+        self.reader, self.downloader = PerProcess(self._reader), PerProcess(self._downloader)
         if self.remote:
             base = path_of(cache) if cache else cache_folder() / "shards"
             self.folder = base / hashlib.blake2b(self.path.encode(), digest_size=8).hexdigest()
             self._download_index()
         else:
             self.folder = path_of(self.path)
-        self.reader, self.downloader = PerProcess(self._reader), PerProcess(self._downloader)
         shards = self._checked_shards()
         self.files = [str(shard["filename"]) for shard in shards]
         self.sizes = torch.tensor([int(shard["chunk_size"]) for shard in shards])
@@ -92,12 +97,12 @@ class Stream(Source):
         self.budget = cache_gigabytes * 1e9
         bytes_ = [int(shard["chunk_bytes"]) for shard in shards]
         least = min(2 * (mixing + 1) * max(bytes_), sum(bytes_))
-        require(
-            not self.remote or self.budget >= least,
-            f"data.source.cache_gigabytes of at least {least / 1e9:.3g}, twice the shards read at a time",
-            cache_gigabytes,
-            "raise it, or lower data.source.mixing",
-        )
+        expected = f"data.source.cache_gigabytes of at least {least / 1e9:.3g}, twice the shards read at a time"
+        large = not self.remote or self.budget >= least
+        require(large, expected, cache_gigabytes, "raise it, or lower data.source.mixing")
+
+    def _download(self, name: str, file: Path) -> None:
+        self.downloader().download_file(f"{self.path.rstrip('/')}/{name}", str(file))
 
     def _download_index(self) -> None:
         """Download the table of the shards; if it differs from that in the cache, empty the cache."""
@@ -106,14 +111,10 @@ class Stream(Source):
         with locked(self.folder / "index.lock"):
             fresh.unlink(missing_ok=True)
             try:
-                url = f"{self.path.rstrip('/')}/{INDEX}"
-                self._downloader().download_file(url, str(fresh))
+                self._download(INDEX, fresh)
             except Exception as error:
-                raise UserError(
-                    f"shards at data.path={self.path}",
-                    error,
-                    f"check the URL, the credentials and that {INDEX} is there",
-                ) from error
+                remedy = f"check the URL, the credentials and that {INDEX} exists"
+                raise UserError(f"shards at data.path={self.path}", error, remedy) from error
             if file.is_file() and file.read_bytes() != fresh.read_bytes():
                 for shard in self.folder.glob("*.bin"):
                     shard.unlink(missing_ok=True)
@@ -121,29 +122,21 @@ class Stream(Source):
 
     def _checked_shards(self) -> list[dict[str, Any]]:
         """Read the table of the shards; refuse shards that run code or lie elsewhere."""
-        file = self.folder / INDEX
-        require(
-            file.is_file(),
-            f"shards with their {INDEX} at data.path={self.path}",
-            "no such file" if self.folder.is_dir() else "no such folder",
-            "check the path; prepare to=shards writes a folder of shards",
-        )
+        file, at = self.folder / INDEX, f"at data.path={self.path}"
+        got = "no such file" if self.folder.is_dir() else "no such folder"
+        remedy = "check the path; prepare to=shards writes a folder of shards"
+        require(file.is_file(), f"shards with their {INDEX} {at}", got, remedy)
         index = json.loads(file.read_text())
         shards, config = index["chunks"], index["config"]
-        require(
-            bool(shards) and not config.get("compression"),
-            f"uncompressed shards at data.path={self.path}",
-            f"compression {config['compression']}" if shards else "none",
-            WRITE,
-        )
+        packed, kinds = config.get("compression"), config.get("data_format")
+        got = f"compression {packed}" if shards else "none"
+        require(bool(shards) and not packed, f"uncompressed shards {at}", got, WRITE)
         names = [str(shard["filename"]) for shard in shards]
         inside = all(Path(name).name == name and name.endswith(".bin") for name in names)
-        require(
-            inside and set(config.get("data_format") or [""]) <= FORMATS,
-            f"shards of {sorted(FORMATS)} at data.path={self.path}, each a file *.bin in that folder",
-            f"{config.get('data_format')} in {names[:3]}"[:200],
-            f"{WRITE}; other kinds can run code or write elsewhere",
-        )
+        expected = f"shards of {sorted(FORMATS)} {at}, each a file *.bin in that folder"
+        got, known = f"{kinds} in {names[:3]}"[:200], set(kinds or [""]) <= FORMATS
+        remedy = f"{WRITE}; other kinds can run code or write elsewhere"
+        require(inside and known, expected, got, remedy)
         return shards
 
     def _downloader(self) -> Any:
@@ -182,11 +175,9 @@ class Stream(Source):
         image = item.get("image") if isinstance(item, dict) else None
         if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
             return image, int(item["label"])
-        raise UserError(
-            f"items of {{'image': uint8 tensor, channels x height x width, 'label': int}} at {self.path}",
-            sorted(item) if isinstance(item, dict) else type(item).__name__,
-            WRITE,
-        )
+        form = "{'image': uint8 tensor, channels x height x width, 'label': int}"
+        got = sorted(item) if isinstance(item, dict) else type(item).__name__
+        raise UserError(f"items of {form} at {self.path}", got, WRITE)
 
     def order(self, draw: Generator) -> Int[Tensor, "n"]:
         """Draw a random walk through all shards.
@@ -208,17 +199,13 @@ class Stream(Source):
             with locked(file.with_suffix(".lock")):
                 try:
                     if not file.is_file():
-                        url = f"{self.path.rstrip('/')}/{file.name}"
-                        self.downloader().download_file(url, str(file))
+                        self._download(file.name, file)
                         self._make_room()
                 except Exception as error:  # of the client of the store
                     reason = error
-        require(
-            file.is_file(),
-            f"the shard {file.name} at data.path={self.path}",
-            reason,
-            "check the connection and the credentials; write the shards again if it is gone",
-        )
+        remedy = "check the connection and the credentials; write the shards again if it is gone"
+        expected = f"the shard {file.name} at data.path={self.path}"
+        require(file.is_file(), expected, reason, remedy)
 
     def _make_room(self) -> None:
         """Delete the shards used least recently while all together are larger than allowed."""
@@ -233,3 +220,103 @@ class Stream(Source):
                 return
             file.unlink(missing_ok=True)
             size -= bytes_
+
+
+def write_shards(
+    source: Source,
+    folder: Path,
+    *,
+    num_workers: int | None = None,
+    shard_bytes: int = 64_000_000,
+    seed: int = 0,
+    show: bool = True,
+) -> int:
+    """Write all images of a source, which must be picklable, and return their number.
+
+    The order is drawn from `seed`: a stream mixes only neighbouring shards, so a set sorted by class must not stay
+    sorted. Pixels are stored as they are, in shards of at most `shard_bytes`, which do not depend on the number of
+    workers. Complete shards of as many images stay, and an interrupted call with the same settings is continued; other
+    folders are refused. As this starts processes, call it under `if __name__ == "__main__"`.
+    """
+    engine()
+    count = len(source)
+    require(count >= 1, "a source with images", "none", "check its path")
+    if count_images(folder) == count:
+        return count
+    _begin(folder, [count, shard_bytes, seed])
+    order = torch.randperm(count, generator=generator(seed, "shards")).tolist()
+    writer = ShardWriter(source, order, folder, shard_bytes)
+    spans = writer.files()
+    files = [*write_missing(spans, writer.write, workers=num_workers, title="writing", show=show)]
+    indices = [json.loads(file.read_text()) for file in files]
+    shards = [shard for index in indices for shard in index["chunks"]]
+    write_text(folder / INDEX, json.dumps({"chunks": shards, "config": indices[0]["config"]}))
+    for file in [*files, folder / UNFINISHED]:
+        file.unlink()
+    return count
+
+
+def count_images(folder: Path) -> int | None:
+    """Return the number of images in a folder of complete shards, None for other folders."""
+    file = folder / INDEX
+    if (folder / UNFINISHED).exists() or not file.is_file():
+        return None
+    return sum(int(shard["chunk_size"]) for shard in json.loads(file.read_text())["chunks"])
+
+
+def _begin(folder: Path, settings: list[int]) -> None:
+    """Make the folder and note the settings in it; refuse a folder with other content."""
+    unfinished, count = folder / UNFINISHED, count_images(folder)
+    before, content = settings, ""
+    if unfinished.is_file():
+        before, content = json.loads(unfinished.read_text()), "interrupted shards"
+    elif folder.exists() and any(folder.iterdir()):
+        before, content = [], f"shards of {count} images" if count else "a folder with content"
+    require_same_settings(before, settings, folder, content)
+    write_text(unfinished, json.dumps(settings))
+    for part in folder.glob(f"{PART}*"):
+        shutil.rmtree(part)
+
+
+def require_same_settings(before: object, now: object, output: Path, content: str) -> None:
+    """Refuse to continue the work at `output`, which has this content, with other settings than before."""
+    expected = f"output={output} to be new, or begun from the same images with the same settings"
+    remedy = "choose another output=, or move the old one away"
+    require(before == now, expected, f"{content}, made otherwise", remedy)
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Images of a source in an order, written as shards, all but the last of one size."""
+
+    source: Source
+    order: Sequence[int]
+    folder: Path
+    shard_bytes: int
+
+    def files(self) -> dict[Path, range]:
+        """Return the file that describes each shard, written after it, with the positions of its images."""
+        with TemporaryDirectory(dir=self.folder, prefix=PART) as part:
+            item, _ = self._writer(part, 0).serialize(self._item(0))
+        count, all_ = max(1, self.shard_bytes // len(item)), range(len(self.order))
+        return {self.folder / f"{n // count}.json": all_[n : n + count] for n in all_[::count]}
+
+    def write(self, span: range, file: Path) -> None:
+        """Write a shard and its description."""
+        with TemporaryDirectory(dir=self.folder, prefix=PART) as part:
+            writer = self._writer(part, int(file.stem))
+            for position in span:
+                writer.add_item(position, self._item(position))
+            writer.done()
+            (shard,), (index,) = Path(part).glob("*.bin"), Path(part).glob("*.json")
+            os.replace(shard, self.folder / shard.name)
+            os.replace(index, file)
+
+    def _item(self, position: int) -> dict[str, Any]:
+        image, label = self.source[self.order[position]]
+        return {"image": image.contiguous(), "label": int(label)}
+
+    def _writer(self, folder: str, number: int) -> Any:
+        from litdata.streaming.writer import BinaryWriter
+
+        return BinaryWriter(folder, chunk_bytes=self.shard_bytes, chunk_index=number)

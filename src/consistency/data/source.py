@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Int, UInt8
@@ -16,7 +16,6 @@ Image: TypeAlias = UInt8[Tensor, "c h w"]
 Images: TypeAlias = UInt8[Tensor, "b c h w"]
 Classes: TypeAlias = Int[Tensor, "b"]
 Split: TypeAlias = Literal["train", "test", "all"]
-SPLITS: tuple[Split, ...] = ("train", "test", "all")
 
 
 class Source(ABC):
@@ -57,14 +56,11 @@ class Source(ABC):
 
 def require_split(split: str) -> None:
     """Refuse a split that no data set in memory has."""
-    require(split in SPLITS, "split=train, test or all", split, "choose one")
+    require(split in get_args(Split), "split=train, test or all", split, "choose one")
 
 
 def required_path(path: str | None, expected: str, *, exists: bool = True) -> Path:
-    """Return data.path; refuse null and, if `exists`, a missing file or folder.
-
-    expected: the content of the path, for the message.
-    """
+    """Return data.path, which holds what is `expected`; refuse null and, if `exists`, a missing file or folder."""
     require(path is not None, f"{expected} in data.path", "data.path=null", "add data.path=<path>")
     file = path_of(str(path))
     if exists:

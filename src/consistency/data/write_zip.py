@@ -2,8 +2,7 @@
 
 Several processes write the images in chunks. A finished chunk is a zip of its own, named by a digest of its images
 and settings; so a stopped run continues with the missing chunks, and a chunk whose images or settings changed is
-written again. All chunks are joined in order. The same images and settings give the same bytes, for any number of
-processes or interruptions.
+written again. The same images and settings give the same bytes, for any number of processes or interruptions.
 """
 
 import hashlib
@@ -13,13 +12,11 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hydra.utils import instantiate
-from PIL import Image as PILImage
 
 from consistency.data.crop import Crop
 from consistency.data.decode import MODES, ImageError, to_picture
@@ -41,16 +38,6 @@ EARLIEST = (1980, 1, 1, 0, 0, 0)
 
 
 @dataclass(frozen=True)
-class ImageSettings:
-    """Size and mode of the written images; None keeps the images' own. crop: a configuration."""
-
-    resolution: int | None
-    channels: int | None
-    crop: Any
-    background: str | None = None
-
-
-@dataclass(frozen=True)
 class ImageFacts:
     """A written image. index: its number in the source; means: of each channel, 0 ... 255."""
 
@@ -64,6 +51,14 @@ class ImageFacts:
     def __str__(self) -> str:
         return f"{self.width}x{self.height} {'grey' if len(self.means) == 1 else 'RGB'}"
 
+    def require_alike(self, first: "ImageFacts") -> None:
+        """Refuse an image that is not square, or of another size or mode than the first."""
+        square = f"square images, or resolution=<pixels> to crop them, for {self.name}"
+        require(self.height == self.width, square, self, "add resolution=64, for example")
+        alike = f"images of one size and mode, as {first.name} of {first}"
+        remedy = "choose resolution=<pixels>, and channels=1 for grey or channels=3 for RGB"
+        require(str(self) == str(first), alike, f"{self.name} of {self}", remedy)
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -76,24 +71,27 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkWriter:
-    """Images of a source, brought to the settings and written as chunks."""
+    """Images of a source, written as chunks with this resolution and these channels (None: the images' own).
+
+    crop: a configuration.
+    """
 
     source: ImageFiles | InMemory
-    settings: ImageSettings
-
-    @cached_property
-    def _crop(self) -> Crop:
-        return instantiate(self.settings.crop)
+    resolution: int | None
+    channels: int | None
+    crop: Any
+    background: str | None = None
 
     def files(self, folder: Path) -> dict[Path, range]:
         """Return the file of every chunk, named by its number and digest, with the numbers of its images."""
-        size = len(self.source)
-        spans = [range(n, min(n + CHUNK, size)) for n in range(0, size, CHUNK)]
+        every = range(len(self.source))
+        spans = [every[n : n + CHUNK] for n in every[::CHUNK]]
         return {folder / f"{n:08d}_{self.digest(span)}.zip": span for n, span in enumerate(spans)}
 
     def digest(self, span: range) -> str:
         """Return a digest of the settings and of each image's name, class and stamp."""
-        settings = {n: v for n, v in asdict(self.settings).items() if n != "background" or v}
+        settings = {n: getattr(self, n) for n in ("resolution", "channels", "crop")}
+        settings |= {"background": self.background} if self.background else {}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for index in span:
             stamp, label = self.source.stamp(index), int(self.source.labels[index])
@@ -103,43 +101,42 @@ class ChunkWriter:
 
     def write(self, span: range, file: Path) -> None:
         """Write one chunk, as PNG without compression, and its facts."""
+        crop: Crop = instantiate(self.crop)
         images, bad = [], []
         with written_whole(file) as whole, zipfile.ZipFile(whole, "w") as archive:
             for index in span:
                 try:
-                    image, label = self._image(index)
+                    pixels, label = self.source[index]
                 except ImageError as error:
                     bad.append(f"{error.name}: {error.got}")
                     continue
+                image = to_picture(pixels)
+                if self.channels is not None:
+                    image = image.convert(MODES[self.channels])
+                if self.resolution is not None:
+                    image = crop(image, self.resolution)
                 png = io.BytesIO()
                 image.save(png, format="PNG", compress_level=0, optimize=False)
                 archive.writestr(_entry(str(index)), png.getvalue())
-                pixels = np.asarray(image).reshape(image.height * image.width, -1)
-                means = pixels.mean(axis=0, dtype=np.float64).tolist()
+                rows = np.asarray(image).reshape(image.height * image.width, -1)
+                means = rows.mean(axis=0, dtype=np.float64).tolist()
                 name = self.source.name_of(index)
                 images.append(ImageFacts(index, name, label, image.height, image.width, means))
             facts = {"images": [asdict(image) for image in images], "bad": bad}
             archive.writestr(_entry(FACTS), json.dumps(facts))
-
-    def _image(self, index: int) -> tuple[PILImage.Image, int]:
-        pixels, label = self.source[index]
-        image = to_picture(pixels)
-        if self.settings.channels is not None:
-            image = image.convert(MODES[self.settings.channels])
-        if self.settings.resolution is not None:
-            image = self._crop(image, self.settings.resolution)
-        return image, label
 
     def write_all(self, files: Mapping[Path, range], workers: int | None) -> Iterator[Chunk]:
         """Yield all chunks in order, written if they are missing; stop at the first image of another size or mode."""
         first: ImageFacts | None = None
         with closing(write_missing(files, self.write, workers=workers, title="preparing")) as done:
             for file in done:
-                chunk = _read_chunk(file)
-                for image in chunk.images:
+                with zipfile.ZipFile(file) as archive:
+                    facts = json.loads(archive.read(FACTS))
+                images = [ImageFacts(**image) for image in facts["images"]]
+                for image in images:
                     first = first or image
-                    _require_alike(first, image)
-                yield chunk
+                    image.require_alike(first)
+                yield Chunk(file, images, facts["bad"])
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
@@ -147,27 +144,6 @@ def _entry(name: str) -> zipfile.ZipInfo:
     head = zipfile.ZipInfo(name, EARLIEST)
     head.create_system, head.external_attr = 3, 0o644 << 16
     return head
-
-
-def _require_alike(first: ImageFacts, image: ImageFacts) -> None:
-    require(
-        image.height == image.width,
-        f"square images, or resolution=<pixels> to crop them, for {image.name}",
-        image,
-        "add resolution=64, for example",
-    )
-    require(
-        str(image) == str(first),
-        f"images of one size and mode, as {first.name} of {first}",
-        f"{image.name} of {image}",
-        "choose resolution=<pixels>, and channels=1 for grey or channels=3 for RGB",
-    )
-
-
-def _read_chunk(file: Path) -> Chunk:
-    with zipfile.ZipFile(file) as archive:
-        facts = json.loads(archive.read(FACTS))
-    return Chunk(file, [ImageFacts(**image) for image in facts["images"]], facts["bad"])
 
 
 def join(chunks: Sequence[Chunk], file: Path, *, labelled: bool, facts: dict[str, Any]) -> None:

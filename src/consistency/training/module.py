@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from consistency.data.feed import unpack_batch
+from consistency.data.batches import unpack_batch
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
@@ -28,7 +28,7 @@ OBJECTIVE = "objective."
 
 
 class ConsistencyModule(L.LightningModule):
-    """Trains `online` with `objective`, on a `DataModule` or on any loader of (images, labels) (`consistency.data.feed`).
+    """Trains `online` with `objective`, on a `DataModule` or on any loader of (images, labels) (`consistency.data.batches`).
 
     online: the network under its training preconditioning.
     sampling_preconditioning: the preconditioning that samples are drawn with.
