@@ -16,14 +16,10 @@ class Periodic(Callback):
     """Calls `at_step` once after every n optimizer steps that are taken, also under accumulation."""
 
     def __init__(self, every_n_train_steps: int) -> None:
-        require(
-            every_n_train_steps >= 1,
-            f"every_n_train_steps >= 1 for {type(self).__name__}",
-            every_n_train_steps,
-            "give the number of optimizer steps in between",
-        )
-        self.every = every_n_train_steps
-        self._before = 0
+        expected = f"every_n_train_steps >= 1 for {type(self).__name__}"
+        remedy = "give the number of optimizer steps in between"
+        require(every_n_train_steps >= 1, expected, every_n_train_steps, remedy)
+        self.every, self._before = every_n_train_steps, 0
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         self._before = module.k

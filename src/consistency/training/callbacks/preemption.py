@@ -51,8 +51,7 @@ class Preemption(Callback):
             return self._received
         received = torch.tensor(self._received, device=trainer.strategy.root_device)
         torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
-        number, requeue = received.tolist()
-        return number, requeue
+        return tuple(received.tolist())
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: ConsistencyModule, batch: Any, index: int
@@ -75,12 +74,9 @@ class Preemption(Callback):
             return
         saved = "no checkpoint of it: callbacks.checkpoint=null"
         if (checkpoints := callback_of(trainer, RunCheckpoints)) is not None:
-            reason = checkpoints.keep_last(trainer)
-            saved = (
-                f"no checkpoint of it: {reason}" if reason else f"checkpoint: {checkpoints.last}"
-            )
-        if trainer.is_global_zero:
-            warn(f"{signal.Signals(number).name}: stopped after step k={module.k}; {saved}")
+            error = checkpoints.keep_last(trainer)
+            saved = f"no checkpoint of it: {error}" if error else f"checkpoint: {checkpoints.last}"
+        warn(f"{signal.Signals(number).name}: stopped after step k={module.k}; {saved}")
         if requeue:
             self._requeue(number, None)
         raise Preempted(128 + number)
