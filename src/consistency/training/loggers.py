@@ -43,10 +43,9 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = Path(path)
         self.columns = ["step"]
-        self.rows: list[
-            dict[str, float]
-        ] = []  # those that are not yet in the file, and the last one
-        self._start: int | None = None  # position of the last row in the file, if it is there
+        # The rows that are not yet in the file and the last one, and its position in the file, if it is there.
+        self.rows: list[dict[str, float]] = []
+        self._start: int | None = None
         self._warned = False
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:

@@ -17,7 +17,7 @@ from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import ModelCard
 from consistency.inference.generate import Request
-from consistency.objectives import Losses, Objective
+from consistency.objectives import Losses
 from consistency.preconditioning import Preconditioning
 from consistency.randomness import WHOLE, Share, generator, key
 from consistency.tensors import Data, Label
@@ -38,8 +38,8 @@ class ConsistencyModule(L.LightningModule):
     sources: path, weights and SHA-256 of the teacher and of the initial weights.
     callbacks: builds the callbacks of the method, for a trainer that has none of their kind.
 
-    k counts the optimizer steps that were taken; under a gradient scaler `trainer.global_step` counts more. Callbacks
-    set N(k) as `num_scales` and, if the mode has them, `target` and `averages`.
+    k counts the optimizer steps that were taken, `k_before` those before this batch; under a gradient scaler
+    `trainer.global_step` counts more. Callbacks set N(k) as `num_scales` and, if the mode has them, `target` and `averages`.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ConsistencyModule(L.LightningModule):
         self.make_optimizer, self.make_callbacks = optimizer, callbacks
         self.card, self.config, self.seed, self.sources = card, config, seed, sources
         self.guard = NonfiniteGuard(on_nonfinite)
-        self.k = self.num_scales = 0
+        self.k = self.k_before = self.num_scales = 0
         self.target: Denoiser | None = None
         self.averages: dict[str, nn.Module] = {}
         self.step_started = 0.0
@@ -105,7 +105,7 @@ class ConsistencyModule(L.LightningModule):
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        self.step_started = time.perf_counter()
+        self.k_before, self.step_started = self.k, time.perf_counter()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         accumulated, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
@@ -114,11 +114,9 @@ class ConsistencyModule(L.LightningModule):
         share = Share(micro * ranks + self.global_rank, accumulated * ranks)
         # An objective without a `share` argument is enough for whole batches.
         part = {} if share == WHOLE else {"share": share}
-        x_0, label = self._images_and_labels(batch, draw, **part)
-        objective: Objective = self.objective
-        losses = objective(
-            self.online, self.target or self.online, x_0, label, self.num_scales, draw, **part
-        )
+        data = self._images_and_labels(batch, draw, **part)
+        target = self.target or self.online
+        losses: Losses = self.objective(self.online, target, *data, self.num_scales, draw, **part)
         loss = losses.loss.mean()
         self.guard.note(losses)
         self._log_losses(losses, loss.detach())
@@ -148,15 +146,15 @@ class ConsistencyModule(L.LightningModule):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
         """Compute the gradients first, so that a step with a loss or gradient that is not finite can be skipped."""
-        loss, k = optimizer_closure(), self.k
-        step = f"in the term {type(self.objective).__name__} at step k={k}"
+        loss = optimizer_closure()
+        step = f"in the term {type(self.objective).__name__} at step k={self.k}"
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         gradients = {n: p.grad for n, p in self.online.named_parameters() if p.grad is not None}
         # A gradient scaler looks for overflows itself.
         if self.guard.allows({} if scaler else gradients, self.trainer.strategy, step):
             optimizer.step(closure=lambda: loss)
             if scaler is not None:
-                self.guard.scaled(taken=self.k > k, scale=scaler.get_scale, step=step)
+                self.guard.scaled(taken=self.k > self.k_before, scale=scaler.get_scale, step=step)
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Stop here if the guard demands it: the state before the step is complete and saved."""

@@ -58,7 +58,6 @@ class RunCheckpoints(Periodic, Checkpoint):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         """Save when the next step begins: only then do the metrics have the row of the last one."""
-        super().on_train_batch_start(trainer, module)
         if self._due:
             self._due = False
             self._try_last(trainer, module)

@@ -64,17 +64,15 @@ class Evaluation(Periodic):
     @property
     def monitor(self) -> str:
         """The metric that decides which checkpoint is best: the Fréchet distance of the first sampler and weights."""
-        extractor = self.measure.extractor
-        return f"{extractor.named('frechet')}/{next(iter(self.samplers))}/{self.weights[0]}"
+        metric = self.measure.extractor.named("frechet")
+        return f"{metric}/{next(iter(self.samplers))}/{self.weights[0]}"
 
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         data = module.data
-        held_out = data.held_out
+        held_out, workers = data.held_out, data.num_workers
+        builder = None if held_out is None else lambda: held_out
         self.measure: Measure = self.settings.prepare(
-            module.device,
-            train=lambda: data.train_source,
-            held_out=None if held_out is None else lambda: held_out,
-            num_workers=data.num_workers,
+            module.device, train=lambda: data.train_source, held_out=builder, num_workers=workers
         )
         self.count = self.measure.count(self.num_samples)
 
@@ -92,12 +90,8 @@ class Evaluation(Periodic):
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         self.report = self._bounds(module) | self._measure_all(module, self.seeds)
         if trainer.is_global_zero:
-            content = {
-                "protocol": self.measure.protocol(self.count),
-                "seeds": self.seeds,
-                "k": module.k,
-                "results": self.report,
-            }
+            protocol = self.measure.protocol(self.count)
+            content = dict(protocol=protocol, seeds=self.seeds, k=module.k, results=self.report)
             with tolerate_write_errors(str(self.file)):
                 write_text(self.file, json.dumps(content, indent=2) + "\n")
 

@@ -19,13 +19,10 @@ class Periodic(Callback):
         expected = f"every_n_train_steps >= 1 for {type(self).__name__}"
         remedy = "give the number of optimizer steps in between"
         require(every_n_train_steps >= 1, expected, every_n_train_steps, remedy)
-        self.every, self._before = every_n_train_steps, 0
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
-        self._before = module.k
+        self.every = every_n_train_steps
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
-        if module.k != self._before and module.k % self.every == 0:
+        if module.k != module.k_before and module.k % self.every == 0:
             self.at_step(trainer, module)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:

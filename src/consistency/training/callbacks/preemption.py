@@ -23,10 +23,9 @@ class Preempted(SystemExit):
 
 
 class Preemption(Callback):
-    """On SIGTERM, SIGUSR1 or Ctrl-C (SIGINT) to any rank: completes the optimizer step, writes `last.ckpt`, ends every
-    rank with `Preempted`.
+    """On a signal to any rank: completes the optimizer step, writes `last.ckpt`, and ends every rank with `Preempted`.
 
-    Under SLURM with requeueing, the checkpoint comes first; then Lightning's own handler has the job queued again.
+    Under SLURM with requeueing, Lightning's own handler has the job queued again afterwards.
     """
 
     def __init__(self) -> None:
@@ -45,14 +44,6 @@ class Preemption(Callback):
     def _note(self, number: int, *, requeue: bool = False) -> None:
         self._received = (number, int(requeue))
 
-    def _agreed(self, trainer: L.Trainer) -> tuple[int, int]:
-        """Return the signal of any rank: all must leave at the same step, or the others wait for ever."""
-        if trainer.world_size == 1:
-            return self._received
-        received = torch.tensor(self._received, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
-        return tuple(received.tolist())
-
     def on_train_batch_start(
         self, trainer: L.Trainer, module: ConsistencyModule, batch: Any, index: int
     ) -> None:
@@ -69,7 +60,11 @@ class Preemption(Callback):
         rendezvous.current.leaving.set()
 
     def _leave(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        number, requeue = self._agreed(trainer)
+        number, requeue = self._received
+        if trainer.world_size > 1:  # all ranks leave at the same step, or the others wait for ever
+            received = torch.tensor(self._received, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+            number, requeue = received.tolist()
         if not number:
             return
         saved = "no checkpoint of it: callbacks.checkpoint=null"
