@@ -1,9 +1,8 @@
 """The ADM U-Net of Dhariwal & Nichol (2021, arXiv:2105.05233), as used for consistency models.
 
-Residual blocks modulated by time and class, self-attention at chosen resolutions, an encoder whose
-every output is concatenated into the decoder. The modules carry the names of the `UNetModel` of
-openai/consistency_models, so that its released .pt files load strictly; the rows of the qkv
-projection stand in the order (three, head, dim).
+Residual blocks modulated by time and class, self-attention at chosen resolutions, an encoder whose every output is
+concatenated into the decoder. The modules carry the names of the `UNetModel` of openai/consistency_models, so that its
+released .pt files load strictly; the rows of the qkv projection stand in the order (three, head, dim).
 """
 
 from collections.abc import Sequence
@@ -158,12 +157,11 @@ class Stage(nn.ModuleList):
 class ADM(nn.Module):
     """The network F of (c_in x_t, c_noise, label); c_noise is 250 ln t for the OpenAI weights.
 
-    `attention_resolutions` are sides of feature maps in pixels. `num_head_channels`, where given,
-    decides the number of heads; else it is `num_heads`, in the decoder `num_heads_upsample` where
-    that is given. `resblock_updown` changes resolution
-    inside residual blocks; otherwise layers do, strided or followed by a convolution if
-    `conv_resample`. `checkpoint_activations` trades a second forward pass for memory; PyTorch
-    cannot combine it with forward-mode derivatives, for which `attention` must be "plain".
+    `attention_resolutions` are sides of feature maps in pixels. `num_head_channels`, where given, decides the number of
+    heads; else it is `num_heads`, in the decoder `num_heads_upsample` where that is given. `resblock_updown` changes
+    resolution inside residual blocks; otherwise layers do, strided or followed by a convolution if `conv_resample`.
+    `checkpoint_activations` trades a second forward pass for memory; PyTorch cannot combine it with forward-mode
+    derivatives, for which `attention` must be "plain".
     """
 
     def __init__(
