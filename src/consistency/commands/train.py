@@ -12,7 +12,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -106,7 +105,6 @@ def value_of(trainer: L.Trainer, losses: LastLosses) -> tuple[float, str]:
     return mean, f"the mean of the last {len(losses.values)} losses, as nothing is evaluated"
 
 
-@rank_zero_only
 def _announce(start: RunStart, module: ConsistencyModule, output: Path) -> None:
     config = start.config
     choices: Any = HydraConfig.get().runtime.choices

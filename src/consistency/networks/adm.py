@@ -15,7 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from consistency.networks.layers import (
     Attention,
+    Embedding,
     GroupNorm,
+    Maps,
+    NewMaps,
     attend,
     check_attention,
     check_images,
@@ -36,7 +39,7 @@ class Downsample(nn.Module):
         else:
             self.op = nn.AvgPool2d(2)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h/2 w/2"]:
+    def forward(self, x: Maps) -> Float[Tensor, "b c h/2 w/2"]:
         return self.op(x)
 
 
@@ -47,7 +50,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 2*h 2*w"]:
+    def forward(self, x: Maps) -> Float[Tensor, "b c 2*h 2*w"]:
         return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -90,9 +93,7 @@ class ResBlock(nn.Module):
         if in_channels != out_channels:
             self.skip_connection = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(
-        self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
-    ) -> Float[Tensor, "b d h2 w2"]:
+    def forward(self, x: Maps, embedding: Embedding) -> NewMaps:
         norm, silu, conv = self.in_layers
         h = conv(self.resample(silu(norm(x))))
         e = self.emb_layers(embedding)[:, :, None, None]
@@ -122,7 +123,7 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def forward(self, x: Maps) -> Maps:
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
         # Fused kernels want the last axis contiguous; the copy costs less than doing without.
@@ -142,9 +143,7 @@ class Stage(nn.ModuleList):
         super().__init__(layers)
         self.recompute = recompute
 
-    def forward(
-        self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
-    ) -> Float[Tensor, "b d h2 w2"]:
+    def forward(self, x: Maps, embedding: Embedding) -> NewMaps:
         for layer in self:
             arguments = (x, embedding) if isinstance(layer, ResBlock) else (x,)
             if self.recompute and torch.is_grad_enabled():

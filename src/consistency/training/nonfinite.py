@@ -18,8 +18,10 @@ SHOWN = 4
 OVERFLOWS = 40
 """Steps in a row that a gradient scaler may skip, each of which halves its scale: from 2^16 to the smallest of float16."""
 
-REMEDY = """lower optimizer.lr, use trainer.precision=32-true or bf16-mixed, or look at the data; \
-last.ckpt is the state before that step"""
+REMEDY = (
+    "lower optimizer.lr, use trainer.precision=32-true or bf16-mixed, or look at the data; "
+    "last.ckpt is the state before that step"
+)
 
 
 class NonfiniteGuard:
@@ -38,8 +40,7 @@ class NonfiniteGuard:
             raise UserError(expected, f"on_nonfinite={policy}", "for example on_nonfinite=skip:10")
         self.limit = int(match[1] or 1)
         self.in_a_row = self.overflows = self.overflows_in_a_row = 0
-        self.verdict: UserError | None = None
-        """Why the run must stop, on every rank."""
+        self.verdict: UserError | None = None  # why the run must stop, on every rank
         self._batches: list[Losses] = []
         self._last_times = torch.empty(0)  # t of the last step that was allowed
 
@@ -113,10 +114,8 @@ def _report(
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     shown = ", ".join(modules[:SHOWN])
     more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
-    return (
-        1,
-        f"a gradient that is not finite, of a finite loss, {step}, {_span(t)}, in {shown}{more}",
-    )
+    named = f"{step}, {_span(t)}, in {shown}{more}"
+    return 1, f"a gradient that is not finite, of a finite loss, {named}"
 
 
 def _span(t: Tensor) -> str:

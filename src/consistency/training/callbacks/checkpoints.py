@@ -104,17 +104,14 @@ class RunCheckpoints(Periodic, Checkpoint):
 
 def _written(trainer: L.Trainer, path: Path, then: Callable[[], None] = lambda: None) -> str | None:
     """Write a checkpoint, do `then` on the rank that writes, and return on every rank why that failed, or None."""
-    reason = _error_of(lambda: trainer.save_checkpoint(path, weights_only=False))
-    if reason:
-        trainer.strategy.barrier()  # at the end of `save_checkpoint`, where the other ranks wait
-    elif trainer.is_global_zero:
-        reason = _error_of(then)
-    return trainer.strategy.broadcast(reason)
-
-
-def _error_of(action: Callable[[], None]) -> str | None:
+    reason, saved = None, False
     try:
-        action()
+        trainer.save_checkpoint(path, weights_only=False)
+        saved = True
+        if trainer.is_global_zero:
+            then()
     except OSError as error:
-        return str(error)
-    return None
+        reason = str(error)
+        if not saved:
+            trainer.strategy.barrier()  # at the end of `save_checkpoint`, where the other ranks wait
+    return trainer.strategy.broadcast(reason)

@@ -118,8 +118,12 @@ class Evaluation(Periodic):
         trainer, results = module.trainer, {}
         for weights in self.weights:
             for name, sampler in self.samplers.items():
-                samples = (self._samples(module, weights, sampler, seed) for seed in seeds)
-                runs = [self.measure(each, self.count) for each in samples]
+                runs = []
+                for seed in seeds:
+                    with module.sampling(weights, seed) as request:
+                        numbers = batches(self.count, self.batch_size)
+                        images = generate(request, sampler, numbers)
+                        runs.append(self.measure(images, self.count))
                 means = {metric: sum(run[metric] for run in runs) / len(runs) for metric in runs[0]}
                 results[f"{name}/{weights}"] = means
         seconds = time.perf_counter() - began
@@ -132,12 +136,6 @@ class Evaluation(Periodic):
             logger.log_metrics(values, step=trainer.global_step - 1)  # the row of this step
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
         return results
-
-    def _samples(
-        self, module: ConsistencyModule, weights: str, sampler: Sampler, seed: int
-    ) -> Iterator[Numbered]:
-        with module.sampling(weights, seed) as request:
-            yield from generate(request, sampler, batches(self.count, self.batch_size))
 
     def _bounds(self, module: ConsistencyModule) -> Values:
         """Measure the training images, which bound the samples, and noise; nothing if they are the reference."""
