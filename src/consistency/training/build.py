@@ -41,12 +41,12 @@ def quiet() -> None:
 def build_data(config: DictConfig) -> DataModule:
     """Build the data module; raises `UserError` if the data contradict the configuration."""
     node = config.data
-    numbers = "image_size channels num_classes batch_size device_batch_size num_workers".split()
+    names = "image_size channels num_classes batch_size device_batch_size num_workers".split()
     return DataModule(
         source=instantiate(node.source, _partial_=True),
         held_out=instantiate(node.held_out, _partial_=True) if node.held_out else None,
         seed=config.seed,
-        **{name: node[name] for name in (*numbers, "flip", "in_memory", "allow_reorder")},
+        **{name: node[name] for name in (*names, "flip", "in_memory", "allow_reorder")},
     )
 
 

@@ -25,9 +25,6 @@ from consistency.errors import require
 from consistency.runtime.files import write_text
 from consistency.training.io_errors import warn
 
-FINISH_SECONDS = 30.0
-"""How long the end of a run waits for the upload to W&B; `wandb sync <folder>` uploads the rest later."""
-
 
 class MetricsFile(Logger):
     """All metrics of a run in one CSV, one row an optimizer step.
@@ -168,7 +165,7 @@ class PatientWandbLogger(WandbLogger):
             x_save_requirements=False,
             x_disable_meta=True,  # the command line may hold secrets
             x_transaction_log_flush_interval=0.5,
-            finish_timeout=FINISH_SECONDS,
+            finish_timeout=30.0,  # seconds at the end of a run; `wandb sync <folder>` uploads the rest later
         )
         super().__init__(project=project, save_dir=folder, name=name, settings=settings)
         self._wandb_init.pop("anonymous", None)  # W&B warns about this option
@@ -193,7 +190,7 @@ class PatientWandbLogger(WandbLogger):
         return sorted(Path(run.dir).parents[1].glob(f"offline-run-*-{run.id}"))
 
     def finalize(self, status: str) -> None:
-        """End the W&B run, so that the next job of a sweep begins its own; wait at most `FINISH_SECONDS`."""
+        """End the W&B run, so that the next job of a sweep begins its own."""
         self._finish(status)
         if self.failed:
             with suppress(Exception):
