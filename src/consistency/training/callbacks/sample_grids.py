@@ -54,8 +54,9 @@ class SampleGrids(Periodic):
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Draw the samples."""
         self._last_k = module.k
-        if not trainer.is_global_zero or module.card is None:
+        if not trainer.is_global_zero:
             return
+        assert module.card is not None
         classes, count = module.card.num_classes, self.num_samples
         columns, panels = plots.columns_for(count, classes), []
         labels = None if classes is None else list(range(classes))
