@@ -1,10 +1,11 @@
 """Objectives: the loss of one batch, per sample, as its formula.
 
-An objective draws times and noise from the generator given, so that it is a function of its arguments. x_0 is `share` of
-the optimizer step's batch: times and noise are drawn for all of it, and the rows of the share are kept.
+An objective draws times and noise from a generator, so that it is a function of its arguments. x_0 is `share` of the
+optimizer step's batch: times and noise are drawn for all of it, and the rows of the share are kept.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -47,14 +48,36 @@ class Objective(Protocol):
     ) -> Losses: ...
 
 
-def _normal_like(x_0: Data, generator: Generator, share: Share) -> Data:
-    """Unit normal noise z of the shape of the images."""
-    shape = (share.parts * len(x_0), *x_0.shape[1:])
-    z = torch.randn(shape, generator=generator, device=generator.device)
-    return z[share.rows(len(x_0))]
+class DrawnObjective(nn.Module):
+    """An objective that draws times and unit normal noise z, and whose losses for them are `losses_at`."""
+
+    losses_at: Callable[..., Losses]
+    needs_target: ClassVar[bool] = True
+
+    def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
+        """The arguments of `losses_at` between label and noise."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        online: Denoise,
+        target: Denoise,
+        x_0: Data,
+        label: Label,
+        num_scales: int,
+        generator: Generator,
+        share: Share = WHOLE,
+    ) -> Losses:
+        batch, rows = share.parts * len(x_0), share.rows(len(x_0))
+        drawn = self.draw(batch, num_scales, generator)
+        drawn = tuple(part[rows] if isinstance(part, Tensor) else part for part in drawn)
+        shape, device = (batch, *x_0.shape[1:]), generator.device
+        z = torch.randn(shape, generator=generator, device=device)[rows]
+        networks = (online, target) if self.needs_target else (online,)
+        return self.losses_at(*networks, x_0, label, *drawn, z)
 
 
-class ConsistencyObjective(nn.Module):
+class ConsistencyObjective(DrawnObjective):
     """lambda(t, r) d(f_theta(x_t, t), stopgrad f_theta-(x_r, r)) [Song et al. 2023, arXiv:2303.01469, Eq. 7 and 10].
 
     Where r = 0 the target is the clean image, the limit of the boundary condition [Geng et al. 2024,
@@ -75,19 +98,8 @@ class ConsistencyObjective(nn.Module):
         self.pairs, self.step, self.distance = pairs, step, distance
         self.weighting, self.stop_gradient = weighting, stop_gradient
 
-    def forward(
-        self,
-        online: Denoise,
-        target: Denoise,
-        x_0: Data,
-        label: Label,
-        num_scales: int,
-        generator: Generator,
-        share: Share = WHOLE,
-    ) -> Losses:
-        rows = share.rows(len(x_0))
-        t, r = (time[rows] for time in self.pairs(share.parts * len(x_0), num_scales, generator))
-        return self.losses_at(online, target, x_0, label, t, r, _normal_like(x_0, generator, share))
+    def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
+        return self.pairs(batch, num_scales, generator)
 
     def losses_at(
         self,
@@ -112,7 +124,7 @@ class ConsistencyObjective(nn.Module):
         return Losses(self.weighting(t, r) * self.distance(estimate, reference), t, r)
 
 
-class ContinuousObjective(nn.Module):
+class ContinuousObjective(DrawnObjective):
     """The limit r -> t of the consistency loss [Song et al. 2023, arXiv:2303.01469, Appendix B].
 
     With g = d/dt f(x_t, t) along the velocity of the PF-ODE, by a forward-mode derivative:
@@ -143,18 +155,8 @@ class ContinuousObjective(nn.Module):
         self.times, self.velocity, self.tangent = times, velocity, tangent
         self.weighting, self.stop_gradient = weighting, stop_gradient
 
-    def forward(
-        self,
-        online: Denoise,
-        target: Denoise,
-        x_0: Data,
-        label: Label,
-        num_scales: int,
-        generator: Generator,
-        share: Share = WHOLE,
-    ) -> Losses:
-        t = self.times(share.parts * len(x_0), generator)[share.rows(len(x_0))]
-        return self.losses_at(online, target, x_0, label, t, _normal_like(x_0, generator, share))
+    def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
+        return (self.times(batch, generator),)
 
     def losses_at(
         self, online: Denoise, target: Denoise, x_0: Data, label: Label, t: Time, z: Data
@@ -175,7 +177,7 @@ class ContinuousObjective(nn.Module):
         return Losses(weight * product.sum(dim=(1, 2, 3)), t, t)
 
 
-class ProgressiveObjective(nn.Module):
+class ProgressiveObjective(DrawnObjective):
     """lambda(t) d(D_theta(x_t, t), x^): one Euler step of the student lands where two of the teacher do.
 
     x^ = x_t - t (x_r - x_t) / (r - t), where the teacher's steps lead from x_t at t = t_i over t_{i+1/2} to x_r at
@@ -187,22 +189,11 @@ class ProgressiveObjective(nn.Module):
         super().__init__()
         self.grid, self.distance, self.weighting = grid, distance, weighting
 
-    def forward(
-        self,
-        online: Denoise,
-        target: Denoise,
-        x_0: Data,
-        label: Label,
-        num_scales: int,
-        generator: Generator,
-        share: Share = WHOLE,
-    ) -> Losses:
+    def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
         require_scales(num_scales, 1)
-        total = share.parts * len(x_0)
-        i = torch.randint(num_scales, (total,), generator=generator, device=generator.device)
-        i = i[share.rows(len(x_0))]
-        z = _normal_like(x_0, generator, share)
-        return self.losses_at(online, target, x_0, label, i, num_scales, z)
+        device = generator.device
+        i = torch.randint(num_scales, (batch,), generator=generator, device=device)
+        return i, num_scales
 
     def losses_at(
         self,
@@ -226,25 +217,17 @@ class ProgressiveObjective(nn.Module):
         return Losses(self.weighting(t, r) * self.distance(estimate, reference), t, r)
 
 
-class DenoisingObjective(nn.Module):
+class DenoisingObjective(DrawnObjective):
     """lambda(t) d(D_theta(x_0 + t z, t), x_0) [Karras et al. 2022, arXiv:2206.00364, Eq. 2]."""
+
+    needs_target = False
 
     def __init__(self, *, times: Times, distance: Distance, weighting: Weighting) -> None:
         super().__init__()
         self.times, self.distance, self.weighting = times, distance, weighting
 
-    def forward(
-        self,
-        online: Denoise,
-        target: Denoise,
-        x_0: Data,
-        label: Label,
-        num_scales: int,
-        generator: Generator,
-        share: Share = WHOLE,
-    ) -> Losses:
-        t = self.times(share.parts * len(x_0), generator)[share.rows(len(x_0))]
-        return self.losses_at(online, x_0, label, t, _normal_like(x_0, generator, share))
+    def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
+        return (self.times(batch, generator),)
 
     def losses_at(self, online: Denoise, x_0: Data, label: Label, t: Time, z: Data) -> Losses:
         """The losses for given times and noise."""

@@ -1,6 +1,6 @@
 """Laws of the training times: pairs (t, r) with r < t for consistency losses, single t for denoising.
 
-All draw from the generator given, on its device, and return float32 of shape (batch,).
+All draw from a generator, on its device, and return float32 of shape (batch,).
 """
 
 import math
@@ -30,10 +30,6 @@ class Times(Protocol):
     def __call__(self, batch: int, generator: Generator) -> Time: ...
 
 
-def _require_spread(p_std: float) -> None:
-    require(p_std > 0, "p_std > 0", p_std, "it is the standard deviation of ln t")
-
-
 def require_scales(num_scales: float, least: int) -> None:
     """Refuse an N(k) without a pair, such as the 0 of a run without a ScaleSchedule."""
     require(
@@ -43,6 +39,21 @@ def require_scales(num_scales: float, least: int) -> None:
         "choose another schedule mode.callbacks.scale_schedule; in a script add a ScaleSchedule to the trainer, as "
         "consistency.training.build.build_module(config) does",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lognormal:
+    """ln t ~ N(p_mean, p_std^2)."""
+
+    p_mean: float
+    p_std: float
+
+    def __post_init__(self) -> None:
+        require(self.p_std > 0, "p_std > 0", self.p_std, "it is the standard deviation of ln t")
+
+    def level(self, n: Float[Tensor, "b"]) -> Time:
+        """t of standard normal draws n."""
+        return (self.p_mean + self.p_std * n).exp()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +70,7 @@ class UniformPairs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscreteLognormalPairs:
+class DiscreteLognormalPairs(Lognormal):
     """Neighbours on the Karras grid of N(k) points, the cleaner one's interval weighed by a lognormal law.
 
     p(i) ~ erf((ln t_i - p_mean) / (sqrt2 p_std)) - erf((ln t_{i+1} - p_mean) / (sqrt2 p_std)), with t_i > t_{i+1}
@@ -67,11 +78,6 @@ class DiscreteLognormalPairs:
     """
 
     grid: KarrasGrid
-    p_mean: float
-    p_std: float
-
-    def __post_init__(self) -> None:
-        _require_spread(self.p_std)
 
     def probabilities(self, num_scales: int) -> Float[Tensor, "_intervals"]:
         """p(i) for i = 0 ... N-2, descending in noise, in float64."""
@@ -88,20 +94,15 @@ class DiscreteLognormalPairs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RatioPairs:
+class RatioPairs(Lognormal):
     """ln t ~ N(p_mean, p_std^2) and r = max(0, t (1 - (1 + k sigmoid(-b t)) / N(k))).
 
     [Geng et al. 2024, arXiv:2406.14548, with N(k) = q^(stage + 1)]; k = 0 is its constant map. r = 0 makes the clean
     image the target.
     """
 
-    p_mean: float
-    p_std: float
     k: float
     b: float
-
-    def __post_init__(self) -> None:
-        _require_spread(self.p_std)
 
     def ratio_map(self, t: Time, num_scales: float) -> Time:
         """r for the noisier time t."""
@@ -110,7 +111,7 @@ class RatioPairs:
 
     def at(self, n: Float[Tensor, "b"], num_scales: float) -> tuple[Time, Time]:
         """(t, r) of standard normal draws n."""
-        t = (self.p_mean + self.p_std * n).exp()
+        t = self.level(n)
         return t, self.ratio_map(t, num_scales)
 
     def __call__(self, batch: int, num_scales: float, generator: Generator) -> tuple[Time, Time]:
@@ -120,23 +121,18 @@ class RatioPairs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LognormalTimes:
+class LognormalTimes(Lognormal):
     """ln t ~ N(p_mean, p_std^2) [Karras et al. 2022, arXiv:2206.00364, Table 1].
 
     even: draws one time from each of the batch's equally likely intervals, so that its times spread evenly [released
     code of Song et al. 2023, `LogNormalSampler(even=True)`].
     """
 
-    p_mean: float
-    p_std: float
     even: bool = False
-
-    def __post_init__(self) -> None:
-        _require_spread(self.p_std)
 
     def at(self, n: Float[Tensor, "b"]) -> Time:
         """t of standard normal draws n."""
-        return (self.p_mean + self.p_std * n).exp()
+        return self.level(n)
 
     def spread(self, u: Float[Tensor, "b"]) -> Time:
         """t of draws u uniform on [0, 1), sample j taken from the interval [j, j + 1) / batch of probability."""

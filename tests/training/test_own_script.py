@@ -18,9 +18,8 @@ from conftest import TINY
 from consistency.errors import UserError
 from consistency.schedules import square_root
 from consistency.training.build import build_module, quiet
-from consistency.training.callbacks.ema import EvaluationEMA, TargetEMA
+from consistency.training.callbacks.method import EvaluationEMA, ScaleSchedule, TargetEMA
 from consistency.training.callbacks.progress import Throughput
-from consistency.training.callbacks.schedules import ScaleSchedule
 from consistency.training.module import ConsistencyModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -163,7 +162,7 @@ def test_what_it_cannot_train_on_is_told(kind: str) -> None:
 def test_without_a_schedule_of_scales_what_is_missing_is_told(mode: str) -> None:
     ours = module(f"mode={mode}")
     ours.make_callbacks = tuple
-    with pytest.raises(UserError, match=r"number of scales\n  got: N\(k\) = 0, which nothing has set\n.*ScaleSchedule"):  # fmt: skip
+    with pytest.raises(UserError, match=r"number of scales\n  got: N\(k\) = 0, which no callback has set\n.*ScaleSchedule"):  # fmt: skip
         fitted(ours, batches(DIGITS, CLASSES))
 
 

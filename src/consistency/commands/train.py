@@ -12,7 +12,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -24,16 +23,8 @@ from consistency.errors import require
 from consistency.runtime.files import ROOT
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import is_first, require_launched
+from consistency.training import build
 from consistency.training.arguments import require_taken
-from consistency.training.build import (
-    build_callbacks,
-    build_data,
-    build_loggers,
-    build_module,
-    build_trainer,
-    quiet,
-    try_samplers,
-)
 from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import callback_of
@@ -48,7 +39,7 @@ def train(config: DictConfig, output: Path) -> float:
     if not HydraConfig.initialized():  # a configuration of Hydra's own `compose`
         config.output = str(output)
         return called(train, config, "train")
-    quiet()
+    build.quiet()
     start = begin(config, output)
     config, steps = start.config, start.config.trainer.max_steps
     require_taken(config.trainer)
@@ -61,12 +52,12 @@ def train(config: DictConfig, output: Path) -> float:
         return start.value
     L.seed_everything(config.seed, workers=True, verbose=False)
     with one_job(), as_user_error():
-        loggers = build_loggers(config)
-        data = build_data(config)
-        module = build_module(config, data)
-        try_samplers(config)
-        callbacks = [*build_callbacks(config), losses := LastLosses()]
-        trainer = build_trainer(config, callbacks, loggers, data)
+        loggers = build.build_loggers(config)
+        data = build.build_data(config)
+        module = build.build_module(config, data)
+        build.try_samplers(config)
+        callbacks = [*build.build_callbacks(config), losses := LastLosses()]
+        trainer = build.build_trainer(config, callbacks, loggers, data)
         require_launched(trainer.num_devices, trainer.num_nodes, "trainer.")
         if trainer.is_global_zero:
             output.mkdir(parents=True, exist_ok=True)
@@ -100,10 +91,9 @@ class LastLosses(Callback):
 
 
 def value_of(trainer: L.Trainer, losses: LastLosses) -> tuple[float, str]:
-    """Return the value that a sweeper minimises, and its name; NaN if there is no number.
+    """Return the value that a sweeper minimises, NaN if there is no number, and its name.
 
-    It is the lowest value of the metric that the checkpoints monitor, else the last one of the evaluation's metric, else
-    the mean of the last losses.
+    It is the lowest of the metric that the checkpoints monitor, else the evaluation's last, else the mean of the last losses.
     """
     checkpoints = callback_of(trainer, RunCheckpoints)
     if checkpoints is not None and checkpoints.monitor is not None:
@@ -115,7 +105,6 @@ def value_of(trainer: L.Trainer, losses: LastLosses) -> tuple[float, str]:
     return mean, f"the mean of the last {len(losses.values)} losses, as nothing is evaluated"
 
 
-@rank_zero_only
 def _announce(start: RunStart, module: ConsistencyModule, output: Path) -> None:
     config = start.config
     choices: Any = HydraConfig.get().runtime.choices
@@ -139,15 +128,15 @@ def _announce(start: RunStart, module: ConsistencyModule, output: Path) -> None:
 def _sampler_choice(config: DictConfig) -> str:
     """Return the option of sampler= for the mode's first sampler."""
     target = next((node._target_ for node in config.mode.samplers.values()), None)
-    files = sorted((ROOT / "conf" / "sampler").glob("*.yaml"))
-    named = [p.stem for p in files if OmegaConf.select(OmegaConf.load(p), "_target_") == target]
-    return next(iter(named), "onestep")
+    for file in sorted((ROOT / "conf" / "sampler").glob("*.yaml")):
+        if OmegaConf.select(OmegaConf.load(file), "_target_") == target:
+            return file.stem
+    return "onestep"
 
 
 def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:
     print()
-    source = trainer.datamodule.train_source  # type: ignore[attr-defined]
-    if left_out := source.left_out:
+    if left_out := trainer.datamodule.train_source.left_out:  # type: ignore[attr-defined]
         print(f"Left out:   {left_out:,} images that cannot be used, named at the start")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RunCheckpoints):
@@ -160,11 +149,6 @@ def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:
         if isinstance(logger, PatientWandbLogger) and logger.offline_folders:
             sync = [sys.executable, "-m", "wandb", "sync", *map(str, logger.offline_folders)]
             print(f"W&B:        offline; upload with\n  {shlex.join(sync)}")
-    sample = shell_line(
-        "sample",
-        f"checkpoint={output}",
-        f"sampler={_sampler_choice(config)}",
-        "num_samples=64",
-        f"output={output / 'samples_64'}",
-    )
-    print(f"Continue with:\n  {sample}")
+    sampler, samples = f"sampler={_sampler_choice(config)}", f"output={output / 'samples_64'}"
+    line = shell_line("sample", f"checkpoint={output}", sampler, "num_samples=64", samples)
+    print(f"Continue with:\n  {line}")

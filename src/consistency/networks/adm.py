@@ -1,9 +1,8 @@
 """The ADM U-Net of Dhariwal & Nichol (2021, arXiv:2105.05233), as used for consistency models.
 
-Residual blocks modulated by time and class, self-attention at chosen resolutions, an encoder whose
-every output is concatenated into the decoder. The modules carry the names of the `UNetModel` of
-openai/consistency_models, so that its released .pt files load strictly; the rows of the qkv
-projection stand in the order (three, head, dim).
+Residual blocks modulated by time and class, self-attention at chosen resolutions, an encoder whose every output is
+concatenated into the decoder. The modules carry the names of the `UNetModel` of openai/consistency_models, so that its
+released .pt files load strictly; the rows of the qkv projection stand in the order (three, head, dim).
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from consistency.networks.layers import (
     Attention,
+    Embedding,
     GroupNorm,
+    Maps,
+    NewMaps,
     attend,
     check_attention,
     check_images,
@@ -37,7 +39,7 @@ class Downsample(nn.Module):
         else:
             self.op = nn.AvgPool2d(2)
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h/2 w/2"]:
+    def forward(self, x: Maps) -> Float[Tensor, "b c h/2 w/2"]:
         return self.op(x)
 
 
@@ -48,7 +50,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 2*h 2*w"]:
+    def forward(self, x: Maps) -> Float[Tensor, "b c 2*h 2*w"]:
         return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -91,9 +93,7 @@ class ResBlock(nn.Module):
         if in_channels != out_channels:
             self.skip_connection = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(
-        self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
-    ) -> Float[Tensor, "b d h2 w2"]:
+    def forward(self, x: Maps, embedding: Embedding) -> NewMaps:
         norm, silu, conv = self.in_layers
         h = conv(self.resample(silu(norm(x))))
         e = self.emb_layers(embedding)[:, :, None, None]
@@ -123,7 +123,7 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def forward(self, x: Maps) -> Maps:
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
         # Fused kernels want the last axis contiguous; the copy costs less than doing without.
@@ -143,9 +143,7 @@ class Stage(nn.ModuleList):
         super().__init__(layers)
         self.recompute = recompute
 
-    def forward(
-        self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
-    ) -> Float[Tensor, "b d h2 w2"]:
+    def forward(self, x: Maps, embedding: Embedding) -> NewMaps:
         for layer in self:
             arguments = (x, embedding) if isinstance(layer, ResBlock) else (x,)
             if self.recompute and torch.is_grad_enabled():
@@ -158,12 +156,11 @@ class Stage(nn.ModuleList):
 class ADM(nn.Module):
     """The network F of (c_in x_t, c_noise, label); c_noise is 250 ln t for the OpenAI weights.
 
-    `attention_resolutions` are sides of feature maps in pixels. `num_head_channels`, where given,
-    decides the number of heads; else it is `num_heads`, in the decoder `num_heads_upsample` where
-    that is given. `resblock_updown` changes resolution
-    inside residual blocks; otherwise layers do, strided or followed by a convolution if
-    `conv_resample`. `checkpoint_activations` trades a second forward pass for memory; PyTorch
-    cannot combine it with forward-mode derivatives, for which `attention` must be "plain".
+    `attention_resolutions` are sides of feature maps in pixels. `num_head_channels`, where given, decides the number of
+    heads; else it is `num_heads`, in the decoder `num_heads_upsample` where that is given. `resblock_updown` changes
+    resolution inside residual blocks; otherwise layers do, strided or followed by a convolution if `conv_resample`.
+    `checkpoint_activations` trades a second forward pass for memory; PyTorch cannot combine it with forward-mode
+    derivatives, for which `attention` must be "plain".
     """
 
     def __init__(

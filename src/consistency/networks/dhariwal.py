@@ -18,9 +18,8 @@ from consistency.tensors import Data, Label, Time
 class DhariwalUNet(UNet):
     """The network F of (c_in x_t, c_noise, label); a label of -1 stands for "no class".
 
-    There is one attention head per 64 channels, and no attention where there are fewer channels.
-    `augment` tells how a training image was augmented (Karras et al. 2022, App. F.2); left out, it
-    means "not at all".
+    There is one attention head per 64 channels, and no attention where there are fewer channels. `augment` tells how a
+    training image was augmented (Karras et al. 2022, App. F.2); left out, it means "not at all".
     """
 
     def __init__(

@@ -18,6 +18,15 @@ Attention: TypeAlias = Literal["sdpa", "plain"]
 """`sdpa`: PyTorch's fused kernel; `plain`: the formula, which also has forward-mode derivatives."""
 
 
+Maps: TypeAlias = Float[Tensor, "b c h w"]
+NewMaps: TypeAlias = Float[Tensor, "b d h2 w2"]
+"""Feature maps, and such of another width or resolution."""
+
+Embedding: TypeAlias = Float[Tensor, "b e"]
+Augmentation: TypeAlias = Float[Tensor, "b a"]
+Heads: TypeAlias = Float[Tensor, "b heads n d"]
+
+
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The type for parts sensitive to rounding: float32, or float64 for float64 input."""
     return torch.promote_types(dtype, torch.float32)
@@ -61,12 +70,7 @@ def sinusoidal_features(
     return functional.pad(features, (0, width % 2))
 
 
-def attend(
-    q: Float[Tensor, "b heads n d"],
-    k: Float[Tensor, "b heads n d"],
-    v: Float[Tensor, "b heads n d"],
-    kind: Attention,
-) -> Float[Tensor, "b heads n d"]:
+def attend(q: Heads, k: Heads, v: Heads, kind: Attention) -> Heads:
     """softmax(q k^T / sqrt(d)) v  [Vaswani et al. 2017, arXiv:1706.03762, Eq. 1]."""
     if kind == "sdpa":
         return functional.scaled_dot_product_attention(q, k, v)

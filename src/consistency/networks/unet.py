@@ -16,15 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from consistency.networks.layers import (
-    Attention,
-    GroupNorm,
-    attend,
-    check_attention,
-    check_images,
-    check_label,
-    one_hot,
-)
+from consistency.networks import layers
+from consistency.networks.layers import Augmentation, Embedding, GroupNorm, Maps, NewMaps
 from consistency.tensors import Data, Label
 
 
@@ -36,7 +29,7 @@ def fir_filter(taps: Sequence[int | float]) -> Float[Tensor, "1 1 n n"]:
 
 
 def resample(
-    x: Float[Tensor, "b c h w"], kernel: Float[Tensor, "1 1 n n"], *, up: bool, padding: int
+    x: Maps, kernel: Float[Tensor, "1 1 n n"], *, up: bool, padding: int
 ) -> Float[Tensor, "b c h2 w2"]:
     """Doubles (`up`) or halves height and width, filtering every channel with `kernel`."""
     channels = x.shape[1]
@@ -58,7 +51,7 @@ class Resample(nn.Module):
         self.up, self.padding = up, (len(taps) - 1) // 2
         self.register_buffer("resample_filter", fir_filter(taps))
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+    def forward(self, x: Maps) -> Float[Tensor, "b c h2 w2"]:
         return resample(x, self.resample_filter, up=self.up, padding=self.padding)
 
 
@@ -85,7 +78,7 @@ class ResampledConv(nn.Conv2d):
         self.up, self.fused, self.fir_padding = up, fused, (len(taps) - 1) // 2
         self.register_buffer("resample_filter", fir_filter(taps))
 
-    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+    def forward(self, input: Maps) -> NewMaps:
         x, kernel = input, self.resample_filter
         if self.fused:
             padding = self.kernel_size[0] // 2 + self.fir_padding
@@ -115,7 +108,7 @@ class BlockStyle:
     project: bool
     taps: tuple[int | float, ...]
     head_channels: int | None
-    attention: Attention
+    attention: layers.Attention
     recompute: bool
 
     def heads(self, channels: int) -> int:
@@ -161,9 +154,7 @@ class UNetBlock(nn.Module):
             self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
             self.proj = nn.Conv2d(out_channels, out_channels, 1)
 
-    def forward(
-        self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
-    ) -> Float[Tensor, "b d h2 w2"]:
+    def forward(self, x: Maps, embedding: Embedding) -> NewMaps:
         style = self.style
         h = self.conv0(functional.silu(self.norm0(x)))
         e = self.affine(embedding)[:, :, None, None]
@@ -176,13 +167,13 @@ class UNetBlock(nn.Module):
         h = (self.skip(x) + self.conv1(h)) * style.skip_scale
         return (h + self._mix(h)) * style.skip_scale if self.heads else h
 
-    def _mix(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def _mix(self, x: Maps) -> Maps:
         """Self-attention over all pixels."""
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm2(x)).reshape(b, self.heads, c // self.heads, 3, h * w)
         # Fused kernels want the last axis contiguous; the copy costs less than doing without.
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
-        mixed = attend(q, k, v, self.style.attention)
+        mixed = layers.attend(q, k, v, self.style.attention)
         return self.proj(mixed.transpose(-2, -1).reshape(b, c, h, w))
 
 
@@ -207,7 +198,7 @@ class UNet(nn.Module):
         style: BlockStyle,
     ) -> None:
         super().__init__()
-        check_attention(style.attention)
+        layers.check_attention(style.attention)
         self.in_channels, self.num_classes, self.augment_dim = in_channels, num_classes, augment_dim
         self.sides = [image_size >> level for level in range(len(widths))]
         self.widths, self.num_res_blocks, self.style = list(widths), num_res_blocks, style
@@ -252,16 +243,12 @@ class UNet(nn.Module):
                 width = level_width
         return dec
 
-    def _run(
-        self, block: nn.Module, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
-    ) -> Float[Tensor, "b d h2 w2"]:
+    def _run(self, block: nn.Module, x: Maps, embedding: Embedding) -> NewMaps:
         if self.style.recompute and torch.is_grad_enabled():
             return checkpoint(block, x, embedding, use_reentrant=False)
         return block(x, embedding)
 
-    def _encode(
-        self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
-    ) -> list[Float[Tensor, "b _ _ _"]]:
+    def _encode(self, x: Maps, embedding: Embedding) -> list[Float[Tensor, "b _ _ _"]]:
         """Every output of the encoder. The image itself may enter again after each halving."""
         side, image = self.sides[0], x
         skips = [self.enc[f"{side}x{side}_conv"](x)]
@@ -277,7 +264,7 @@ class UNet(nn.Module):
         return skips
 
     def _decode(
-        self, skips: list[Float[Tensor, "b _ _ _"]], embedding: Float[Tensor, "b e"]
+        self, skips: list[Float[Tensor, "b _ _ _"]], embedding: Embedding
     ) -> Iterator[tuple[str, Float[Tensor, "b _ _ _"]]]:
         """The last feature map of each resolution with its name, the lowest one first."""
         h = skips[-1]
@@ -291,11 +278,11 @@ class UNet(nn.Module):
             yield name, h
 
     def _conditions(
-        self, x: Data, label: Label, augment: Float[Tensor, "b a"] | None, dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "b k"] | None, Float[Tensor, "b a"] | None]:
+        self, x: Data, label: Label, augment: Augmentation | None, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "b k"] | None, Augmentation | None]:
         """Checks the inputs; the label as a one-hot row, missing augmentation labels as zeros."""
-        check_label(label, self.num_classes)
-        check_images(x, channels=self.in_channels, divisor=2 ** (len(self.sides) - 1))
+        layers.check_label(label, self.num_classes)
+        layers.check_images(x, channels=self.in_channels, divisor=2 ** (len(self.sides) - 1))
         if augment is not None and not self.augment_dim:
             raise ValueError(
                 "expected no augmentation labels, because augment_dim=0; got some. "
@@ -305,5 +292,5 @@ class UNet(nn.Module):
             augment = x.new_zeros(len(x), self.augment_dim)
         row = None
         if label is not None and self.num_classes is not None:
-            row = one_hot(label, self.num_classes, dtype)
+            row = layers.one_hot(label, self.num_classes, dtype)
         return row, None if augment is None else augment.to(dtype)

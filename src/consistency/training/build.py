@@ -2,7 +2,6 @@
 
 import logging
 import warnings
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -42,19 +41,12 @@ def quiet() -> None:
 def build_data(config: DictConfig) -> DataModule:
     """Build the data module; raises `UserError` if the data contradict the configuration."""
     node = config.data
+    names = "image_size channels num_classes batch_size device_batch_size num_workers".split()
     return DataModule(
         source=instantiate(node.source, _partial_=True),
         held_out=instantiate(node.held_out, _partial_=True) if node.held_out else None,
-        image_size=node.image_size,
-        channels=node.channels,
-        num_classes=node.num_classes,
-        batch_size=node.batch_size,
-        device_batch_size=node.device_batch_size,
-        num_workers=node.num_workers,
-        flip=node.flip,
         seed=config.seed,
-        in_memory=node.in_memory,
-        allow_reorder=node.allow_reorder,
+        **{name: node[name] for name in (*names, "flip", "in_memory", "allow_reorder")},
     )
 
 
@@ -85,10 +77,16 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
     _require_fit(config)
     network: nn.Module = instantiate(config.model.network, _convert_="all")
     optimizer = instantiate(config.optimizer, _convert_="all")
-    _try_optimizer(optimizer)
+    try:
+        optimizer([nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError) as error:
+        expected = "settings that the optimizer takes"
+        raise UserError(expected, error, "change optimizer.*") from error
     if config.init is not None:
         scale = config.model.c_noise_scale
         load_initial(config.init, network, weights=config.init_weights, c_noise_scale=scale)
+    shared = (config.callbacks.get(name) for name in ("learning_rate", "evaluation_ema"))
+    method = [*config.mode.callbacks.values(), *shared]
     return ConsistencyModule(
         online=Denoiser(network, instantiate(config.mode.preconditioning)),
         objective=instantiate(config.mode.objective, _convert_="all"),
@@ -99,24 +97,19 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
         seed=config.seed,
         on_nonfinite=config.on_nonfinite,
         sources=_sources(config),
-        callbacks=tuple if data is not None else partial(_method_callbacks, config),
+        callbacks=tuple if data is not None else lambda: _built(*method),
     )
 
 
 def _sources(config: DictConfig) -> dict[str, dict[str, str]]:
     """Return path, weights and SHA-256 of the checkpoints that the run begins with."""
-    named = {"init": config.init}
-    if _has(OmegaConf.to_container(config.mode, resolve=True), config.teacher):
-        named["teacher"] = config.teacher
-    return {
-        name: {
-            "path": str(find(path).absolute()),
-            "weights": config[f"{name}_weights"],
-            "sha256": fingerprint(find(path)),
-        }
-        for name, path in named.items()
-        if path is not None
-    }
+    teaches = _has(OmegaConf.to_container(config.mode, resolve=True), config.teacher)
+    sources = {}
+    for name in ("init", "teacher") if teaches else ("init",):
+        if config[name] is not None:
+            path, weights = find(config[name]).absolute(), config[f"{name}_weights"]
+            sources[name] = {"path": str(path), "weights": weights, "sha256": fingerprint(path)}
+    return sources
 
 
 def _has(node: Any, value: object) -> bool:
@@ -127,9 +120,8 @@ def _has(node: Any, value: object) -> bool:
 
 def _require_fit(config: DictConfig) -> None:
     """Compare the network's shapes with the data's, on the meta device, before anything is built."""
-    data = config.data
+    data, shape = config.data, None
     image = (1, data.channels, data.image_size, data.image_size)
-    shape, got = None, ""
     with torch.device("meta"):
         network = instantiate(config.model.network, _convert_="all")
         label = None if data.num_classes is None else torch.zeros(1, dtype=torch.long)
@@ -144,14 +136,6 @@ def _require_fit(config: DictConfig) -> None:
         got,
         "choose another model=, or set data.image_size, data.channels, data.num_classes",
     )
-
-
-def _try_optimizer(optimizer: Any) -> None:
-    try:
-        optimizer([nn.Parameter(torch.zeros(1))])
-    except (ValueError, TypeError) as error:
-        expected = "settings that the optimizer takes"
-        raise UserError(expected, error, "change optimizer.*") from error
 
 
 def try_samplers(config: DictConfig) -> None:
@@ -180,22 +164,16 @@ def build_callbacks(config: DictConfig) -> list[Callback]:
     return _built(*named.values())
 
 
-def _method_callbacks(config: DictConfig) -> list[Callback]:
-    """Build the callbacks of the method: the mode's, the schedule of the rate, and the averages for samples."""
-    names = ("learning_rate", "evaluation_ema")
-    return _built(*config.mode.callbacks.values(), *(config.callbacks.get(name) for name in names))
-
-
 def build_loggers(config: DictConfig) -> list[Logger]:
     """Build the loggers, the user's own included, except null ones."""
     loggers = _built(*config.logger.values())
-    for logger in loggers:
-        require(
-            isinstance(logger, Logger),
-            "logger.<name> with the _target_ of one of Lightning's loggers, or null",
-            f"{type(logger).__name__}",
-            "choose logger=csv, wandb, tensorboard or none, or add +logger.<name>._target_=...",
-        )
+    wrong = [type(logger).__name__ for logger in loggers if not isinstance(logger, Logger)]
+    require(
+        not wrong,
+        "logger.<name> with the _target_ of one of Lightning's loggers, or null",
+        ", ".join(wrong),
+        "choose logger=csv, wandb, tensorboard or none, or add +logger.<name>._target_=...",
+    )
     return loggers
 
 

@@ -4,13 +4,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from consistency.errors import UserError
 
 
+@rank_zero_only
 def warn(text: str) -> None:
-    """Print a warning clear of the progress bar."""
+    """Print a warning on rank 0, clear of the progress bar."""
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
@@ -30,9 +32,9 @@ def as_user_error() -> Iterator[None]:
         yield
     except OSError as error:
         # An error of a loader's worker has that process's traceback in front.
-        reason = str(error).strip().splitlines()[-1:]
+        reason = str(error).strip().rpartition("\n")[2]
         raise UserError(
             "disks, folders and connections that work",
-            f"{type(error).__name__}: {''.join(reason)}",
+            f"{type(error).__name__}: {reason}",
             "mend that; resume= continues the last checkpoint",
         ) from error

@@ -1,4 +1,4 @@
-"""All that this project reads or replaces inside of Lightning: an upgrade is checked here, and in `runtime/launch`."""
+"""All that this project reads or replaces inside of Lightning, but for `loggers` and `runtime/launch`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from consistency.checkpoints import ours
 
@@ -26,10 +25,7 @@ def batches_before(trainer: L.Trainer) -> int:
 
 
 def set_counters(content: dict[str, Any], *, steps: int, batches: int) -> None:
-    """Give a checkpoint Lightning's counters between two steps of one endless epoch, whichever hook saves it.
-
-    A checkpoint at the end of a run would otherwise say that its epoch is over, and a longer run could not continue.
-    """
+    """Set Lightning's counters between two steps of one endless epoch, which a longer run continues, in any checkpoint."""
     fit: dict[str, Any] = content["loops"]["fit_loop"]
     fit["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - 1
     progress = fit["epoch_loop.batch_progress"]
@@ -41,13 +37,10 @@ def set_counters(content: dict[str, Any], *, steps: int, batches: int) -> None:
 
 
 def take_signals(trainer: L.Trainer, note: Callable[..., None]) -> Callable[[int, Any], None]:
-    """Replace Lightning's signal handlers, before it registers them; return its handler that requeues a SLURM job.
+    """Have `note(number, requeue=...)` handle signals; return Lightning's handler that requeues a SLURM job.
 
-    Lightning's handlers save in the middle of a step, communicate with other ranks from inside of a signal, and let
-    the run continue to the end of its only epoch. Its agreement of the ranks before every batch, removed as well,
-    hides a rank that hangs.
-
-    note: called with the number of the signal and `requeue`.
+    Lightning's handlers save in the middle of a step, communicate from inside of a signal, and let the run continue.
+    Its agreement of the ranks before every batch, removed as well, hides a rank that hangs.
     """
     connector: Any = trainer._signal_connector
     requeue: Callable[[int, Any], None] = connector._slurm_sigusr_handler_fn
@@ -56,13 +49,3 @@ def take_signals(trainer: L.Trainer, note: Callable[..., None]) -> Callable[[int
     epoch: Any = trainer.fit_loop.epoch_loop
     epoch._broadcast_sigterm_tensor = lambda: None
     return requeue
-
-
-def set_wandb_id(logger: WandbLogger, name: str) -> None:
-    """Give the W&B run of a logger its id, before it begins."""
-    logger._id = logger._wandb_init["id"] = name
-
-
-def purge_from(logger: TensorBoardLogger, step: int) -> None:
-    """Have TensorBoard ignore the events from `step` on that earlier starts of the run wrote."""
-    logger._kwargs["purge_step"] = step

@@ -1,10 +1,11 @@
 """Loggers: metrics.csv with one row a step, W&B without an account, TensorBoard. None of them stops a run."""
+# mypy: disable-error-code="attr-defined"
 
 import csv
 import io
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
 from importlib.util import find_spec
@@ -23,20 +24,14 @@ from wandb.errors import UsageError
 from consistency.errors import require
 from consistency.runtime.files import write_text
 from consistency.training.io_errors import warn
-from consistency.training.lightning_patches import purge_from, set_wandb_id
-
-FLUSH_SECONDS = 0.5
-
-FINISH_SECONDS = 30.0
-"""How long the end of a run waits for the upload to W&B; `wandb sync <folder>` uploads the rest later."""
 
 
 class MetricsFile(Logger):
     """All metrics of a run in one CSV, one row an optimizer step.
 
-    A new metric gets a new column, empty in the earlier rows. Metrics that come later for the last row are added to it.
-    Rows that cannot be written, on a full disk for example, wait for the next one that can; a warning is printed once.
-    (Lightning's CSVLogger writes several rows a step and deletes the file of a run that is resumed.)
+    A new metric gets a new column; metrics that come later for the last row are added to it. Rows that cannot be written,
+    on a full disk for example, wait for the next one that can; a warning is printed once. (Lightning's CSVLogger writes
+    several rows a step and deletes the file of a run that is resumed.)
     """
 
     name, version = "metrics.csv", ""
@@ -45,10 +40,9 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = Path(path)
         self.columns = ["step"]
+        # The rows that are not yet in the file and the last one, and its position in the file, if it is there.
         self.rows: list[dict[str, float]] = []
-        """The rows that are not yet in the file, and the last one."""
         self._start: int | None = None
-        """The position of the last row in the file, if it is there."""
         self._warned = False
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
@@ -57,8 +51,7 @@ class MetricsFile(Logger):
     def cut(self, step: int) -> None:
         """Remove the rows from `step` on, where a run resumes, and an incomplete row at the end."""
         if self.path.is_file():
-            rows = self._read()
-            self._rewrite(self.columns, [row for row in rows if int(row["step"]) < step])
+            self._rewrite([row for row in self._read() if int(row["step"]) < step])
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -90,8 +83,7 @@ class MetricsFile(Logger):
         """Add a row to the file, whole or not at all, and return its position."""
         new = [name for name in row if name not in self.columns]
         if new or not self.path.is_file():
-            rows = self._read()
-            self._rewrite([*self.columns, *new], rows)
+            self._rewrite(self._read(), new)
         start = self.path.stat().st_size
         try:
             with self.path.open("a", newline="") as file:
@@ -102,14 +94,14 @@ class MetricsFile(Logger):
         return start
 
     def _read(self) -> list[dict[str, str]]:
-        """Read columns and complete rows, of which a missing file has none."""
+        """Read the columns, and return the complete rows, of which a missing file has none."""
         text = self.path.read_text() if self.path.is_file() else ""
         lines = [line for line in text.splitlines(True) if line.endswith("\n")]
         self.columns = next(csv.reader(lines), self.columns)
         return list(csv.DictReader(lines))
 
-    def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
-        text = io.StringIO(newline="")
+    def _rewrite(self, rows: list[dict[str, str]], new: Sequence[str] = ()) -> None:
+        text, columns = io.StringIO(newline=""), [*self.columns, *new]
         writer = csv.DictWriter(text, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -118,7 +110,7 @@ class MetricsFile(Logger):
         self.columns = columns
 
     def finalize(self, status: str) -> None:
-        """Write what is left."""
+        """Write the rows that wait."""
         if self.rows and self._start is None:
             self._write()
         if self.rows and self._start is None:
@@ -139,15 +131,14 @@ def patient(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.failed:
-            return None
+            return
         try:
             return method(self, *args, **kwargs)
         except Exception as error:
-            if not self.failed:
+            if not self.failed:  # by a patient method that this one called
                 reason = " ".join(str(error).split())
                 warn(f"{self.service} failed and is off for the rest of this run: {reason}")
             self.failed = True
-            return None
 
     return guarded
 
@@ -155,8 +146,8 @@ def patient(method: Callable[..., Any]) -> Callable[..., Any]:
 class PatientWandbLogger(WandbLogger):
     """Lightning's W&B logger: offline if no API key is configured, off once W&B fails.
 
-    The environment's WANDB_MODE decides if it is set. `wandb sync <folder>` uploads an offline run later. The id of the
-    run is kept in wandb_id.txt in `folder`, so a resumed run stays one run; offline, each start has a folder of its own.
+    The environment's WANDB_MODE decides if it is set. wandb_id.txt in `folder` holds the id of the run, so a resumed run
+    stays one run; offline, each start has a folder of its own.
     """
 
     service, failed = "W&B", False
@@ -165,35 +156,30 @@ class PatientWandbLogger(WandbLogger):
     log_image = patient(WandbLogger.log_image)
 
     def __init__(self, *, project: str, folder: str, name: str | None) -> None:
-        mode = os.environ.get("WANDB_MODE") or ("online" if key_configured() else "offline")
-        super().__init__(
-            project=project,
-            save_dir=folder,
-            name=name,
-            settings=wandb.Settings(
-                mode=mode,  # type: ignore[arg-type]
-                silent=True,
-                console="off",
-                x_disable_stats=True,
-                x_save_requirements=False,
-                x_disable_meta=True,  # the command line may hold secrets
-                x_transaction_log_flush_interval=FLUSH_SECONDS,
-                finish_timeout=FINISH_SECONDS,
-            ),
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if key_configured() else "offline")
+        settings = wandb.Settings(
+            mode=mode,
+            silent=True,
+            console="off",
+            x_disable_stats=True,
+            x_save_requirements=False,
+            x_disable_meta=True,  # the command line may hold secrets
+            x_transaction_log_flush_interval=0.5,
+            finish_timeout=30.0,  # seconds at the end of a run; `wandb sync <folder>` uploads the rest later
         )
-        # WandbLogger passes an option that W&B now warns about.
-        self._wandb_init.pop("anonymous", None)
+        super().__init__(project=project, save_dir=folder, name=name, settings=settings)
+        self._wandb_init.pop("anonymous", None)  # W&B warns about this option
         self.id_file = Path(folder) / "wandb_id.txt"
 
     @property
     @patient
     def experiment(self) -> Any:
         """The W&B run, or None once W&B has failed."""
-        if self._experiment is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if self._experiment is None and rank_zero_only.rank == 0:
             if not self.id_file.is_file():
                 write_text(self.id_file, f"{secrets.token_hex(4)}\n")
-            set_wandb_id(self, self.id_file.read_text().strip())
-        return WandbLogger.experiment.fget(self)  # type: ignore[attr-defined]
+            self._id = self._wandb_init["id"] = self.id_file.read_text().strip()
+        return WandbLogger.experiment.fget(self)
 
     @property
     def offline_folders(self) -> list[Path]:
@@ -204,7 +190,7 @@ class PatientWandbLogger(WandbLogger):
         return sorted(Path(run.dir).parents[1].glob(f"offline-run-*-{run.id}"))
 
     def finalize(self, status: str) -> None:
-        """End the W&B run, so that the next job of a sweep begins its own; wait at most `FINISH_SECONDS`."""
+        """End the W&B run, so that the next job of a sweep begins its own."""
         self._finish(status)
         if self.failed:
             with suppress(Exception):
@@ -242,32 +228,28 @@ class PatientTensorBoardLogger(TensorBoardLogger):
 
     def cut(self, step: int) -> None:
         """Ignore the events from `step` on, where the run resumes, that earlier starts wrote."""
-        self._first_step = step
-        purge_from(self, step)
+        self._first_step = self._kwargs["purge_step"] = step
 
     @property
     @rank_zero_experiment
     @patient
     def experiment(self) -> Any:
         """The writer of events, or None once it has failed."""
-        return TensorBoardLogger.experiment.fget(self)  # type: ignore[attr-defined]
+        return TensorBoardLogger.experiment.fget(self)
 
     @patient
-    @rank_zero_only
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
         """Log the configuration as text."""
         text = indent(yaml.safe_dump(params, sort_keys=False), "    ")
         self.experiment.add_text("config", text, self._first_step)
 
     @patient
-    @rank_zero_only
     def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
-        """Log pictures."""
+        """Log images."""
         for image in images:
             self.experiment.add_image(key, np.asarray(image), step, dataformats="HWC")
 
     @patient
-    @rank_zero_only
     def save(self) -> None:
         """Write all events."""
         self.experiment.flush()

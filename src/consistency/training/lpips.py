@@ -11,7 +11,6 @@ The two variants are the perceptual distances of the published consistency model
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Literal
-from urllib.error import URLError
 
 import torch
 import torchvision
@@ -56,17 +55,6 @@ class Backbone(nn.Module):
         return maps
 
 
-def average_pooled(features: nn.Sequential) -> nn.Sequential:
-    """Replace every maximum pooling by average pooling of the same windows."""
-
-    def replaced(layer: nn.Module) -> nn.Module:
-        if not isinstance(layer, nn.MaxPool2d):
-            return layer
-        return nn.AvgPool2d(layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode)
-
-    return nn.Sequential(*map(replaced, features))
-
-
 def empty_features(backbone: BackboneName) -> nn.Sequential:
     """Return the layers of a torchvision classifier before its head, on the meta device."""
     with torch.device("meta"):
@@ -79,9 +67,13 @@ def empty_features(backbone: BackboneName) -> nn.Sequential:
 
 
 def assemble(features: nn.Sequential, backbone: BackboneName, variant: Variant) -> Backbone:
-    """Return the feature extractor of a variant."""
-    pooled = average_pooled(features) if variant == "average_pooled_unit" else features
-    return Backbone(pooled, TAPS[backbone])
+    """Return the feature extractor of a variant: one pools the same windows by their mean."""
+    if variant == "average_pooled_unit":
+        for index, layer in enumerate(features):
+            if isinstance(layer, nn.MaxPool2d):
+                window = (layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode)
+                features[index] = nn.AvgPool2d(*window)
+    return Backbone(features, TAPS[backbone])
 
 
 RESIZING: dict[str, Resize] = {
@@ -92,21 +84,13 @@ RESIZING: dict[str, Resize] = {
 
 
 def load_lpips(*, backbone: BackboneName, variant: Variant) -> LPIPS:
-    """Return the perceptual distance of the published runs, which used vgg16.
-
-    The backbone's weights are read from the folder of torch hub, or downloaded into it.
-    """
-    require(backbone in TAPS, f"an LPIPS backbone among {', '.join(TAPS)}", backbone, "choose one")
-    require(
-        variant in RESIZING, f"an LPIPS variant among {', '.join(RESIZING)}", variant, "choose one"
-    )
-    features = empty_features(backbone)
-    features.load_state_dict(_imagenet_weights(backbone), assign=True)
-    return LPIPS(
-        features=assemble(features, backbone, variant),
-        weights=_linear_weights(backbone),
-        resize=RESIZING[variant],
-    ).requires_grad_(False)
+    """Return the perceptual distance of the published runs, which used vgg16, with weights of torch hub."""
+    for name, value, known in (("backbone", backbone, TAPS), ("variant", variant, RESIZING)):
+        require(value in known, f"an LPIPS {name} among {', '.join(known)}", value, "choose one")
+    layers = empty_features(backbone)
+    layers.load_state_dict(_imagenet_weights(backbone), assign=True)
+    features, weights = assemble(layers, backbone, variant), _linear_weights(backbone)
+    return LPIPS(features=features, weights=weights, resize=RESIZING[variant]).requires_grad_(False)
 
 
 def _imagenet_weights(backbone: BackboneName) -> dict[str, Tensor]:
@@ -116,7 +100,7 @@ def _imagenet_weights(backbone: BackboneName) -> dict[str, Tensor]:
         state = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True
         )
-    except (URLError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise UserError(
             f"the ImageNet weights of {backbone}, which LPIPS measures with, at {path}",
             f"no readable file, and the download failed ({error})",
@@ -129,7 +113,7 @@ def _imagenet_weights(backbone: BackboneName) -> dict[str, Tensor]:
 
 def _linear_weights(backbone: BackboneName) -> list[Float[Tensor, "_c"]]:
     """Read w_l of LPIPS version 0.1 from the files of torchmetrics."""
-    shipped = files("torchmetrics") / "functional" / "image" / "lpips_models"
-    with as_file(shipped / LINEAR_FILES[backbone]) as path:
+    folder = files("torchmetrics") / "functional" / "image" / "lpips_models"
+    with as_file(folder / LINEAR_FILES[backbone]) as path:
         state = torch.load(path, map_location="cpu", weights_only=True)
     return [state[f"lin{tap}.model.1.weight"].flatten() for tap in range(len(TAPS[backbone]))]

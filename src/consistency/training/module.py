@@ -16,7 +16,8 @@ from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import ModelCard
-from consistency.objectives import Losses, Objective
+from consistency.inference.generate import Request
+from consistency.objectives import Losses
 from consistency.preconditioning import Preconditioning
 from consistency.randomness import WHOLE, Share, generator, key
 from consistency.tensors import Data, Label
@@ -31,17 +32,14 @@ class ConsistencyModule(L.LightningModule):
     """Trains `online` with `objective`, on a `DataModule` or on any loader of (images, labels) (`consistency.data.batches`).
 
     online: the network under its training preconditioning.
-    sampling_preconditioning: the preconditioning that samples are drawn with.
     optimizer: parameters -> optimizer.
-    card: the plain description of the denoiser, part of every checkpoint.
-    config: the resolved plain configuration of the run.
-    seed: of every draw.
+    card, config: the description of the denoiser and the resolved plain configuration, part of every checkpoint.
     on_nonfinite: policy of `NonfiniteGuard`.
     sources: path, weights and SHA-256 of the teacher and of the initial weights.
     callbacks: builds the callbacks of the method, for a trainer that has none of their kind.
 
-    k counts the optimizer steps that were taken; under a gradient scaler `trainer.global_step` counts more. Callbacks
-    set N(k) as `num_scales` and, if the mode has them, `target` and `averages`.
+    k counts the optimizer steps that were taken, `k_before` those before this batch; under a gradient scaler
+    `trainer.global_step` counts more. Callbacks set N(k) as `num_scales` and, if the mode has them, `target` and `averages`.
     """
 
     def __init__(
@@ -61,12 +59,10 @@ class ConsistencyModule(L.LightningModule):
         super().__init__()
         self.online, self.objective = online, objective.requires_grad_(False)
         self.sampling_preconditioning = sampling_preconditioning
-        self.make_optimizer = optimizer
-        self.card, self.config, self.seed = card, config, seed
-        self.guard, self.sources = NonfiniteGuard(on_nonfinite), sources
-        self.make_callbacks = callbacks
-        self.k = 0
-        self.num_scales = 0
+        self.make_optimizer, self.make_callbacks = optimizer, callbacks
+        self.card, self.config, self.seed, self.sources = card, config, seed, sources
+        self.guard = NonfiniteGuard(on_nonfinite)
+        self.k = self.k_before = self.num_scales = 0
         self.target: Denoiser | None = None
         self.averages: dict[str, nn.Module] = {}
         self.step_started = 0.0
@@ -92,10 +88,11 @@ class ConsistencyModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Count the steps. The callbacks' `on_fit_start` came first, so their actions see k before it grows."""
-        self.after_each_step(self._count)
 
-    def _count(self) -> None:
-        self.k += 1
+        def count() -> None:
+            self.k += 1
+
+        self.after_each_step(count)
 
     def on_fit_end(self) -> None:
         while self._step_hooks:
@@ -108,21 +105,18 @@ class ConsistencyModule(L.LightningModule):
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        self.step_started = time.perf_counter()
+        self.k_before, self.step_started = self.k, time.perf_counter()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        accumulated = self.trainer.accumulate_grad_batches
+        accumulated, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
         step, micro = divmod(batches_before(self.trainer), accumulated)
         draw = generator(self.seed, "train", 0, step, device=self.device)
-        ranks = self.trainer.world_size
         share = Share(micro * ranks + self.global_rank, accumulated * ranks)
         # An objective without a `share` argument is enough for whole batches.
         part = {} if share == WHOLE else {"share": share}
-        x_0, label = self._images_and_labels(batch, draw, **part)
-        objective: Objective = self.objective
-        losses = objective(
-            self.online, self.target or self.online, x_0, label, self.num_scales, draw, **part
-        )
+        data = self._images_and_labels(batch, draw, **part)
+        target = self.target or self.online
+        losses: Losses = self.objective(self.online, target, *data, self.num_scales, draw, **part)
         loss = losses.loss.mean()
         self.guard.note(losses)
         self._log_losses(losses, loss.detach())
@@ -138,11 +132,8 @@ class ConsistencyModule(L.LightningModule):
             label = None if data.num_classes is None else classes
             return data.augmented(images, draw, **part), label
         card = self.card
-        x_0, label = unpack_batch(
-            batch,
-            shape=None if card is None else card.shape,
-            num_classes=None if card is None else card.num_classes,
-        )
+        shape, classes = (None, None) if card is None else (card.shape, card.num_classes)
+        x_0, label = unpack_batch(batch, shape=shape, num_classes=classes)
         if not self._range_checked and self.global_rank == 0 and float(x_0.min()) >= 0:
             warn(
                 "the first images lie between 0 and 1 and are taken as they are; the range is -1 to 1, "
@@ -155,15 +146,15 @@ class ConsistencyModule(L.LightningModule):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
         """Compute the gradients first, so that a step with a loss or gradient that is not finite can be skipped."""
-        loss, k = optimizer_closure(), self.k
-        step = f"in the term {type(self.objective).__name__} at step k={k}"
+        loss = optimizer_closure()
+        step = f"in the term {type(self.objective).__name__} at step k={self.k}"
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         gradients = {n: p.grad for n, p in self.online.named_parameters() if p.grad is not None}
         # A gradient scaler looks for overflows itself.
         if self.guard.allows({} if scaler else gradients, self.trainer.strategy, step):
             optimizer.step(closure=lambda: loss)
             if scaler is not None:
-                self.guard.scaled(taken=self.k > k, scale=scaler.get_scale, step=step)
+                self.guard.scaled(taken=self.k > self.k_before, scale=scaler.get_scale, step=step)
 
     def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
         """Stop here if the guard demands it: the state before the step is complete and saved."""
@@ -172,8 +163,7 @@ class ConsistencyModule(L.LightningModule):
 
     @property
     def _logs_this_step(self) -> bool:
-        step, every = self.trainer.global_step + 1, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return step % every == 0
+        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def _log_losses(self, losses: Losses, loss: Tensor) -> None:
         self.log("loss", loss, prog_bar=True, logger=False)
@@ -203,20 +193,21 @@ class ConsistencyModule(L.LightningModule):
         return data
 
     @contextmanager
-    def sampling_denoiser(self, weights: str) -> Iterator[Denoiser]:
-        """Yield the denoiser for drawing samples, in eval mode. weights: online, target, ema (the first average), ema:<decay>."""
+    def sampling(self, weights: str, seed: int, labels: object = None) -> Iterator[Request]:
+        """Yield a request for samples of these weights: online, target, ema (the first average), ema:<decay>."""
         networks: dict[str, nn.Module] = {"online": self.online.network, **self.averages}
         if self.target is not None:
             networks["target"] = self.target.network
         if self.averages:
             networks["ema"] = next(iter(self.averages.values()))
-        require(
-            weights in networks, f"weights among {sorted(networks)}", weights, "choose one of them"
-        )
-        network = networks[weights]
+        expected = f"weights among {sorted(networks)}"
+        require(weights in networks, expected, weights, "choose one of them")
+        network, card = networks[weights], self.card
         before = network.training
+        assert card is not None
         try:
-            yield Denoiser(network, self.sampling_preconditioning).eval()
+            denoise = Denoiser(network, self.sampling_preconditioning).eval()
+            yield Request(denoise=denoise, card=card, labels=labels, seed=seed, device=self.device)
         finally:
             network.train(before)
 
@@ -231,11 +222,8 @@ class ConsistencyModule(L.LightningModule):
         checkpoint["sources"] = self.sources
         checkpoint["left_out_in_a_row"] = self.guard.in_a_row
         checkpoint["overflows"] = [self.guard.overflows, self.guard.overflows_in_a_row]
-        checkpoint["state_dict"] = {
-            name: value
-            for name, value in checkpoint["state_dict"].items()
-            if not name.startswith(OBJECTIVE)
-        }
+        state = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {n: v for n, v in state if not n.startswith(OBJECTIVE)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.k = checkpoint["k"]

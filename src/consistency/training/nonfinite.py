@@ -5,19 +5,18 @@ from collections.abc import Callable, Mapping
 
 import torch
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from consistency.errors import UserError
 from consistency.objectives import Losses
+from consistency.runtime.ranks import gathered
 from consistency.training.io_errors import warn
 
 SHOWN = 4
 
 OVERFLOWS = 40
-"""Steps in a row that a gradient scaler may skip; each halves its scale. A healthy run finds its scale within some twenty
-steps from 2^16; at 2^-24, the smallest number of float16, no smaller scale can help.
-"""
+"""Steps in a row that a gradient scaler may skip, each of which halves its scale: from 2^16 to the smallest of float16."""
 
 REMEDY = (
     "lower optimizer.lr, use trainer.precision=32-true or bf16-mixed, or look at the data; "
@@ -28,9 +27,8 @@ REMEDY = (
 class NonfiniteGuard:
     """Skips optimizer steps with a loss or a gradient that is not finite, and stops the run after too many in a row.
 
-    A skipped step changes no weight, no average and no schedule. A step may have several batches and several ranks; one
-    bad sample in any of them spoils it. Overflows under a gradient scaler count apart: `OVERFLOWS` of them in a row
-    stop the run under any policy.
+    A skipped step changes no weight, no average and no schedule. One bad sample in any batch or rank spoils a step.
+    Overflows under a gradient scaler count apart: `OVERFLOWS` in a row stop the run under any policy.
 
     policy: "stop" at the first such step, or "skip:<n>" to stop at the n-th in a row.
     """
@@ -38,30 +36,20 @@ class NonfiniteGuard:
     def __init__(self, policy: str) -> None:
         match = re.fullmatch(r"stop|skip:([1-9]\d*)", policy)
         if match is None:
-            raise UserError(
-                "on_nonfinite=stop, or on_nonfinite=skip:<n> to stop after n such steps in a row",
-                f"on_nonfinite={policy}",
-                "for example on_nonfinite=skip:10",
-            )
+            expected = "on_nonfinite=stop, or skip:<n> to stop after n such steps in a row"
+            raise UserError(expected, f"on_nonfinite={policy}", "for example on_nonfinite=skip:10")
         self.limit = int(match[1] or 1)
-        self.in_a_row = 0
-        self.overflows = self.overflows_in_a_row = 0
-        self.verdict: UserError | None = None
-        """Why the run must stop, on every rank."""
+        self.in_a_row = self.overflows = self.overflows_in_a_row = 0
+        self.verdict: UserError | None = None  # why the run must stop, on every rank
         self._batches: list[Losses] = []
-        self._last_times = torch.empty(0)
-        """The times t of the last step that was allowed."""
+        self._last_times = torch.empty(0)  # t of the last step that was allowed
 
     def note(self, losses: Losses) -> None:
         """Keep the losses of one batch until its optimizer step."""
         self._batches.append(Losses(*(part.detach() for part in losses)))
 
     def allows(self, gradients: Mapping[str, Tensor], strategy: Strategy, step: str) -> bool:
-        """Return whether an optimizer step may be taken, the same on every rank.
-
-        gradients: by parameter, none under a gradient scaler.
-        step: its name in a message.
-        """
+        """Return whether the optimizer step, called `step` in messages, may be taken, the same on every rank."""
         loss, t, r = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
         self._batches, self._last_times = [], t
         # One look at the device for all losses and gradients of the step. A sum of squares may overflow without a
@@ -75,7 +63,8 @@ class NonfiniteGuard:
             self.in_a_row = 0
             return True
         self.in_a_row += 1
-        text = _first_of_all_ranks(report)
+        # A rank with bad samples, which spoil the gradients of all ranks, else any.
+        text = min(filter(None, gathered(report)), key=lambda report: report[0])[1]
         if self.in_a_row >= self.limit:
             in_a_row = f", the last of {self.limit} such steps in a row" if self.limit > 1 else ""
             self.verdict = UserError("a finite loss and gradient", f"{text}{in_a_row}", REMEDY)
@@ -84,17 +73,13 @@ class NonfiniteGuard:
         return False
 
     def scaled(self, *, taken: bool, scale: Callable[[], float], step: str) -> None:
-        """Count the overflows of a gradient scaler.
-
-        taken: whether the allowed step was taken; else it overflowed.
-        scale: returns the factor of the loss from now on.
-        """
+        """Count the allowed steps that a gradient scaler has not taken; scale: returns its factor from now on."""
         if taken:
             self.overflows_in_a_row = 0
             return
         self.overflows += 1
         self.overflows_in_a_row += 1
-        if self.overflows == 1 and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if self.overflows == 1:
             warn(
                 f"gradients overflowed half precision {step}: the scaler skips the step and continues with scale "
                 f"{scale():g}; the number of skipped steps follows at the end"
@@ -109,7 +94,7 @@ class NonfiniteGuard:
 
     def report_overflows(self) -> None:
         """Print how many steps the scaler has skipped, if more than the reported first."""
-        if self.overflows > 1 and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if self.overflows > 1:
             warn(f"the gradient scaler left out {self.overflows} steps whose gradients overflowed")
 
 
@@ -117,8 +102,7 @@ def _report(
     loss: Tensor, t: Tensor, r: Tensor, gradients: Mapping[str, Tensor], step: str
 ) -> tuple[int, str] | None:
     """Describe the samples that are not finite, or else the gradients; the number orders the reports of several ranks."""
-    bad = ~loss.isfinite()
-    if bad.any():
+    if (bad := ~loss.isfinite()).any():
         pairs = zip(t[bad].tolist(), r[bad].tolist(), strict=True)
         times = [f"t={t:.4g} r={r:.4g}" for t, r in pairs]
         more = f", ... ({_span(t[bad])})" if len(times) > SHOWN else ""
@@ -128,19 +112,11 @@ def _report(
     if not names:
         return None
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    shown = ", ".join(modules[:SHOWN])
     more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
-    place = f"{step}, {_span(t)}, in {', '.join(modules[:SHOWN])}{more}"
-    return 1, f"a gradient that is not finite, of a finite loss, {place}"
+    named = f"{step}, {_span(t)}, in {shown}{more}"
+    return 1, f"a gradient that is not finite, of a finite loss, {named}"
 
 
 def _span(t: Tensor) -> str:
     return f"t={float(t.min()):.4g} to {float(t.max()):.4g}"
-
-
-def _first_of_all_ranks(report: tuple[int, str] | None) -> str:
-    """Return the report of a rank with bad samples, which spoil the gradients of all ranks, else of any rank."""
-    reports = [report]
-    if torch.distributed.is_initialized():
-        reports *= torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(reports, report)
-    return min(filter(None, reports), key=lambda report: report[0])[1]

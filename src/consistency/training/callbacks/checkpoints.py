@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from consistency.checkpoints import retention
 from consistency.checkpoints.load import LAST, NEXT
-from consistency.errors import require
+from consistency.errors import UserError
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import Periodic, callback_of
 from consistency.training.io_errors import warn
@@ -23,9 +23,8 @@ class RunCheckpoints(Periodic, Checkpoint):
     """Writes `last.ckpt` every n optimizer steps and at the end, with the one before as `previous.ckpt`, and the one with
     the lowest `monitor` as `best.ckpt`.
 
-    A run that resumes any of them ends with the same bits as one that never stopped. If a write fails, the files of
-    before stay, a warning is printed, and the next occasion tries again; at the end of the run it is a `UserError`. If a
-    step that is not finite stops the run, the state before that step is saved first.
+    If a write fails, the files of before stay, and the next occasion tries again; at the end of the run it is a
+    `UserError`. If a step that is not finite stops the run, the state before that step is saved first.
 
     monitor: a metric, "auto" for the metric of the run's evaluation, if it has one, or None for no best.ckpt.
     """
@@ -59,17 +58,16 @@ class RunCheckpoints(Periodic, Checkpoint):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         """Save when the next step begins: only then do the metrics have the row of the last one."""
-        super().on_train_batch_start(trainer, module)
         if self._due:
             self._due = False
-            self._save_last(trainer, module)
+            self._try_last(trainer, module)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         self._save_best(trainer)
         super().on_train_batch_end(trainer, module)
         # Weights that are not finite themselves are not worth saving.
         if module.guard.verdict and all(bool(p.isfinite().all()) for p in module.parameters()):
-            self._save_last(trainer, module)
+            self._try_last(trainer, module)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Save before the next step; the end of the run saves by itself."""
@@ -77,21 +75,19 @@ class RunCheckpoints(Periodic, Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         self._save_best(trainer)
-        reason = self.keep_last(trainer)
-        require(
-            reason is None,
-            f"to write the last checkpoint of the run, {self.last}",
-            reason,
-            "make room or repair the folder; the checkpoint before is still there, and resume= continues it",
-        )
+        if (reason := self.keep_last(trainer)) is not None:
+            raise UserError(
+                f"to write the last checkpoint of the run, {self.last}",
+                reason,
+                "make room or repair the folder; resume= continues the checkpoint before, which is still there",
+            )
 
     def keep_last(self, trainer: L.Trainer) -> str | None:
         """Write `last.ckpt`; return on every rank why that failed, with the old one still there, or None."""
         return _written(trainer, self.folder / NEXT, lambda: retention.promote(self.folder))
 
-    def _save_last(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        reason = self.keep_last(trainer)
-        if reason and trainer.is_global_zero:
+    def _try_last(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+        if reason := self.keep_last(trainer):
             warn(f"the checkpoint of step k={module.k} could not be written: {reason}")
 
     def _save_best(self, trainer: L.Trainer) -> None:
@@ -101,26 +97,21 @@ class RunCheckpoints(Periodic, Checkpoint):
         if not math.isfinite(value) or value >= self.best_value or value == self._tried:
             return
         before, self.best_value, self._tried = self.best_value, value, value
-        reason = _written(trainer, self.folder / "best.ckpt")
-        if reason:
+        if reason := _written(trainer, self.folder / "best.ckpt"):
             self.best_value = before
-            if trainer.is_global_zero:
-                warn(f"the best checkpoint so far could not be written: {reason}")
+            warn(f"the best checkpoint so far could not be written: {reason}")
 
 
 def _written(trainer: L.Trainer, path: Path, then: Callable[[], None] = lambda: None) -> str | None:
     """Write a checkpoint, do `then` on the rank that writes, and return on every rank why that failed, or None."""
-    reason = _error_of(lambda: trainer.save_checkpoint(path, weights_only=False))
-    if reason:
-        trainer.strategy.barrier()  # at the end of `save_checkpoint`, where the other ranks wait
-    elif trainer.is_global_zero:
-        reason = _error_of(then)
-    return trainer.strategy.broadcast(reason)
-
-
-def _error_of(action: Callable[[], None]) -> str | None:
+    reason, saved = None, False
     try:
-        action()
+        trainer.save_checkpoint(path, weights_only=False)
+        saved = True
+        if trainer.is_global_zero:
+            then()
     except OSError as error:
-        return str(error)
-    return None
+        reason = str(error)
+        if not saved:
+            trainer.strategy.barrier()  # at the end of `save_checkpoint`, where the other ranks wait
+    return trainer.strategy.broadcast(reason)

@@ -1,4 +1,5 @@
 """Sample quality during a run and at its end."""
+# mypy: disable-error-code="override"
 
 import json
 import time
@@ -12,10 +13,10 @@ from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION
 from consistency.evaluation.metrics import Measure, Settings
 from consistency.evaluation.reference import images_of
-from consistency.inference.generate import Numbered, Request, generate
+from consistency.inference.generate import Numbered, generate
 from consistency.randomness import generator
 from consistency.runtime.files import write_text
-from consistency.runtime.ranks import batches
+from consistency.runtime.ranks import batches, print_once
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
 from consistency.training.io_errors import tolerate_write_errors
@@ -31,13 +32,9 @@ class Evaluation(Periodic):
     A metric is called <metric>/<sampler>/<weights>. If the reference is held out, the final results have those of the
     training images and of noise beside them.
 
-    folder: for evaluation.json.
-    samplers: by name.
-    weights: sets of weights that samples are drawn with.
     num_samples: None for as many as the reference has images.
-    batch_size: samples that a device draws and measures at once.
     seeds: sampling seeds: the first one during the run, the mean over all at the end.
-    extractor, reference, reference_features, cache: see `consistency.evaluation.metrics.Settings`.
+    batch_size, extractor, reference, reference_features, cache: see `consistency.evaluation.metrics.Settings`.
     """
 
     def __init__(
@@ -67,26 +64,22 @@ class Evaluation(Periodic):
     @property
     def monitor(self) -> str:
         """The metric that decides which checkpoint is best: the Fréchet distance of the first sampler and weights."""
-        extractor = self.measure.extractor
-        return f"{extractor.named('frechet')}/{next(iter(self.samplers))}/{self.weights[0]}"
+        metric = self.measure.extractor.named("frechet")
+        return f"{metric}/{next(iter(self.samplers))}/{self.weights[0]}"
 
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert isinstance(module, ConsistencyModule)
+    def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         data = module.data
-        held_out = data.held_out
+        held_out, workers = data.held_out, data.num_workers
+        builder = None if held_out is None else lambda: held_out
         self.measure: Measure = self.settings.prepare(
-            module.device,
-            train=lambda: data.train_source,
-            held_out=None if held_out is None else lambda: held_out,
-            num_workers=data.num_workers,
+            module.device, train=lambda: data.train_source, held_out=builder, num_workers=workers
         )
         self.count = self.measure.count(self.num_samples)
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Refuse unknown weights before the first step."""
-        assert isinstance(module, ConsistencyModule)
         for weights in self.weights:
-            with module.sampling_denoiser(weights):
+            with module.sampling(weights, self.seeds[0]):
                 pass
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
@@ -94,33 +87,27 @@ class Evaluation(Periodic):
         if trainer.global_step < trainer.max_steps:
             self._measure_all(module, self.seeds[:1])
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert isinstance(module, ConsistencyModule)
+    def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         self.report = self._bounds(module) | self._measure_all(module, self.seeds)
         if trainer.is_global_zero:
-            content = {
-                "protocol": self.measure.protocol(self.count),
-                "seeds": self.seeds,
-                "k": module.k,
-                "results": self.report,
-            }
+            protocol = self.measure.protocol(self.count)
+            content = dict(protocol=protocol, seeds=self.seeds, k=module.k, results=self.report)
             with tolerate_write_errors(str(self.file)):
                 write_text(self.file, json.dumps(content, indent=2) + "\n")
 
     def table(self) -> str:
         """Return the final values as text."""
         extractor, reference = self.measure.extractor, self.measure.reference
-        names = list(next(iter(self.report.values())))
-        shown = [name for name in names if "_std" not in name]
-        not_fid = f" in the features of {extractor.name}: not FID"
-        lines = [
-            f"{self.count} samples against {reference.count} images{'' if extractor.name == INCEPTION else not_fid}"
-        ]
-        bound = self.report.get("train_images", {}).get(names[0])
+        first, *names = next(iter(self.report.values()))
+        shown = [name for name in (first, *names) if "_std" not in name]
+        title = f"{self.count} samples against {reference.count} images"
+        if extractor.name != INCEPTION:
+            title += f" in the features of {extractor.name}: not FID"
+        bound = self.report.get("train_images", {}).get(first)
         times = f"{'x train':>9}" if bound else ""
-        lines.append(f"{'':<24}{times}" + "".join(f"{n:>{len(n) + 2}}" for n in shown))
+        lines = [title, f"{'':<24}{times}" + "".join(f"{name:>{len(name) + 2}}" for name in shown)]
         for title, values in self.report.items():
-            times = f"{values[names[0]] / bound:>9.2f}" if bound else ""
+            times = f"{values[first] / bound:>9.2f}" if bound else ""
             cells = "".join(f"{values[name]:>{len(name) + 2}.4g}" for name in shown)
             lines.append(f"{title:<24}{times}{cells}")
         return "\n".join(lines)
@@ -131,48 +118,33 @@ class Evaluation(Periodic):
         trainer, results = module.trainer, {}
         for weights in self.weights:
             for name, sampler in self.samplers.items():
-                runs = [
-                    self.measure(self._samples(module, weights, sampler, seed), self.count)
-                    for seed in seeds
-                ]
+                runs = []
+                for seed in seeds:
+                    with module.sampling(weights, seed) as request:
+                        numbers = batches(self.count, self.batch_size)
+                        images = generate(request, sampler, numbers)
+                        runs.append(self.measure(images, self.count))
                 means = {metric: sum(run[metric] for run in runs) / len(runs) for metric in runs[0]}
                 results[f"{name}/{weights}"] = means
         seconds = time.perf_counter() - began
-        if trainer.is_global_zero:
-            samples = self.count * len(self.weights) * len(self.samplers) * len(seeds)
-            print(
-                f"Evaluation at step {module.k}: {samples:,} samples in {seconds:.1f} s", flush=True
-            )
-        values = {
-            f"{metric}/{title}": value
-            for title, means in results.items()
-            for metric, value in means.items()
-        } | {"evaluation_seconds": seconds}
+        count = self.count * len(results) * len(seeds)
+        print_once(f"Evaluation at step {module.k}: {count:,} samples in {seconds:.1f} s")
+        values = {f"{m}/{title}": v for title, means in results.items() for m, v in means.items()}
+        values["evaluation_seconds"] = seconds
         # `module.log` would repeat the values in every later row.
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step - 1)  # the row of this step
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in values.items()})
         return results
 
-    def _samples(
-        self, module: ConsistencyModule, weights: str, sampler: Sampler, seed: int
-    ) -> Iterator[Numbered]:
-        assert module.card is not None
-        with module.sampling_denoiser(weights) as denoise:
-            request = Request(denoise=denoise, card=module.card, seed=seed, device=module.device)
-            yield from generate(request, sampler, batches(self.count, self.batch_size))
-
     def _bounds(self, module: ConsistencyModule) -> Values:
         """Measure the training images, which bound the samples, and noise; nothing if they are the reference."""
-        reference = self.measure.reference
-        if reference.protocol["reference"].get("set") != "held_out":
+        if self.measure.reference.protocol["reference"].get("set") != "held_out":
             return {}
         train, workers = module.data.train_source, module.data.num_workers
         images = images_of(train, self.batch_size, workers, "Train images")
-        return {
-            "train_images": self.measure(images, len(train)),
-            "noise": self.measure(self._noise(module), self.count),
-        }
+        bounds = {"train_images": self.measure(images, len(train))}
+        return bounds | {"noise": self.measure(self._noise(module), self.count)}
 
     def _noise(self, module: ConsistencyModule) -> Iterator[Numbered]:
         assert module.card is not None

@@ -16,20 +16,13 @@ class Periodic(Callback):
     """Calls `at_step` once after every n optimizer steps that are taken, also under accumulation."""
 
     def __init__(self, every_n_train_steps: int) -> None:
-        require(
-            every_n_train_steps >= 1,
-            f"every_n_train_steps >= 1 for {type(self).__name__}",
-            every_n_train_steps,
-            "give the number of optimizer steps in between",
-        )
+        expected = f"every_n_train_steps >= 1 for {type(self).__name__}"
+        remedy = "give the number of optimizer steps in between"
+        require(every_n_train_steps >= 1, expected, every_n_train_steps, remedy)
         self.every = every_n_train_steps
-        self._before = 0
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
-        self._before = module.k
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
-        if module.k != self._before and module.k % self.every == 0:
+        if module.k != module.k_before and module.k % self.every == 0:
             self.at_step(trainer, module)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:

@@ -23,10 +23,9 @@ class Preempted(SystemExit):
 
 
 class Preemption(Callback):
-    """On SIGTERM, SIGUSR1 or Ctrl-C (SIGINT) to any rank: completes the optimizer step, writes `last.ckpt`, ends every
-    rank with `Preempted`.
+    """On a signal to any rank: completes the optimizer step, writes `last.ckpt`, and ends every rank with `Preempted`.
 
-    Under SLURM with requeueing, the checkpoint comes first; then Lightning's own handler has the job queued again.
+    Under SLURM with requeueing, Lightning's own handler has the job queued again afterwards.
     """
 
     def __init__(self) -> None:
@@ -45,15 +44,6 @@ class Preemption(Callback):
     def _note(self, number: int, *, requeue: bool = False) -> None:
         self._received = (number, int(requeue))
 
-    def _agreed(self, trainer: L.Trainer) -> tuple[int, int]:
-        """Return the signal of any rank: all must leave at the same step, or the others wait for ever."""
-        if trainer.world_size == 1:
-            return self._received
-        received = torch.tensor(self._received, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
-        number, requeue = received.tolist()
-        return number, requeue
-
     def on_train_batch_start(
         self, trainer: L.Trainer, module: ConsistencyModule, batch: Any, index: int
     ) -> None:
@@ -70,17 +60,18 @@ class Preemption(Callback):
         rendezvous.current.leaving.set()
 
     def _leave(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        number, requeue = self._agreed(trainer)
+        number, requeue = self._received
+        if trainer.world_size > 1:  # all ranks leave at the same step, or the others wait for ever
+            received = torch.tensor(self._received, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+            number, requeue = received.tolist()
         if not number:
             return
         saved = "no checkpoint of it: callbacks.checkpoint=null"
         if (checkpoints := callback_of(trainer, RunCheckpoints)) is not None:
-            reason = checkpoints.keep_last(trainer)
-            saved = (
-                f"no checkpoint of it: {reason}" if reason else f"checkpoint: {checkpoints.last}"
-            )
-        if trainer.is_global_zero:
-            warn(f"{signal.Signals(number).name}: stopped after step k={module.k}; {saved}")
+            error = checkpoints.keep_last(trainer)
+            saved = f"no checkpoint of it: {error}" if error else f"checkpoint: {checkpoints.last}"
+        warn(f"{signal.Signals(number).name}: stopped after step k={module.k}; {saved}")
         if requeue:
             self._requeue(number, None)
         raise Preempted(128 + number)

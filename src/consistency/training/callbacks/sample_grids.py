@@ -1,4 +1,5 @@
 """Pictures of a run: samples from fixed noise, and curves of its metrics."""
+# mypy: disable-error-code="override"
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from consistency.errors import require
 from consistency.inference import plots
-from consistency.inference.generate import Request, samples
+from consistency.inference.generate import samples
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
 from consistency.training.io_errors import tolerate_write_errors
@@ -32,53 +33,34 @@ class SampleGrids(Periodic):
         seed: int,
     ) -> None:
         super().__init__(every_n_train_steps)
-        require(
-            num_samples >= 1 and batch_size >= 1,
-            "callbacks.samples.num_samples and batch_size of at least 1",
-            (num_samples, batch_size),
-            "give positive numbers",
-        )
+        expected = "callbacks.samples.num_samples and batch_size of at least 1"
+        numbers = (num_samples, batch_size)
+        require(min(numbers) >= 1, expected, numbers, "give positive numbers")
         self.folder, self.samplers, self.weights = Path(folder), samplers, weights
+        self.newest = self.folder / "latest.png"
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self._last_k = -1
 
-    @property
-    def newest(self) -> Path:
-        """The path of the last picture."""
-        return self.folder / "latest.png"
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Refuse unknown weights before the first step."""
-        assert isinstance(module, ConsistencyModule)
-        with module.sampling_denoiser(self.weights):
+        with module.sampling(self.weights, self.seed):
             pass
 
-    def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Draw the samples."""
-        self._draw(trainer, module)
-
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert isinstance(module, ConsistencyModule)
+    def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         if module.k != self._last_k:
-            self._draw(trainer, module)
+            self.at_step(trainer, module)
 
     @torch.no_grad()
-    def _draw(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+    def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+        """Draw the samples."""
         self._last_k = module.k
         if not trainer.is_global_zero:
             return
-        card = module.card
-        assert card is not None
-        classes, count = card.num_classes, self.num_samples
+        assert module.card is not None
+        classes, count = module.card.num_classes, self.num_samples
         columns, panels = plots.columns_for(count, classes), []
-        with module.sampling_denoiser(self.weights) as denoise:
-            request = Request(
-                denoise=denoise,
-                card=card,
-                labels=None if classes is None else list(range(classes)),
-                seed=self.seed,
-                device=module.device,
-            )
+        labels = None if classes is None else list(range(classes))
+        with module.sampling(self.weights, self.seed, labels) as request:
             for name, sampler in self.samplers.items():
                 images = samples(request, sampler, count, self.batch_size)
                 caption = f"{name.replace('_', ' ')}, step {module.k}"
@@ -103,14 +85,11 @@ class Curves(Periodic):
         super().__init__(every_n_train_steps)
         self.metrics, self.picture = Path(metrics), Path(picture)
 
+    def teardown(self, trainer: L.Trainer, module: ConsistencyModule, stage: str) -> None:
+        self.at_step(trainer, module)
+
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Draw the curves."""
-        self._draw(trainer)
-
-    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        self._draw(trainer)
-
-    def _draw(self, trainer: L.Trainer) -> None:
         for logger in trainer.loggers:
             logger.save()
         if trainer.is_global_zero and self.metrics.is_file():
