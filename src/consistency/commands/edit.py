@@ -276,12 +276,9 @@ def edit(config: DictConfig, output: Path) -> None:
 
 def load_for_editing(path: str, weights: str, role: Role | None, device: torch.device) -> Model:
     """Load a model of the variance-exploding process onto its device."""
-    model, wanted = (
-        load(path, weights=weights, role=role),
-        "a model of the variance-exploding process",
-    )
-    got, remedy = f"{path}, one of TrigFlow", "choose another checkpoint"
-    require(not model.card.is_trigflow, wanted, got, remedy)
+    model, got = load(path, weights=weights, role=role), f"{path}, one of TrigFlow"
+    wanted = "a model of the variance-exploding process"
+    require(not model.card.is_trigflow, wanted, got, "choose another checkpoint")
     model.denoiser.to(device)
     return model
 

@@ -90,12 +90,8 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
 
 def _read_arrays(path: Path) -> dict[str, Any]:
     """Read the arrays of an .npz with finite mu and sigma."""
-    require(
-        path.is_file(),
-        f"reference statistics at {path}, an .npz",
-        "no such file",
-        "check the path, or leave evaluation.reference out",
-    )
+    remedy = "check the path, or leave evaluation.reference out"
+    require(path.is_file(), f"reference statistics at {path}, an .npz", "no such file", remedy)
     arrays: dict[str, Any] = {}
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -103,16 +99,10 @@ def _read_arrays(path: Path) -> dict[str, Any]:
         got = f"arrays {', '.join(arrays)}"
     except Exception as error:  # damaged and foreign files fail in any way
         got = str(error)[:200]
-    mu, sigma = arrays.get("mu"), arrays.get("sigma")
-    square = (
-        mu is not None
-        and sigma is not None
-        and mu.ndim == 1
-        and sigma.shape == 2 * mu.shape
-        and all(np.issubdtype(a.dtype, np.floating) and np.isfinite(a).all() for a in (mu, sigma))
-    )
+    mu, sigma = (arrays.get(name, np.array(None)) for name in ("mu", "sigma"))
+    finite = all(a.dtype.kind == "f" and np.isfinite(a).all() for a in (mu, sigma))
     require(
-        bool(square),
+        finite and mu.ndim == 1 and sigma.shape == 2 * mu.shape,
         f"an .npz with mu (f,) and sigma (f, f), finite, at {path}",
         got,
         "take a reference file of NVlabs, guided-diffusion or this program",
@@ -129,9 +119,8 @@ def _foreign(path: Path, arrays: dict[str, Any], extractor: Extractor) -> dict[s
         "choose evaluation.extractor=inception, or another reference",
     )
     spatial = ", mu_s and sigma_s (spatial features) are not used" if "mu_s" in arrays else ""
-    print_once(
-        f"{path.name}: from another program, taken to be of the published Inception{spatial}"
-    )
+    program = "from another program, taken to be of the published Inception"
+    print_once(f"{path.name}: {program}{spatial}")
     features = len(arrays.get("arr_0", ()))
     return {"file": path.name, "sha256": fingerprint(path), "features": features}
 
@@ -166,20 +155,20 @@ class Moments(Metric):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("outer", torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("features", default=[], dist_reduce_fx="cat")
-        self.add_state("numbers", default=[], dist_reduce_fx="cat")
+        total, outer = (torch.zeros(shape, dtype=torch.float64) for shape in (size, (size, size)))
+        for name, zero in (("total", total), ("outer", outer), ("count", torch.tensor(0))):
+            self.add_state(name, zero, dist_reduce_fx="sum")
+        for name in ("features", "numbers"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, features: Tensor, numbers: Tensor, kept: Tensor) -> None:
-        """Add a batch; kept: the rows whose features are stored."""
+    def update(self, features: Tensor, numbers: Tensor, stored: Tensor) -> None:
+        """Add a batch; stored: whether the features of a row are stored."""
         double = features.double()
         self.total += double.sum(0)
         self.outer += double.T @ double
         self.count += len(features)
-        self.features.append(features[kept])
-        self.numbers.append(numbers[kept])
+        self.features.append(features[stored])
+        self.numbers.append(numbers[stored])
 
     def compute(self) -> tuple[Tensor, Tensor, int, Tensor]:
         """Return mean, unbiased covariance, count, and the stored features in the order of their numbers."""
@@ -205,26 +194,28 @@ def reference_of(
     most_features: number of images, evenly spread, whose features are stored.
     """
     count, fewest = len(source), max(2, rank_and_size()[1])
-    require(
-        count >= fewest,
-        f"a reference of at least {fewest} images, one a process",
-        count,
-        "add images",
-    )
-    kept = spread(count, most_features)
+    expected = f"a reference of at least {fewest} images, one a process"
+    require(count >= fewest, expected, count, "add images")
+    stored = set(spread(count, most_features))
     described = {"set": name, "shape": list(source[0][0].shape), "images": count}
-    described |= {"features": len(kept), "content": content_key(source)}
+    described |= {"features": len(stored), "content": content_key(source)}
     protocol = {**extractor.protocol, "reference": described}
-    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
-    path = cache / f"{key[:32]}.npz"
+    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:32]
+    path = cache / f"{key}.npz"
     if all(gathered(os.path.isfile(path))):  # False also for a folder that may not be read
         reference = read_reference(path, extractor)
         require_same(reference.protocol, protocol, path)
         return reference
-    images = images_of(source, batch_size, num_workers, "Reference")
-    mu, sigma, total, features = _moments(images, extractor, set(kept))
-    assert total == count and len(features) == len(kept)
-    reference = Reference(mu, sigma, count, features, protocol)
+    moments, summing = None, extractor.summing
+    with torch.inference_mode():
+        for numbers, batch in images_of(source, batch_size, num_workers, "Reference"):
+            features = extractor(sent(batch, extractor.device)).features.to(summing)
+            moments = moments or Moments(features.shape[1]).to(summing)
+            flags = torch.tensor([number in stored for number in numbers])
+            moments.update(features, sent(torch.tensor(numbers), summing), sent(flags, summing))
+        assert moments is not None
+        reference = Reference(*moments.compute(), protocol)
+    assert reference.count == count
     if rank_and_size()[0] == 0:
         try:
             reference.write(path)
@@ -232,20 +223,6 @@ def reference_of(
         except OSError as error:
             print_once(f"Reference of {count:,} images, not kept for the next time: {error}")
     return reference
-
-
-def _moments(
-    images: Iterator[Numbered], extractor: Extractor, kept: set[int]
-) -> tuple[Tensor, Tensor, int, Tensor]:
-    moments, summing = None, extractor.summing
-    with torch.inference_mode():
-        for numbers, batch in images:
-            features = extractor(sent(batch, extractor.device)).features.to(summing)
-            moments = moments or Moments(features.shape[1]).to(summing)
-            flags = torch.tensor([number in kept for number in numbers])
-            moments.update(features, sent(torch.tensor(numbers), summing), sent(flags, summing))
-        assert moments is not None
-        return moments.compute()
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -257,12 +234,8 @@ def spread(count: int, most: int) -> list[int]:
 def images_of(source: Source, batch_size: int, num_workers: int, title: str) -> Iterator[Numbered]:
     """Yield this rank's share of a source."""
     parts = batches(len(source), batch_size)
-    loader = DataLoader(
-        WholeBatches(source),
-        sampler=[list(part) for part in parts],
-        batch_size=None,
-        num_workers=num_workers,
-    )
+    order = [list(part) for part in parts]
+    loader = DataLoader(WholeBatches(source), None, sampler=order, num_workers=num_workers)
     images = (batch for batch, _ in loader)
     shown = tqdm(parts, desc=title, unit="batch", disable=rank_and_size()[0] > 0 or len(parts) < 2)
     yield from zip(shown, images, strict=True)

@@ -24,7 +24,6 @@ from consistency.inference.card import ModelCard
 from consistency.pixels import quantised
 from consistency.randomness import SampleNoise
 from consistency.runtime import signals
-from consistency.runtime.signals import die_with
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Denoise, sent
 
@@ -82,8 +81,8 @@ def samples(
     request: Request, sampler: Sampler, count: int, batch_size: int
 ) -> UInt8[Tensor, "n c h w"]:
     """Return samples number 0 to count - 1, on the CPU."""
-    drawn = generate(request, sampler, in_batches(range(count), batch_size))
-    return torch.cat([images for _, images in drawn]).cpu()
+    batches = generate(request, sampler, in_batches(range(count), batch_size))
+    return torch.cat([images for _, images in batches]).cpu()
 
 
 def edits(
@@ -136,17 +135,17 @@ def _generate_on(
     workers: Sequence[ProcessPoolExecutor], sampler: Sampler, batches: Batches
 ) -> Iterator[Numbered]:
     waiting: deque[Future[tuple[Sequence[int], np.ndarray]]] = deque()
+
+    def first() -> Numbered:
+        numbers, pixels = waiting.popleft().result()
+        return numbers, torch.from_numpy(pixels)
+
     for position, numbers in enumerate(batches):
         if position >= AHEAD * len(workers):
-            yield _result(waiting.popleft())
+            yield first()
         waiting.append(workers[position % len(workers)].submit(_generate, sampler, numbers))
     while waiting:
-        yield _result(waiting.popleft())
-
-
-def _result(future: "Future[tuple[Sequence[int], np.ndarray]]") -> Numbered:
-    numbers, pixels = future.result()
-    return numbers, torch.from_numpy(pixels)
+        yield first()
 
 
 _request: Request
@@ -157,7 +156,7 @@ def _prepare(
     parent: int, prepare: Callable[[int, int], Request], rank: int, processes: int
 ) -> None:
     global _request
-    die_with(parent)
+    signals.die_with(parent)
     _request = prepare(rank, processes)
 
 
