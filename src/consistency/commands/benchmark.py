@@ -8,10 +8,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig
 
 from consistency.commands.cli import require_fresh
@@ -107,33 +106,25 @@ def rate(counts: Callable[[], Iterable[int]], seconds: float) -> float:
     return total / clock.read()["total"]
 
 
-class TrainingTime(Callback):
-    """The seconds from the second batch to the last."""
-
-    def __init__(self) -> None:
-        self.clock, self.seconds = Clock(), 0.0
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        if batch_idx == 1:
-            self.clock.read()
-
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.seconds = self.clock.read()["total"]
-
-
 def training_speed(config: DictConfig, batch: int, steps: int) -> float:
-    """Return the images a second of `steps` optimizer steps of `batch` images with the configured mode, on one device."""
+    """Return the images a second of `steps` optimizer steps of `batch` images with the configured mode, on one device.
+
+    The time is that from the second batch to the last.
+    """
     short = deepcopy(config)
     short.data.batch_size, short.data.device_batch_size = batch, None
     short.callbacks = {}
     short.trainer.max_steps, short.trainer.devices = steps + 1, 1
-    data, timer = build.build_data(short), TrainingTime()
+    clock, seconds = Clock(), list[float]()
+    timer = LambdaCallback(
+        on_train_batch_start=lambda *step: clock.read() if step[-1] == 1 else None,
+        on_train_end=lambda *_: seconds.append(clock.read()["total"]),
+    )
+    data = build.build_data(short)
     module = build.build_module(short, data)
     trainer = build.build_trainer(short, [*build.build_callbacks(short), timer], [], data)
     trainer.fit(module, datamodule=data)
-    return steps * batch / timer.seconds
+    return steps * batch / seconds[0]
 
 
 def table(title: str, speeds: dict[str, float]) -> str:

@@ -36,20 +36,9 @@ SIDE = 320
 SHOWN = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
 """Settings of a picture: without the default button that sends it to a public place."""
 
-PAINTER = Path(__file__).with_name("painter.js")
-PAINTER_BODY = """
-<p>Choose an image on the left. It appears here as the model sees it.</p>
-<canvas hidden></canvas>
-<div><label>Brush <input type="range" min="1" max="40" value="15"></label>
-<button type="button">Wipe</button></div>
-"""
-PAINTER_STYLE = f"""
-canvas, p {{ margin-top: 1.8em; }}
-canvas {{ width: {SIDE}px; max-width: 100%; image-rendering: pixelated; touch-action: none; cursor: crosshair; }}
-div {{ display: flex; gap: 1em; align-items: center; margin-top: 0.5em; }}
-label {{ display: flex; gap: 0.5em; align-items: center; }}
-button {{ padding: 0.1em 0.8em; border: 1px solid; border-radius: 4px; font: inherit; cursor: pointer; }}
-"""
+PAINTER = {"html_template": "html", "css_template": "css", "js_on_load": "js"}
+"""Files painter.<suffix> beside this one, by gradio's name for their content."""
+
 BLANK = {"image": "", "free": ""}
 """Value of the painter without an image; see painter.js."""
 
@@ -101,13 +90,6 @@ def demo(config: DictConfig, output: Path) -> None:
         raise UserError("a free port", error, "choose another one with port=<number>") from error
 
 
-def enlarged(images: UInt8[Tensor, "n c h w"]) -> PILImage.Image:
-    """Return the images as one picture of a visible size."""
-    picture = plots.grid(images, plots.columns_for(len(images)))
-    factor = max(1, SIDE // picture.width)
-    return ImageOps.scale(picture, factor, PILImage.Resampling.NEAREST)
-
-
 def mask_of(painted: object, size: tuple[int, int]) -> Float[Tensor, "h w"]:
     """Return 1 for painted pixels; painted: the painter's value, from a browser; size: (height, width)."""
     free, (height, width) = painted.get("free") if isinstance(painted, dict) else None, size
@@ -129,11 +111,14 @@ class Actions:
         self.background = decode.colour_of(background)
 
     def timed(self, draw: Callable[[], UInt8[Tensor, "n c h w"]]) -> tuple[PILImage.Image, str]:
-        """Return the images as a picture, and the time of an image."""
+        """Return the images as one picture of a visible size, and the time of an image."""
         start = time.perf_counter()
         images = draw()
         each = (time.perf_counter() - start) / len(images)
-        return enlarged(images), f"{1000 * each:.1f} ms an image, {len(images)} images"
+        picture = plots.grid(images, plots.columns_for(len(images)))
+        factor = max(1, SIDE // picture.width)
+        large = ImageOps.scale(picture, factor, PILImage.Resampling.NEAREST)
+        return large, f"{1000 * each:.1f} ms an image, {len(images)} images"
 
     def sample(
         self, count: float, steps: float, seed: float, label: str
@@ -231,13 +216,9 @@ def _sample_tab(gradio: ModuleType, actions: Actions, seed: Any, label: Any) -> 
 def _edit_tab(gradio: ModuleType, actions: Actions, seed: Any, label: Any) -> None:
     channels, height, _ = actions.model.shape
     tasks = ["inpaint", *(["colorize"] if channels == 3 else []), "superres"]
-    painting = {
-        "html_template": PAINTER_BODY,
-        "css_template": PAINTER_STYLE,
-        "js_on_load": PAINTER.read_text(),
-        "show_label": True,
-        "container": True,
-    }
+    beside = Path(__file__).with_name
+    painting = {name: beside(f"painter.{end}").read_text() for name, end in PAINTER.items()}
+    framed: dict[str, Any] = {"show_label": True, "container": True}
     uploading = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"]}
     tall = {"height": SIDE + 100}
     with gradio.Row():
@@ -247,7 +228,8 @@ def _edit_tab(gradio: ModuleType, actions: Actions, seed: Any, label: Any) -> No
         outputs = gradio.Slider(1, 16, 4, step=1, label="Results", scale=2)
     with gradio.Row():
         photo = gradio.Image(label="Image", elem_id="photo", **uploading, **tall)
-        painter = gradio.HTML(BLANK, label="Paint what to inpaint", elem_id="painter", **painting)
+        title = "Paint what to inpaint"
+        painter = gradio.HTML(BLANK, label=title, elem_id="painter", **framed, **painting)
         edited = gradio.Image(label="Results", elem_id="edited", **SHOWN, **tall)
     change = gradio.Button("Edit", variant="primary", elem_id="edit")
     seconds = gradio.Textbox(label="Time", elem_id="edit_time", interactive=False)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -34,9 +33,6 @@ from consistency.runtime.files import path_of, written_whole
 from consistency.samplers import heun, indexed_times
 from consistency.tensors import Data, Label
 
-Panel: TypeAlias = tuple[str, UInt8[Tensor, "rows c h w"]]
-"""A caption and images, one below the other."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class MaskFile:
@@ -65,8 +61,7 @@ class EditRequest(Request):
 
     outputs: results for every image.
     start: where the loop begins; None leaves it to the task.
-    images: None if the command has none.
-    teacher: a denoiser that inverts images; None if the command has none.
+    teacher: a denoiser that inverts images.
     """
 
     grid: KarrasGrid
@@ -79,17 +74,15 @@ class EditRequest(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class Edited:
-    """The outcome of a task.
+    """The outcome of a task: a row of results for every input.
 
-    results: a row of them for every input.
-    panels: pictures to show before the results, with captions.
-    caption: of the results.
+    panels: captions and pictures, shown before the results under `caption`.
     findings: numbers to print, by name.
     moving: whether a row of results is an animation.
     """
 
     results: UInt8[Tensor, "n m c h w"]
-    panels: Sequence[Panel] = ()
+    panels: Sequence[tuple[str, Tensor]] = ()
     caption: str = "after"
     findings: dict[str, float] = field(default_factory=dict)
     moving: bool = False
@@ -130,7 +123,7 @@ class ZeroShot:
         edited = partial(Edited, results=to_uint8(x_0).unflatten(0, (len(y), count)))
         each, a = y.repeat_interleave(count, 0), task.transform
         known = (task.omega == 0).expand_as(a(each))
-        panels: list[Panel] = [("input", request.images)]
+        panels = [("input", request.images)]
         if not known.any():
             return edited(panels=panels)
         if isinstance(a, editing.Pixels):
@@ -157,7 +150,7 @@ class Interpolation:
         require(request.start is None, start, request.start, "leave it out")
         card, seed, images = request.card, request.seed, request.images
         findings: dict[str, float] = {}
-        panels: list[Panel] = []
+        panels: list[tuple[str, Tensor]] = []
         if images is None:
             z = SampleNoise(seed, range(2 * request.outputs), card.shape)()
             z_0, z_1 = z[::2], z[1::2]

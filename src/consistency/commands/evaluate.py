@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,31 +127,26 @@ def measure_of(config: DictConfig, shape: Sequence[int], device: torch.device) -
     """Return the measure against the data set, whose images have the shape of the samples. Collective."""
     data = config.data
 
-    def train() -> Source:
-        source = instantiate(data.source)
-        return of_shape(load_into_memory(source) if data.in_memory else source, shape)
+    def built(node: DictConfig, in_memory: bool) -> Source:
+        source = instantiate(node)
+        got = tuple(source[0][0].shape)
+        require(
+            got == tuple(shape),
+            f"data of the samples' shape {tuple(shape)}",
+            f"images of shape {got}",
+            "choose data= and data.image_size, data.channels as the model was trained",
+        )
+        return load_into_memory(source) if in_memory else source
 
     measure = Settings(**config.evaluation, batch_size=config.batch_size).prepare(
         device,
-        train=train,
-        held_out=(lambda: of_shape(instantiate(data.held_out), shape)) if data.held_out else None,
+        train=partial(built, data.source, data.in_memory),
+        held_out=partial(built, data.held_out, False) if data.held_out else None,
         num_workers=data.num_workers,
     )
     if config.export is not None and rank_and_size()[0] == 0:
         measure.reference.write(path_of(config.export))
     return measure
-
-
-def of_shape(source: Source, shape: Sequence[int]) -> Source:
-    """Return the source. Refuse images of another shape."""
-    got = tuple(source[0][0].shape)
-    require(
-        got == tuple(shape),
-        f"data of the samples' shape {tuple(shape)}",
-        f"images of shape {got}",
-        "choose data= and data.image_size, data.channels as the model was trained",
-    )
-    return source
 
 
 def given_samples(

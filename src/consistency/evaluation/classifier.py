@@ -20,8 +20,6 @@ FEATURES = 64
 class SmallClassifier(nn.Module):
     """uint8 images -> 64 features of the last hidden layer: three 3x3 convolutions and one hidden linear layer."""
 
-    num_features = FEATURES
-
     def __init__(self, *, channels: int, num_classes: int, width: int = 32) -> None:
         super().__init__()
         self.trunk = nn.Sequential(

@@ -9,20 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_part
-from torchmetrics import Metric
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.utilities import dim_zero_cat
 
 from consistency.data.source import Source
 from consistency.errors import UserError, require
 from consistency.evaluation import extractors
 from consistency.evaluation.extractors import Extractor
-from consistency.evaluation.reference import Reference, read_reference, reference_of
+from consistency.evaluation.reference import (
+    FrechetDistance,
+    GatheredFeatures,
+    Reference,
+    read_reference,
+    reference_of,
+)
 from consistency.evaluation.timing import Clock
 from consistency.inference.generate import Numbered
 from consistency.runtime.files import cache_folder, path_of
@@ -36,45 +39,6 @@ FEWEST = 10
 """Smallest number of samples, and of features of a reference: the parts of the inception score."""
 
 QUANTISATION = "uint8, round(127.5 x + 127.5) of x clamped to [-1, 1]"
-
-
-class FrechetDistance(FrechetInceptionDistance):
-    """torchmetrics' FID between the features of samples and the moments of a reference, summed in float64."""
-
-    def __init__(self, reference: Reference) -> None:
-        features = nn.Identity()
-        features.num_features = len(reference.mu)  # type: ignore[assignment]
-        super().__init__(feature=features)
-        if rank_and_size()[0] == 0:  # states are summed over ranks
-            # With an unknown number of images, any number gives the moments back.
-            count = reference.count or 2
-            mu, sigma = reference.mu, reference.sigma
-            self.real_features_sum += count * mu
-            self.real_features_cov_sum += (count - 1) * sigma + count * torch.outer(mu, mu)
-            self.real_features_num_samples += count
-
-
-class GatheredFeatures(Metric):
-    """Features and logits of the samples of all ranks, in the order of their numbers."""
-
-    full_state_update = False
-    NAMES = ("numbers", "features", "logits")
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in self.NAMES:
-            self.add_state(name, default=[], dist_reduce_fx="cat")
-
-    def update(self, *batch: Tensor) -> None:
-        """Add numbers, features and logits of a batch."""
-        for name, values in zip(self.NAMES, batch, strict=True):
-            getattr(self, name).append(values)
-
-    def compute(self) -> list[Tensor]:
-        """Return numbers, features and logits."""
-        values = [dim_zero_cat(getattr(self, name)) for name in self.NAMES]
-        order = values[0].argsort()
-        return [value[order] for value in values]
 
 
 class Measure:
@@ -178,15 +142,7 @@ def precision_recall(samples: Tensor, reference: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of a measurement.
-
-    extractor: a name or file that `extractor_of` takes.
-    reference: train, held_out or a file of statistics; None for the training images, as published, or the held-out ones
-        if the extractor was trained on the training images.
-    reference_features: number of images of the reference whose features KID, precision and recall use.
-    cache: folder of computed references; None for one in the user's cache.
-    batch_size: images that a device measures at once.
-    """
+    """The options of a measurement, as in conf/metrics; batch_size: images that a device measures at once."""
 
     extractor: str
     reference: str | None
@@ -246,15 +202,15 @@ def available(name: str) -> Extractor:
 
 
 def _missing_on_any_rank() -> str | None:
+    """Return in one line why the weights of Inception are not available to some rank, or None."""
+
+    def missing() -> str | None:
+        try:
+            extractors.inception_weights()
+        except UserError as error:
+            return " ".join(str(error).split())
+        return None
+
     # Rank 0 downloads the weights first, for all ranks that share its disk.
-    first = gathered(_missing() if rank_and_size()[0] == 0 else None)[0]
-    return next(filter(None, gathered(first or _missing())), None)
-
-
-def _missing() -> str | None:
-    """Return in one line why the weights of Inception are not available, or None."""
-    try:
-        extractors.inception_weights()
-    except UserError as error:
-        return " ".join(str(error).split())
-    return None
+    first = gathered(missing() if rank_and_size()[0] == 0 else None)[0]
+    return next(filter(None, gathered(first or missing())), None)

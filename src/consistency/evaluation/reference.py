@@ -1,7 +1,7 @@
-"""What samples are compared with: mean and covariance of the features of a data set, and features.
+"""The reference of samples: mean and covariance of the features of a data set, and features.
 
-A reference is computed once for a data set, resolution and extractor and kept in a file, or read from a file of another
-program. Our files record what their numbers depend on, and are refused for anything else.
+It is computed once for a data set and extractor and kept in a file, or read from a file of another program. Our files record
+what their numbers depend on, and are refused for anything else.
 """
 
 import hashlib
@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
+from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities import dim_zero_cat
 from tqdm import tqdm
 
@@ -78,7 +79,10 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
     if "features" in arrays:
         features = torch.from_numpy(arrays["features"])
     elif "arr_0" in arrays and arrays["arr_0"].ndim == 4:
-        features = features_of(torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2), extractor)
+        images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2).split(64)
+        with torch.inference_mode():
+            parts = [extractor(part.to(extractor.device)).features.cpu() for part in images]
+        features = torch.cat(parts)
     require(
         features is None or features.shape[1:] == mu.shape,
         f"features of {len(mu)} numbers, as mu has, in {path}",
@@ -136,46 +140,51 @@ def require_same(protocol: dict[str, Any], wanted: dict[str, Any], path: Path) -
     )
 
 
-def features_of(images: UInt8[Tensor, "n c h w"], extractor: Extractor) -> Float[Tensor, "n f"]:
-    """Return the features of images in memory."""
-    with torch.inference_mode():
-        parts = [extractor(part.to(extractor.device)).features.cpu() for part in images.split(64)]
-    return torch.cat(parts)
+class FrechetDistance(FrechetInceptionDistance):
+    """torchmetrics' FID between the features of samples and the moments of a reference, summed in float64."""
+
+    def __init__(self, reference: Reference) -> None:
+        features = nn.Identity()
+        features.num_features = len(reference.mu)  # type: ignore[assignment]
+        super().__init__(feature=features)
+        if rank_and_size()[0] == 0:  # states are summed over ranks
+            # With an unknown number of images, any number gives the moments back.
+            count = 2 if reference.count is None else reference.count
+            mu, sigma = reference.mu, reference.sigma
+            self.real_features_sum += count * mu
+            self.real_features_cov_sum += (count - 1) * sigma + count * torch.outer(mu, mu)
+            self.real_features_num_samples += count
+
+    def moments(self) -> tuple[Tensor, Tensor, int]:
+        """Return mean, unbiased covariance and number of the features with `real=True`. Collective."""
+        with self.sync_context():
+            count = int(self.real_features_num_samples)
+            mu = self.real_features_sum / count
+            sigma = (self.real_features_cov_sum - count * torch.outer(mu, mu)) / (count - 1)
+        return mu.cpu(), sigma.cpu(), count
 
 
-class Moments(Metric):
-    """Sum and outer products of features over all ranks, in float64, and the features of some images."""
+class GatheredFeatures(Metric):
+    """Features and logits of the samples of all ranks, in the order of their numbers."""
 
     full_state_update = False
-    total: Tensor
-    outer: Tensor
-    count: Tensor
-    features: list[Tensor]
-    numbers: list[Tensor]
+    NAMES = ("numbers", "features", "logits")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        total, outer = (torch.zeros(shape, dtype=torch.float64) for shape in (size, (size, size)))
-        for name, zero in (("total", total), ("outer", outer), ("count", torch.tensor(0))):
-            self.add_state(name, zero, dist_reduce_fx="sum")
-        for name in ("features", "numbers"):
+        for name in self.NAMES:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, features: Tensor, numbers: Tensor, stored: Tensor) -> None:
-        """Add a batch; stored: whether the features of a row are stored."""
-        double = features.double()
-        self.total += double.sum(0)
-        self.outer += double.T @ double
-        self.count += len(features)
-        self.features.append(features[stored])
-        self.numbers.append(numbers[stored])
+    def update(self, *batch: Tensor) -> None:
+        """Add numbers, features and logits of a batch."""
+        for name, values in zip(self.NAMES, batch, strict=True):
+            getattr(self, name).append(values)
 
-    def compute(self) -> tuple[Tensor, Tensor, int, Tensor]:
-        """Return mean, unbiased covariance, count, and the stored features in the order of their numbers."""
-        count, mu = int(self.count), self.total / self.count
-        sigma = (self.outer - count * torch.outer(mu, mu)) / (count - 1)
-        order = dim_zero_cat(self.numbers).argsort()
-        return mu.cpu(), sigma.cpu(), count, dim_zero_cat(self.features)[order].cpu()
+    def compute(self) -> list[Tensor]:
+        """Return numbers, features and logits."""
+        values = [dim_zero_cat(getattr(self, name)) for name in self.NAMES]
+        order = values[0].argsort()
+        return [value[order] for value in values]
 
 
 def reference_of(
@@ -206,23 +215,36 @@ def reference_of(
         reference = read_reference(path, extractor)
         require_same(reference.protocol, protocol, path)
         return reference
-    moments, summing = None, extractor.summing
-    with torch.inference_mode():
-        for numbers, batch in images_of(source, batch_size, num_workers, "Reference"):
-            features = extractor(sent(batch, extractor.device)).features.to(summing)
-            moments = moments or Moments(features.shape[1]).to(summing)
-            flags = torch.tensor([number in stored for number in numbers])
-            moments.update(features, sent(torch.tensor(numbers), summing), sent(flags, summing))
-        assert moments is not None
-        reference = Reference(*moments.compute(), protocol)
+    images = images_of(source, batch_size, num_workers, "Reference")
+    reference = Reference(*_statistics(images, extractor, stored), protocol)
     assert reference.count == count
     if rank_and_size()[0] == 0:
         try:
             reference.write(path)
-            print_once(f"Reference of {count:,} images kept in {path}")
+            outcome = f"kept in {path}"
         except OSError as error:
-            print_once(f"Reference of {count:,} images, not kept for the next time: {error}")
+            outcome = f"not kept for the next time: {error}"
+        print_once(f"Reference of {count:,} images, {outcome}")
     return reference
+
+
+def _statistics(
+    images: Iterator[Numbered], extractor: Extractor, stored: set[int]
+) -> tuple[Tensor, Tensor, int, Tensor]:
+    sums, ordered, summing = None, GatheredFeatures().to(extractor.summing), extractor.summing
+    with torch.inference_mode():
+        for numbers, batch in images:
+            features = extractor(sent(batch, extractor.device)).features.to(summing)
+            if sums is None:
+                mu = torch.zeros(features.shape[1], dtype=torch.float64)
+                empty = Reference(mu, torch.outer(mu, mu), 0, None, {})
+                sums = FrechetDistance(empty).to(summing)
+            sums.update(features.double(), real=True)
+            rows = [row for row, number in enumerate(numbers) if number in stored]
+            order = sent(torch.tensor(numbers)[rows], summing)
+            ordered.update(order, features[rows], features[rows, :0])
+        assert sums is not None
+        return *sums.moments(), ordered.compute()[1].cpu()
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -246,8 +268,7 @@ def content_key(source: Source) -> str:
 
     It covers the pixels of up to `PIXELS` images, evenly spread, and the source's stamp of every image's file.
     """
-    rank, ranks = rank_and_size()
-    numbers = spread(len(source), PIXELS)
+    (rank, ranks), numbers = rank_and_size(), spread(len(source), PIXELS)
     own = {i: hashlib.sha256(source[i][0].numpy().tobytes()).digest() for i in numbers[rank::ranks]}
     digests = {number: digest for part in gathered(own) for number, digest in part.items()}
     whole = hashlib.sha256(str(len(source)).encode())

@@ -36,9 +36,6 @@ Numbered: TypeAlias = tuple[Sequence[int], UInt8[Tensor, "_b _c _h _w"]]
 Draw: TypeAlias = Callable[[Sampler, Batches], Iterator[Numbered]]
 """(sampler, batches) -> the samples of every batch in turn."""
 
-Edit: TypeAlias = Callable[..., Data]
-"""`consistency.editing.edit` with its settings: (denoise, noise, images, label=...) -> edited images."""
-
 AHEAD = 2
 """Batches of a process that may wait for their reader."""
 
@@ -86,9 +83,12 @@ def samples(
 
 
 def edits(
-    request: Request, edit: Edit, y: Float[Tensor, "n c h w"], *, outputs: int, batch_size: int
+    request: Request, edit: Callable[..., Data], y: Data, *, outputs: int, batch_size: int
 ) -> Float[Tensor, "m c h w"]:
-    """Return `outputs` edits of every image of y in turn, in [-1, 1] on the CPU."""
+    """Return `outputs` edits of every image of y in turn, in [-1, 1] on the CPU.
+
+    edit: `consistency.editing.edit` with its settings: (denoise, noise, images, label=...) -> edited images.
+    """
     labels = request.card.edit_labels(request.labels, request.seed, len(y), outputs)
     parts = []
     for numbers in in_batches(range(len(y) * outputs), batch_size):

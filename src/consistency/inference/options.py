@@ -15,7 +15,7 @@ from consistency.errors import UserError, require
 from consistency.inference.card import Role
 from consistency.inference.generate import Request
 from consistency.inference.model import Model
-from consistency.runtime.devices import chosen_device, in_precision, process_device
+from consistency.runtime.devices import chosen_device, in_precision, share_threads
 from consistency.runtime.files import fingerprint
 from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
 
@@ -39,7 +39,10 @@ class ModelOptions:
     def prepare(self, model: Model | None = None, rank: int = 0, processes: int = 1) -> Request:
         """Put the model on the device of one process; None loads it."""
         model = model or load(self.checkpoint, weights=self.weights, role=self.role)
-        device = process_device(chosen_device(self.device), rank, processes)
+        device = chosen_device(self.device)
+        share_threads(device, processes)
+        if processes > 1 and device.type != "cpu":
+            device = torch.device(device.type, rank)
         model.denoiser.to(device)
         if self.compile:
             model.denoiser.network.compile()

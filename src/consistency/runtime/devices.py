@@ -50,13 +50,6 @@ def share_threads(device: torch.device, processes: int) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
-def process_device(device: torch.device, rank: int, processes: int) -> torch.device:
-    """Return the device of one of several processes on this machine: accelerator number `rank`, or the CPU."""
-    share_threads(device, processes)
-    several = processes > 1 and device.type != "cpu"
-    return torch.device(device.type, rank) if several else device
-
-
 def in_precision(denoise: Denoise, precision: str, device: torch.device) -> Denoise:
     """Return the denoiser with its network in that precision; the state of the sampler stays float32."""
     half = PRECISIONS[precision]
