@@ -46,12 +46,9 @@ class MaskFile:
         if picture.size != (width, height):
             picture = halving(picture, height)
         omega = torch.from_numpy(np.array(picture) >= 128).float()
-        require(
-            bool(omega.any()),
-            f"a mask with white pixels, which are drawn anew, at {self.path}",
-            "one that is black throughout",
-            "paint the part white that shall change",
-        )
+        white = f"a mask with white pixels, which are drawn anew, at {self.path}"
+        remedy = "paint the part white that shall change"
+        require(bool(omega.any()), white, "one that is black throughout", remedy)
         return omega
 
 
@@ -226,12 +223,8 @@ def edit(config: DictConfig, output: Path) -> None:
     """Write grid.png, edited.npz and edit.yaml, and with `images` one PNG a result, into the folder `output`."""
     starts = ("reference", "noise", "input", None)
     require(config.start in starts, "start=reference or start=noise", config.start, "choose one")
-    require(
-        not config.mask or "mask" in config.task.get("pairing", {}),
-        "no mask for a task without one",
-        "mask=",
-        "choose task=inpaint, or leave the mask out",
-    )
+    masked, remedy = "mask" in config.task.get("pairing", {}), "choose task=inpaint, or no mask"
+    require(masked or not config.mask, "no mask for a task without one", "mask=", remedy)
     require_fresh(output)
     device = chosen_device(config.device)
     model = load_for_editing(config.checkpoint, config.weights, config.role, device)

@@ -45,12 +45,9 @@ def evaluate(config: DictConfig, output: Path) -> float:
     quiet()
     if is_first():
         require_fresh(output)
-    require(
-        (config.checkpoint is None) != (config.samples is None),
-        "checkpoint=<run or file> to draw from, or samples=<folder or .npz> to measure",
-        "neither" if config.checkpoint is None else "both",
-        "give one of them",
-    )
+    one = "checkpoint=<run or file> to draw from, or samples=<folder or .npz> to measure"
+    got = "neither" if config.checkpoint is None else "both"
+    require((config.checkpoint is None) != (config.samples is None), one, got, "give one of them")
     device = chosen_device(config.device)
     require_devices(device, config.devices, config.precision)
     with one_job():
@@ -130,12 +127,9 @@ def measure_of(config: DictConfig, shape: Sequence[int], device: torch.device) -
     def built(node: DictConfig, in_memory: bool) -> Source:
         source = instantiate(node)
         got = tuple(source[0][0].shape)
-        require(
-            got == tuple(shape),
-            f"data of the samples' shape {tuple(shape)}",
-            f"images of shape {got}",
-            "choose data= and data.image_size, data.channels as the model was trained",
-        )
+        expected = f"data of the samples' shape {tuple(shape)}"
+        remedy = "choose data= and data.image_size, data.channels as the model was trained"
+        require(got == tuple(shape), expected, f"images of shape {got}", remedy)
         return load_into_memory(source) if in_memory else source
 
     measure = Settings(**config.evaluation, batch_size=config.batch_size).prepare(
@@ -163,25 +157,17 @@ def given_samples(
         shown = tqdm(files[:count], "Reading", unit="image", disable=min(total, count) < 1000)
         pictures = [to_tensor(read_picture(each, MODES[shape[0]], ground)) for each in shown]
         shapes = {tuple(picture.shape) for picture in pictures}
-        require(
-            len(shapes) == 1,
-            f"images of one size in samples={path}",
-            f"{len(shapes)} shapes, {' and '.join(map(str, sorted(shapes)[:2]))} among them",
-            "give samples as they were drawn",
-        )
+        got = f"{len(shapes)} shapes, {' and '.join(map(str, sorted(shapes)[:2]))} among them"
+        same = f"images of one size in samples={path}"
+        require(len(shapes) == 1, same, got, "give samples as they were drawn")
         images = torch.stack(pictures)
-    require(
-        len(images) >= count,
-        f"num_samples={count} images in samples={path}",
-        f"{len(images)} images",
-        f"say num_samples={len(images)}, or draw more: a measure depends on the number",
-    )
-    require(
-        tuple(images.shape[1:]) == tuple(shape),
-        f"samples of the shape of the data, {tuple(shape)}",
-        f"samples={path} of shape {tuple(images.shape[1:])}",
-        "choose data= and data.image_size, data.channels of the samples",
-    )
+    number, own = len(images), tuple(images.shape[1:])
+    remedy = f"set num_samples={number}, or draw more: a measure depends on the number"
+    enough = f"num_samples={count} images in samples={path}"
+    require(number >= count, enough, f"{number} images", remedy)
+    remedy = "choose data= and data.image_size, data.channels of the samples"
+    expected = f"samples of the shape of the data, {tuple(shape)}"
+    require(own == tuple(shape), expected, f"samples={path} of shape {own}", remedy)
     if total > count and rank_and_size()[0] == 0:
         print(f"samples={path} holds {total:,} images: the first {count:,} are measured")
     return images[:count]

@@ -102,13 +102,9 @@ def measured(
     """Return the metric of samples that are evaluated at the time points."""
     samples = draw(partial(sampler, times=list(times)), in_batches(range(count), config.batch_size))
     values, name = measure(samples, count, config.metric), measure.extractor.named(config.metric)
-    extractor = f"evaluation.extractor={config.evaluation.extractor}"
-    require(
-        name in values,
-        f"an extractor and a reference that give {name}",
-        f"{extractor}, without classes or without features of the reference",
-        "choose metric=frechet",
-    )
+    expected = f"an extractor and a reference that give {name}"
+    got = f"evaluation.extractor={config.evaluation.extractor}, without classes or features"
+    require(name in values, expected, got, "choose metric=frechet")
     return values[name]
 
 
@@ -116,12 +112,8 @@ def measure_of(config: DictConfig, path: Path) -> Measure:
     """Return the measure against the data of the run that wrote the checkpoint."""
     run = ours.read(path).get("config", {}) if path.is_file() else {}
     data: dict[str, Any] = run.get("data") or {}
-    require(
-        bool(data.get("source")),
-        f"a checkpoint of a run, at {path}",
-        "one that says nothing of its data",
-        "search for a checkpoint that src/train.py wrote",
-    )
+    got, remedy = "one that says nothing of its data", "take a checkpoint that src/train.py wrote"
+    require(bool(data.get("source")), f"a checkpoint of a run, at {path}", got, remedy)
     require_trusted(run, path)
 
     def local(name: str) -> Source:

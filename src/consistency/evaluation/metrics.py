@@ -17,15 +17,9 @@ from torch_fidelity.metric_prc import calculate_precision_recall_part
 
 from consistency.data.source import Source
 from consistency.errors import UserError, require
-from consistency.evaluation import extractors
+from consistency.evaluation import extractors, reference
 from consistency.evaluation.extractors import Extractor
-from consistency.evaluation.reference import (
-    FrechetDistance,
-    GatheredFeatures,
-    Reference,
-    read_reference,
-    reference_of,
-)
+from consistency.evaluation.reference import FrechetDistance, GatheredFeatures, Reference
 from consistency.evaluation.timing import Clock
 from consistency.inference.generate import Numbered
 from consistency.runtime.files import cache_folder, path_of
@@ -73,21 +67,21 @@ class Measure:
                 order = sent(torch.tensor(numbers), summing)
                 ordered.update(order, features, scores.to(summing))
             order, features, logits = ordered.compute()
-            require(
+            right, each = (
                 order.tolist() == list(range(count)),
-                f"samples number 0 to {count - 1}, each once",
-                f"{len(order)} samples with {len(order.unique())} numbers",
-                "this is a mistake of the program: please report it",
+                f"samples 0 to {count - 1}, each once",
             )
+            got = f"{len(order)} samples with {len(order.unique())} numbers"
+            require(right, each, got, "this is a mistake of the program: please report it")
             values = {"frechet": float(frechet.compute())} if only in (None, "frechet") else {}
             if only in (None, "class_score") and logits.shape[1]:
                 values |= class_score(logits)
-            reference = self.reference.features
-            if reference is not None and len(reference) >= FEWEST:
+            others = self.reference.features
+            if others is not None and len(others) >= FEWEST:
                 if only in (None, "kernel"):
-                    values |= kernel_distance(features, reference.to(summing))
+                    values |= kernel_distance(features, others.to(summing))
                 if only in (None, "precision", "recall"):
-                    values |= precision_recall(features, reference.to(summing))
+                    values |= precision_recall(features, others.to(summing))
         return {self.extractor.named(name): value for name, value in values.items()}
 
     def count(self, num_samples: int | None) -> int:
@@ -165,12 +159,12 @@ class Settings:
         own = "held_out" if extractor.trained_on_train_set and held_out is not None else "train"
         chosen = self.reference or own
         if chosen not in ("train", "held_out"):
-            return Measure(extractor, read_reference(path_of(chosen), extractor))
+            return Measure(extractor, reference.read_reference(path_of(chosen), extractor))
         builder = train if chosen == "train" else held_out
         if builder is None:
             expected = "a data set with held-out images for evaluation.reference=held_out"
             raise UserError(expected, "one without", "choose evaluation.reference=train")
-        reference = reference_of(
+        computed = reference.reference_of(
             builder(),
             extractor,
             name=chosen,
@@ -179,7 +173,7 @@ class Settings:
             batch_size=self.batch_size,
             num_workers=num_workers,
         )
-        return Measure(extractor, reference)
+        return Measure(extractor, computed)
 
 
 def available(name: str) -> Extractor:
@@ -191,13 +185,9 @@ def available(name: str) -> Extractor:
         print_once(f"No FID: {reason}. Going on with the features of the small classifier.")
         name = extractors.CLASSIFIER
     extractor = extractors.extractor_of(name)
-    protocols = gathered(extractor.protocol)
-    require(
-        all(other == protocols[0] for other in protocols),
-        f"the same extractor {name} on all processes",
-        "other weights on some",
-        "put the same file on all machines",
-    )
+    first, *others = gathered(extractor.protocol)
+    same, remedy = f"the same extractor {name} on all processes", "put one file on all machines"
+    require(all(other == first for other in others), same, "other weights on some", remedy)
     return extractor
 
 

@@ -83,12 +83,10 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
         with torch.inference_mode():
             parts = [extractor(part.to(extractor.device)).features.cpu() for part in images]
         features = torch.cat(parts)
-    require(
-        features is None or features.shape[1:] == mu.shape,
-        f"features of {len(mu)} numbers, as mu has, in {path}",
-        "none" if features is None else tuple(features.shape),
-        "choose the evaluation.extractor that the file was made with",
-    )
+    expected = f"features of {len(mu)} numbers, as mu has, in {path}"
+    remedy = "choose the evaluation.extractor that the file was made with"
+    if features is not None:
+        require(features.shape[1:] == mu.shape, expected, tuple(features.shape), remedy)
     return Reference(mu, sigma, count, features, protocol)
 
 

@@ -101,19 +101,16 @@ def searched_times(model: Model, search: str) -> list[float]:
 def require_suited(sampler: Sampler, model: Model, *, force: bool) -> None:
     """Refuse a sampler for another kind of model, unless `force`, and wrong time points."""
     function = sampler.func if isinstance(sampler, partial) else sampler
-    require(
-        force or model.card.role != "consistency" or function not in NEED_DENOISER,
-        "a sampler for consistency functions: onestep or multistep",
-        "one that follows the PF-ODE of a denoiser, with a consistency checkpoint",
-        "choose sampler=onestep, or add force=true to draw all the same",
-    )
     trigflow = model.card.is_trigflow
-    require(
-        force or trigflow == (function in UNDER_TRIGFLOW),
-        f"a sampler {'for' if trigflow else 'for other networks than those of'} TrigFlow",
-        "one for another noise process than the checkpoint's",
-        f"choose sampler={'trigflow_onestep' if trigflow else 'onestep'}, or add force=true",
-    )
+    remedy = f"choose sampler={'trigflow_onestep' if trigflow else 'onestep'}, or add force=true"
+    wrong = not force and model.card.role == "consistency" and function in NEED_DENOISER
+    expected = "a sampler for consistency functions: onestep or multistep"
+    got = "one that follows the PF-ODE of a denoiser, with a consistency checkpoint"
+    require(not wrong, expected, got, remedy)
+    wrong = not force and trigflow != (function in UNDER_TRIGFLOW)
+    expected = f"a sampler {'for' if trigflow else 'for other networks than those of'} TrigFlow"
+    got = "one for another noise process than the checkpoint's"
+    require(not wrong, expected, got, remedy)
     sampler(lambda x, t, label=None: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
 
 
@@ -122,9 +119,6 @@ def require_same_settings(
 ) -> None:
     """Refuse to go on in a folder with other settings; work: the samples, or the search."""
     other = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
-    require(
-        not other,
-        f"the settings with which the {work} in output={folder} began",
-        f"others: {', '.join(other)}",
-        "choose another output=, or the same settings to go on",
-    )
+    expected = f"the settings with which the {work} in output={folder} began"
+    remedy = "choose another output=, or the same settings to go on"
+    require(not other, expected, f"others: {', '.join(other)}", remedy)
