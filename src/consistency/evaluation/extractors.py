@@ -24,7 +24,7 @@ from consistency.runtime.files import path_of
 from consistency.runtime.ranks import gathered, print_once
 from consistency.training.lpips import IMAGENET_MEAN, IMAGENET_STD
 
-URL = fidelity.URL_INCEPTION_V3
+URL_INCEPTION_V3 = fidelity.URL_INCEPTION_V3
 INCEPTION = "inception"
 CLASSIFIER = "classifier"
 PUBLISHED = {"frechet": "fid", "kernel": "kid", "class_score": "inception_score"}
@@ -130,7 +130,7 @@ def extractor_of(name: str) -> Extractor:
 
 def inception_file() -> Path:
     """Return torch hub's path of the published weights: those of 2015-12-05, behind all published FID."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(URL).name
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
 
 
 def inception_weights() -> Path:
@@ -138,7 +138,11 @@ def inception_weights() -> Path:
     path = inception_file()
     if not path.is_file():
         load = partial(torch.hub.load_state_dict_from_url, check_hash=True, weights_only=True)
-        downloaded(partial(load, URL), f"Inception's weights, the file {path}", URL)
+        downloaded(
+            partial(load, URL_INCEPTION_V3),
+            f"Inception's weights, the file {path}",
+            URL_INCEPTION_V3,
+        )
     return path
 
 
@@ -154,7 +158,7 @@ def inception(path: Path) -> Extractor:
         raise UserError(
             f"weights of Inception in torch-fidelity's layout at {path}",
             reason[:200],
-            f"download {URL}, or name another evaluation.extractor",
+            f"download {URL_INCEPTION_V3}, or name another evaluation.extractor",
         ) from error
 
     def extract(network: nn.Module, images: Tensor) -> Extracted:
