@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from conftest import TINY, Run
 from consistency.checkpoints import ours
-from consistency.commands.time_search import is_unimodal, ternary_search
+from consistency.commands.search import is_unimodal, ternary_search
 from consistency.errors import UserError
 from consistency.inference.options import searched_path
 from consistency.runtime.files import fingerprint
@@ -134,8 +134,8 @@ def test_time_points_serve_only_the_weights_they_were_found_for(
 ) -> None:
     """The same set of weights of the same file; not another set, not the file of a longer run, not unknown ones."""
     model, output = tmp_path / "model.ckpt", tmp_path / "out"
-    content = checkpoint.read(trained["ect"] / "checkpoints" / "last.ckpt")
-    checkpoint.write(content, model)
+    content = ours.read(trained["ect"] / "checkpoints" / "last.ckpt")
+    ours.write(content, model)
     options = [f"checkpoint={model}", "sampler=searched", "num_samples=2"]
     record = {"times": [80.0, 0.9], "weights": "ema", "checkpoint": fingerprint(model)}
     searched_path(model).write_text(json.dumps(record))
@@ -157,7 +157,7 @@ def test_time_points_serve_only_the_weights_they_were_found_for(
     assert unknown.status == 2
     assert "weights that it does not name" in unknown.err
     searched_path(model).write_text(json.dumps(record))
-    checkpoint.write(content | {"global_step": 3}, model)
+    ours.write(content | {"global_step": 3}, model)
     longer = verb("sample", *options, f"output={tmp_path / 'longer'}")
     assert longer.status == 2
     assert "another training step or file" in longer.err

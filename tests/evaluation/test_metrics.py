@@ -85,7 +85,7 @@ def kernel(x: np.ndarray, y: np.ndarray) -> float:
 def test_the_classifier_knows_digits_it_has_not_seen() -> None:
     classifier = train_classifier(Digits(split="train"), num_classes=10, epochs=4)
     held_out = Digits(split="held_out")
-    right = classifier.logits(held_out.images).argmax(1) == held_out.labels
+    right = classifier.logits(classifier(held_out.images)).argmax(1) == held_out.labels
     assert float(right.float().mean()) > 0.9
 
 

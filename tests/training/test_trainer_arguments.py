@@ -80,7 +80,7 @@ def test_a_run_that_is_refused_has_opened_and_written_nothing(
         raise AssertionError("the data were opened")
 
     monkeypatch.setattr(train, "build_data", opened)
-    monkeypatch.setattr("consistency.commands.benchmark.build_data", opened)
+    monkeypatch.setattr("consistency.training.build.build_data", opened)
     monkeypatch.chdir(tmp_path)
     outcome = verb(command, *TINY, given, f"output={tmp_path / 'run'}")
     assert outcome.status == 2

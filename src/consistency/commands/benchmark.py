@@ -4,27 +4,22 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig
 
 from consistency.commands.cli import require_fresh
 from consistency.data.module import DataModule
 from consistency.errors import require
 from consistency.evaluation.timing import Clock
+from consistency.runtime.files import write_text
+from consistency.training import build
 from consistency.training.arguments import require_taken
-from consistency.training.build import (
-    build_callbacks,
-    build_data,
-    build_module,
-    build_trainer,
-    quiet,
-)
 
 PARTS = ("data", "train")
 BATCH_ON_CPU = 8
@@ -33,14 +28,14 @@ ENDLESS = 10**12
 
 def benchmark(config: DictConfig, output: Path) -> None:
     """Measure the speed of config.part, print a table, and write it into `output`/benchmark.json."""
-    quiet()
+    build.quiet()
     require_fresh(output)
     require(config.part in PARTS, f"part among {', '.join(PARTS)}", config.part, "choose one")
-    require(config.seconds > 0, "seconds > 0", config.seconds, "give the time of a row")
-    require(config.train_steps >= 1, "train_steps >= 1", config.train_steps, "give a number")
+    for name, right in (("seconds", config.seconds > 0), ("train_steps", config.train_steps >= 1)):
+        require(right, f"{name} > 0", config[name], "give a positive number")
     require_taken(config.trainer)
     config = measured(config)
-    data = build_data(config)
+    data = build.build_data(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     speeds = data_speeds(data, device, config.seconds) if config.part == "data" else {}
     batch = config.train_batch or (BATCH_ON_CPU if device == "cpu" else config.data.batch_size)
@@ -49,14 +44,11 @@ def benchmark(config: DictConfig, output: Path) -> None:
     speeds[name] = training_speed(config, batch, config.train_steps)
     kind = "random images in memory" if config.images else "images"
     machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    title = (
-        f"data={choices.data}, {len(data.train_source)} {kind} of "
-        f"{data.channels}x{data.image_size}x{data.image_size}, on a {machine}, "
-        f"{torch.get_num_threads()} threads"
-    )
-    output.mkdir(parents=True, exist_ok=True)
+    shape = f"{data.channels}x{data.image_size}x{data.image_size}"
+    title = f"data={choices.data}, {len(data.train_source)} {kind} of {shape}, on a {machine}, "
+    title += f"{torch.get_num_threads()} threads"
     content = {"title": title, "images_per_second": speeds}
-    (output / "benchmark.json").write_text(json.dumps(content, indent=2))
+    write_text(output / "benchmark.json", json.dumps(content, indent=2))
     print(f"\n{table(title, speeds)}\nWritten: {output / 'benchmark.json'}")
 
 
@@ -66,14 +58,12 @@ def measured(config: DictConfig) -> DictConfig:
     config.data.held_out = None
     if config.images is not None:
         require(config.images >= 1, "images >= 1, or null", config.images, "give a number")
-        config.data.source = {
+        data = config.data
+        data.source = {name: data[name] for name in ("channels", "image_size", "num_classes")} | {
             "_target_": "consistency.data.memory.noise",
-            "count": max(config.images, config.data.batch_size),
-            "channels": config.data.channels,
-            "image_size": config.data.image_size,
-            "num_classes": config.data.num_classes,
+            "count": max(config.images, data.batch_size),
         }
-        config.data.num_workers = 0
+        data.num_workers = 0
     return config
 
 
@@ -84,14 +74,12 @@ def data_speeds(data: DataModule, device: str, seconds: float) -> dict[str, floa
     draw = torch.Generator(device).manual_seed(0)
 
     def one_by_one() -> Iterable[int]:
-        for indices in order:
-            for index in indices:
-                source[index]
-                yield 1
+        for index in chain.from_iterable(order):
+            source[index]
+            yield 1
 
     def loaded() -> Iterable[int]:
-        for images, _ in data.loader(order, pin_memory=device == "cuda"):
-            yield len(images)
+        return (len(images) for images, _ in data.loader(order, pin_memory=device == "cuda"))
 
     def scaled() -> Iterable[int]:
         for images, _ in data.loader(order, pin_memory=device == "cuda"):
@@ -118,34 +106,25 @@ def rate(counts: Callable[[], Iterable[int]], seconds: float) -> float:
     return total / clock.read()["total"]
 
 
-class TrainingTime(Callback):
-    """The seconds from the second batch to the last."""
-
-    def __init__(self) -> None:
-        self.clock, self.seconds = Clock(), 0.0
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        if batch_idx == 1:
-            self.clock.read()
-
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.seconds = self.clock.read()["total"]
-
-
 def training_speed(config: DictConfig, batch: int, steps: int) -> float:
-    """Return the images a second of `steps` optimizer steps of `batch` images with the configured mode, on one device."""
+    """Return the images a second of `steps` optimizer steps of `batch` images with the configured mode, on one device.
+
+    The time is that from the second batch to the last.
+    """
     short = deepcopy(config)
     short.data.batch_size, short.data.device_batch_size = batch, None
     short.callbacks = {}
     short.trainer.max_steps, short.trainer.devices = steps + 1, 1
-    data = build_data(short)
-    module = build_module(short, data)
-    timer = TrainingTime()
-    trainer = build_trainer(short, [*build_callbacks(short), timer], [], data)
+    clock, seconds = Clock(), list[float]()
+    timer = LambdaCallback(
+        on_train_batch_start=lambda *step: clock.read() if step[-1] == 1 else None,
+        on_train_end=lambda *_: seconds.append(clock.read()["total"]),
+    )
+    data = build.build_data(short)
+    module = build.build_module(short, data)
+    trainer = build.build_trainer(short, [*build.build_callbacks(short), timer], [], data)
     trainer.fit(module, datamodule=data)
-    return steps * batch / timer.seconds
+    return steps * batch / seconds[0]
 
 
 def table(title: str, speeds: dict[str, float]) -> str:

@@ -19,9 +19,7 @@ from consistency.inference import plots
 from consistency.runtime.files import ROOT
 
 CALIBRATION_ONLY = [
-    "callbacks.evaluation=null",
-    "callbacks.samples=null",
-    "callbacks.checkpoint.monitor=null",
+    f"callbacks.{name}=null" for name in ("evaluation", "samples", "checkpoint.monitor")
 ]
 FRECHET = "frechet_classifier"
 STRIP = 30
@@ -46,15 +44,13 @@ def compare(config: DictConfig, output: Path) -> None:
     require_fresh(output)
     output.mkdir(parents=True, exist_ok=True)
     teacher = _train_for(config, config.teacher_mode, output)
-    trained = [
-        *(_train_for(config, m, output, f"teacher={teacher.folder}") for m in config.modes),
-        teacher,
-    ]
-    table = markdown(trained, teacher_mode=config.teacher_mode)
+    runs = [_train_for(config, m, output, f"teacher={teacher.folder}") for m in config.modes]
+    runs.append(teacher)
+    table = markdown(runs, teacher_mode=config.teacher_mode)
     (output / "comparison.md").write_text(table)
-    runs = [{**vars(run), "folder": str(run.folder)} for run in trained]
-    (output / "comparison.json").write_text(json.dumps(runs, indent=2))
-    picture(trained, config.seed).save(output / "comparison.png")
+    values = [{**vars(run), "folder": str(run.folder)} for run in runs]
+    (output / "comparison.json").write_text(json.dumps(values, indent=2))
+    picture(runs, config.seed).save(output / "comparison.png")
     print(f"\n{table}\nPicture: {output / 'comparison.png'}\nTable:   {output / 'comparison.md'}")
 
 
@@ -67,54 +63,48 @@ def _train_for(config: DictConfig, mode: str, output: Path, *extra: str) -> Trai
     print(f"{mode}: measuring its speed in {config.calibration_steps} steps ...", flush=True)
     _train([*base, *length, *CALIBRATION_ONLY, f"output={trial}"], quiet=True)
     # The median, so that another program's load for a moment does not shorten the run.
-    speed = statistics.median(_series(trial, "images_per_second"))
+    metrics = plots.read_metrics(trial / "metrics.csv")
+    speed = statistics.median(metrics["images_per_second"][1])
     batch = OmegaConf.load(trial / "config.yaml").data.batch_size
     steps = max(1, round(config.seconds * speed / batch))
     print(f"{mode}: {steps} steps for {config.seconds:.0f} s", flush=True)
     _train([*base, f"trainer.max_steps={steps}", f"output={folder}"], quiet=False)
     results = json.loads((folder / "evaluation.json").read_text())["results"]
-    seconds = _series(folder, "training_seconds")[-1]
+    seconds = plots.read_metrics(folder / "metrics.csv")["training_seconds"][1][-1]
     return Trained(mode, folder, results, steps, seconds, steps * batch / seconds)
 
 
 def _train(arguments: list[str], *, quiet: bool) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "src" / "train.py"), *arguments],
-        stdout=subprocess.PIPE if quiet else None,
-        stderr=subprocess.STDOUT if quiet else None,
-        text=True,
-        check=False,
-    )
+    program = [sys.executable, str(ROOT / "src" / "train.py"), *arguments]
+    output: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
+    done = subprocess.run(program, text=True, check=False, **output)
     if done.returncode:
         got = f"train.py {' '.join(arguments)}\n{done.stdout or ''}".strip()
         raise UserError("every run of the comparison to succeed", got, "mend the reason above")
 
 
-def _series(run: Path, metric: str) -> list[float]:
-    return plots.read_metrics(run / "metrics.csv")[metric][1]
-
-
 def markdown(runs: list[Trained], *, teacher_mode: str) -> str:
     """Return the table: training images, every mode and sampler, noise."""
-    base = runs[0].results["train_images"]
-    head = "| | Fréchet | x train | precision | recall | training s | images/s |\n|---|--:|--:|--:|--:|--:|--:|\n"
+    base, noise = (runs[0].results[name] for name in ("train_images", "noise"))
+    lines = [
+        "| | Fréchet | x train | precision | recall | training s | images/s |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
 
-    def row(name: str, quality: dict[str, float], run: Trained | None) -> str:
-        time = f"{run.seconds:.0f} | {run.images_per_second:.0f}" if run else "– | –"
-        return (
-            f"| {name} | {quality[FRECHET]:.2f} | {quality[FRECHET] / base[FRECHET]:.2f} | "
-            f"{quality['precision_classifier']:.3f} | {quality['recall_classifier']:.3f} | {time} |\n"
-        )
+    def add(name: str, quality: dict[str, float], time: str = "– | –") -> None:
+        frechet = f"{quality[FRECHET]:.2f} | {quality[FRECHET] / base[FRECHET]:.2f}"
+        others = f"{quality['precision_classifier']:.3f} | {quality['recall_classifier']:.3f}"
+        lines.append(f"| {name} | {frechet} | {others} | {time} |")
 
-    lines = [row("train images", base, None)]
+    add("train images", base)
     for run in runs:
         role = " (teacher)" if run.mode == teacher_mode else ""
         for sampler, quality in run.results.items():
             if sampler not in ("train_images", "noise"):
                 name = f"`{run.mode}`{role}, {sampler.split('/')[0].replace('_', ' ')}"
-                lines.append(row(name, quality, run))
-    lines.append(row("noise", runs[0].results["noise"], None))
-    return head + "".join(lines)
+                add(name, quality, f"{run.seconds:.0f} | {run.images_per_second:.0f}")
+    add("noise", noise)
+    return "\n".join([*lines, ""])
 
 
 def picture(runs: list[Trained], seed: int) -> Image.Image:
@@ -122,8 +112,7 @@ def picture(runs: list[Trained], seed: int) -> Image.Image:
     strips = []
     for run in runs:
         model = load(run.folder)
-        classes = model.card.num_classes
-        labels = None if classes is None else list(range(classes))
+        labels = list(range(model.card.num_classes or 0)) or None
         config: Any = OmegaConf.load(run.folder / "config.yaml")
         for name, node in config.mode.samplers.items():
             sampler = instantiate(node, _convert_="all")

@@ -17,18 +17,12 @@ import torch
 from jaxtyping import Float, UInt8
 from omegaconf import DictConfig
 from PIL import Image as PILImage
+from PIL import ImageOps
 from torch import Tensor
 
 from consistency.checkpoints.load import load
+from consistency.data import decode
 from consistency.data.crop import fit
-from consistency.data.decode import (
-    MODES,
-    MOST_PIXELS,
-    colour_of,
-    read_picture,
-    to_picture,
-    to_tensor,
-)
 from consistency.editing import Pairing, colorize, inpaint, superres
 from consistency.errors import UserError, require
 from consistency.inference import plots
@@ -39,27 +33,12 @@ MOST_IMAGES = 64
 SIDE = 320
 """Pixels at which a single image is shown."""
 
-SHOWN: dict[str, Any] = {
-    "interactive": False,
-    "format": "png",
-    "buttons": ["download", "fullscreen"],
-}
+SHOWN = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
 """Settings of a picture: without the default button that sends it to a public place."""
 
-PAINTER = Path(__file__).with_name("painter.js")
-PAINTER_BODY = """
-<p>Choose an image on the left. It appears here as the model sees it.</p>
-<canvas hidden></canvas>
-<div><label>Brush <input type="range" min="1" max="40" value="15"></label>
-<button type="button">Wipe</button></div>
-"""
-PAINTER_STYLE = f"""
-canvas, p {{ margin-top: 1.8em; }}
-canvas {{ width: {SIDE}px; max-width: 100%; image-rendering: pixelated; touch-action: none; cursor: crosshair; }}
-div {{ display: flex; gap: 1em; align-items: center; margin-top: 0.5em; }}
-label {{ display: flex; gap: 0.5em; align-items: center; }}
-button {{ padding: 0.1em 0.8em; border: 1px solid; border-radius: 4px; font: inherit; cursor: pointer; }}
-"""
+PAINTER = {"html_template": "html", "css_template": "css", "js_on_load": "js"}
+"""Files painter.<suffix> beside this one, by gradio's name for their content."""
+
 BLANK = {"image": "", "free": ""}
 """Value of the painter without an image; see painter.js."""
 
@@ -70,11 +49,8 @@ def library() -> ModuleType:
     try:
         import gradio
     except ImportError as error:
-        raise UserError(
-            "gradio, which draws the page",
-            "it is not installed",
-            "install the extra `demo`: pip install -e '.[demo]'",
-        ) from error
+        remedy = "install the extra `demo`: pip install -e '.[demo]'"
+        raise UserError("gradio, which draws the page", "it is not installed", remedy) from error
     return gradio
 
 
@@ -90,10 +66,10 @@ def demo(config: DictConfig, output: Path) -> None:
             f"host={config.host} ({error})",
             "leave it at 127.0.0.1, or say host=0.0.0.0 to let other machines in",
         ) from error
-    colour_of(config.background)
+    decode.colour_of(config.background)
     gradio = library()
     # Gradio opens uploads before we do; Pillow refuses more than twice as many pixels.
-    PILImage.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
+    PILImage.MAX_IMAGE_PIXELS = decode.MOST_PIXELS // 2
     model = load(config.checkpoint, weights=config.weights, role=config.role)
     model.denoiser.to(chosen_device(config.device))
     if not local:
@@ -114,29 +90,12 @@ def demo(config: DictConfig, output: Path) -> None:
         raise UserError("a free port", error, "choose another one with port=<number>") from error
 
 
-def enlarged(images: UInt8[Tensor, "n c h w"]) -> PILImage.Image:
-    """Return the images as one picture of a visible size."""
-    picture = plots.grid(images, plots.columns_for(len(images)))
-    factor = max(1, SIDE // picture.width)
-    size = (picture.width * factor, picture.height * factor)
-    return picture.resize(size, PILImage.Resampling.NEAREST)
-
-
-def data_url(image: UInt8[Tensor, "c h w"]) -> str:
-    """Return an image as a URL that contains it."""
-    file = io.BytesIO()
-    to_picture(image).save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
 def mask_of(painted: object, size: tuple[int, int]) -> Float[Tensor, "h w"]:
     """Return 1 for painted pixels; painted: the painter's value, from a browser; size: (height, width)."""
-    free = painted.get("free") if isinstance(painted, dict) else None
-    height, width = size
+    free, (height, width) = painted.get("free") if isinstance(painted, dict) else None, size
     if not (isinstance(free, str) and len(free) in (0, height * width) and not free.strip("01")):
-        raise UserError(
-            f"a mask of {height}x{width} digits 0 and 1", "another", "load the page anew"
-        )
+        expected = f"a mask of {height}x{width} digits 0 and 1"
+        raise UserError(expected, "another", "load the page anew")
     return torch.tensor([float(digit) for digit in free or "0" * height * width]).view(size)
 
 
@@ -149,21 +108,28 @@ class Actions:
 
     def __init__(self, model: Model, uploads: Path, background: str | None = None) -> None:
         self.model, self.uploads = model, uploads.resolve()
-        self.background = colour_of(background)
+        self.background = decode.colour_of(background)
 
     def timed(self, draw: Callable[[], UInt8[Tensor, "n c h w"]]) -> tuple[PILImage.Image, str]:
-        """Return the images as a picture, and the time of an image."""
+        """Return the images as one picture of a visible size, and the time of an image."""
         start = time.perf_counter()
         images = draw()
         each = (time.perf_counter() - start) / len(images)
-        return enlarged(images), f"{1000 * each:.1f} ms an image, {len(images)} images"
+        picture = plots.grid(images, plots.columns_for(len(images)))
+        factor = max(1, SIDE // picture.width)
+        large = ImageOps.scale(picture, factor, PILImage.Resampling.NEAREST)
+        return large, f"{1000 * each:.1f} ms an image, {len(images)} images"
 
     def sample(
         self, count: float, steps: float, seed: float, label: str
     ) -> tuple[PILImage.Image, str]:
         """Draw samples."""
-        draw = partial(self.model.sample, int(count), steps=int(steps), seed=int(seed))
-        return self.timed(lambda: draw(labels=self.label_of(label)))
+        chosen: dict[str, Any] = {
+            "steps": int(steps),
+            "seed": int(seed),
+            "labels": self.label_of(label),
+        }
+        return self.timed(partial(self.model.sample, int(count), **chosen))
 
     def read(self, photo: str | None) -> UInt8[Tensor, "c h w"]:
         """Read an uploaded file as the model's input."""
@@ -172,11 +138,17 @@ class Actions:
         # Gradio accepts requests for other files, which the page itself does not send.
         inside = file.is_relative_to(self.uploads)
         require(inside, "an uploaded image", "another file", "upload it")
-        return to_tensor(fit(read_picture(file, MODES[channels], self.background), height))
+        picture = decode.read_picture(file, decode.MODES[channels], self.background)
+        return decode.to_tensor(fit(picture, height))
 
     def choose(self, photo: str | None) -> dict[str, str]:
         """Show an uploaded file in the painter."""
-        return BLANK if photo is None else {**BLANK, "image": data_url(self.read(photo))}
+        if photo is None:
+            return BLANK
+        file = io.BytesIO()
+        decode.to_picture(self.read(photo)).save(file, "PNG")
+        content = base64.b64encode(file.getvalue()).decode()
+        return {**BLANK, "image": f"data:image/png;base64,{content}"}
 
     def edit(
         self,
@@ -191,12 +163,8 @@ class Actions:
         """Edit an uploaded image; inpainting draws the painted part anew."""
         image, (_, height, width) = self.read(photo)[None], self.model.shape
         free = mask_of(painted, (height, width))
-        require(
-            task != "inpaint" or bool(free.any()),
-            "a part to draw anew",
-            "nothing painted on the image",
-            "paint over the part with the brush",
-        )
+        drawn, remedy = task != "inpaint" or bool(free.any()), "paint over the part with the brush"
+        require(drawn, "a part to draw anew", "nothing painted on the image", remedy)
         pairings: dict[str, Pairing] = {
             "inpaint": partial(inpaint, mask=lambda height, width, draw: free),
             "colorize": colorize,
@@ -222,9 +190,8 @@ def page(gradio: ModuleType, model: Model, uploads: Path, background: str | None
     actions = Actions(model, uploads, background)
     with gradio.Blocks(title="Consistency model") as blocks:
         name = "/".join(model.path.parts[-3:])
-        gradio.Markdown(
-            f"## Consistency model\n`{name}`, {model.card.role}, weights {model.weights}"
-        )
+        about = f"`{name}`, {model.card.role}, weights {model.weights}"
+        gradio.Markdown(f"## Consistency model\n{about}")
         with gradio.Row():
             seed = gradio.Number(0, label="Seed", precision=0, elem_id="seed")
             label = gradio.Dropdown(actions.labels, value="any", label="Class", elem_id="class")
@@ -242,51 +209,34 @@ def _sample_tab(gradio: ModuleType, actions: Actions, seed: Any, label: Any) -> 
     draw = gradio.Button("Draw", variant="primary", elem_id="draw")
     samples = gradio.Image(label="Samples", elem_id="samples", **SHOWN)
     seconds = gradio.Textbox(label="Time", elem_id="sample_time", interactive=False)
-    draw.click(
-        _with_message(gradio, actions.sample),
-        [count, steps, seed, label],
-        [samples, seconds],
-        api_name="sample",
-    )
+    inputs, action = [count, steps, seed, label], _with_message(gradio, actions.sample)
+    draw.click(action, inputs, [samples, seconds], api_name="sample")
 
 
 def _edit_tab(gradio: ModuleType, actions: Actions, seed: Any, label: Any) -> None:
     channels, height, _ = actions.model.shape
     tasks = ["inpaint", *(["colorize"] if channels == 3 else []), "superres"]
+    beside = Path(__file__).with_name
+    painting = {name: beside(f"painter.{end}").read_text() for name, end in PAINTER.items()}
+    framed: dict[str, Any] = {"show_label": True, "container": True}
+    uploading = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"]}
+    tall = {"height": SIDE + 100}
     with gradio.Row():
         task = gradio.Radio(tasks, value="inpaint", label="Task", elem_id="task", scale=3)
         sides = [n for n in range(2, height + 1) if height % n == 0]
         patch = gradio.Dropdown(sides, value=sides[0], label="Patch (superres)", scale=2)
         outputs = gradio.Slider(1, 16, 4, step=1, label="Results", scale=2)
     with gradio.Row():
-        photo = gradio.Image(
-            type="filepath",
-            image_mode=None,
-            sources=["upload", "clipboard"],
-            label="Image",
-            elem_id="photo",
-            height=SIDE + 100,
-        )
-        painter = gradio.HTML(
-            BLANK,
-            label="Paint what to inpaint",
-            show_label=True,
-            container=True,
-            html_template=PAINTER_BODY,
-            css_template=PAINTER_STYLE,
-            js_on_load=PAINTER.read_text(),
-            elem_id="painter",
-        )
-        edited = gradio.Image(label="Results", elem_id="edited", height=SIDE + 100, **SHOWN)
+        photo = gradio.Image(label="Image", elem_id="photo", **uploading, **tall)
+        title = "Paint what to inpaint"
+        painter = gradio.HTML(BLANK, label=title, elem_id="painter", **framed, **painting)
+        edited = gradio.Image(label="Results", elem_id="edited", **SHOWN, **tall)
     change = gradio.Button("Edit", variant="primary", elem_id="edit")
     seconds = gradio.Textbox(label="Time", elem_id="edit_time", interactive=False)
     photo.change(_with_message(gradio, actions.choose), photo, painter, api_name="choose")
-    change.click(
-        _with_message(gradio, actions.edit),
-        [task, photo, painter, patch, outputs, seed, label],
-        [edited, seconds],
-        api_name="edit",
-    )
+    inputs = [task, photo, painter, patch, outputs, seed, label]
+    action = _with_message(gradio, actions.edit)
+    change.click(action, inputs, [edited, seconds], api_name="edit")
 
 
 def _with_message(gradio: ModuleType, action: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ from consistency.errors import require
 from consistency.evaluation.metrics import Measure, Settings
 from consistency.inference.generate import Request, generate
 from consistency.inference.model import Model
-from consistency.inference.options import fill_process, plain, require_suited
+from consistency.inference.options import fill_process, require_suited
 from consistency.runtime.devices import chosen_device, in_precision, require_devices, share_threads
 from consistency.runtime.files import fingerprint, path_of, write_text
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import batches, is_first, rank_and_size
 from consistency.samplers import Sampler
-from consistency.tensors import Data, Denoise, Label, Time
+from consistency.tensors import Data, Label, Time
 from consistency.training.build import build_loggers, quiet
 
 
@@ -44,12 +45,9 @@ def evaluate(config: DictConfig, output: Path) -> float:
     quiet()
     if is_first():
         require_fresh(output)
-    require(
-        (config.checkpoint is None) != (config.samples is None),
-        "checkpoint=<run or file> to draw from, or samples=<folder or .npz> to measure",
-        "neither" if config.checkpoint is None else "both",
-        "give one of them",
-    )
+    one = "checkpoint=<run or file> to draw from, or samples=<folder or .npz> to measure"
+    got = "neither" if config.checkpoint is None else "both"
+    require((config.checkpoint is None) != (config.samples is None), one, got, "give one of them")
     device = chosen_device(config.device)
     require_devices(device, config.devices, config.precision)
     with one_job():
@@ -61,27 +59,33 @@ def evaluate(config: DictConfig, output: Path) -> float:
         )
         fabric.launch()
         share_threads(device, config.devices)
-        if config.samples is None:
-            return _evaluate_model(config, fabric.device, output)
-        return _evaluate_samples(config, fabric.device, output)
+        measure_all = _evaluate_model if config.samples is None else _evaluate_samples
+        return measure_all(config, fabric.device, output).finish()
 
 
-def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> float:
+def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> "Report":
     # Mistakes in models and samplers are reported before the reference is computed.
     names = [config.weights] if isinstance(config.weights, str) else config.weights
     models = load_sets(config.checkpoint, names, role=config.role)
     samplers = [samplers_of(config, model) for model in models]
-    measure = measure_of(config, models[0].shape, device)
-    report, shares = Report(config, measure, output), batches(config.num_samples, config.batch_size)
+    report = Report(config, measure_of(config, models[0].shape, device), output)
+    measure, shares = report.measure, batches(config.num_samples, config.batch_size)
     for model, named in zip(models, samplers, strict=True):
         model.denoiser.to(device)
         denoise = in_precision(model, config.precision, device)
         for title, sampler in named.items():
-            counted = CountedDenoiser(measure.clock.timed("network", denoise, device))
+            evaluations = 0
+
+            def counted(x_t: Data, t: Time, label: Label = None) -> Data:
+                nonlocal evaluations
+                evaluations += len(x_t)
+                with measure.clock.running("network", device):
+                    return denoise(x_t, t, label)  # noqa: B023
+
             request = Request(
                 denoise=counted,
                 card=model.card,
-                labels=plain(config.labels),
+                labels=config.labels,
                 seed=config.seed,
                 device=device,
             )
@@ -89,22 +93,21 @@ def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> f
             bar = f"{title}, {model.weights}"
             shown = tqdm(samples, bar, len(shares), unit="batch", disable=not report.is_writer)
             values = measure(iter(shown), config.num_samples)
-            nfe = counted.evaluations / sum(len(share) for share in shares)
+            nfe = evaluations / sum(len(share) for share in shares)
             report.write({"sampler": title, "weights": model.weights, "nfe": nfe}, values)
         model.denoiser.cpu()
-    return report.finish()
+    return report
 
 
-def _evaluate_samples(config: DictConfig, device: torch.device, output: Path) -> float:
-    data = config.data
+def _evaluate_samples(config: DictConfig, device: torch.device, output: Path) -> "Report":
+    data, count = config.data, config.num_samples
     shape = (data.channels, data.image_size, data.image_size)
-    images = given_samples(config.samples, shape, config.num_samples, data.background)
-    measure = measure_of(config, shape, device)
-    report = Report(config, measure, output)
-    shares = batches(config.num_samples, config.batch_size)
+    images = given_samples(config.samples, shape, count, data.background)
+    report = Report(config, measure_of(config, shape, device), output)
+    shares = batches(count, config.batch_size)
     numbered = ((numbers, images[numbers.start : numbers.stop]) for numbers in shares)
-    report.write({"samples": config.samples}, measure(numbered, config.num_samples))
-    return report.finish()
+    report.write({"samples": config.samples}, report.measure(numbered, count))
+    return report
 
 
 def samplers_of(config: DictConfig, model: Model) -> dict[str, Sampler]:
@@ -119,36 +122,25 @@ def samplers_of(config: DictConfig, model: Model) -> dict[str, Sampler]:
 
 def measure_of(config: DictConfig, shape: Sequence[int], device: torch.device) -> Measure:
     """Return the measure against the data set, whose images have the shape of the samples. Collective."""
-    data, settings = config.data, Settings(**config.evaluation, batch_size=config.batch_size)
+    data = config.data
 
-    def train() -> Source:
-        source = instantiate(data.source)
-        return of_shape(load_into_memory(source) if data.in_memory else source, shape)
+    def built(node: DictConfig, in_memory: bool) -> Source:
+        source = instantiate(node)
+        got = tuple(source[0][0].shape)
+        expected = f"data of the samples' shape {tuple(shape)}"
+        remedy = "choose data= and data.image_size, data.channels as the model was trained"
+        require(got == tuple(shape), expected, f"images of shape {got}", remedy)
+        return load_into_memory(source) if in_memory else source
 
-    def held_out() -> Source:
-        return of_shape(instantiate(data.held_out), shape)
-
-    measure = settings.prepare(
+    measure = Settings(**config.evaluation, batch_size=config.batch_size).prepare(
         device,
-        train=train,
-        held_out=held_out if data.held_out else None,
+        train=partial(built, data.source, data.in_memory),
+        held_out=partial(built, data.held_out, False) if data.held_out else None,
         num_workers=data.num_workers,
     )
     if config.export is not None and rank_and_size()[0] == 0:
         measure.reference.write(path_of(config.export))
     return measure
-
-
-def of_shape(source: Source, shape: Sequence[int]) -> Source:
-    """Return the source. Refuse images of another shape."""
-    got = tuple(source[0][0].shape)
-    require(
-        got == tuple(shape),
-        f"data of the samples' shape {tuple(shape)}",
-        f"images of shape {got}",
-        "choose data= and data.image_size, data.channels as the model was trained",
-    )
-    return source
 
 
 def given_samples(
@@ -160,30 +152,22 @@ def given_samples(
         images = _stored_samples(file)
         total = len(images)
     else:
-        files = files_at(path)
-        total, ground = len(files), colour_of(background)
+        files, ground = files_at(path), colour_of(background)
+        total = len(files)
         shown = tqdm(files[:count], "Reading", unit="image", disable=min(total, count) < 1000)
         pictures = [to_tensor(read_picture(each, MODES[shape[0]], ground)) for each in shown]
         shapes = {tuple(picture.shape) for picture in pictures}
-        require(
-            len(shapes) == 1,
-            f"images of one size in samples={path}",
-            f"{len(shapes)} shapes, {' and '.join(map(str, sorted(shapes)[:2]))} among them",
-            "give samples as they were drawn",
-        )
+        got = f"{len(shapes)} shapes, {' and '.join(map(str, sorted(shapes)[:2]))} among them"
+        same = f"images of one size in samples={path}"
+        require(len(shapes) == 1, same, got, "give samples as they were drawn")
         images = torch.stack(pictures)
-    require(
-        len(images) >= count,
-        f"num_samples={count} images in samples={path}",
-        f"{len(images)} images",
-        f"say num_samples={len(images)}, or draw more: a measure depends on the number",
-    )
-    require(
-        tuple(images.shape[1:]) == tuple(shape),
-        f"samples of the shape of the data, {tuple(shape)}",
-        f"samples={path} of shape {tuple(images.shape[1:])}",
-        "choose data= and data.image_size, data.channels of the samples",
-    )
+    number, own = len(images), tuple(images.shape[1:])
+    remedy = f"set num_samples={number}, or draw more: a measure depends on the number"
+    enough = f"num_samples={count} images in samples={path}"
+    require(number >= count, enough, f"{number} images", remedy)
+    remedy = "choose data= and data.image_size, data.channels of the samples"
+    expected = f"samples of the shape of the data, {tuple(shape)}"
+    require(own == tuple(shape), expected, f"samples={path} of shape {own}", remedy)
     if total > count and rank_and_size()[0] == 0:
         print(f"samples={path} holds {total:,} images: the first {count:,} are measured")
     return images[:count]
@@ -191,7 +175,6 @@ def given_samples(
 
 def _stored_samples(file: Path) -> UInt8[Tensor, "n c h w"]:
     """Read the images of an .npz: arr_0 of 8 bits, channels last, or second if the last axis cannot hold them."""
-    remedy = "write samples as src/sample.py does: np.savez(file, images); values from 0 to 1 become (255 * x).round().astype(np.uint8)"
     pixels: np.ndarray[Any, Any] = np.empty(0)
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -203,27 +186,17 @@ def _stored_samples(file: Path) -> UInt8[Tensor, "n c h w"]:
         got = str(error)[:200]
     if pixels.dtype.kind == "f" and pixels.size:
         got += f", from {pixels.min():.3g} to {pixels.max():.3g}"
-    known = pixels.dtype == np.uint8 and pixels.ndim == 4
-    if known and pixels.shape[3] not in MODES and pixels.shape[1] in MODES:
-        return torch.from_numpy(pixels)
+    is_images = pixels.dtype == np.uint8 and pixels.ndim == 4
+    last = is_images and pixels.shape[3] in MODES
     require(
-        known and pixels.shape[3] in MODES,
+        last or (is_images and pixels.shape[1] in MODES),
         f"an .npz with arr_0, uint8 of shape (n, h, w, 1 or 3), in samples={file}",
         got,
-        remedy,
+        "write samples as src/sample.py does: np.savez(file, images); values from 0 to 1 become "
+        "(255 * x).round().astype(np.uint8)",
     )
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
-
-
-class CountedDenoiser:
-    """A denoiser that counts its evaluations, one for each image in a batch."""
-
-    def __init__(self, denoise: Denoise) -> None:
-        self.denoise, self.evaluations = denoise, 0
-
-    def __call__(self, x_t: Data, t: Time, label: Label = None) -> Data:
-        self.evaluations += len(x_t)
-        return self.denoise(x_t, t, label)
+    images = torch.from_numpy(pixels)
+    return images.permute(0, 3, 1, 2) if last else images
 
 
 class Report:
@@ -244,10 +217,9 @@ class Report:
             self.head |= {"checkpoint": str(path), "sha256": fingerprint(path)}
         self.head["protocol"] = measure.protocol(config.num_samples)
         self.loggers = build_loggers(config)
+        settings = OmegaConf.to_container(config, resolve=True)
         for logger in self.loggers:
-            logger.log_hyperparams(
-                {"evaluation": self.head, "config": OmegaConf.to_container(config, resolve=True)}
-            )
+            logger.log_hyperparams({"evaluation": self.head, "config": settings})
 
     def write(self, names: Mapping[str, Any], values: Mapping[str, float]) -> None:
         """Write one result; names: its sampler and weights, or its samples."""
@@ -259,11 +231,11 @@ class Report:
         text = json.dumps({**self.head, "results": self.results}, indent=2)
         write_text(self.output / "evaluation.json", text + "\n")
         write_text(self.output / "evaluation.md", self.table())
-        network = seconds.get("network", 0)
-        rest = seconds["total"] - network - seconds["extractor"]
+        total, network, extractor = (seconds.get(n, 0) for n in ("total", "network", "extractor"))
+        rest = total - network - extractor
         print(
-            f"{seconds['total']:.1f} s: {network:.1f} s drawing network, {seconds['extractor']:.1f} s "
-            f"extractor, {rest:.1f} s ({rest / seconds['total']:.1%}) all else",
+            f"{total:.1f} s: {network:.1f} s drawing network, {extractor:.1f} s extractor, "
+            f"{rest:.1f} s ({rest / total:.1%}) all else",
             flush=True,
         )
         title = "/".join(str(names[n]) for n in ("sampler", "weights") if n in names) or "samples"

@@ -1,8 +1,9 @@
 """The command `sample`: draws samples of a checkpoint, on one device or several, and goes on after a stop."""
 
 import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,26 +13,19 @@ import torch
 from hydra.utils import instantiate
 from jaxtyping import UInt8
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from consistency.checkpoints.load import load
 from consistency.commands.cli import require_fresh
 from consistency.commands.overrides import shell_line
+from consistency.data.decode import to_picture
 from consistency.errors import require
-from consistency.inference import plots
+from consistency.inference import options, plots
 from consistency.inference.generate import Request, drawing, generate, in_batches
-from consistency.inference.options import (
-    ModelOptions,
-    fill_process,
-    plain,
-    require_same_settings,
-    require_suited,
-)
 from consistency.pixels import to_uint8
 from consistency.runtime.devices import chosen_device, require_devices
-from consistency.runtime.files import fingerprint, written_whole
+from consistency.runtime.files import fingerprint, write_text, written_whole
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
 
@@ -47,36 +41,34 @@ def sample(config: DictConfig, output: Path) -> None:
 
     A folder with samples of the same settings is continued: the missing samples are drawn.
     """
-    device = chosen_device(config.device)
-    require_devices(device, config.devices, config.precision)
-    options = ModelOptions(
-        checkpoint=config.checkpoint,
-        weights=config.weights,
-        role=config.role,
-        device=config.device,
-        precision=config.precision,
-        compile=config.compile,
-        labels=plain(config.labels),
-        seed=config.seed,
-    )
+    require_devices(chosen_device(config.device), config.devices, config.precision)
     model = load(config.checkpoint, weights=config.weights, role=config.role)
-    fill_process(config, config.sampler, model, shell_line)
+    options.fill_process(config, config.sampler, model, shell_line)
     sampler: Sampler = instantiate(config.sampler, _convert_="all")
-    require_suited(sampler, model, force=config.force)
+    options.require_suited(sampler, model, force=config.force)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    model_options = options.ModelOptions(
+        **{field.name: settings[field.name] for field in fields(options.ModelOptions)}
+    )
     indices = range(config.num_samples)
-    labels = model.card.labels(options.labels, config.seed, indices)
+    labels = model.card.labels(model_options.labels, config.seed, indices)
     store = SampleStore(output)
-    known = store.begin(config, model.path)
+    known = store.begin(settings, model.path)
     batches = in_batches([i for i in indices if i not in known], config.batch_size)
     processes = max(1, min(config.devices, len(batches)))
-    with drawing(partial(options.prepare, model if processes == 1 else None), processes) as draw:
-        drawn, total = draw(sampler, batches), len(batches)
-        for numbers, images in tqdm(drawn, "Sampling", total, unit="batch", disable=not total):
+    prepare = partial(model_options.prepare, model if processes == 1 else None)
+    with drawing(prepare, processes) as draw:
+        samples, total = draw(sampler, batches), len(batches)
+        for numbers, images in tqdm(samples, "Sampling", total, unit="batch", disable=not total):
             store.put(numbers, images)
     images = store.collect(len(indices), labels)
-    write_pictures(images, output, single=config.images)
+    plots.grid(images, plots.columns_for(len(images))).save(output / "grid.png")
+    if config.images:
+        (output / "images").mkdir(exist_ok=True)
+        for number, image in enumerate(images):
+            to_picture(image).save(output / "images" / f"{number:05d}.png")
     if config.trajectory:
-        request = replace(options, compile=False).prepare(model)
+        request = replace(model_options, compile=False).prepare(model)
         write_trajectory(request, sampler, indices[:SHOWN], output)
     OmegaConf.save(config, output / "sample.yaml", resolve=True)
     print(f"{len(images)} samples of {model.path} ({model.weights}): {output / 'grid.png'}")
@@ -88,29 +80,33 @@ class SampleStore:
 
     folder: Path
 
-    @property
-    def files(self) -> list[Path]:
-        """Files of samples, in the order of writing."""
-        return [*self.folder.glob("samples.npz"), *sorted((self.folder / "parts").glob("*.npz"))]
+    def samples(self) -> dict[int, np.ndarray]:
+        """Read the samples in the folder, by number."""
+        samples: dict[int, np.ndarray] = {}
+        parts = sorted((self.folder / "parts").glob("*.npz"))
+        for file in [*self.folder.glob("samples.npz"), *parts]:
+            with np.load(file, allow_pickle=False) as arrays:
+                pixels = arrays["arr_0"]
+                numbers = arrays["numbers"].tolist() if "numbers" in arrays else range(len(pixels))
+            samples |= zip(numbers, pixels, strict=True)
+        return samples
 
-    def begin(self, config: DictConfig, checkpoint: Path) -> set[int]:
+    def begin(self, settings: dict[str, Any], checkpoint: Path) -> set[int]:
         """Return the numbers of the samples in the folder. Refuse a folder with other settings or content."""
-        state, count = self.folder / "progress.json", config.num_samples
-        options = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(options, dict)
-        settings: dict[str, Any] = {str(k): v for k, v in options.items() if k not in FREE}
-        text = json.dumps(settings | {"checkpoint": fingerprint(checkpoint)}, default=str)
+        state, count = self.folder / "progress.json", settings["num_samples"]
+        fixed = {k: v for k, v in settings.items() if k not in FREE}
+        text = json.dumps(fixed | {"checkpoint": fingerprint(checkpoint)}, default=str)
         if not state.is_file():
             require_fresh(self.folder)
-            with written_whole(state) as file:
-                file.write(text.encode())
+            write_text(state, text)
             return set()
         before = json.loads(state.read_text())
-        require_same_settings(before, json.loads(text), "samples", self.folder)
-        known = {number for file in self.files for number in self._read(file)[0]}
+        options.require_same_settings(before, json.loads(text), "samples", self.folder)
+        known = set(self.samples())
+        needed = max(known, default=-1) + 1
         require(
-            all(number < count for number in known),
-            f"num_samples of at least the {max(known, default=-1) + 1} in output={self.folder}",
+            needed <= count,
+            f"num_samples of at least the {needed} in output={self.folder}",
             count,
             "give a larger number, or choose another output=",
         )
@@ -125,36 +121,13 @@ class SampleStore:
 
     def collect(self, count: int, labels: Label) -> UInt8[Tensor, "n c h w"]:
         """Write all samples in their order into samples.npz, remove the parts, and return the samples."""
-        by_number: dict[int, np.ndarray] = {}
-        for file in self.files:
-            by_number |= dict(zip(*self._read(file), strict=True))
+        by_number = self.samples()
         pixels = np.stack([by_number[number] for number in range(count)])
         arrays = {"arr_0": pixels} | ({} if labels is None else {"arr_1": labels.numpy()})
         with written_whole(self.folder / "samples.npz") as whole:
             np.savez(whole, allow_pickle=False, **arrays)
-        parts = self.folder / "parts"
-        if parts.is_dir():
-            for part in parts.iterdir():
-                part.unlink()
-            parts.rmdir()
+        shutil.rmtree(self.folder / "parts", ignore_errors=True)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
-
-    def _read(self, file: Path) -> tuple[list[int], np.ndarray]:
-        with np.load(file, allow_pickle=False) as arrays:
-            pixels = arrays["arr_0"]
-            return arrays["numbers"].tolist() if "numbers" in arrays else list(
-                range(len(pixels))
-            ), pixels
-
-
-def write_pictures(images: UInt8[Tensor, "n c h w"], output: Path, *, single: bool) -> None:
-    """Write the grid of all samples, and one PNG of each if `single`."""
-    plots.grid(images, plots.columns_for(len(images))).save(output / "grid.png")
-    if single:
-        folder = output / "images"
-        folder.mkdir(exist_ok=True)
-        for number, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-            Image.fromarray(image.squeeze()).save(folder / f"{number:05d}.png")
 
 
 def write_trajectory(

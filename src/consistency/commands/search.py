@@ -2,8 +2,10 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from consistency.checkpoints import ours
 from consistency.checkpoints.load import find, load
 from consistency.commands.cli import require_fresh
 from consistency.commands.overrides import shell_line
-from consistency.commands.time_search import Minimum, ternary_search
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.metrics import Measure, Settings
@@ -37,36 +38,38 @@ def search(config: DictConfig, output: Path) -> float:
     sampler=searched. A stopped search goes on. Returns the metric at the time points.
     """
     require(config.metric in SIGNS, f"metric among {', '.join(SIGNS)}", config.metric, "choose one")
-    require(
-        config.num_scales >= config.points + 2,
-        f"a grid of num_scales >= points + 2 = {config.points + 2}",
-        config.num_scales,
-        "give more scales or search fewer points",
-    )
-    require_devices(chosen_device(config.device), config.devices)
+    grid = f"a grid of num_scales >= points + 2 = {config.points + 2}"
+    finer = "give more scales or search fewer points"
+    require(config.num_scales >= config.points + 2, grid, config.num_scales, finer)
+    device = chosen_device(config.device)
+    require_devices(device, config.devices)
     path = find(config.checkpoint)
     model = load(path, weights=config.weights, role="consistency")
+    process = model.card.process
     options = ModelOptions(
         checkpoint=str(path), weights=config.weights, device=config.device, seed=config.seed
     )
-    log = SearchLog(output, settings_of(config, path), SIGNS[config.metric])
+    names = ("weights", "metric", "seed", "num_scales", "num_samples")
+    settings = {name: config[name] for name in names} | {
+        "evaluation": OmegaConf.to_container(config.evaluation, resolve=True),
+        "checkpoint": fingerprint(path),
+    }
+    log = SearchLog(output, settings, SIGNS[config.metric])
     measure = measure_of(config, path)
     count = measure.count(config.num_samples)
-    grid = model.card.process.grid.points(config.num_scales).tolist()
-    prepare = partial(options.prepare, model if config.devices == 1 else None)
-    with drawing(prepare, config.devices) as draw:
-        log.value = partial(measured, measure, draw, config, count, model.card.process)
-        times = search_points(log, grid, config.points)
+    with drawing(
+        partial(options.prepare, model if config.devices == 1 else None), config.devices
+    ) as draw:
+        sampler = partial(multistep, clip=True, t_min=process.t_min, t_max=process.t_max)
+        log.value = partial(measured, measure, draw, sampler, config, count)
+        times = search_points(log, process.grid.points(config.num_scales).tolist(), config.points)
         best = log.sign * log.measure(times)
     result = {
         "times": times,
         "metric": measure.extractor.named(config.metric),
         "protocol": measure.protocol(count),
         "value": best,
-        "weights": config.weights,
-        "checkpoint": log.settings["checkpoint"],
-        "num_scales": config.num_scales,
-        "seed": config.seed,
+        **{name: settings[name] for name in ("weights", "checkpoint", "num_scales", "seed")},
         "unimodal": log.unimodal,
     }
     write_text(searched_path(path), json.dumps(result, indent=2) + "\n")
@@ -81,68 +84,103 @@ def search_points(log: "SearchLog", grid: list[float], points: int) -> list[floa
     before = log.measure(times)
     for number in range(1, points + 1):
         last = len(grid) - 2 - (points - number)
-        found = ternary_search(lambda index: log.measure([*times, grid[index]]), first, last)
-        times.append(grid[found.index])
-        log.report(number, times[-1], found, before)
-        first, before = found.index + 1, found.values[found.index]
+        minimum = ternary_search(lambda index: log.measure([*times, grid[index]]), first, last)
+        times.append(grid[minimum.index])
+        log.report(number, times[-1], minimum, before)
+        first, before = minimum.index + 1, minimum.values[minimum.index]
     return times
 
 
 def measured(
     measure: Measure,
     draw: Draw,
+    sampler: Callable[..., Any],
     config: DictConfig,
     count: int,
-    process: Any,
     times: Sequence[float],
 ) -> float:
     """Return the metric of samples that are evaluated at the time points."""
-    sampler = partial(
-        multistep, times=list(times), clip=True, t_min=process.t_min, t_max=process.t_max
-    )
-    samples = draw(sampler, in_batches(range(count), config.batch_size))
-    found, name = measure(samples, count, config.metric), measure.extractor.named(config.metric)
-    require(
-        name in found,
-        f"an extractor and a reference that give {name}",
-        f"evaluation.extractor={config.evaluation.extractor}, without classes or without features of the reference",
-        "choose metric=frechet",
-    )
-    return found[name]
-
-
-def settings_of(config: DictConfig, path: Path) -> dict[str, Any]:
-    """Return all that a measured value depends on."""
-    names = ("weights", "metric", "seed", "num_scales", "num_samples")
-    evaluation = OmegaConf.to_container(config.evaluation, resolve=True)
-    settings = {name: config[name] for name in names}
-    return settings | {"evaluation": evaluation, "checkpoint": fingerprint(path)}
+    samples = draw(partial(sampler, times=list(times)), in_batches(range(count), config.batch_size))
+    values, name = measure(samples, count, config.metric), measure.extractor.named(config.metric)
+    expected = f"an extractor and a reference that give {name}"
+    got = f"evaluation.extractor={config.evaluation.extractor}, without classes or features"
+    require(name in values, expected, got, "choose metric=frechet")
+    return values[name]
 
 
 def measure_of(config: DictConfig, path: Path) -> Measure:
     """Return the measure against the data of the run that wrote the checkpoint."""
     run = ours.read(path).get("config", {}) if path.is_file() else {}
     data: dict[str, Any] = run.get("data") or {}
-    require(
-        bool(data.get("source")),
-        f"a checkpoint of a run, at {path}",
-        "one that says nothing of its data",
-        "search for a checkpoint that src/train.py wrote",
-    )
+    got, remedy = "one that says nothing of its data", "take a checkpoint that src/train.py wrote"
+    require(bool(data.get("source")), f"a checkpoint of a run, at {path}", got, remedy)
     require_trusted(run, path)
-    held_out = data.get("held_out")
-    settings = Settings(**config.evaluation, batch_size=config.batch_size)
-    return settings.prepare(
+
+    def local(name: str) -> Source:
+        """Build a source of the run; a checkpoint from elsewhere downloads nothing."""
+        node = data[name]
+        return instantiate({**node, **({"download": False} if "download" in node else {})})
+
+    return Settings(**config.evaluation, batch_size=config.batch_size).prepare(
         chosen_device(config.device),
-        train=lambda: _local(data["source"]),
-        held_out=None if not held_out else lambda: _local(held_out),
+        train=partial(local, "source"),
+        held_out=partial(local, "held_out") if data.get("held_out") else None,
         num_workers=0,
     )
 
 
-def _local(node: dict[str, Any]) -> Source:
-    """Build a source of the run from files of this machine: a checkpoint from elsewhere downloads nothing."""
-    return instantiate({**node, **({"download": False} if "download" in node else {})})
+@dataclass(frozen=True)
+class Minimum:
+    """The index of the smallest value, and the measured values by index."""
+
+    index: int
+    values: dict[int, float]
+
+    @property
+    def unimodal(self) -> bool:
+        """Whether the measured values agree with the search's assumption, one minimum."""
+        return is_unimodal(self.values)
+
+
+def is_unimodal(values: Mapping[int, float]) -> bool:
+    """Return whether values, by index, fall strictly to their minimum and rise strictly from it."""
+    row = [values[index] for index in sorted(values)]
+    lowest = row.index(min(row))
+    falling = all(a > b for a, b in pairwise(row[: lowest + 1]))
+    return falling and all(a < b for a, b in pairwise(row[lowest:]))
+
+
+def ternary_search(measure: Callable[[int], float], first: int, last: int) -> Minimum:
+    """Minimise `measure` over the indices first ... last, both included [Song et al. 2023, arXiv:2303.01469,
+    Section 3: "ternary search"].
+
+    Two inner points cut the range in thirds, and the third beyond the larger value is dropped: about
+    2 log_{3/2}(last - first) values are measured, each once. The minimum is exact if `measure` falls strictly to it and
+    rises strictly from it.
+    """
+    indices = f"{first} to {last}"
+    require(first <= last, "a range of at least one index", indices, "search a finer grid")
+    values: dict[int, float] = {}
+
+    def value(index: int) -> float:
+        if index not in values:
+            values[index] = measure(index)
+        return values[index]
+
+    low, high = first, last
+    while high - low > 2:
+        third = (high - low) // 3
+        left, right = low + third, high - third
+        if value(left) < value(right):
+            high = right - 1
+        elif value(left) > value(right):
+            low = left + 1
+        else:
+            low, high = left, right
+    for index in range(low, high + 1):
+        value(index)
+    best = min(values, key=lambda index: (values[index], index))
+    return Minimum(best, dict(sorted(values.items())))
 
 
 class SearchLog:
@@ -172,31 +210,30 @@ class SearchLog:
             self.values[name] = self.value(times)
             shown = ", ".join(f"{t:.4g}" for t in times)
             print(f"t = {shown}: {self.settings['metric']} {self.values[name]:.4f}", flush=True)
-            content = {"settings": self.settings, "values": self.values}
-            write_text(self.file, json.dumps(content))
+            write_text(self.file, json.dumps({"settings": self.settings, "values": self.values}))
             self._draw_curve()
         signed = self.sign * self.values[name]
         return signed if math.isfinite(signed) else math.inf
 
-    def report(self, number: int, time: float, found: Minimum, before: float) -> None:
+    def report(self, number: int, time: float, minimum: Minimum, before: float) -> None:
         """Print a point, and warn if it does not help or the values have several minima."""
-        best = found.values[found.index]
+        best = minimum.values[minimum.index]
         print(f"point {number}: t = {time:.5g}, {self.settings['metric']} {self.sign * best:.4f}")
         if best >= before:
             print(f"  no better than without this point ({self.sign * before:.4f})")
-        if not found.unimodal:
+        if not minimum.unimodal:
             self.unimodal = False
             print(
-                f"  the {len(found.values)} values do not fall to one minimum and rise after it: there may be a better "
-                "point. More samples make them smoother; curve.png shows them"
+                f"  the {len(minimum.values)} values have several minima: there may be a better point. "
+                "More samples make them smoother; curve.png shows them"
             )
 
     def _draw_curve(self) -> None:
         """Draw value over last time point, one line for each list of time points before it."""
         curves: dict[str, list[tuple[float, float]]] = {}
         for name, value in self.values.items():
-            *before, last = name.split()
-            curves.setdefault(" ".join(before), []).append((float(last), value))
+            before, _, last = name.rpartition(" ")
+            curves.setdefault(before, []).append((float(last), value))
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()
         for prefix, points in curves.items():

@@ -20,8 +20,6 @@ FEATURES = 64
 class SmallClassifier(nn.Module):
     """uint8 images -> 64 features of the last hidden layer: three 3x3 convolutions and one hidden linear layer."""
 
-    num_features = FEATURES
-
     def __init__(self, *, channels: int, num_classes: int, width: int = 32) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
@@ -44,16 +42,9 @@ class SmallClassifier(nn.Module):
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
         return self.trunk(to_unit(images))
 
-    def features_and_logits(
-        self, images: UInt8[Tensor, "b c h w"]
-    ) -> tuple[Float[Tensor, "b f"], Float[Tensor, "b k"]]:
-        """Return features and logits."""
-        features = self(images)
-        return features, self.head(functional.silu(features))
-
-    def logits(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+    def logits(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b k"]:
         """Return the logits of the classes."""
-        return self.features_and_logits(images)[1]
+        return self.head(functional.silu(features))
 
 
 def shifted(images: Tensor, draw: torch.Generator) -> Tensor:
@@ -99,7 +90,7 @@ def train_classifier(
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
     for _ in range(epochs):
         for chosen in torch.randperm(len(images), generator=draw).split(batch_size):
-            logits = classifier.logits(shifted(images[chosen], draw))
+            logits = classifier.logits(classifier(shifted(images[chosen], draw)))
             loss = functional.cross_entropy(logits, labels[chosen], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()

@@ -14,10 +14,7 @@ import torch
 import torchvision
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import (
-    URL_INCEPTION_V3,
-    FeatureExtractorInceptionV3,
-)
+from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from torchvision.transforms import v2
 
 from consistency.data.download import timeout
@@ -27,6 +24,7 @@ from consistency.runtime.files import path_of
 from consistency.runtime.ranks import gathered, print_once
 from consistency.training.lpips import IMAGENET_MEAN, IMAGENET_STD
 
+URL_INCEPTION_V3 = fidelity.URL_INCEPTION_V3
 INCEPTION = "inception"
 CLASSIFIER = "classifier"
 PUBLISHED = {"frechet": "fid", "kernel": "kid", "class_score": "inception_score"}
@@ -34,7 +32,7 @@ DINOV2 = ("dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14")
 
 
 class Extracted(NamedTuple):
-    """The output of an extractor; logits is None for a network without classes."""
+    """The output of an extractor; logits are None for a network without classes."""
 
     features: Float[Tensor, "b f"]
     logits: Float[Tensor, "b k"] | None
@@ -113,21 +111,19 @@ def extractor_of(name: str) -> Extractor:
     name: inception, classifier, a file of weights of Inception in torch-fidelity's layout, a model of torchvision such as
         resnet50, or a DINOv2 such as dinov2_vitl14.
     """
-    if name == INCEPTION:
-        return inception(inception_weights())
     if name == CLASSIFIER:
         return small_classifier()
     if name in DINOV2:
         return dinov2(name)
     if name in torchvision.models.list_models(module=torchvision.models):
         return torchvision_model(name)
-    path = path_of(name)
+    path = inception_weights() if name == INCEPTION else path_of(name)
     require(
         path.is_file(),
         f"{INCEPTION}, {CLASSIFIER}, a file of Inception's weights, a classifier of torchvision or one of {', '.join(DINOV2)} "
         "in evaluation.extractor",
         name,
-        "check the name or the path; a path is taken relative to the folder the command runs in",
+        "check the name or the path; a path is relative to the folder the command runs in",
     )
     return inception(path)
 
@@ -141,10 +137,12 @@ def inception_weights() -> Path:
     """Return the file of the published weights. Downloads it if it is missing."""
     path = inception_file()
     if not path.is_file():
-        fetch = partial(
-            torch.hub.load_state_dict_from_url, URL_INCEPTION_V3, check_hash=True, weights_only=True
+        load = partial(torch.hub.load_state_dict_from_url, check_hash=True, weights_only=True)
+        downloaded(
+            partial(load, URL_INCEPTION_V3),
+            f"Inception's weights, the file {path}",
+            URL_INCEPTION_V3,
         )
-        downloaded(fetch, f"Inception's weights, the file {path}", URL_INCEPTION_V3)
     return path
 
 
@@ -153,9 +151,8 @@ def inception(path: Path) -> Extractor:
     try:
         # torch-fidelity would unpickle anything.
         torch.load(path, map_location="cpu", weights_only=True)
-        network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], str(path)
-        )
+        outputs = ["2048", "logits_unbiased"]
+        network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", outputs, str(path))
     except Exception as error:  # damaged and foreign files fail in any way
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
@@ -183,8 +180,8 @@ def small_classifier() -> Extractor:
         grey = images.float().mean(1, keepdim=True).round().to(torch.uint8)
         if grey.shape[-2:] != (size, size):
             grey = v2.functional.resize(grey, [size, size], antialias=True)
-        features, logits = network.features_and_logits(grey)  # type: ignore[operator]
-        return Extracted(features, logits)
+        features = network(grey)
+        return Extracted(features, network.logits(features))  # type: ignore[operator]
 
     resize = f"mean of the channels, {size}x{size} where images are not, bilinear with antialiasing"
     return Extractor(network, extract, name=CLASSIFIER, resize=resize, trained_on_train_set=True)
@@ -193,11 +190,9 @@ def small_classifier() -> Extractor:
 def torchvision_model(name: str) -> Extractor:
     """Return a classifier of torchvision; its features are the input of its last linear layer."""
     choice: Any = torchvision.models.get_model_weights(name).DEFAULT
-    network = downloaded(
-        partial(torchvision.models.get_model, name, weights=choice),
-        f"the weights of torchvision's {name} in {inception_file().parent}",
-        choice.url,
-    )
+    get, folder = partial(torchvision.models.get_model, weights=choice), inception_file().parent
+    weights = f"the weights of torchvision's {name} in {folder}"
+    network = downloaded(partial(get, name), weights, choice.url)
     linear = [part for part in network.modules() if isinstance(part, nn.Linear)]
     require(bool(linear), "a model with a last linear layer", name, "choose another")
     preprocess, taken = choice.transforms(), []
@@ -215,20 +210,13 @@ def dinov2(name: str) -> Extractor:
 
     FD-DINOv2 of Stein et al. 2023, arXiv:2306.04675, is the Fréchet distance in the features of dinov2_vitl14.
     """
-    repository = "facebookresearch/dinov2"
+    repository, needed = "facebookresearch/dinov2", f"{name} in torch hub's {torch.hub.get_dir()}"
+    fetch = partial(torch.hub.load, repository, name, trust_repo=True, verbose=False)
     with redirect_stdout(sys.stderr):
-        network = downloaded(
-            partial(torch.hub.load, repository, name, trust_repo=True, verbose=False),
-            f"{name} in torch hub's folder {torch.hub.get_dir()}",
-            f"github.com/{repository}",
-        )
-    preprocess = v2.Compose(
-        [
-            v2.Resize([224, 224], v2.InterpolationMode.BICUBIC, antialias=True),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
+        network = downloaded(fetch, needed, f"github.com/{repository}")
+    resize = v2.Resize([224, 224], v2.InterpolationMode.BICUBIC, antialias=True)
+    scale = v2.ToDtype(torch.float32, scale=True)
+    preprocess = v2.Compose([resize, scale, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
     def extract(network: nn.Module, images: Tensor) -> Extracted:
         return Extracted(network(preprocess(colour(images))), None)
@@ -242,8 +230,6 @@ def downloaded(fetch: Callable[[], Any], needed: str, source: str) -> Any:
         with timeout():
             return fetch()
     except (URLError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            needed,
-            f"no such file, and the download failed ({str(error)[:200]})",
-            f"on a machine with a network download {source} and put it there (TORCH_HOME moves the folder)",
-        ) from error
+        got = f"no such file, and the download failed ({str(error)[:200]})"
+        remedy = f"on a machine with a network download {source} and put it there (TORCH_HOME moves the folder)"
+        raise UserError(needed, got, remedy) from error

@@ -9,25 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_part
-from torchmetrics import Metric
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.utilities import dim_zero_cat
 
 from consistency.data.source import Source
 from consistency.errors import UserError, require
-from consistency.evaluation.extractors import (
-    INCEPTION,
-    Extractor,
-    extractor_of,
-    inception_weights,
-    small_classifier,
-)
-from consistency.evaluation.reference import Reference, read_reference, reference_of
+from consistency.evaluation import extractors, reference
+from consistency.evaluation.extractors import Extractor
+from consistency.evaluation.reference import FrechetDistance, GatheredFeatures, Reference
 from consistency.evaluation.timing import Clock
 from consistency.inference.generate import Numbered
 from consistency.runtime.files import cache_folder, path_of
@@ -41,48 +33,6 @@ FEWEST = 10
 """Smallest number of samples, and of features of a reference: the parts of the inception score."""
 
 QUANTISATION = "uint8, round(127.5 x + 127.5) of x clamped to [-1, 1]"
-
-
-class FrechetDistance(FrechetInceptionDistance):
-    """torchmetrics' FID between the features of samples and the moments of a reference, summed in float64."""
-
-    def __init__(self, reference: Reference) -> None:
-        features = nn.Identity()
-        features.num_features = len(reference.mu)  # type: ignore[assignment]
-        super().__init__(feature=features)
-        if rank_and_size()[0] == 0:  # states are summed over ranks
-            # With an unknown number of images, any number gives the moments back.
-            count = reference.count or 2
-            mu, sigma = reference.mu, reference.sigma
-            self.real_features_sum += count * mu
-            self.real_features_cov_sum += (count - 1) * sigma + count * torch.outer(mu, mu)
-            self.real_features_num_samples += count
-
-
-class GatheredFeatures(Metric):
-    """Features and logits of the samples of all ranks, in the order of their numbers."""
-
-    full_state_update = False
-    numbers: list[Tensor]
-    features: list[Tensor]
-    logits: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("numbers", "features", "logits"):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
-
-    def update(self, numbers: Tensor, features: Tensor, logits: Tensor) -> None:
-        """Add a batch."""
-        self.numbers.append(numbers)
-        self.features.append(features)
-        self.logits.append(logits)
-
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return numbers, features and logits."""
-        numbers = dim_zero_cat(self.numbers)
-        order = numbers.argsort()
-        return numbers[order], dim_zero_cat(self.features)[order], dim_zero_cat(self.logits)[order]
 
 
 class Measure:
@@ -102,15 +52,11 @@ class Measure:
 
         only: one of frechet, class_score, kernel, precision, recall, to save the time of the others.
         """
-        require(
-            count >= max(FEWEST, rank_and_size()[1]),
-            f"at least {FEWEST} samples to measure, and one a process",
-            count,
-            "give a larger number",
-        )
+        fewest = f"at least {FEWEST} samples to measure, and one a process"
+        require(count >= max(FEWEST, rank_and_size()[1]), fewest, count, "give a larger number")
         device, summing = self.extractor.device, self.extractor.summing
         frechet = FrechetDistance(self.reference).to(summing)
-        gathered_features = GatheredFeatures().to(summing)
+        ordered = GatheredFeatures().to(summing)
         with torch.inference_mode():
             for numbers, images in samples:
                 with self.clock.running("extractor", device):
@@ -119,39 +65,31 @@ class Measure:
                 frechet.update(features.double(), real=False)
                 scores = features.new_empty(len(features), 0) if logits is None else logits
                 order = sent(torch.tensor(numbers), summing)
-                gathered_features.update(order, features, scores.to(summing))
-            order, features, logits = gathered_features.compute()
-            require(
+                ordered.update(order, features, scores.to(summing))
+            order, features, logits = ordered.compute()
+            right, each = (
                 order.tolist() == list(range(count)),
-                f"samples number 0 to {count - 1}, each once",
-                f"{len(order)} samples with {len(order.unique())} numbers",
-                "this is a mistake of the program: please report it",
+                f"samples 0 to {count - 1}, each once",
             )
+            got = f"{len(order)} samples with {len(order.unique())} numbers"
+            require(right, each, got, "this is a mistake of the program: please report it")
             values = {"frechet": float(frechet.compute())} if only in (None, "frechet") else {}
-            values |= self._of_features(features, logits, only)
+            if only in (None, "class_score") and logits.shape[1]:
+                values |= class_score(logits)
+            others = self.reference.features
+            if others is not None and len(others) >= FEWEST:
+                if only in (None, "kernel"):
+                    values |= kernel_distance(features, others.to(summing))
+                if only in (None, "precision", "recall"):
+                    values |= precision_recall(features, others.to(summing))
         return {self.extractor.named(name): value for name, value in values.items()}
-
-    def _of_features(self, features: Tensor, logits: Tensor, only: str | None) -> dict[str, float]:
-        values: dict[str, float] = {}
-        if only in (None, "class_score") and logits.shape[1]:
-            values |= class_score(logits)
-        reference = self.reference.features
-        if reference is not None and len(reference) >= FEWEST:
-            if only in (None, "kernel"):
-                values |= kernel_distance(features, reference.to(features.device))
-            if only in (None, "precision", "recall"):
-                values |= precision_recall(features, reference.to(features.device))
-        return values
 
     def count(self, num_samples: int | None) -> int:
         """Return num_samples; None stands for the number of images of the reference."""
         count = num_samples or self.reference.count
         if count is None:
-            raise UserError(
-                "num_samples, because the reference does not record its number of images",
-                num_samples,
-                "give a number",
-            )
+            expected = "num_samples, because the reference does not record its number of images"
+            raise UserError(expected, num_samples, "give a number")
         return count
 
     def protocol(self, count: int) -> dict[str, Any]:
@@ -171,22 +109,17 @@ class Measure:
 
 def class_score(logits: Tensor) -> dict[str, float]:
     """Return mean and deviation of the inception score over torch-fidelity's parts of the samples."""
-    found = isc_features_to_metric(logits.cpu(), DEFAULTS["isc_splits"], True, DEFAULTS["rng_seed"])
-    return {
-        "class_score": found["inception_score_mean"],
-        "class_score_std": found["inception_score_std"],
-    }
+    score = isc_features_to_metric(logits.cpu(), DEFAULTS["isc_splits"], True, DEFAULTS["rng_seed"])
+    mean, deviation = (score[f"inception_score_{name}"] for name in ("mean", "std"))
+    return {"class_score": mean, "class_score_std": deviation}
 
 
 def kernel_distance(samples: Tensor, reference: Tensor) -> dict[str, float]:
     """Return mean and deviation of the kernel distance over torch-fidelity's subsets."""
-    found = kid_features_to_metric(
-        samples, reference, kid_subset_size=_subset(len(samples), len(reference)), verbose=False
-    )
-    return {
-        "kernel": found["kernel_inception_distance_mean"],
-        "kernel_std": found["kernel_inception_distance_std"],
-    }
+    size = _subset(len(samples), len(reference))
+    distance = kid_features_to_metric(samples, reference, kid_subset_size=size, verbose=False)
+    mean, deviation = (distance[f"kernel_inception_distance_{name}"] for name in ("mean", "std"))
+    return {"kernel": mean, "kernel_std": deviation}
 
 
 def _subset(samples: int, reference: int) -> int:
@@ -203,15 +136,7 @@ def precision_recall(samples: Tensor, reference: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of a measurement.
-
-    extractor: a name or file that `extractor_of` takes.
-    reference: train, held_out or a file of statistics; None for the training images, as published, or the held-out ones
-        if the extractor was trained on the training images.
-    reference_features: number of images of the reference whose features KID, precision and recall use.
-    cache: folder of computed references; None for one in the user's cache.
-    batch_size: images that a device measures at once.
-    """
+    """The options of a measurement, as in conf/metrics; batch_size: images that a device measures at once."""
 
     extractor: str
     reference: str | None
@@ -228,34 +153,27 @@ class Settings:
         num_workers: int,
     ) -> Measure:
         """Return the measure against a data set. Collective."""
-        require(
-            self.reference_features >= FEWEST,
-            f"evaluation.reference_features >= {FEWEST}",
-            self.reference_features,
-            "give a larger number",
-        )
+        features, fewest = self.reference_features, f"evaluation.reference_features >= {FEWEST}"
+        require(features >= FEWEST, fewest, features, "give a larger number")
         extractor = available(self.extractor).to(device)
         own = "held_out" if extractor.trained_on_train_set and held_out is not None else "train"
         chosen = self.reference or own
         if chosen not in ("train", "held_out"):
-            return Measure(extractor, read_reference(path_of(chosen), extractor))
+            return Measure(extractor, reference.read_reference(path_of(chosen), extractor))
         builder = train if chosen == "train" else held_out
         if builder is None:
-            raise UserError(
-                "a data set with held-out images for evaluation.reference=held_out",
-                "one without",
-                "say evaluation.reference=train",
-            )
-        reference = reference_of(
+            expected = "a data set with held-out images for evaluation.reference=held_out"
+            raise UserError(expected, "one without", "choose evaluation.reference=train")
+        computed = reference.reference_of(
             builder(),
             extractor,
             name=chosen,
-            most_features=self.reference_features,
+            most_features=features,
             cache=path_of(self.cache) if self.cache else cache_folder() / "references",
             batch_size=self.batch_size,
             num_workers=num_workers,
         )
-        return Measure(extractor, reference)
+        return Measure(extractor, computed)
 
 
 def available(name: str) -> Extractor:
@@ -263,31 +181,26 @@ def available(name: str) -> Extractor:
 
     Prints one line and returns the small classifier if the weights of Inception are not available.
     """
-    if name == INCEPTION and (reason := _missing_on_any_rank()):
+    if name == extractors.INCEPTION and (reason := _missing_on_any_rank()):
         print_once(f"No FID: {reason}. Going on with the features of the small classifier.")
-        extractor = small_classifier()
-    else:
-        extractor = extractor_of(name)
-    protocols = gathered(extractor.protocol)
-    require(
-        all(other == protocols[0] for other in protocols),
-        f"the same extractor {name} on all processes",
-        "other weights on some",
-        "put the same file on all machines",
-    )
+        name = extractors.CLASSIFIER
+    extractor = extractors.extractor_of(name)
+    first, *others = gathered(extractor.protocol)
+    same, remedy = f"the same extractor {name} on all processes", "put one file on all machines"
+    require(all(other == first for other in others), same, "other weights on some", remedy)
     return extractor
 
 
 def _missing_on_any_rank() -> str | None:
+    """Return in one line why the weights of Inception are not available to some rank, or None."""
+
+    def missing() -> str | None:
+        try:
+            extractors.inception_weights()
+        except UserError as error:
+            return " ".join(str(error).split())
+        return None
+
     # Rank 0 downloads the weights first, for all ranks that share its disk.
-    first = gathered(_missing() if rank_and_size()[0] == 0 else None)[0]
-    return next(filter(None, gathered(first or _missing())), None)
-
-
-def _missing() -> str | None:
-    """Return in one line why the weights of Inception are not available, or None."""
-    try:
-        inception_weights()
-    except UserError as error:
-        return " ".join(str(error).split())
-    return None
+    first = gathered(missing() if rank_and_size()[0] == 0 else None)[0]
+    return next(filter(None, gathered(first or missing())), None)

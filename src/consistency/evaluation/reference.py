@@ -1,7 +1,7 @@
-"""What samples are compared with: mean and covariance of the features of a data set, and features.
+"""The reference of samples: mean and covariance of the features of a data set, and features.
 
-A reference is computed once for a data set, resolution and extractor and kept in a file, or read from a file of another
-program. Our files record what their numbers depend on, and are refused for anything else.
+It is computed once for a data set and extractor and kept in a file, or read from a file of another program. Our files record
+what their numbers depend on, and are refused for anything else.
 """
 
 import hashlib
@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
+from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities import dim_zero_cat
 from tqdm import tqdm
 
@@ -78,24 +79,21 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
     if "features" in arrays:
         features = torch.from_numpy(arrays["features"])
     elif "arr_0" in arrays and arrays["arr_0"].ndim == 4:
-        features = features_of(torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2), extractor)
-    require(
-        features is None or features.shape[1:] == mu.shape,
-        f"features of {len(mu)} numbers, as mu has, in {path}",
-        "none" if features is None else tuple(features.shape),
-        "choose the evaluation.extractor that the file was made with",
-    )
+        images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2).split(64)
+        with torch.inference_mode():
+            parts = [extractor(part.to(extractor.device)).features.cpu() for part in images]
+        features = torch.cat(parts)
+    expected = f"features of {len(mu)} numbers, as mu has, in {path}"
+    remedy = "choose the evaluation.extractor that the file was made with"
+    if features is not None:
+        require(features.shape[1:] == mu.shape, expected, tuple(features.shape), remedy)
     return Reference(mu, sigma, count, features, protocol)
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:
     """Read the arrays of an .npz with finite mu and sigma."""
-    require(
-        path.is_file(),
-        f"reference statistics at {path}, an .npz",
-        "no such file",
-        "check the path, or leave evaluation.reference out",
-    )
+    remedy = "check the path, or leave evaluation.reference out"
+    require(path.is_file(), f"reference statistics at {path}, an .npz", "no such file", remedy)
     arrays: dict[str, Any] = {}
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -103,16 +101,10 @@ def _read_arrays(path: Path) -> dict[str, Any]:
         got = f"arrays {', '.join(arrays)}"
     except Exception as error:  # damaged and foreign files fail in any way
         got = str(error)[:200]
-    mu, sigma = arrays.get("mu"), arrays.get("sigma")
-    square = (
-        mu is not None
-        and sigma is not None
-        and mu.ndim == 1
-        and sigma.shape == 2 * mu.shape
-        and all(np.issubdtype(a.dtype, np.floating) and np.isfinite(a).all() for a in (mu, sigma))
-    )
+    mu, sigma = (arrays.get(name, np.array(None)) for name in ("mu", "sigma"))
+    finite = all(a.dtype.kind == "f" and np.isfinite(a).all() for a in (mu, sigma))
     require(
-        bool(square),
+        finite and mu.ndim == 1 and sigma.shape == 2 * mu.shape,
         f"an .npz with mu (f,) and sigma (f, f), finite, at {path}",
         got,
         "take a reference file of NVlabs, guided-diffusion or this program",
@@ -129,9 +121,8 @@ def _foreign(path: Path, arrays: dict[str, Any], extractor: Extractor) -> dict[s
         "choose evaluation.extractor=inception, or another reference",
     )
     spatial = ", mu_s and sigma_s (spatial features) are not used" if "mu_s" in arrays else ""
-    print_once(
-        f"{path.name}: from another program, taken to be of the published Inception{spatial}"
-    )
+    program = "from another program, taken to be of the published Inception"
+    print_once(f"{path.name}: {program}{spatial}")
     features = len(arrays.get("arr_0", ()))
     return {"file": path.name, "sha256": fingerprint(path), "features": features}
 
@@ -147,46 +138,51 @@ def require_same(protocol: dict[str, Any], wanted: dict[str, Any], path: Path) -
     )
 
 
-def features_of(images: UInt8[Tensor, "n c h w"], extractor: Extractor) -> Float[Tensor, "n f"]:
-    """Return the features of images in memory."""
-    with torch.inference_mode():
-        parts = [extractor(part.to(extractor.device)).features.cpu() for part in images.split(64)]
-    return torch.cat(parts)
+class FrechetDistance(FrechetInceptionDistance):
+    """torchmetrics' FID between the features of samples and the moments of a reference, summed in float64."""
+
+    def __init__(self, reference: Reference) -> None:
+        features = nn.Identity()
+        features.num_features = len(reference.mu)  # type: ignore[assignment]
+        super().__init__(feature=features)
+        if rank_and_size()[0] == 0:  # states are summed over ranks
+            # With an unknown number of images, any number gives the moments back.
+            count = 2 if reference.count is None else reference.count
+            mu, sigma = reference.mu, reference.sigma
+            self.real_features_sum += count * mu
+            self.real_features_cov_sum += (count - 1) * sigma + count * torch.outer(mu, mu)
+            self.real_features_num_samples += count
+
+    def moments(self) -> tuple[Tensor, Tensor, int]:
+        """Return mean, unbiased covariance and number of the features with `real=True`. Collective."""
+        with self.sync_context():
+            count = int(self.real_features_num_samples)
+            mu = self.real_features_sum / count
+            sigma = (self.real_features_cov_sum - count * torch.outer(mu, mu)) / (count - 1)
+        return mu.cpu(), sigma.cpu(), count
 
 
-class Moments(Metric):
-    """Sum and outer products of features over all ranks, in float64, and the features of some images."""
+class GatheredFeatures(Metric):
+    """Features and logits of the samples of all ranks, in the order of their numbers."""
 
     full_state_update = False
-    total: Tensor
-    outer: Tensor
-    count: Tensor
-    features: list[Tensor]
-    numbers: list[Tensor]
+    NAMES = ("numbers", "features", "logits")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("outer", torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("features", default=[], dist_reduce_fx="cat")
-        self.add_state("numbers", default=[], dist_reduce_fx="cat")
+        for name in self.NAMES:
+            self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, features: Tensor, numbers: Tensor, kept: Tensor) -> None:
-        """Add a batch; kept: the rows whose features are stored."""
-        double = features.double()
-        self.total += double.sum(0)
-        self.outer += double.T @ double
-        self.count += len(features)
-        self.features.append(features[kept])
-        self.numbers.append(numbers[kept])
+    def update(self, *batch: Tensor) -> None:
+        """Add numbers, features and logits of a batch."""
+        for name, values in zip(self.NAMES, batch, strict=True):
+            getattr(self, name).append(values)
 
-    def compute(self) -> tuple[Tensor, Tensor, int, Tensor]:
-        """Return mean, unbiased covariance, count, and the stored features in the order of their numbers."""
-        count, mu = int(self.count), self.total / self.count
-        sigma = (self.outer - count * torch.outer(mu, mu)) / (count - 1)
-        order = dim_zero_cat(self.numbers).argsort()
-        return mu.cpu(), sigma.cpu(), count, dim_zero_cat(self.features)[order].cpu()
+    def compute(self) -> list[Tensor]:
+        """Return numbers, features and logits."""
+        values = [dim_zero_cat(getattr(self, name)) for name in self.NAMES]
+        order = values[0].argsort()
+        return [value[order] for value in values]
 
 
 def reference_of(
@@ -205,47 +201,48 @@ def reference_of(
     most_features: number of images, evenly spread, whose features are stored.
     """
     count, fewest = len(source), max(2, rank_and_size()[1])
-    require(
-        count >= fewest,
-        f"a reference of at least {fewest} images, one a process",
-        count,
-        "add images",
-    )
-    kept = spread(count, most_features)
+    expected = f"a reference of at least {fewest} images, one a process"
+    require(count >= fewest, expected, count, "add images")
+    stored = set(spread(count, most_features))
     described = {"set": name, "shape": list(source[0][0].shape), "images": count}
-    described |= {"features": len(kept), "content": content_key(source)}
+    described |= {"features": len(stored), "content": content_key(source)}
     protocol = {**extractor.protocol, "reference": described}
-    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
-    path = cache / f"{key[:32]}.npz"
+    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:32]
+    path = cache / f"{key}.npz"
     if all(gathered(os.path.isfile(path))):  # False also for a folder that may not be read
         reference = read_reference(path, extractor)
         require_same(reference.protocol, protocol, path)
         return reference
     images = images_of(source, batch_size, num_workers, "Reference")
-    mu, sigma, total, features = _moments(images, extractor, set(kept))
-    assert total == count and len(features) == len(kept)
-    reference = Reference(mu, sigma, count, features, protocol)
+    reference = Reference(*_statistics(images, extractor, stored), protocol)
+    assert reference.count == count
     if rank_and_size()[0] == 0:
         try:
             reference.write(path)
-            print_once(f"Reference of {count:,} images kept in {path}")
+            outcome = f"kept in {path}"
         except OSError as error:
-            print_once(f"Reference of {count:,} images, not kept for the next time: {error}")
+            outcome = f"not kept for the next time: {error}"
+        print_once(f"Reference of {count:,} images, {outcome}")
     return reference
 
 
-def _moments(
-    images: Iterator[Numbered], extractor: Extractor, kept: set[int]
+def _statistics(
+    images: Iterator[Numbered], extractor: Extractor, stored: set[int]
 ) -> tuple[Tensor, Tensor, int, Tensor]:
-    moments, summing = None, extractor.summing
+    sums, ordered, summing = None, GatheredFeatures().to(extractor.summing), extractor.summing
     with torch.inference_mode():
         for numbers, batch in images:
             features = extractor(sent(batch, extractor.device)).features.to(summing)
-            moments = moments or Moments(features.shape[1]).to(summing)
-            flags = torch.tensor([number in kept for number in numbers])
-            moments.update(features, sent(torch.tensor(numbers), summing), sent(flags, summing))
-        assert moments is not None
-        return moments.compute()
+            if sums is None:
+                mu = torch.zeros(features.shape[1], dtype=torch.float64)
+                empty = Reference(mu, torch.outer(mu, mu), 0, None, {})
+                sums = FrechetDistance(empty).to(summing)
+            sums.update(features.double(), real=True)
+            rows = [row for row, number in enumerate(numbers) if number in stored]
+            order = sent(torch.tensor(numbers)[rows], summing)
+            ordered.update(order, features[rows], features[rows, :0])
+        assert sums is not None
+        return *sums.moments(), ordered.compute()[1].cpu()
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -257,12 +254,8 @@ def spread(count: int, most: int) -> list[int]:
 def images_of(source: Source, batch_size: int, num_workers: int, title: str) -> Iterator[Numbered]:
     """Yield this rank's share of a source."""
     parts = batches(len(source), batch_size)
-    loader = DataLoader(
-        WholeBatches(source),
-        sampler=[list(part) for part in parts],
-        batch_size=None,
-        num_workers=num_workers,
-    )
+    order = [list(part) for part in parts]
+    loader = DataLoader(WholeBatches(source), None, sampler=order, num_workers=num_workers)
     images = (batch for batch, _ in loader)
     shown = tqdm(parts, desc=title, unit="batch", disable=rank_and_size()[0] > 0 or len(parts) < 2)
     yield from zip(shown, images, strict=True)
@@ -273,8 +266,7 @@ def content_key(source: Source) -> str:
 
     It covers the pixels of up to `PIXELS` images, evenly spread, and the source's stamp of every image's file.
     """
-    rank, ranks = rank_and_size()
-    numbers = spread(len(source), PIXELS)
+    (rank, ranks), numbers = rank_and_size(), spread(len(source), PIXELS)
     own = {i: hashlib.sha256(source[i][0].numpy().tobytes()).digest() for i in numbers[rank::ranks]}
     digests = {number: digest for part in gathered(own) for number, digest in part.items()}
     whole = hashlib.sha256(str(len(source)).encode())

@@ -4,7 +4,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -30,17 +29,6 @@ class Clock:
         yield
         seconds = time.perf_counter() - began
         self._spans[name].append(lambda: seconds)
-
-    def timed(
-        self, name: str, call: Callable[..., Any], device: torch.device
-    ) -> Callable[..., Any]:
-        """Return the same function, counted under `name`."""
-
-        def counted(*arguments: Any) -> Any:
-            with self.running(name, device):
-                return call(*arguments)
-
-        return counted
 
     def read(self) -> dict[str, float]:
         """Return the seconds since the start or the last reading, by name and in `total`."""

@@ -24,7 +24,6 @@ from consistency.inference.card import ModelCard
 from consistency.pixels import quantised
 from consistency.randomness import SampleNoise
 from consistency.runtime import signals
-from consistency.runtime.signals import die_with
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Denoise, sent
 
@@ -36,9 +35,6 @@ Numbered: TypeAlias = tuple[Sequence[int], UInt8[Tensor, "_b _c _h _w"]]
 
 Draw: TypeAlias = Callable[[Sampler, Batches], Iterator[Numbered]]
 """(sampler, batches) -> the samples of every batch in turn."""
-
-Edit: TypeAlias = Callable[..., Data]
-"""`consistency.editing.edit` with its settings: (denoise, noise, images, label=...) -> edited images."""
 
 AHEAD = 2
 """Batches of a process that may wait for their reader."""
@@ -82,14 +78,17 @@ def samples(
     request: Request, sampler: Sampler, count: int, batch_size: int
 ) -> UInt8[Tensor, "n c h w"]:
     """Return samples number 0 to count - 1, on the CPU."""
-    drawn = generate(request, sampler, in_batches(range(count), batch_size))
-    return torch.cat([images for _, images in drawn]).cpu()
+    batches = generate(request, sampler, in_batches(range(count), batch_size))
+    return torch.cat([images for _, images in batches]).cpu()
 
 
 def edits(
-    request: Request, edit: Edit, y: Float[Tensor, "n c h w"], *, outputs: int, batch_size: int
+    request: Request, edit: Callable[..., Data], y: Data, *, outputs: int, batch_size: int
 ) -> Float[Tensor, "m c h w"]:
-    """Return `outputs` edits of every image of y in turn, in [-1, 1] on the CPU."""
+    """Return `outputs` edits of every image of y in turn, in [-1, 1] on the CPU.
+
+    edit: `consistency.editing.edit` with its settings: (denoise, noise, images, label=...) -> edited images.
+    """
     labels = request.card.edit_labels(request.labels, request.seed, len(y), outputs)
     parts = []
     for numbers in in_batches(range(len(y) * outputs), batch_size):
@@ -136,17 +135,17 @@ def _generate_on(
     workers: Sequence[ProcessPoolExecutor], sampler: Sampler, batches: Batches
 ) -> Iterator[Numbered]:
     waiting: deque[Future[tuple[Sequence[int], np.ndarray]]] = deque()
+
+    def first() -> Numbered:
+        numbers, pixels = waiting.popleft().result()
+        return numbers, torch.from_numpy(pixels)
+
     for position, numbers in enumerate(batches):
         if position >= AHEAD * len(workers):
-            yield _result(waiting.popleft())
+            yield first()
         waiting.append(workers[position % len(workers)].submit(_generate, sampler, numbers))
     while waiting:
-        yield _result(waiting.popleft())
-
-
-def _result(future: "Future[tuple[Sequence[int], np.ndarray]]") -> Numbered:
-    numbers, pixels = future.result()
-    return numbers, torch.from_numpy(pixels)
+        yield first()
 
 
 _request: Request
@@ -157,7 +156,7 @@ def _prepare(
     parent: int, prepare: Callable[[int, int], Request], rank: int, processes: int
 ) -> None:
     global _request
-    die_with(parent)
+    signals.die_with(parent)
     _request = prepare(rank, processes)
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from consistency.checkpoints.load import load
 from consistency.errors import UserError, require
 from consistency.inference.card import Role
 from consistency.inference.generate import Request
 from consistency.inference.model import Model
-from consistency.runtime.devices import chosen_device, in_precision, process_device
+from consistency.runtime.devices import chosen_device, in_precision, share_threads
 from consistency.runtime.files import fingerprint
 from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
 
@@ -25,7 +25,7 @@ SEARCHED = "${process.searched}"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """A model to draw with: its checkpoint, its place, and the samples that are wanted of it."""
+    """A model to draw with: its checkpoint, its device, and the labels and seed of its samples."""
 
     checkpoint: str
     weights: str = "ema"
@@ -40,23 +40,16 @@ class ModelOptions:
         """Put the model on the device of one process; None loads it."""
         model = model or load(self.checkpoint, weights=self.weights, role=self.role)
         device = chosen_device(self.device)
-        if processes > 1:
-            device = process_device(device, rank, processes)
+        share_threads(device, processes)
+        if processes > 1 and device.type != "cpu":
+            device = torch.device(device.type, rank)
         model.denoiser.to(device)
         if self.compile:
             model.denoiser.network.compile()
+        denoise, card = in_precision(model, self.precision, device), model.card
         return Request(
-            denoise=in_precision(model, self.precision, device),
-            card=model.card,
-            labels=self.labels,
-            seed=self.seed,
-            device=device,
+            denoise=denoise, card=card, labels=self.labels, seed=self.seed, device=device
         )
-
-
-def plain(value: object) -> object:
-    """Return a list of the configuration as a list, other values as they are."""
-    return list(value) if isinstance(value, ListConfig) else value
 
 
 def fill_process(
@@ -70,8 +63,7 @@ def fill_process(
     for name, value in asdict(model.card.process).items():
         if config.process[name] is None:
             config.process[name] = list(value) if isinstance(value, tuple) else value
-    node = OmegaConf.to_container(sampler, resolve=False)
-    assert isinstance(node, dict)
+    node: Any = OmegaConf.to_container(sampler, resolve=False)
     if node.get("times") == SEARCHED and config.process.searched is None:
         weights = [] if model.weights == "ema" else [f"weights={model.weights}"]
         search = shell_line("search", f"checkpoint={config.checkpoint}", *weights)
@@ -85,10 +77,7 @@ def searched_path(path: Path) -> Path:
 
 def searched_times(model: Model, search: str) -> list[float]:
     """Read the time points found for these weights. Refuse those of other weights, and anything but numbers."""
-    path, remedy = (
-        searched_path(model.path),
-        f"choose sampler=multistep, or first run\n      {search}",
-    )
+    path, remedy = searched_path(model.path), f"choose sampler=multistep, or run\n      {search}"
     require(path.is_file(), f"time points that a search found, in {path}", "no such file", remedy)
     try:
         content: Any = json.loads(path.read_text())
@@ -97,17 +86,13 @@ def searched_times(model: Model, search: str) -> list[float]:
     times = content.get("times") if isinstance(content, dict) else None
     if not isinstance(times, list) or any(type(t) not in (int, float) for t in times):
         raise UserError(f"time points in {path}", str(times)[:80], f"delete it, and {remedy}")
-    wanted = {"checkpoint": fingerprint(model.path), "weights": model.weights}
-    record = {name: content.get(name) for name in wanted}
-    other = "weights of another training step or file"
-    if record["checkpoint"] is None:
-        other = "weights that it does not name"
-    elif record["checkpoint"] == wanted["checkpoint"]:
-        other = f"weights={str(record['weights'])[:80]}"
+    digest, weights = content.get("checkpoint"), content.get("weights")
+    same = digest == fingerprint(model.path)
+    other = f"weights={str(weights)[:80]}" if same else "weights of another training step or file"
     require(
-        record == wanted,
+        same and weights == model.weights,
         f"time points found for weights={model.weights} of {model.path} as it is now",
-        f"{path}, found for {other}",
+        f"{path}, found for {other if digest else 'weights that it does not name'}",
         remedy,
     )
     return [float(t) for t in times]
@@ -116,19 +101,16 @@ def searched_times(model: Model, search: str) -> list[float]:
 def require_suited(sampler: Sampler, model: Model, *, force: bool) -> None:
     """Refuse a sampler for another kind of model, unless `force`, and wrong time points."""
     function = sampler.func if isinstance(sampler, partial) else sampler
-    require(
-        force or model.card.role != "consistency" or function not in NEED_DENOISER,
-        "a sampler for consistency functions: onestep or multistep",
-        "one that follows the PF-ODE of a denoiser, with a consistency checkpoint",
-        "choose sampler=onestep, or add force=true to draw all the same",
-    )
     trigflow = model.card.is_trigflow
-    require(
-        force or trigflow == (function in UNDER_TRIGFLOW),
-        f"a sampler {'for' if trigflow else 'for other networks than those of'} TrigFlow",
-        "one for another noise process than the checkpoint's",
-        f"choose sampler={'trigflow_onestep' if trigflow else 'onestep'}, or add force=true",
-    )
+    remedy = f"choose sampler={'trigflow_onestep' if trigflow else 'onestep'}, or add force=true"
+    wrong = not force and model.card.role == "consistency" and function in NEED_DENOISER
+    expected = "a sampler for consistency functions: onestep or multistep"
+    got = "one that follows the PF-ODE of a denoiser, with a consistency checkpoint"
+    require(not wrong, expected, got, remedy)
+    wrong = not force and trigflow != (function in UNDER_TRIGFLOW)
+    expected = f"a sampler {'for' if trigflow else 'for other networks than those of'} TrigFlow"
+    got = "one for another noise process than the checkpoint's"
+    require(not wrong, expected, got, remedy)
     sampler(lambda x, t, label=None: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
 
 
@@ -137,9 +119,6 @@ def require_same_settings(
 ) -> None:
     """Refuse to go on in a folder with other settings; work: the samples, or the search."""
     other = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
-    require(
-        not other,
-        f"the settings with which the {work} in output={folder} began",
-        f"others: {', '.join(other)}",
-        "choose another output=, or the same settings to go on",
-    )
+    expected = f"the settings with which the {work} in output={folder} began"
+    remedy = "choose another output=, or the same settings to go on"
+    require(not other, expected, f"others: {', '.join(other)}", remedy)

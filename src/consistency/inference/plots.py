@@ -43,6 +43,17 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     return sheet
 
 
+def below_each_other(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Put pictures in one column, each under its caption."""
+    captioned = [side_by_side([panel]) for panel in panels]
+    size = max(part.width for part in captioned), sum(part.height for part in captioned)
+    sheet, top = Image.new("RGB", size, "white"), 0
+    for part in captioned:
+        sheet.paste(part, (0, top))
+        top += part.height
+    return sheet
+
+
 def animation(frames: UInt8[Tensor, "n f c h w"], file: Path, milliseconds: int = 120) -> None:
     """Write an endless GIF: a grid of n sequences of f frames."""
     columns = columns_for(len(frames))
@@ -73,24 +84,23 @@ def read_metrics(file: Path) -> dict[str, tuple[list[float], list[float]]]:
 def draw_curves(file: Path, picture: Path) -> None:
     """Draw loss, N(k), mu(k), learning rate and sample quality, as far as metrics.csv has them."""
     curves = read_metrics(file)
-    panels = [
-        ("loss", ["train/loss"]),
-        ("loss by noise quartile", [n for n in curves if "quartile" in n]),
-        ("scales N(k)", ["N"]),
-        ("target decay mu(k)", ["mu"]),
-        ("learning rate", ["train/learning_rate"]),
-        ("gradient norm", ["train/gradient_norm"]),
-        ("Fréchet distance", [n for n in curves if n.startswith(("fid/", "frechet_"))]),
-    ]
-    known = [(title, [n for n in names if n in curves]) for title, names in panels]
-    shown = [(title, names) for title, names in known if names]
+    panels = {
+        "loss": ["train/loss"],
+        "loss by noise quartile": [n for n in curves if "quartile" in n],
+        "scales N(k)": ["N"],
+        "target decay mu(k)": ["mu"],
+        "learning rate": ["train/learning_rate"],
+        "gradient norm": ["train/gradient_norm"],
+        "Fréchet distance": [n for n in curves if n.startswith(("fid/", "frechet_"))],
+    }
+    shown = {title: names for title, names in panels.items() if names and names[0] in curves}
     if not shown:
         return
     rows = -(-len(shown) // 2)
     figure = Figure(figsize=(11, 2.8 * rows), layout="constrained")
     for axes in figure.subplots(rows, 2, squeeze=False).flat[len(shown) :]:
         axes.set_visible(False)
-    for axes, (title, names) in zip(figure.axes, shown, strict=False):
+    for axes, (title, names) in zip(figure.axes, shown.items(), strict=False):
         for name in names:
             axes.plot(*curves[name], marker=".", markersize=3, linewidth=1, label=name)
         axes.set_title(title, fontsize=10)
@@ -100,16 +110,3 @@ def draw_curves(file: Path, picture: Path) -> None:
         if len(names) > 1:
             axes.legend(fontsize=7)
     figure.savefig(picture, dpi=100)
-
-
-def below_each_other(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Put pictures in one column, each under its caption."""
-    captioned = [side_by_side([panel]) for panel in panels]
-    sheet = Image.new(
-        "RGB", (max(p.width for p in captioned), sum(p.height for p in captioned)), "white"
-    )
-    top = 0
-    for part in captioned:
-        sheet.paste(part, (0, top))
-        top += part.height
-    return sheet

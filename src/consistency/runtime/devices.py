@@ -18,24 +18,20 @@ def chosen_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        return device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            "a device of this machine", f"device={name} ({reason})", "use device=auto"
-        ) from error
-    return device
+        got = f"device={name} ({str(error).splitlines()[0]})"
+        raise UserError("a device of this machine", got, "use device=auto") from error
 
 
 def require_devices(device: torch.device, devices: int, precision: str = "32-true") -> None:
     """Refuse more devices than this machine has, and a precision that the device lacks."""
+    names = [n for n in PRECISIONS if device.type != "cpu" or n != "16-mixed"]
     require(
-        precision in PRECISIONS, f"precision among {', '.join(PRECISIONS)}", precision, "choose one"
-    )
-    require(
-        precision != "16-mixed" or device.type != "cpu",
-        "bf16-mixed or 32-true on a CPU",
+        precision in names,
+        f"precision among {', '.join(names)} on {device.type}",
         precision,
-        "say precision=bf16-mixed",
+        "choose one",
     )
     if device.type == "cpu" or devices == 1:
         return
@@ -52,12 +48,6 @@ def share_threads(device: torch.device, processes: int) -> None:
     """Give this process its share of the CPU's threads, unless OMP_NUM_THREADS sets their number."""
     if device.type == "cpu" and processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-
-
-def process_device(device: torch.device, rank: int, processes: int) -> torch.device:
-    """Return the device of one of several processes on this machine: accelerator number `rank`, or the CPU."""
-    share_threads(device, processes)
-    return device if device.type == "cpu" else torch.device(device.type, rank)
 
 
 def in_precision(denoise: Denoise, precision: str, device: torch.device) -> Denoise:
