@@ -18,7 +18,7 @@ from consistency.checkpoints.load import CHECKPOINTS, LAST, PREVIOUS
 from consistency.checkpoints.retention import newest
 from consistency.commands.cli import AUTO, require_fresh
 from consistency.commands.overrides import given_options
-from consistency.commands.schema import Train
+from consistency.commands import schema
 from consistency.errors import UserError, require
 from consistency.runtime import allowlist
 from consistency.runtime.files import path_of, write_text
@@ -195,7 +195,7 @@ def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:
         raise
     try:
         moved = _moved(loaded, str(loaded["output"]), str(folder))
-        saved = OmegaConf.merge(OmegaConf.structured(Train), moved)
+        saved = OmegaConf.merge(OmegaConf.structured(schema.structure("train")), moved)
     except (KeyError, OmegaConfBaseException) as error:
         remedy = "restore the file as the run wrote it"
         raise UserError(f"the configuration of a run in {path}", error, remedy) from error

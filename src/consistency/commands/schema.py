@@ -1,11 +1,12 @@
 """The keys that a configuration may have, and their types; a misspelt key is an error.
 
-The values are in conf/, except those that the YAML of every data set would repeat (`Data`) and of `Mode`. A node of type
-`Any` is built by its `_target_`, whose signature refuses unknown arguments.
+The default values in conf/ give both, except for the nodes that each data set and each mode has. A node of type `Any` is
+built by its `_target_`, whose signature refuses unknown arguments.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ PATH_WORDS = ("cache", "dir", "dirpath", "extractor", "file", "folder", "metrics
 
 POSITIVE = ("batch_size", "devices", "num_nodes", "num_samples", "outputs", "points")
 """Counts at the top of a configuration that must be at least 1; null is no count."""
+
+COUNTS = ("channels", "image_size", "images", "num_head_channels", "num_heads", "num_heads_upsample", "num_samples", "num_workers", "resolution", "train_batch")  # fmt: skip
+OPTIONAL = {
+    **dict.fromkeys(COUNTS, int | None),
+    **dict.fromkeys(("callbacks", "labels", "model", "process", "weights"), Any),
+    "attention_resolutions": list[int] | None,
+}
+"""Types of the options that are null or the mode's by default, if they are no text."""
 
 
 def is_path(key: str) -> bool:
@@ -53,14 +62,6 @@ class Mode:
 
 
 @dataclass(kw_only=True)
-class Model:
-    """A network and the scale of its time input, c_noise = c_noise_scale ln t."""
-
-    c_noise_scale: float
-    network: Any
-
-
-@dataclass(kw_only=True)
 class Data:
     """A data set and its batches.
 
@@ -90,207 +91,49 @@ class Data:
     allow_reorder: bool = False
 
 
-@dataclass(kw_only=True)
-class Train:
-    """conf/train.yaml."""
-
-    seed: int
-    output: str
-    teacher: str | None
-    teacher_weights: str
-    init: str | None
-    init_weights: str
-    resume: str | None
-    on_nonfinite: str
-    process: Any
-    model: Model
-    mode: Mode
-    data: Data
-    optimizer: Any
-    callbacks: dict[str, Any] = field(default_factory=dict)
-    trainer: Any
-    logger: dict[str, Any] = field(default_factory=dict)
+def _type(name: str, default: Any) -> Any:
+    if default is None or str(default).startswith("${mode."):
+        return OPTIONAL.get(name, str | None)
+    return {dict: Any, list: list[str]}.get(type(default), type(default))
 
 
-@dataclass(kw_only=True)
-class Benchmark(Train):
-    """conf/benchmark.yaml."""
-
-    part: str
-    images: int | None
-    seconds: float
-    train_steps: int
-    train_batch: int | None
-
-
-@dataclass(kw_only=True)
-class Draw:
-    """The options that sample and evaluate share."""
-
-    role: str | None
-    seed: int
-    num_samples: int
-    batch_size: int
-    labels: Any
-    force: bool
-    device: str
-    devices: int
-    precision: str
-    output: str
-    process: Any
+@cache
+def structure(name: str) -> Any:
+    """Return a dataclass with the keys and types of conf/<name>.yaml, and the groups of its defaults list."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{name}.yaml"))
+    entries = [entry for entry in values.pop("defaults", ()) if isinstance(entry, dict)]
+    types = {key: _type(key, value) for key, value in values.items() if key != "hydra"}
+    for group in (next(iter(entry)).rpartition("@")[2] for entry in entries):
+        if group in GROUPS:
+            types.setdefault(group, GROUPS[group])
+    # A group without content, as logger=none, is an empty dictionary.
+    members = [(k, t, field(default_factory=dict) if t == NODES else field()) for k, t in types.items()]
+    return make_dataclass(name, members, kw_only=True, namespace={"__module__": __name__})
 
 
-@dataclass(kw_only=True)
-class Sample(Draw):
-    """conf/sample.yaml."""
-
-    checkpoint: str
-    weights: str
-    images: bool
-    trajectory: bool
-    compile: bool
-    sampler: Any
+def __getattr__(name: str) -> Any:
+    """Return the structure of a command, which pickle looks up here."""
+    if not (ROOT / "conf" / f"{name}.yaml").is_file():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return structure(name)
 
 
-@dataclass(kw_only=True)
-class Measurement:
-    """conf/measure."""
-
-    extractor: str
-    reference: str | None
-    reference_features: int
-    cache: str | None
-
-
-@dataclass(kw_only=True)
-class Evaluate(Draw):
-    """conf/evaluate.yaml."""
-
-    checkpoint: str | None
-    samples: str | None
-    export: str | None
-    weights: Any
-    num_nodes: int
-    evaluation: Measurement
-    samplers: dict[str, Any] = field(default_factory=dict)
-    data: Data
-    logger: dict[str, Any] = field(default_factory=dict)
-    model: Any
-    callbacks: Any
-
-
-@dataclass(kw_only=True)
-class Edit:
-    """conf/edit.yaml."""
-
-    checkpoint: str
-    input: str | None
-    background: str | None
-    teacher: str | None
-    role: str | None
-    weights: str
-    seed: int
-    outputs: int
-    batch_size: int
-    labels: Any
-    start: str | None
-    images: bool
-    device: str
-    output: str
-    process: Any
-    task: Any
-    mask: Any
-
-
-@dataclass(kw_only=True)
-class Compare:
-    """conf/compare.yaml."""
-
-    seed: int
-    data: str
-    teacher_mode: str
-    modes: list[str]
-    seconds: float
-    calibration_steps: int
-    overrides: list[str] = field(default_factory=list)
-    output: str
-
-
-@dataclass(kw_only=True)
-class Convert:
-    """conf/convert.yaml."""
-
-    source: str | None
-    to: str
-    verify: str | None
-    role: str | None
-    weights: str
-    image_size: int | None
-    num_head_channels: int | None
-    attention_resolutions: list[int] | None
-    num_heads: int | None
-    num_heads_upsample: int | None
-    output: str
-
-
-@dataclass(kw_only=True)
-class Demo:
-    """conf/demo.yaml."""
-
-    checkpoint: str
-    role: str | None
-    weights: str
-    device: str
-    background: str | None
-    host: str
-    port: int
-    upload_megabytes: int
-    browser: bool
-    output: str
-
-
-@dataclass(kw_only=True)
-class Search:
-    """conf/search.yaml."""
-
-    checkpoint: str
-    weights: str
-    points: int
-    num_scales: int
-    metric: str
-    evaluation: Measurement
-    num_samples: int | None
-    seed: int
-    batch_size: int
-    device: str
-    devices: int
-    output: str
-
-
-@dataclass(kw_only=True)
-class Prepare:
-    """conf/prepare.yaml."""
-
-    source: str
-    to: str
-    resolution: int | None
-    channels: int | None
-    crop: Any
-    split: str
-    classes: bool
-    on_bad: str
-    background: str | None
-    num_workers: int | None
-    output: str
-
-
-SCHEMAS = (Train, Benchmark, Sample, Evaluate, Edit, Compare, Convert, Search, Demo, Prepare)
+NODES = dict[str, Any]
+GROUPS = {
+    **dict.fromkeys(("crop", "mask", "optimizer", "sampler", "task", "trainer"), Any),
+    **dict.fromkeys(("callbacks", "logger", "samplers"), NODES),
+    "data": Data,
+    "evaluation": structure("metrics/inception"),
+    "mode": Mode,
+    "model": structure("model/unet"),
+}
+"""Types of the groups in a defaults list."""
 
 
 def register() -> None:
-    """Store the schemas in Hydra under the names of their commands: train_schema, prepare_schema and so on."""
-    for schema in SCHEMAS:
-        ConfigStore.instance().store(name=f"{schema.__name__.lower()}_schema", node=schema)
+    """Store the structures in Hydra under the names of their commands: train_schema, prepare_schema and so on."""
+    for file in (ROOT / "conf").glob("*.yaml"):
+        ConfigStore.instance().store(name=f"{file.stem}_schema", node=structure(file.stem))
 
 
 def register_experiments(folder: Path = ROOT / "experiments") -> None:
