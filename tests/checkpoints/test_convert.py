@@ -52,7 +52,7 @@ def convert(
         monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / "convert.py"), *arguments])
         status = 0
         try:
-            cli.command("convert")(conversion.convert)()
+            cli.run("convert", conversion.convert)
         except SystemExit as end:
             status = int(end.code or 0)
         captured = capfd.readouterr()

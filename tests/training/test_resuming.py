@@ -39,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = sys.argv
     sys.argv = ["train.py", *BEGUN, f"trainer.max_steps={STEPS}", f"output={output}"]
     try:
-        cli.command("train")(train.train)()
+        cli.run("train", train.train)
     finally:
         sys.argv = before
     return output

@@ -19,10 +19,9 @@ def require_bound(config: DictConfig) -> None:
 
     A part may be swapped by its `_target_` alone, and then has the arguments of the old one.
     """
-    for key, node in _nodes(OmegaConf.to_container(config, resolve=False), ""):
+    for key, node in targets(OmegaConf.to_container(config, resolve=False)):
         target = OmegaConf.select(config, f"{key}._target_".strip("."))
-        parameters = _parameters(_part(key, target))
-        if parameters is None:
+        if (parameters := _parameters(_part(key, target))) is None:
             continue
         arguments = [str(name) for name in node if name not in HYDRAS]
         by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -32,32 +31,29 @@ def require_bound(config: DictConfig) -> None:
             # Its call may add positional arguments, as the step k of a schedule, but never a keyword.
             shown = [p for p in by_name if p.default is not p.empty or p.kind is p.KEYWORD_ONLY]
             needed = [p for p in needed if p.kind is p.KEYWORD_ONLY]
-        any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        names = {p.name for p in by_name}
-        unknown = [] if any_name else [name for name in arguments if name not in names]
+        names = arguments if any(p.kind is p.VAR_KEYWORD for p in parameters) else [p.name for p in by_name]
+        unknown = [name for name in arguments if name not in names]
         lacking = [p.name for p in needed if p.name not in arguments]
-        changes = [f"~{key}.{name}" for name in unknown]
-        changes += [f"+{key}.{name}=..." for name in lacking]
-        reasons = [f"{name}, which it does not take" for name in unknown]
-        reasons += [f"no {name}, which it needs" for name in lacking]
+        faults = {f"~{key}.{name}": f"{name}, which it does not take" for name in unknown}
+        faults |= {f"+{key}.{name}=...": f"no {name}, which it needs" for name in lacking}
         require(
-            not reasons,
+            not faults,
             f"arguments of {target} at {key}: {', '.join(p.name for p in shown) or 'none'}",
-            "; ".join(reasons),
-            f"a part is swapped with its arguments: add {shlex.join(changes)} to the command",
+            "; ".join(faults.values()),
+            f"a part is swapped with its arguments: add {shlex.join(faults)} to the command",
         )
 
 
-def _nodes(tree: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def targets(tree: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every node with a `_target_` and its key."""
     if isinstance(tree, dict):
         if isinstance(tree.get("_target_"), str):
             yield key, tree
         for name, value in tree.items():
-            yield from _nodes(value, f"{key}.{name}".strip("."))
+            yield from targets(value, f"{key}.{name}".strip("."))
     elif isinstance(tree, list):
         for number, value in enumerate(tree):
-            yield from _nodes(value, f"{key}[{number}]")
+            yield from targets(value, f"{key}[{number}]")
 
 
 def _part(key: str, target: str) -> Any:

@@ -30,7 +30,6 @@ DEVICES = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "train
 FREE = (*DEVICES, "trainer.max_steps", "data.num_workers", "data.allow_reorder", "logger")
 """What may change when a run resumes: the result does not depend on it, or is meant to."""
 
-SHOWN = 4
 ABSENT = "nothing"
 
 
@@ -61,13 +60,11 @@ def begin(config: DictConfig, output: Path) -> RunStart:
     state = decided(lambda: _state(config, output))
     if state is None:
         return RunStart(config)
-    if "checkpoint" in state:
-        state["checkpoint"] = Path(state["checkpoint"])
     return RunStart(resumed_config(config, output), resumed=True, **state)
 
 
 def _state(config: DictConfig, output: Path) -> dict[str, Any] | None:
-    """Return the other fields of `RunStart` as plain values, or None for a new run."""
+    """Return the other fields of `RunStart`, or None for a new run."""
     folder = _folder_of_run(config.resume, output)
     if folder is None:
         return None
@@ -82,9 +79,9 @@ def _state(config: DictConfig, output: Path) -> dict[str, Any] | None:
         print(f"{path.with_name(LAST)} is {state}: {PREVIOUS} is taken instead.", flush=True)
     step = int(content["global_step"])
     print(f"Resuming {folder} at step {step}.", flush=True)
-    best = [s["best_value"] for s in content["callbacks"].values() if "best_value" in s]
+    best = (s["best_value"] for s in content["callbacks"].values() if "best_value" in s)
     value = next(filter(math.isfinite, best), math.nan)
-    return {"checkpoint": str(path), "step": step, "sources": content["sources"], "value": value}
+    return {"checkpoint": path, "step": step, "sources": content["sources"], "value": value}
 
 
 def _folder_of_run(resume: str | None, output: Path) -> Path | None:
@@ -131,14 +128,15 @@ def resumed_config(config: DictConfig, folder: Path) -> DictConfig:
     Every other setting that the command line names, directly or by a choice, must repeat the saved value, else it is a
     `UserError`. config: the one composed now.
     """
-    saved = _saved_config(folder, set(_targets(OmegaConf.to_container(config))))
+    targets = {node["_target_"] for _, node in binding.targets(OmegaConf.to_container(config))}
+    saved = _saved_config(folder, targets)
     now = deepcopy(config)
     for key in (*FREE, "output", "resume"):
         OmegaConf.update(now, key, OmegaConf.select(saved, key), merge=False, force_add=True)
     before = dict(_leaves(OmegaConf.to_container(saved, resolve=True)))
     after = dict(_leaves(masked(OmegaConf.to_container(now, resolve=True))))
     named = _named(HydraConfig.get(), saved)
-    settings = [key for key in {**before, **after} if any(_is_below(key, name) for name in named)]
+    settings = [key for key in before | after if any(_is_below(key, name) for name in named)]
     different = [
         f"{key}={new}, where the run has {key}={old}"
         for key in settings
@@ -148,7 +146,7 @@ def resumed_config(config: DictConfig, folder: Path) -> DictConfig:
     require(
         not different,
         f"the settings of {folder / CONFIG}",
-        "\n       ".join(different[:SHOWN]),
+        "\n       ".join(different[:4]),
         f"leave them out, or begin another run; only {', '.join(FREE)} may change",
     )
     given = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
@@ -172,16 +170,6 @@ def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, tree
 
 
-def _targets(tree: Any) -> Iterator[str]:
-    """Yield every `_target_` of a configuration."""
-    if isinstance(tree, dict):
-        if isinstance(target := tree.get("_target_"), str):
-            yield target
-        tree = list(tree.values())
-    for part in tree if isinstance(tree, list) else ():
-        yield from _targets(part)
-
-
 def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:
     """Read the configuration of a run; if its folder was moved, the paths inside move along.
 
@@ -193,13 +181,12 @@ def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:
     except UserError:
         _require_present(path)
         raise
+    saved = OmegaConf.structured(schema.structure("train"))
     try:
-        moved = _moved(loaded, str(loaded["output"]), str(folder))
-        saved = OmegaConf.merge(OmegaConf.structured(schema.structure("train")), moved)
+        saved.merge_with(_moved(loaded, str(loaded["output"]), str(folder)))
     except (KeyError, OmegaConfBaseException) as error:
         remedy = "restore the file as the run wrote it"
         raise UserError(f"the configuration of a run in {path}", error, remedy) from error
-    assert isinstance(saved, DictConfig)
     OmegaConf.set_struct(saved, True)
     return saved
 

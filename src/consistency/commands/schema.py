@@ -107,7 +107,9 @@ def structure(name: str) -> Any:
         if group in GROUPS:
             types.setdefault(group, GROUPS[group])
     # A group without content, as logger=none, is an empty dictionary.
-    members = [(k, t, field(default_factory=dict) if t == NODES else field()) for k, t in types.items()]
+    members = [
+        (k, t, field(default_factory=dict) if t == NODES else field()) for k, t in types.items()
+    ]
     return make_dataclass(name, members, kw_only=True, namespace={"__module__": __name__})
 
 
