@@ -16,9 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from consistency.checkpoints.load import CHECKPOINTS, LAST, PREVIOUS
 from consistency.checkpoints.retention import newest
+from consistency.commands import binding, schema
 from consistency.commands.cli import AUTO, require_fresh
 from consistency.commands.overrides import given_options
-from consistency.commands import schema
 from consistency.errors import UserError, require
 from consistency.runtime import allowlist
 from consistency.runtime.files import path_of, write_text

@@ -6,21 +6,13 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-    XLAStrategy,
-)
+from lightning.pytorch import strategies
 from omegaconf import DictConfig, ListConfig
 
 from consistency.errors import require
 
 LENGTH = "trainer.max_steps=<optimizer steps>: a run has one length, and no epochs"
-MEASURED = (
-    "callbacks.evaluation.every_n_train_steps: there is no validation loop, samples are measured"
-)
+MEASURED = "callbacks.evaluation.every_n_train_steps: samples are measured, there is no validation"
 
 REFUSED = {
     "accumulate_grad_batches": "data.device_batch_size=<images that a device holds at once>",
@@ -64,13 +56,16 @@ DDP = "say trainer=ddp, whose arguments are trainer.strategy.<name>, or one of t
 def require_taken(trainer: DictConfig) -> None:
     """Refuse settings of `trainer` that a run cannot follow, before anything is opened or written."""
     for name, remedy in REFUSED.items():
-        value = trainer.get(name)
-        got = f"trainer.{name}={value}"
-        require(
-            value is None, f"no trainer.{name}, which the run sets itself", got, f"say {remedy}"
-        )
+        got = f"trainer.{name}={trainer.get(name)}"
+        expected = f"no trainer.{name}, which the run sets itself"
+        require(trainer.get(name) is None, expected, got, f"say {remedy}")
     _require_no_variables()
-    _require_strategy(trainer.get("strategy"))
+    strategy = trainer.get("strategy")
+    if isinstance(strategy, DictConfig):
+        require_whole(instantiate(strategy, _convert_="all"))
+    else:
+        names = f"trainer.strategy among {', '.join(STRATEGIES)}"
+        require(strategy in STRATEGIES, names, f"trainer.strategy={strategy}", DDP)
     steps = trainer.get("log_every_n_steps")
     require(
         isinstance(steps, int) and steps >= 1,
@@ -123,24 +118,13 @@ def _require_no_variables() -> None:
         )
 
 
-def _require_strategy(strategy: Any) -> None:
-    if isinstance(strategy, DictConfig):
-        require_whole(instantiate(strategy, _convert_="all"))
-    else:
-        names = f"trainer.strategy among {', '.join(STRATEGIES)}"
-        require(strategy in STRATEGIES, names, f"trainer.strategy={strategy}", DDP)
-
-
-def require_whole(strategy: Strategy) -> None:
-    """Refuse a strategy that shards the weights, and one that spawns or forks its processes, as Lightning does in a
-    notebook: they would lack the folder, signals and end of the run.
-    """
+def require_whole(strategy: strategies.Strategy) -> None:
+    """Refuse a strategy that shards the weights, or that spawns or forks processes, as Lightning does in a notebook."""
     start = getattr(strategy, "_start_method", None) or "popen"
-    ddp = isinstance(strategy, DDPStrategy) and not isinstance(
-        strategy, DeepSpeedStrategy | XLAStrategy
-    )
+    whole = isinstance(strategy, strategies.DDPStrategy | strategies.SingleDeviceStrategy)
+    shards = isinstance(strategy, strategies.DeepSpeedStrategy | strategies.XLAStrategy)
     require(
-        (ddp or isinstance(strategy, SingleDeviceStrategy)) and start == "popen",
+        whole and not shards and start == "popen",
         "processes that each hold the whole network and are started by the command, Lightning's DDPStrategy",
         type(strategy).__name__ + ("" if start == "popen" else f" with start_method={start}"),
         f"{DDP}; in a notebook trainer.devices=1",
