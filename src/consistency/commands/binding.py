@@ -31,11 +31,9 @@ def require_bound(config: DictConfig) -> None:
             # Its call may add positional arguments, as the step k of a schedule, but never a keyword.
             shown = [p for p in by_name if p.default is not p.empty or p.kind is p.KEYWORD_ONLY]
             needed = [p for p in needed if p.kind is p.KEYWORD_ONLY]
-        names = (
-            arguments
-            if any(p.kind is p.VAR_KEYWORD for p in parameters)
-            else [p.name for p in by_name]
-        )
+        names = {p.name for p in by_name}
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            names |= set(arguments)
         unknown = [name for name in arguments if name not in names]
         lacking = [p.name for p in needed if p.name not in arguments]
         faults = {f"~{key}.{name}": f"{name}, which it does not take" for name in unknown}

@@ -1,9 +1,7 @@
-"""Ranks: which of a job's processes this one is, where the first one is, and what the ranks exchange.
+"""Which of a job's processes this one is, where the first one is, and what the ranks exchange. Imports no torch.
 
 srun, torchrun, jsrun, mpirun or a script of one's own (LOCAL_RANK) start every process of a job. Without a launcher, the
 first process of each machine starts the others of that machine; NODE_RANK numbers several machines.
-
-Importing this module imports no torch: `signals` needs it first.
 """
 
 import os
@@ -268,10 +266,8 @@ def gathered(value: T) -> list[T]:
 
 
 def batches(count: int, batch_size: int) -> list[range]:
-    """Return this rank's batches of the numbers below `count`.
-
-    The batches of all ranks together are the same for any number of ranks that all have a batch, and so are roundings
-    that depend on the batch.
+    """Return this rank's batches of the numbers below `count`; of all ranks together they are the same for any number
+    of ranks that all have a batch, and so are roundings.
     """
     rank, ranks = rank_and_size()
     size = max(1, min(batch_size, count // ranks))

@@ -1,7 +1,6 @@
-"""Signals: the first Ctrl-C ends a command in good order, the second at once, neither with a traceback.
+"""The first Ctrl-C ends a command in good order, the second at once, neither with a traceback.
 
-Processes that a command starts by multiprocessing ignore Ctrl-C; the command ends them. A rank ends without a message,
-because the process that started it prints one.
+Processes that a command starts by multiprocessing ignore Ctrl-C; the command ends them.
 """
 
 import atexit
@@ -25,7 +24,7 @@ SAME_SECONDS = 0.3
 """A launcher repeats the Ctrl-C of the terminal within this time: both are one."""
 
 STUCK_SECONDS = 2.0
-"""A process whose main thread does not handle Ctrl-C within this time, because it runs other code than Python's, is ended."""
+"""A process whose main thread, in other code than Python's, does not handle Ctrl-C within this time is ended."""
 
 FIRST, SECOND = "stopped by Ctrl-C", "stopped at once by another Ctrl-C"
 PR_SET_PDEATHSIG = 1
@@ -98,17 +97,15 @@ def print_line(text: str) -> None:
 
 
 def take_over() -> None:
-    """Handle Ctrl-C in a process that is nothing but a command, and end a rank with the process that started it.
-
-    Scripts call it before they import torch, so that Ctrl-C never prints a traceback.
-    """
+    """Handle Ctrl-C in a process that is nothing but a command, and end a rank with the process that started it."""
     if multiprocessing.current_process().name != "MainProcess":  # true while a worker imports
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     else:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _handler)
-            # Called last, because it is registered first: Python itself ends next.
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+            atexit.register(
+                signal.signal, signal.SIGINT, signal.SIG_IGN
+            )  # registered first, called last
         if is_started_here():
             die_with(int(os.environ[PARENT]))
     unblock()
@@ -125,9 +122,8 @@ def stoppable(cleanup: Callable[[], None]) -> Iterator[None]:
     if not main or before is signal.SIG_IGN:
         yield
         return
-    _handler.first = 0.0
     _handler.handled.clear()
-    _handler.raises, _handler.cleanup = True, cleanup
+    _handler.first, _handler.raises, _handler.cleanup = 0.0, True, cleanup
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.signal(signal.SIGINT, _handler)
@@ -148,10 +144,7 @@ def call_instead(function: Callable[[], None] | None) -> None:
 
 
 def block() -> None:
-    """Hold Ctrl-C back until `unblock`, here and in processes started meanwhile.
-
-    A new process would answer it with a traceback until it has imported this module.
-    """
+    """Hold Ctrl-C back until `unblock`, here and in new processes, which would print a traceback before `take_over`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
