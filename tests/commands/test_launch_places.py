@@ -18,7 +18,7 @@ from lightning.fabric.plugins.environments import (
 from omegaconf import OmegaConf
 
 from conftest import TINY, Run
-from consistency.commands import output
+from consistency.commands import cli
 from consistency.commands.cli import require_agreement
 from consistency.errors import UserError
 from consistency.runtime import rendezvous
@@ -202,7 +202,7 @@ def test_a_sweep_in_every_process_of_a_launcher_is_refused(
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
-    output._dated.add("runs/now")
+    cli._dated.add("runs/now")
     found = [output.claimed("runs/now", tmp_path) for _ in range(3)]
     assert [path.name for path in found] == ["now", "now_2", "now_3"]
     (found[1] / "config.yaml").touch()

@@ -6,6 +6,9 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,8 +21,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from consistency.commands import schema
-from consistency.commands.binding import require_bound
-from consistency.commands.output import claimed, is_claimed, register_dated, remove_unused
 from consistency.commands.overrides import changes, for_hydra, is_sweep
 from consistency.errors import UserError, require
 from consistency.runtime import rendezvous, signals
@@ -48,7 +49,12 @@ PATIENCE = 300.0
 Main: TypeAlias = Callable[[DictConfig, Path], Any]
 """The function of a command, of configuration and output folder; a sweeper minimises the number that it returns."""
 
+fresh_folders: set[Path] = set()
+"""The folders made for the default of `output`; the same command again gets another one."""
+
 _output: Path | None = None
+_dated: set[str] = set()
+_made: list[Path] = []
 
 
 def run(verb: str, main: Main) -> None:
@@ -103,7 +109,7 @@ def _require_one_sweep() -> None:
 
 def _stopped(verb: str) -> str:
     """Return the line about a command that Ctrl-C has ended."""
-    fresh = _output is not None and is_claimed(_output)
+    fresh = _output in fresh_folders
     if verb not in CONTINUED or _output is None or (fresh and not _output.exists()):
         return "stopped by Ctrl-C"
     how = f"with {shlex.quote(f'output={_output}')}" if fresh else "again"
@@ -173,9 +179,9 @@ def require_complete(config: DictConfig) -> None:
         not missing, f"a value for {', '.join(missing)}", "none", f"add {options} to the command"
     )
     for name in schema.POSITIVE:
-        count = config.get(name)
-        require(count is None or count >= 1, f"{name} >= 1", count, "give a positive number")
-    require_bound(config)
+        value = config.get(name)
+        require(value is None or value >= 1, f"{name} >= 1", value, "give a positive number")
+    schema.require_bound(config)
 
 
 def require_agreement(config: DictConfig) -> None:
@@ -201,10 +207,10 @@ def _processes(node: DictConfig) -> tuple[int | None, int, float]:
     devices: Any = node.devices
     if isinstance(devices, str) and "," in devices:
         devices = list(filter(None, devices.split(",")))
-    count = len(devices) if isinstance(devices, list | ListConfig) else devices
+    number = len(devices) if isinstance(devices, list | ListConfig) else devices
     timeout = OmegaConf.select(node, "strategy.timeout") if "strategy" in node else None
     seconds = instantiate(timeout).total_seconds() if timeout else PATIENCE
-    return (int(count) if str(count).isdigit() else 0) or None, node.num_nodes, seconds
+    return (int(number) if str(number).isdigit() else 0) or None, node.num_nodes, seconds
 
 
 def _settled(config: DictConfig, output: Path) -> Path:
@@ -222,7 +228,46 @@ def output_path(config: DictConfig) -> Path:
     cwd, folder = Path(hydra.runtime.cwd), Path(hydra.runtime.output_dir)
     if hydra.mode == RunMode.MULTIRUN or folder != cwd:
         return folder
-    return claimed(config.output, cwd)
+    path = cwd / path_of(config.output)
+    return _fresh(path) if config.output in _dated else path
+
+
+def dated(folder: str, suffix: str = "", *, _root_: DictConfig) -> str:
+    """Resolve `${dated:<folder>}`, the default of `output`, to a path with the date; `output_path` makes the folder.
+
+    The value is the same everywhere in a configuration. The folder of a sweep is made here, before Hydra makes it.
+    """
+    paths = OmegaConf.get_cache(_root_)["dated"]
+    if (folder, suffix) not in paths:
+        path = f"{folder}/{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
+        mode: Any = OmegaConf.select(_root_, "hydra.mode")
+        if mode is not None and mode.name == "MULTIRUN":
+            path = str(_fresh(Path(path)))
+        else:
+            _dated.add(path)
+        paths[folder, suffix] = path
+    return str(paths[folder, suffix])
+
+
+def _fresh(path: Path) -> Path:
+    """Make a folder that no other process has made, with a number behind its name if need be."""
+    above = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        folder = path.with_name(f"{path.name}_{number}") if number > 1 else path
+        with suppress(FileExistsError):
+            folder.mkdir()
+            _made.extend([*above[::-1], folder])
+            fresh_folders.add(folder)
+            return folder
+    raise AssertionError
+
+
+def remove_unused() -> None:
+    """Remove the folders made here that are still empty."""
+    while _made:
+        with suppress(OSError):
+            _made.pop().rmdir()
 
 
 def run_folder(resume: str | None, fresh: str) -> str:
@@ -250,5 +295,5 @@ def require_fresh(
 # On import, because the processes of a launcher import nothing else, and Hydra's own `compose` needs them as well.
 schema.register()
 schema.register_samplers()
-register_dated()
+OmegaConf.register_new_resolver("dated", dated, replace=True)
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)

@@ -11,8 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from consistency.commands.cli import ERRORS, Main, message, perform, require_complete
-from consistency.commands.output import is_claimed
+from consistency.commands.cli import ERRORS, Main, fresh_folders, message, perform, require_complete
 from consistency.commands.overrides import changes, for_hydra, given_options
 from consistency.commands.schema import register_experiments
 from consistency.errors import UserError, require
@@ -88,6 +87,6 @@ def called(main: Main, config: DictConfig, verb: str) -> Any:
         HydraConfig.instance().set_config(record)
         return perform(verb, main, config)
     finally:
-        if is_claimed(Path(config.output)):
+        if Path(config.output) in fresh_folders:
             _defaults[config.output] = output
         HydraConfig.instance().cfg = before

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from consistency.checkpoints.load import CHECKPOINTS, LAST, PREVIOUS
 from consistency.checkpoints.retention import newest
-from consistency.commands import binding, schema
+from consistency.commands import schema
 from consistency.commands.cli import AUTO, require_fresh
 from consistency.commands.overrides import given_options
 from consistency.errors import UserError, require
@@ -128,7 +128,7 @@ def resumed_config(config: DictConfig, folder: Path) -> DictConfig:
     Every other setting that the command line names, directly or by a choice, must repeat the saved value, else it is a
     `UserError`. config: the one composed now.
     """
-    targets = {node["_target_"] for _, node in binding.targets(OmegaConf.to_container(config))}
+    targets = {node["_target_"] for _, node in schema.targets(OmegaConf.to_container(config))}
     saved = _saved_config(folder, targets)
     now = deepcopy(config)
     for key in (*FREE, "output", "resume"):
