@@ -174,10 +174,8 @@ def _allow_processes() -> None:
 def require_complete(config: DictConfig) -> None:
     """Refuse a configuration with a missing value, a count below one, or arguments that its parts do not take."""
     missing = sorted(OmegaConf.missing_keys(config))
-    options = " ".join(f"{key}=..." for key in missing)
-    require(
-        not missing, f"a value for {', '.join(missing)}", "none", f"add {options} to the command"
-    )
+    remedy = f"add {' '.join(f'{key}=...' for key in missing)} to the command"
+    require(not missing, f"a value for {', '.join(missing)}", "none", remedy)
     for name in schema.POSITIVE:
         value = config.get(name)
         require(value is None or value >= 1, f"{name} >= 1", value, "give a positive number")
@@ -235,18 +233,13 @@ def output_path(config: DictConfig) -> Path:
 def dated(folder: str, suffix: str = "", *, _root_: DictConfig) -> str:
     """Resolve `${dated:<folder>}`, the default of `output`, to a path with the date; `output_path` makes the folder.
 
-    The value is the same everywhere in a configuration. The folder of a sweep is made here, before Hydra makes it.
+    The folder of a sweep is made here, before Hydra makes it.
     """
-    paths = OmegaConf.get_cache(_root_)["dated"]
-    if (folder, suffix) not in paths:
-        path = f"{folder}/{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
-        mode: Any = OmegaConf.select(_root_, "hydra.mode")
-        if mode is not None and mode.name == "MULTIRUN":
-            path = str(_fresh(Path(path)))
-        else:
-            _dated.add(path)
-        paths[folder, suffix] = path
-    return str(paths[folder, suffix])
+    path = f"{folder}/{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
+    if OmegaConf.select(_root_, "hydra.mode") == RunMode.MULTIRUN:
+        return str(_fresh(Path(path)))
+    _dated.add(path)
+    return path
 
 
 def _fresh(path: Path) -> Path:
@@ -295,5 +288,5 @@ def require_fresh(
 # On import, because the processes of a launcher import nothing else, and Hydra's own `compose` needs them as well.
 schema.register()
 schema.register_samplers()
-OmegaConf.register_new_resolver("dated", dated, replace=True)
+OmegaConf.register_new_resolver("dated", dated, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)

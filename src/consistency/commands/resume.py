@@ -35,17 +35,10 @@ ABSENT = "nothing"
 
 @dataclass(frozen=True)
 class RunStart:
-    """The configuration of a run, and the state that it starts from.
-
-    resumed: whether the folder holds a run already.
-    checkpoint: None at step 0.
-    step: optimizer steps done.
-    sources: the files that the run began with, as in the checkpoint.
-    value: the best monitored value, as in the checkpoint.
-    """
+    """The configuration of a run, and the state of its checkpoint: files that it began with, best monitored value."""
 
     config: DictConfig
-    resumed: bool = False
+    resumed: bool = False  # whether the folder holds a run already
     checkpoint: Path | None = None
     step: int = 0
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -57,23 +50,20 @@ def begin(config: DictConfig, output: Path) -> RunStart:
 
     Raises `UserError` if the folder is not fresh, holds no run, or was begun with other settings.
     """
-    state = decided(lambda: _state(config, output))
-    if state is None:
+    if (state := decided(lambda: _state(config, output))) is None:
         return RunStart(config)
     return RunStart(resumed_config(config, output), resumed=True, **state)
 
 
 def _state(config: DictConfig, output: Path) -> dict[str, Any] | None:
     """Return the other fields of `RunStart`, or None for a new run."""
-    folder = _folder_of_run(config.resume, output)
-    if folder is None:
+    if (folder := _folder_of_run(config.resume, output)) is None:
         return None
     resumed_config(config, folder)  # refused before a checkpoint is read
-    found = newest(folder / CHECKPOINTS)
-    if found is None:
+    if (checkpoint := newest(folder / CHECKPOINTS)) is None:
         print(f"{folder} has no checkpoint yet: the run begins again at step 0.", flush=True)
         return {}
-    path, content = found
+    path, content = checkpoint
     if path.name == PREVIOUS:
         state = "damaged" if path.with_name(LAST).is_file() else "missing"
         print(f"{path.with_name(LAST)} is {state}: {PREVIOUS} is taken instead.", flush=True)
@@ -181,7 +171,7 @@ def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:
     except UserError:
         _require_present(path)
         raise
-    saved = OmegaConf.structured(schema.structure("train"))
+    saved: DictConfig = OmegaConf.structured(schema.structure("train"))
     try:
         saved.merge_with(_moved(loaded, str(loaded["output"]), str(folder)))
     except (KeyError, OmegaConfBaseException) as error:

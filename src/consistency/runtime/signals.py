@@ -34,32 +34,31 @@ class Interrupted(SystemExit):
     """The end of a command by Ctrl-C."""
 
 
+def _interrupt() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
+    raise Interrupted(STOPPED)
+
+
 class _Handler:
     """The handler of SIGINT and its state."""
 
     def __init__(self) -> None:
         self.first = 0.0
         self.handled = threading.Event()
-        self.raises = False
-        self.instead: Callable[[], None] | None = None
-        self.cleanup: Callable[[], None] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        self.action: Callable[[], None] = lambda: self.exit(FIRST)
+        self.cleanup: Callable[[], None] = lambda: None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.handled.set()
-        now = time.monotonic()
-        if self.first:
-            if now - self.first > SAME_SECONDS:
-                self.exit(SECOND)
-            return
-        self.first = now
-        if self.instead is not None:
-            self.instead()
-        elif self.raises:
-            for child in multiprocessing.active_children():
-                child.kill()
-            raise Interrupted(STOPPED)
-        else:
-            self.exit(FIRST)
+        if not self.first:
+            self.first = time.monotonic()
+            self.action()
+        elif time.monotonic() - self.first > SAME_SECONDS:
+            self.exit(SECOND)
 
     def watch(self, signals: int) -> None:
         """Read every signal from a pipe as it comes, also while the main thread is stuck."""
@@ -70,7 +69,7 @@ class _Handler:
                 if first and now - first > SAME_SECONDS:
                     self.exit(SECOND)
                 first = first or now
-                if self.instead is None:
+                if self.action is _interrupt:
                     threading.Thread(target=self._end_if_stuck, daemon=True).start()
         os.close(signals)
 
@@ -81,8 +80,7 @@ class _Handler:
     def exit(self, text: str) -> None:
         """End the process at once."""
         print_line(text)
-        if self.cleanup is not None:
-            self.cleanup()
+        self.cleanup()
         os._exit(STOPPED)
 
 
@@ -103,9 +101,8 @@ def take_over() -> None:
     else:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _handler)
-            atexit.register(
-                signal.signal, signal.SIGINT, signal.SIG_IGN
-            )  # registered first, called last
+            # Registered first, called last: Python itself ends next.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         if is_started_here():
             die_with(int(os.environ[PARENT]))
     unblock()
@@ -123,7 +120,7 @@ def stoppable(cleanup: Callable[[], None]) -> Iterator[None]:
         yield
         return
     _handler.handled.clear()
-    _handler.first, _handler.raises, _handler.cleanup = 0.0, True, cleanup
+    _handler.first, _handler.action, _handler.cleanup = 0.0, _interrupt, cleanup
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.signal(signal.SIGINT, _handler)
@@ -135,12 +132,12 @@ def stoppable(cleanup: Callable[[], None]) -> Iterator[None]:
         signal.set_wakeup_fd(woken)
         signal.signal(signal.SIGINT, before)
         os.close(writing)
-        _handler.raises, _handler.instead, _handler.cleanup = False, None, None
+        _handler.reset()
 
 
 def call_instead(function: Callable[[], None] | None) -> None:
     """Let the first Ctrl-C call a function instead of raising; None restores the exception."""
-    _handler.instead = function
+    _handler.action = function or _interrupt
 
 
 def block() -> None:
