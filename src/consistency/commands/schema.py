@@ -71,16 +71,7 @@ class Mode:
 
 @dataclass(kw_only=True)
 class Data:
-    """A data set and its batches.
-
-    batch_size: images of an optimizer step over all devices.
-    device_batch_size: most images that a device holds at once; null for no limit.
-    on_bad: stop or skip, at an image that cannot be used.
-    in_memory: decode the images once and hold them.
-    background: colour behind transparent images; null refuses them.
-    download: fetch a public set that is missing at `path`.
-    allow_reorder: resume although the images come in another order than before.
-    """
+    """A data set and its batches."""
 
     source: Any
     held_out: Any = None
@@ -88,15 +79,15 @@ class Data:
     image_size: int
     channels: int
     num_classes: int | None = None
-    batch_size: int
-    device_batch_size: int | None = None
+    batch_size: int  # images of an optimizer step over all devices
+    device_batch_size: int | None = None  # most images that a device holds at once
     num_workers: int = 0
     flip: bool = False
-    on_bad: str = "stop"
-    background: str | None = None
-    in_memory: bool = False
-    download: bool = False
-    allow_reorder: bool = False
+    on_bad: str = "stop"  # stop or skip, at an image that cannot be used
+    background: str | None = None  # colour behind transparent images; null refuses them
+    in_memory: bool = False  # decode the images once and hold them
+    download: bool = False  # fetch a public set that is missing at `path`
+    allow_reorder: bool = False  # resume although the images come in another order than before
 
 
 def _type(name: str, default: Any) -> Any:

@@ -42,13 +42,6 @@ REFUSED = {
 }
 """The arguments that the run sets itself or has no use for, with the alternative."""
 
-TAKEN = frozenset(
-    "accelerator benchmark default_root_dir detect_anomaly deterministic devices enable_model_summary "
-    "gradient_clip_algorithm gradient_clip_val log_every_n_steps max_steps num_nodes plugins precision "
-    "profiler strategy sync_batchnorm".split()
-)
-"""The arguments that reach Lightning unchanged. A test compares both lists with its signature."""
-
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 DDP = "say trainer=ddp, whose arguments are trainer.strategy.<name>, or one of those names"
 
@@ -59,7 +52,14 @@ def require_taken(trainer: DictConfig) -> None:
         got = f"trainer.{name}={trainer.get(name)}"
         expected = f"no trainer.{name}, which the run sets itself"
         require(trainer.get(name) is None, expected, got, f"say {remedy}")
-    _require_no_variables()
+    for variable in sorted(name for name in os.environ if name.startswith("PL_TRAINER_")):
+        name = variable.removeprefix("PL_TRAINER_").lower()
+        require(
+            not os.environ[variable],
+            "Lightning's arguments as options of the command, which config.yaml records",
+            f"{variable}={os.environ[variable]} in the environment",
+            f"unset {variable}; say {REFUSED.get(name, f'trainer.{name}=<value>')}",
+        )
     strategy = trainer.get("strategy")
     if isinstance(strategy, DictConfig):
         require_whole(instantiate(strategy, _convert_="all"))
@@ -104,18 +104,6 @@ def plugins_of(trainer: DictConfig) -> list[Any]:
             "leave it out: the run writes whole checkpoints, with a checksum, and keeps the one before",
         )
     return plugins
-
-
-def _require_no_variables() -> None:
-    """Refuse arguments in the environment, which Lightning reads too and no config.yaml would show."""
-    for name in sorted(TAKEN | REFUSED.keys()):
-        variable = f"PL_TRAINER_{name.upper()}"
-        require(
-            not os.environ.get(variable),
-            "Lightning's arguments as options of the command",
-            f"{variable}={os.environ.get(variable)} in the environment",
-            f"unset {variable}; say {REFUSED.get(name, f'trainer.{name}=<value>')}",
-        )
 
 
 def require_whole(strategy: strategies.Strategy) -> None:
