@@ -8,6 +8,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass
 from functools import cache
 from pathlib import Path
@@ -93,7 +94,8 @@ class Data:
 def _type(name: str, default: Any) -> Any:
     if default is None or str(default).startswith("${mode."):
         return OPTIONAL.get(name, str | None)
-    return {dict: Any, list: list[str]}.get(type(default), type(default))
+    types: dict[type, Any] = {dict: Any, list: list[str]}
+    return types.get(type(default), type(default))
 
 
 @cache
@@ -191,10 +193,9 @@ def _parameters(part: Any) -> list[inspect.Parameter] | None:
     """Return the parameters of a part; None for a class in C without a signature."""
     if getattr(part, "__init__", None) is nn.Module.__init__:
         return []  # its signature takes anything, its code nothing
-    try:
+    with suppress(TypeError, ValueError):
         return list(inspect.signature(part).parameters.values())
-    except (TypeError, ValueError):
-        return None
+    return None
 
 
 def register() -> None:
@@ -206,14 +207,9 @@ def register() -> None:
 def register_experiments(folder: Path = ROOT / "experiments") -> None:
     """Make every YAML below experiments/ an option of `experiment=`."""
     for file in sorted(folder.rglob("*.yaml")):
-        name = file.relative_to(folder).with_suffix("")
-        ConfigStore.instance().store(
-            group="/".join(("experiment", *name.parent.parts)),
-            name=name.name,
-            node=OmegaConf.load(file),
-            package="_global_",
-            provider="experiments",
-        )
+        group = "/".join(("experiment", *file.relative_to(folder).parent.parts))
+        node = OmegaConf.load(file)
+        ConfigStore.instance().store(file.stem, node, group, "_global_", "experiments")
 
 
 def register_samplers(folder: Path = ROOT / "conf" / "sampler") -> None:

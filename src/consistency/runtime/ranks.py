@@ -48,20 +48,14 @@ VARIABLES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started.
+    """How this process was started; None stands for a number that the launcher does not set."""
 
-    launcher: what started all processes of the job; "" if a process starts the others itself.
-    rank, processes, nodes: its rank, the numbers of processes and of machines; None if the launcher does not set them.
-    node: number of its machine.
-    local: number of the process on that machine.
-    """
-
-    launcher: str
+    launcher: str  # what started all processes of the job; "" if a process starts the others itself
     rank: int | None
     processes: int | None
-    nodes: int | None
-    node: int
-    local: int
+    nodes: int | None  # machines
+    node: int  # number of its machine
+    local: int  # number of the process on that machine
 
     @property
     def first(self) -> bool:
@@ -90,10 +84,7 @@ class Launch:
         return address, int(os.environ.get("MASTER_PORT", "29500"))
 
     def store(self, seconds: float) -> Any:
-        """Return torch's store at the first process; torchrun keeps it in a process of its own.
-
-        seconds: how long to wait for it, and for its values.
-        """
+        """Return torch's store at the first process, or in torchrun; wait `seconds` for it, and for each value."""
         from torch.distributed import PrefixStore, TCPStore
 
         address, port = self.first_address()

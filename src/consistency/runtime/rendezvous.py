@@ -1,10 +1,7 @@
 """Rendezvous: the processes of a job meet, the first decides, and the end of one is known to all.
 
-Every process holds a connection to the first, for decisions and the message of a process that ends. A connection that
-closes without a message belongs to a process that was killed; a process that hangs keeps its connection.
-
-Processes of a launcher find the first by torch's store at MASTER_ADDR:MASTER_PORT, which torch itself uses later; those
-that another process of the job started find it by a variable.
+Every process holds a connection to the first, which it finds by torch's store at MASTER_ADDR:MASTER_PORT, or by a variable
+if another process of the job started it. A connection that closes without a message belongs to a process that was killed.
 """
 
 import json
@@ -49,15 +46,12 @@ SILENT = """ended without a word, killed or lost
 
 @dataclass(frozen=True)
 class End:
-    """The end of a job: the process that caused it, its message and its exit status.
-
-    near: whether that process prints to the same terminal.
-    """
+    """The end of a job: the process that caused it, its message and its exit status."""
 
     name: str
     message: str
     status: int
-    near: bool = False
+    near: bool = False  # whether that process prints to the same terminal
 
     @property
     def text(self) -> str:
