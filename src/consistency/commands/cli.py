@@ -233,13 +233,17 @@ def output_path(config: DictConfig) -> Path:
 def dated(folder: str, suffix: str = "", *, _root_: DictConfig) -> str:
     """Resolve `${dated:<folder>}`, the default of `output`, to a path with the date; `output_path` makes the folder.
 
-    The folder of a sweep is made here, before Hydra makes it.
+    It is the same everywhere in a configuration. The folder of a sweep is made here, before Hydra makes it.
     """
-    path = f"{folder}/{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
-    if OmegaConf.select(_root_, "hydra.mode") == RunMode.MULTIRUN:
-        return str(_fresh(Path(path)))
-    _dated.add(path)
-    return path
+    paths: dict[Any, str] = OmegaConf.get_cache(_root_)["dated"]
+    if (folder, suffix) not in paths:
+        path = f"{folder}/{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
+        if OmegaConf.select(_root_, "hydra.mode") == RunMode.MULTIRUN:
+            path = str(_fresh(Path(path)))
+        else:
+            _dated.add(path)
+        paths[folder, suffix] = path
+    return paths[folder, suffix]
 
 
 def _fresh(path: Path) -> Path:
@@ -288,5 +292,5 @@ def require_fresh(
 # On import, because the processes of a launcher import nothing else, and Hydra's own `compose` needs them as well.
 schema.register()
 schema.register_samplers()
-OmegaConf.register_new_resolver("dated", dated, replace=True, use_cache=True)
+OmegaConf.register_new_resolver("dated", dated, replace=True)
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
