@@ -6,8 +6,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hydra.types import RunMode
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -201,14 +203,21 @@ def test_a_sweep_in_every_process_of_a_launcher_is_refused(
 # Folders
 
 
-def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
+def test_runs_of_one_second_get_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = SimpleNamespace(cwd=str(tmp_path), output_dir=str(tmp_path))
+    job = SimpleNamespace(mode=RunMode.RUN, runtime=runtime)
+    monkeypatch.setattr(cli.HydraConfig, "get", staticmethod(lambda: job))
     cli._dated.add("runs/now")
-    found = [output.claimed("runs/now", tmp_path) for _ in range(3)]
+    config = OmegaConf.create({"output": "runs/now"})
+    found = [cli.output_path(config) for _ in range(3)]
     assert [path.name for path in found] == ["now", "now_2", "now_3"]
     (found[1] / "config.yaml").touch()
-    output.remove_unused()
+    cli.remove_unused()
     assert list(tmp_path.rglob("now*")) == [found[1]]
-    assert output.claimed("runs/given", tmp_path) == tmp_path / "runs" / "given"
+    named = OmegaConf.create({"output": "runs/given"})
+    assert cli.output_path(named) == tmp_path / "runs" / "given"
 
 
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--help"], ["data.image_size=7"]])
