@@ -346,7 +346,7 @@ def _met(launch: Launch, devices: int | None, nodes: int, seconds: float) -> Ren
     alone = launch.launcher == "" and nodes == 1
     if not (is_started_here() and ADDRESS in os.environ):
         address, port = ("127.0.0.1", 0) if alone else launch.first_address()
-        store = None if alone else launch.store(seconds)
+        store: Any = None if alone else launch.store(seconds)
         if alone or launch.first:
             host = Host("127.0.0.1" if alone else "")
             os.environ[ADDRESS] = json.dumps([address, host.port, host.token])
