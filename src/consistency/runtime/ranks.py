@@ -159,8 +159,7 @@ def is_started_here() -> bool:
 def require_launched(devices: int | None, nodes: int, option: str = "") -> None:
     """Refuse numbers of devices and machines that the launcher contradicts; Lightning would ignore them or wait for ever.
 
-    devices: None if the number is not known yet.
-    option: what stands before `devices` and `num_nodes` on the command line.
+    devices: None if not known yet; option: the prefix of `devices` and `num_nodes` on the command line.
     """
     launch = this_launch()
     if launch.launcher == "srun":
