@@ -2,12 +2,6 @@
 conf/prepare.yaml has the options.
 """
 
-from consistency.runtime.signals import take_over
+from consistency.commands import start
 
-take_over()  # before torch is imported
-
-if __name__ == "__main__":
-    from consistency.commands.cli import command
-    from consistency.commands.prepare import prepare
-
-    command("prepare")(prepare)()
+start(__name__, "prepare")

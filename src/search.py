@@ -2,12 +2,6 @@
 the options.
 """
 
-from consistency.runtime.signals import take_over
+from consistency.commands import start
 
-take_over()  # before torch is imported
-
-if __name__ == "__main__":
-    from consistency.commands.cli import command
-    from consistency.commands.search import search
-
-    command("search")(search)()
+start(__name__, "search")

@@ -79,7 +79,7 @@ def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
         monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / f"{name}.py"), *arguments])
         status = 0
         try:
-            cli.command(name)(getattr(import_module(f"consistency.commands.{name}"), name))()
+            cli.run(name, getattr(import_module(f"consistency.commands.{name}"), name))
         except SystemExit as end:
             status = int(end.code or 0)
         captured = capfd.readouterr()
@@ -150,7 +150,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         arguments = [f"mode={mode}", "trainer.max_steps=2", f"output={output}", *TINY]
         before, sys.argv = sys.argv, [str(ROOT / "src" / "train.py"), *arguments]
         try:
-            cli.command("train")(train.train)()
+            cli.run("train", train.train)
         finally:
             sys.argv = before
         runs[mode] = output

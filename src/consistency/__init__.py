@@ -28,8 +28,8 @@ The shell stands in rooms:
     training            build (configuration -> parts) module (the LightningModule) arguments (of Lightning) nonfinite loggers lpips
                         lightning_patches io_errors; callbacks: method periodic checkpoints
                         preemption evaluation sample_grids progress
-    commands            cli schema binding overrides output python resume, and one file a verb, which src/<verb>.py
-                        starts: train.py sample.py evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py
+    commands            cli schema overrides python resume, and one file a verb, which src/<verb>.py starts:
+                        train.py sample.py evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py
                         benchmark.py
 """
 

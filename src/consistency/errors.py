@@ -2,11 +2,7 @@
 
 
 class UserError(ValueError):
-    """Wrong input. The commands print it without a traceback and exit with status 2.
-
-    expected: what the input should be.
-    got: what it is.
-    remedy: what to do about it.
+    """Wrong input: what is expected, what it is, and what to do. The commands print it and exit with status 2.
 
     With `expected` alone, that is the whole message. torch rebuilds an error of a loader's worker in this way, from a text
     with the worker's traceback in front.

@@ -129,7 +129,7 @@ OWN_TARGETS = [
     "consistency.checkpoints.load.load",
     "consistency.checkpoints.load.build",
     "consistency.commands.compare._train",
-    "consistency.commands.cli.command",
+    "consistency.commands.cli.run",
     "consistency.commands.train.train",
     "consistency.checkpoints.pretrained.download",
     "consistency.checkpoints.pretrained.fetch",

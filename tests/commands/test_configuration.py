@@ -14,6 +14,7 @@ import originals
 from configurations import composed, options
 from conftest import ROOT
 from consistency.checkpoints.load import NETWORKS, PRECONDITIONING, build
+from consistency.commands.overrides import shell_line
 from consistency.errors import UserError
 from consistency.training import build as training
 
@@ -117,7 +118,6 @@ def test_every_experiment_builds_and_states_its_result(
 @pytest.mark.parametrize("sampler", [s for s in options("sampler") if s != "searched"])
 def test_every_sampler_builds_for_a_checkpoint(sampler: str, trained: dict[str, Path]) -> None:
     from consistency.checkpoints.load import load
-    from consistency.commands.overrides import shell_line
     from consistency.inference.options import fill_process
 
     config = composed("sample", f"sampler={sampler}", f"checkpoint={trained['ect']}")

@@ -1,21 +1,31 @@
 """Output folders: one for each run, none for a command that does not run."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from conftest import TINY, Run
-from consistency.commands import output
+from consistency.commands import cli
 
 
-def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
-    output._dated.add("runs/now")
-    found = [output.claimed("runs/now", tmp_path) for _ in range(3)]
+def test_runs_of_one_second_get_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = SimpleNamespace(cwd=str(tmp_path), output_dir=str(tmp_path))
+    job = SimpleNamespace(mode=RunMode.RUN, runtime=runtime)
+    monkeypatch.setattr(cli.HydraConfig, "get", staticmethod(lambda: job))
+    cli._dated.add("runs/now")
+    config = OmegaConf.create({"output": "runs/now"})
+    found = [cli.output_path(config) for _ in range(3)]
     assert [path.name for path in found] == ["now", "now_2", "now_3"]
     (found[1] / "config.yaml").touch()
-    output.remove_unused()
+    cli.remove_unused()
     assert list(tmp_path.rglob("now*")) == [found[1]]
-    assert output.claimed("runs/given", tmp_path) == tmp_path / "runs" / "given"
+    named = OmegaConf.create({"output": "runs/given"})
+    assert cli.output_path(named) == tmp_path / "runs" / "given"
 
 
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--help"], ["data.image_size=7"]])

@@ -198,7 +198,7 @@ def test_every_option_that_takes_a_path_is_declared(verb: str) -> None:
             named = named or any(n in word for n in ("path", "folder", "file", "dir", "cache"))
             if named and not schema.is_path(place) and word not in ("_target_", "cache_gigabytes"):
                 undecided.add(place)
-    typed = getattr(schema, verb.capitalize())
+    typed = schema.structure(verb)
     texts = {f.name for f in fields(typed) if f.type in (str, str | None)}
     undecided |= {name for name in texts if not schema.is_path(name) and name not in NO_PATHS}
     assert not undecided

@@ -122,7 +122,7 @@ def train(output: str, die: list[Any] | None) -> None:
     # Slow, and nothing of it is compared.
     plots.draw_curves = moments.noted("drawing curves", lambda metrics, picture: None)
     sys.addaudithook(moments.audit)
-    cli.command("train")(run.train)()
+    cli.run("train", run.train)
     Path(f"{output}.moments_{moments.rank}").write_text(json.dumps(moments.seen))
 
 

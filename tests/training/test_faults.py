@@ -73,7 +73,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = [*TINY, *SAME, "trainer.max_steps=3", f"output={output}"]
     before, sys.argv = sys.argv, [str(ROOT / "src" / "train.py"), *arguments]
     try:
-        cli.command("train")(train.train)()
+        cli.run("train", train.train)
     finally:
         sys.argv = before
     return output

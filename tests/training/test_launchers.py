@@ -123,7 +123,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     arguments = [*(a for a in JOB if a != "trainer=ddp"), f"output={run}"]
     before, sys.argv = sys.argv, [str(ROOT / "src" / "train.py"), *arguments]
     try:
-        cli.command("train")(train)()
+        cli.run("train", train)
     finally:
         sys.argv = before
     return read(run / "checkpoints" / "last.ckpt")["state_dict"]

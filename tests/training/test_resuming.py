@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from comparing_runs import assert_equal, assert_same, content, rows
 from conftest import TINY, Run
-from consistency.checkpoints import ours
-from consistency.checkpoints.load import LAST, NEXT, PREVIOUS
+from consistency.checkpoints import load, ours
+from consistency.checkpoints.load import LAST, NEXT, PREVIOUS, load
 from consistency.checkpoints.retention import newest, promote, settle
 from consistency.commands import cli, resume, train
 from consistency.errors import UserError
@@ -39,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = sys.argv
     sys.argv = ["train.py", *BEGUN, f"trainer.max_steps={STEPS}", f"output={output}"]
     try:
-        cli.command("train")(train.train)()
+        cli.run("train", train.train)
     finally:
         sys.argv = before
     return output
@@ -522,4 +522,4 @@ def test_a_run_of_another_version_is_refused_and_its_checkpoint_opens(
         assert "Traceback" not in outcome.err
         assert len(outcome.err.partition("error:")[2].strip().splitlines()) == 3
     assert stamps(begun) == before
-    assert checkpoint.load(begun).sample(1).shape == (1, 1, 8, 8)
+    assert load(begun).sample(1).shape == (1, 1, 8, 8)

@@ -19,9 +19,16 @@ from consistency.checkpoints.ours import read
 from consistency.commands import train
 from consistency.commands.overrides import spelled_out
 from consistency.errors import UserError
-from consistency.training.arguments import REFUSED, STRATEGIES, TAKEN, require_taken, require_whole
+from consistency.training.arguments import REFUSED, STRATEGIES, require_taken, require_whole
 from consistency.training.lightning_patches import AtomicCheckpointIO
 from consistency.training.nonfinite import OVERFLOWS
+
+TAKEN = frozenset(
+    "accelerator benchmark default_root_dir detect_anomaly deterministic devices enable_model_summary "
+    "gradient_clip_algorithm gradient_clip_val log_every_n_steps max_steps num_nodes plugins precision "
+    "profiler strategy sync_batchnorm".split()
+)
+"""The arguments that reach Lightning unchanged."""
 
 NOT_CSV = [a for a in TINY if a != "logger=csv"]
 

@@ -5,8 +5,10 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,8 +21,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from consistency.commands import schema
-from consistency.commands.binding import require_bound
-from consistency.commands.output import claimed, is_claimed, register_dated, remove_unused
 from consistency.commands.overrides import changes, for_hydra, is_sweep
 from consistency.errors import UserError, require
 from consistency.runtime import rendezvous, signals
@@ -49,55 +49,52 @@ PATIENCE = 300.0
 Main: TypeAlias = Callable[[DictConfig, Path], Any]
 """The function of a command, of configuration and output folder; a sweeper minimises the number that it returns."""
 
+fresh_folders: set[Path] = set()
+"""The folders made for the default of `output`; the same command again gets another one."""
+
 _output: Path | None = None
+_dated: set[str] = set()
+_made: list[Path] = []
 
 
-def command(name: str) -> Callable[[Main], Callable[[], None]]:
-    """Turn `main(config, output)` into a command configured by conf/<name>.yaml.
+def run(verb: str, main: Main) -> None:
+    """Call `main` with the configuration of conf/<verb>.yaml and the options of the command line.
 
     Errors of the user end in one message and exit status 2; HYDRA_FULL_ERROR=1 restores the traceback.
     """
 
-    def decorate(main: Main) -> Callable[[], None]:
-        def job(config: DictConfig) -> Any:
-            run = HydraConfig.get()
-            try:
-                return perform(name, main, config)
-            except Exception as error:
-                if run.mode == RunMode.MULTIRUN:
-                    _print_failure(run, error)
-                raise
+    def job(config: DictConfig) -> Any:
+        try:
+            return perform(verb, main, config)
+        except Exception as error:
+            hydra_config = HydraConfig.get()
+            if hydra_config.mode == RunMode.MULTIRUN:
+                _print_failure(hydra_config, error)
+            raise
 
-        entry = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)
-
-        def guarded() -> None:
-            trace = os.environ.get("HYDRA_FULL_ERROR") == "1" and INSIDE not in os.environ
-            os.environ.update({"HYDRA_FULL_ERROR": "1", INSIDE: "1"})
-            try:
-                schema.register_experiments()
-                sys.argv[1:] = for_hydra(sys.argv[1:])
-                _require_one_sweep()
-                with masked_output(), signals.stoppable(remove_unused):
-                    entry(job)()
-            except signals.Interrupted:
-                signals.print_line(_stopped(name))
-                raise
-            except Exception as error:
-                known = isinstance(error, ERRORS)
-                if trace and known:
-                    raise
-                text = masked_text(message(error) if known else f"{type(error).__name__}: {error}")
-                if known and not is_started_here():
-                    print(f"error: {text}", file=sys.stderr, flush=True)
-                if name in COLLECTIVE:
-                    rendezvous.report_early(error, text)
-                if not known:
-                    raise
-                sys.exit(getattr(error, "status", 2))
-
-        return guarded
-
-    return decorate
+    trace = os.environ.get("HYDRA_FULL_ERROR") == "1" and INSIDE not in os.environ
+    os.environ.update({"HYDRA_FULL_ERROR": "1", INSIDE: "1"})
+    try:
+        schema.register_experiments()
+        sys.argv[1:] = for_hydra(sys.argv[1:])
+        _require_one_sweep()
+        with masked_output(), signals.stoppable(remove_unused):
+            hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=verb)(job)()
+    except signals.Interrupted:
+        signals.print_line(_stopped(verb))
+        raise
+    except Exception as error:
+        known = isinstance(error, ERRORS)
+        if trace and known:
+            raise
+        text = masked_text(message(error) if known else f"{type(error).__name__}: {error}")
+        if known and not is_started_here():
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        if verb in COLLECTIVE:
+            rendezvous.report_early(error, text)
+        if not known:
+            raise
+        sys.exit(getattr(error, "status", 2))
 
 
 def _require_one_sweep() -> None:
@@ -112,19 +109,18 @@ def _require_one_sweep() -> None:
 
 def _stopped(verb: str) -> str:
     """Return the line about a command that Ctrl-C has ended."""
-    again = ""
-    if verb in CONTINUED and _output is not None and not is_claimed(_output):
-        again = "; the same command again goes on"
-    elif verb in CONTINUED and _output is not None and _output.exists():
-        again = f"; the same command with {shlex.quote(f'output={_output}')} goes on"
-    return f"stopped by Ctrl-C{again}"
+    fresh = _output in fresh_folders
+    if verb not in CONTINUED or _output is None or (fresh and not _output.exists()):
+        return "stopped by Ctrl-C"
+    how = f"with {shlex.quote(f'output={_output}')}" if fresh else "again"
+    return f"stopped by Ctrl-C; the same command {how} goes on"
 
 
-def _print_failure(run: Any, error: Exception) -> None:
+def _print_failure(hydra_config: Any, error: Exception) -> None:
     """Print the error of a job at once: a sweeper raises one of several, without its cause."""
     known = isinstance(error, ERRORS)
     text = f" {message(error)}" if known else "\n" + "".join(traceback.format_exception(error))
-    job = f"error: job {run.job.num} of the sweep ({run.job.override_dirname}):"
+    job = f"error: job {hydra_config.job.num} of the sweep ({hydra_config.job.override_dirname}):"
     print(masked_text(f"{job}{text}"), file=sys.stderr, flush=True)
 
 
@@ -148,11 +144,24 @@ def message(error: BaseException) -> str:
 
 
 def perform(verb: str, main: Main, config: DictConfig) -> Any:
-    """Check the configuration and call the command's function."""
+    """Check the configuration and call the command's function with the path that it writes.
+
+    The first process of the job decides the path for all. A folder made for it is removed if it is empty at the end.
+    """
     _allow_processes()
     require_complete(config)
-    with _joined(verb, config) as output:
-        return main(config, output)
+    try:
+        if verb not in COLLECTIVE:
+            require_alone(verb)
+            return main(config, _settled(config, output_path(config)))
+        option = COLLECTIVE[verb]
+        with rendezvous.joined(*_processes(config.trainer if option else config), option):
+            rendezvous.current.cleanup = remove_unused
+            require_agreement(config)
+            output = rendezvous.decided(lambda: str(output_path(config)))
+            return main(config, _settled(config, Path(output)))
+    finally:
+        remove_unused()
 
 
 def _allow_processes() -> None:
@@ -165,37 +174,12 @@ def _allow_processes() -> None:
 def require_complete(config: DictConfig) -> None:
     """Refuse a configuration with a missing value, a count below one, or arguments that its parts do not take."""
     missing = sorted(OmegaConf.missing_keys(config))
-    require(
-        not missing,
-        f"a value for {', '.join(missing)}",
-        "none",
-        f"add {' '.join(f'{key}=...' for key in missing)} to the command",
-    )
+    remedy = f"add {' '.join(f'{key}=...' for key in missing)} to the command"
+    require(not missing, f"a value for {', '.join(missing)}", "none", remedy)
     for name in schema.POSITIVE:
-        count = config[name] if name in config else None
-        require(count is None or count >= 1, f"{name} >= 1", count, "give a positive number")
-    require_bound(config)
-
-
-@contextmanager
-def _joined(verb: str, config: DictConfig) -> Iterator[Path]:
-    """Yield the folder or file that the command writes; the first process of the job decides it for all.
-
-    It is in `config.output` too. A folder made for the command is removed if it is empty at the end.
-    """
-    try:
-        if verb not in COLLECTIVE:
-            require_alone(verb)
-            yield _settled(config, output_path(config))
-            return
-        option = COLLECTIVE[verb]
-        processes = _processes(config.trainer if option else config)
-        with rendezvous.joined(*processes, option):
-            rendezvous.current.cleanup = remove_unused
-            require_agreement(config)
-            yield _settled(config, Path(rendezvous.decided(lambda: str(output_path(config)))))
-    finally:
-        remove_unused()
+        value = config.get(name)
+        require(value is None or value >= 1, f"{name} >= 1", value, "give a positive number")
+    schema.require_bound(config)
 
 
 def require_agreement(config: DictConfig) -> None:
@@ -220,13 +204,11 @@ def _processes(node: DictConfig) -> tuple[int | None, int, float]:
     """Return devices a machine (None if the machine decides), machines, and seconds that they wait for each other."""
     devices: Any = node.devices
     if isinstance(devices, str) and "," in devices:
-        devices = [part for part in devices.split(",") if part]
-    if isinstance(devices, list | ListConfig):
-        devices = len(devices)
-    devices = int(devices) if str(devices).isdigit() else 0
+        devices = list(filter(None, devices.split(",")))
+    number = len(devices) if isinstance(devices, list | ListConfig) else devices
     timeout = OmegaConf.select(node, "strategy.timeout") if "strategy" in node else None
     seconds = instantiate(timeout).total_seconds() if timeout else PATIENCE
-    return devices or None, node.num_nodes, seconds
+    return (int(number) if str(number).isdigit() else 0) or None, node.num_nodes, seconds
 
 
 def _settled(config: DictConfig, output: Path) -> Path:
@@ -244,7 +226,45 @@ def output_path(config: DictConfig) -> Path:
     cwd, folder = Path(hydra.runtime.cwd), Path(hydra.runtime.output_dir)
     if hydra.mode == RunMode.MULTIRUN or folder != cwd:
         return folder
-    return claimed(config.output, cwd)
+    path = cwd / path_of(config.output)
+    return _fresh(path) if config.output in _dated else path
+
+
+def dated(folder: str, suffix: str = "", *, _root_: DictConfig) -> str:
+    """Resolve `${dated:<folder>}`, the default of `output`, to a path with the date; `output_path` makes the folder.
+
+    It is the same everywhere in a configuration. The folder of a sweep is made here, before Hydra makes it.
+    """
+    paths: dict[Any, str] = OmegaConf.get_cache(_root_)["dated"]
+    if (folder, suffix) not in paths:
+        path = f"{folder}/{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
+        if OmegaConf.select(_root_, "hydra.mode") == RunMode.MULTIRUN:
+            path = str(_fresh(Path(path)))
+        else:
+            _dated.add(path)
+        paths[folder, suffix] = path
+    return paths[folder, suffix]
+
+
+def _fresh(path: Path) -> Path:
+    """Make a folder that no other process has made, with a number behind its name if need be."""
+    above = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        folder = path.with_name(f"{path.name}_{number}") if number > 1 else path
+        with suppress(FileExistsError):
+            folder.mkdir()
+            _made.extend([*above[::-1], folder])
+            fresh_folders.add(folder)
+            return folder
+    raise AssertionError
+
+
+def remove_unused() -> None:
+    """Remove the folders made here that are still empty."""
+    while _made:
+        with suppress(OSError):
+            _made.pop().rmdir()
 
 
 def run_folder(resume: str | None, fresh: str) -> str:
@@ -252,10 +272,9 @@ def run_folder(resume: str | None, fresh: str) -> str:
 
     A missing folder becomes ".", so that Hydra does not create it and the command reports it.
     """
-    if resume in (None, AUTO):
+    if resume is None or resume == AUTO:
         return fresh
-    folder = path_of(str(resume))
-    return str(folder) if folder.is_dir() else "."
+    return str(path_of(resume)) if path_of(resume).is_dir() else "."
 
 
 def require_fresh(
@@ -273,5 +292,5 @@ def require_fresh(
 # On import, because the processes of a launcher import nothing else, and Hydra's own `compose` needs them as well.
 schema.register()
 schema.register_samplers()
-register_dated()
+OmegaConf.register_new_resolver("dated", dated, replace=True)
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)

@@ -99,10 +99,9 @@ def spelled_out(argument: str) -> list[str]:
 
 
 def given_options(hydra: Any) -> list[str]:
-    """Return the options of a job as they were given, without resolving them; `hydra` is Hydra's own configuration."""
-    options = OmegaConf.to_container(hydra.overrides.task, resolve=False)
-    assert isinstance(options, list)
-    return [str(option) for option in options]
+    """Return the options of a job, unresolved; `hydra` is Hydra's own configuration."""
+    options: Any = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    return list(map(str, options))
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], above: str = "") -> Iterator[str]:

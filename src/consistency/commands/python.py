@@ -11,8 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from consistency.commands.cli import ERRORS, Main, message, perform, require_complete
-from consistency.commands.output import is_claimed
+from consistency.commands.cli import ERRORS, Main, fresh_folders, message, perform, require_complete
 from consistency.commands.overrides import changes, for_hydra, given_options
 from consistency.commands.schema import register_experiments
 from consistency.errors import UserError, require
@@ -62,10 +61,6 @@ def _without_hydra(config: DictConfig) -> DictConfig:
     return copy
 
 
-def _plain(config: DictConfig) -> Any:
-    return OmegaConf.to_container(config, resolve=False)
-
-
 def called(main: Main, config: DictConfig, verb: str) -> Any:
     """Run a verb's function with a configuration that was composed, and perhaps changed, in Python.
 
@@ -74,20 +69,21 @@ def called(main: Main, config: DictConfig, verb: str) -> Any:
     """
     composed_before = vars(config).get(RECORD)
     record = deepcopy(composed_before) if composed_before is not None else _compose([], verb)
-    changed = changes(_plain(_without_hydra(record)), _plain(config))
-    output = str(_plain(config)["output"])
-    config.output = output = _defaults.get(output, output)
+    plain: Any = OmegaConf.to_container(config)
+    before: Any = OmegaConf.to_container(_without_hydra(record))
+    changed = changes(before, plain)
+    config.output = output = _defaults.get(plain["output"], plain["output"])
     with read_write(record), open_dict(record):
         record.hydra.mode = RunMode.RUN
         record.hydra.overrides.task = [*given_options(record.hydra), *changed]
         record.hydra.runtime.cwd = record.hydra.runtime.output_dir = str(Path.cwd())
         if composed_before is None:
             record.hydra.runtime.choices = {}
-    before = HydraConfig.instance().cfg
+    outer = HydraConfig.instance().cfg
     try:
         HydraConfig.instance().set_config(record)
         return perform(verb, main, config)
     finally:
-        if is_claimed(Path(config.output)):
+        if Path(config.output) in fresh_folders:
             _defaults[config.output] = output
-        HydraConfig.instance().cfg = before
+        HydraConfig.instance().cfg = outer

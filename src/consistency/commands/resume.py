@@ -16,9 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from consistency.checkpoints.load import CHECKPOINTS, LAST, PREVIOUS
 from consistency.checkpoints.retention import newest
+from consistency.commands import schema
 from consistency.commands.cli import AUTO, require_fresh
 from consistency.commands.overrides import given_options
-from consistency.commands.schema import Train
 from consistency.errors import UserError, require
 from consistency.runtime import allowlist
 from consistency.runtime.files import path_of, write_text
@@ -30,23 +30,15 @@ DEVICES = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "train
 FREE = (*DEVICES, "trainer.max_steps", "data.num_workers", "data.allow_reorder", "logger")
 """What may change when a run resumes: the result does not depend on it, or is meant to."""
 
-SHOWN = 4
 ABSENT = "nothing"
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """The configuration of a run, and the state that it starts from.
-
-    resumed: whether the folder holds a run already.
-    checkpoint: None at step 0.
-    step: optimizer steps done.
-    sources: the files that the run began with, as in the checkpoint.
-    value: the best monitored value, as in the checkpoint.
-    """
+    """The configuration of a run, and the state of its checkpoint: files that it began with, best monitored value."""
 
     config: DictConfig
-    resumed: bool = False
+    resumed: bool = False  # whether the folder holds a run already
     checkpoint: Path | None = None
     step: int = 0
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -58,33 +50,28 @@ def begin(config: DictConfig, output: Path) -> RunStart:
 
     Raises `UserError` if the folder is not fresh, holds no run, or was begun with other settings.
     """
-    state = decided(lambda: _state(config, output))
-    if state is None:
+    if (state := decided(lambda: _state(config, output))) is None:
         return RunStart(config)
-    if "checkpoint" in state:
-        state["checkpoint"] = Path(state["checkpoint"])
     return RunStart(resumed_config(config, output), resumed=True, **state)
 
 
 def _state(config: DictConfig, output: Path) -> dict[str, Any] | None:
-    """Return the other fields of `RunStart` as plain values, or None for a new run."""
-    folder = _folder_of_run(config.resume, output)
-    if folder is None:
+    """Return the other fields of `RunStart`, or None for a new run."""
+    if (folder := _folder_of_run(config.resume, output)) is None:
         return None
     resumed_config(config, folder)  # refused before a checkpoint is read
-    found = newest(folder / CHECKPOINTS)
-    if found is None:
+    if (checkpoint := newest(folder / CHECKPOINTS)) is None:
         print(f"{folder} has no checkpoint yet: the run begins again at step 0.", flush=True)
         return {}
-    path, content = found
+    path, content = checkpoint
     if path.name == PREVIOUS:
         state = "damaged" if path.with_name(LAST).is_file() else "missing"
         print(f"{path.with_name(LAST)} is {state}: {PREVIOUS} is taken instead.", flush=True)
     step = int(content["global_step"])
     print(f"Resuming {folder} at step {step}.", flush=True)
-    best = [s["best_value"] for s in content["callbacks"].values() if "best_value" in s]
+    best = (s["best_value"] for s in content["callbacks"].values() if "best_value" in s)
     value = next(filter(math.isfinite, best), math.nan)
-    return {"checkpoint": str(path), "step": step, "sources": content["sources"], "value": value}
+    return {"checkpoint": path, "step": step, "sources": content["sources"], "value": value}
 
 
 def _folder_of_run(resume: str | None, output: Path) -> Path | None:
@@ -131,14 +118,15 @@ def resumed_config(config: DictConfig, folder: Path) -> DictConfig:
     Every other setting that the command line names, directly or by a choice, must repeat the saved value, else it is a
     `UserError`. config: the one composed now.
     """
-    saved = _saved_config(folder, set(_targets(OmegaConf.to_container(config))))
+    targets = {node["_target_"] for _, node in schema.targets(OmegaConf.to_container(config))}
+    saved = _saved_config(folder, targets)
     now = deepcopy(config)
     for key in (*FREE, "output", "resume"):
         OmegaConf.update(now, key, OmegaConf.select(saved, key), merge=False, force_add=True)
     before = dict(_leaves(OmegaConf.to_container(saved, resolve=True)))
     after = dict(_leaves(masked(OmegaConf.to_container(now, resolve=True))))
     named = _named(HydraConfig.get(), saved)
-    settings = [key for key in {**before, **after} if any(_is_below(key, name) for name in named)]
+    settings = [key for key in before | after if any(_is_below(key, name) for name in named)]
     different = [
         f"{key}={new}, where the run has {key}={old}"
         for key in settings
@@ -148,7 +136,7 @@ def resumed_config(config: DictConfig, folder: Path) -> DictConfig:
     require(
         not different,
         f"the settings of {folder / CONFIG}",
-        "\n       ".join(different[:SHOWN]),
+        "\n       ".join(different[:4]),
         f"leave them out, or begin another run; only {', '.join(FREE)} may change",
     )
     given = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
@@ -172,16 +160,6 @@ def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, tree
 
 
-def _targets(tree: Any) -> Iterator[str]:
-    """Yield every `_target_` of a configuration."""
-    if isinstance(tree, dict):
-        if isinstance(target := tree.get("_target_"), str):
-            yield target
-        tree = list(tree.values())
-    for part in tree if isinstance(tree, list) else ():
-        yield from _targets(part)
-
-
 def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:
     """Read the configuration of a run; if its folder was moved, the paths inside move along.
 
@@ -193,13 +171,12 @@ def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:
     except UserError:
         _require_present(path)
         raise
+    saved: DictConfig = OmegaConf.structured(schema.structure("train"))
     try:
-        moved = _moved(loaded, str(loaded["output"]), str(folder))
-        saved = OmegaConf.merge(OmegaConf.structured(Train), moved)
+        saved.merge_with(_moved(loaded, str(loaded["output"]), str(folder)))
     except (KeyError, OmegaConfBaseException) as error:
         remedy = "restore the file as the run wrote it"
         raise UserError(f"the configuration of a run in {path}", error, remedy) from error
-    assert isinstance(saved, DictConfig)
     OmegaConf.set_struct(saved, True)
     return saved
 

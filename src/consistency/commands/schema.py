@@ -1,24 +1,42 @@
-"""The keys that a configuration may have, and their types; a misspelt key is an error.
+"""The keys that a configuration may have and their types, and the arguments of the parts that it names.
 
-The values are in conf/, except those that the YAML of every data set would repeat (`Data`) and of `Mode`. A node of type
-`Any` is built by its `_target_`, whose signature refuses unknown arguments.
+The default values in conf/ give keys and types, except for the nodes that each data set and each mode has. A node of type
+`Any` names its part by `_target_`, whose signature refuses unknown arguments.
 """
 
+import inspect
 import re
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
+from consistency.errors import UserError, require
 from consistency.runtime.files import ROOT
+
+HYDRAS = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
 PATHS = ("checkpoint", "export", "init", "input", "mode.init", "output", "resume", "samples", "source", "teacher", "verify")  # fmt: skip
 PATH_WORDS = ("cache", "dir", "dirpath", "extractor", "file", "folder", "metrics", "path", "picture", "reference")  # fmt: skip
 
 POSITIVE = ("batch_size", "devices", "num_nodes", "num_samples", "outputs", "points")
 """Counts at the top of a configuration that must be at least 1; null is no count."""
+
+COUNTS = ("channels", "image_size", "images", "num_head_channels", "num_heads", "num_heads_upsample", "num_samples", "num_workers", "resolution", "train_batch")  # fmt: skip
+OPTIONAL = {
+    **dict.fromkeys(COUNTS, int | None),
+    **dict.fromkeys(("callbacks", "labels", "model", "process", "weights"), Any),
+    "attention_resolutions": list[int] | None,
+}
+"""Types of the options that are null or the mode's by default, if they are no text."""
 
 
 def is_path(key: str) -> bool:
@@ -53,25 +71,8 @@ class Mode:
 
 
 @dataclass(kw_only=True)
-class Model:
-    """A network and the scale of its time input, c_noise = c_noise_scale ln t."""
-
-    c_noise_scale: float
-    network: Any
-
-
-@dataclass(kw_only=True)
 class Data:
-    """A data set and its batches.
-
-    batch_size: images of an optimizer step over all devices.
-    device_batch_size: most images that a device holds at once; null for no limit.
-    on_bad: stop or skip, at an image that cannot be used.
-    in_memory: decode the images once and hold them.
-    background: colour behind transparent images; null refuses them.
-    download: fetch a public set that is missing at `path`.
-    allow_reorder: resume although the images come in another order than before.
-    """
+    """A data set and its batches."""
 
     source: Any
     held_out: Any = None
@@ -79,231 +80,136 @@ class Data:
     image_size: int
     channels: int
     num_classes: int | None = None
-    batch_size: int
-    device_batch_size: int | None = None
+    batch_size: int  # images of an optimizer step over all devices
+    device_batch_size: int | None = None  # most images that a device holds at once
     num_workers: int = 0
     flip: bool = False
-    on_bad: str = "stop"
-    background: str | None = None
-    in_memory: bool = False
-    download: bool = False
-    allow_reorder: bool = False
+    on_bad: str = "stop"  # stop or skip, at an image that cannot be used
+    background: str | None = None  # colour behind transparent images; null refuses them
+    in_memory: bool = False  # decode the images once and hold them
+    download: bool = False  # fetch a public set that is missing at `path`
+    allow_reorder: bool = False  # resume although the images come in another order than before
 
 
-@dataclass(kw_only=True)
-class Train:
-    """conf/train.yaml."""
-
-    seed: int
-    output: str
-    teacher: str | None
-    teacher_weights: str
-    init: str | None
-    init_weights: str
-    resume: str | None
-    on_nonfinite: str
-    process: Any
-    model: Model
-    mode: Mode
-    data: Data
-    optimizer: Any
-    callbacks: dict[str, Any] = field(default_factory=dict)
-    trainer: Any
-    logger: dict[str, Any] = field(default_factory=dict)
+def _type(name: str, default: Any) -> Any:
+    if default is None or str(default).startswith("${mode."):
+        return OPTIONAL.get(name, str | None)
+    types: dict[type, Any] = {dict: Any, list: list[str]}
+    return types.get(type(default), type(default))
 
 
-@dataclass(kw_only=True)
-class Benchmark(Train):
-    """conf/benchmark.yaml."""
-
-    part: str
-    images: int | None
-    seconds: float
-    train_steps: int
-    train_batch: int | None
-
-
-@dataclass(kw_only=True)
-class Draw:
-    """The options that sample and evaluate share."""
-
-    role: str | None
-    seed: int
-    num_samples: int
-    batch_size: int
-    labels: Any
-    force: bool
-    device: str
-    devices: int
-    precision: str
-    output: str
-    process: Any
+@cache
+def structure(name: str) -> Any:
+    """Return a dataclass with the keys and types of conf/<name>.yaml, and the groups of its defaults list."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{name}.yaml"))
+    entries = [entry for entry in values.pop("defaults", ()) if isinstance(entry, dict)]
+    types = {key: _type(key, value) for key, value in values.items() if key != "hydra"}
+    for group in (next(iter(entry)).rpartition("@")[2] for entry in entries):
+        if group in GROUPS:
+            types.setdefault(group, GROUPS[group])
+    # A group without content, as logger=none, is an empty dictionary.
+    members = [
+        (k, t, field(default_factory=dict) if t == NODES else field()) for k, t in types.items()
+    ]
+    return make_dataclass(name, members, kw_only=True, namespace={"__module__": __name__})
 
 
-@dataclass(kw_only=True)
-class Sample(Draw):
-    """conf/sample.yaml."""
-
-    checkpoint: str
-    weights: str
-    images: bool
-    trajectory: bool
-    compile: bool
-    sampler: Any
+def __getattr__(name: str) -> Any:
+    """Return the structure of a command, which pickle looks up here."""
+    if not (ROOT / "conf" / f"{name}.yaml").is_file():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return structure(name)
 
 
-@dataclass(kw_only=True)
-class Measurement:
-    """conf/measure."""
-
-    extractor: str
-    reference: str | None
-    reference_features: int
-    cache: str | None
-
-
-@dataclass(kw_only=True)
-class Evaluate(Draw):
-    """conf/evaluate.yaml."""
-
-    checkpoint: str | None
-    samples: str | None
-    export: str | None
-    weights: Any
-    num_nodes: int
-    evaluation: Measurement
-    samplers: dict[str, Any] = field(default_factory=dict)
-    data: Data
-    logger: dict[str, Any] = field(default_factory=dict)
-    model: Any
-    callbacks: Any
+NODES = dict[str, Any]
+GROUPS = {
+    **dict.fromkeys(("crop", "mask", "optimizer", "sampler", "task", "trainer"), Any),
+    **dict.fromkeys(("callbacks", "logger", "samplers"), NODES),
+    "data": Data,
+    "evaluation": structure("metrics/inception"),
+    "mode": Mode,
+    "model": structure("model/unet"),
+}
+"""Types of the groups in a defaults list."""
 
 
-@dataclass(kw_only=True)
-class Edit:
-    """conf/edit.yaml."""
+def require_bound(config: DictConfig) -> None:
+    """Refuse a node whose part does not take its arguments, or lacks some; build nothing and open nothing.
 
-    checkpoint: str
-    input: str | None
-    background: str | None
-    teacher: str | None
-    role: str | None
-    weights: str
-    seed: int
-    outputs: int
-    batch_size: int
-    labels: Any
-    start: str | None
-    images: bool
-    device: str
-    output: str
-    process: Any
-    task: Any
-    mask: Any
-
-
-@dataclass(kw_only=True)
-class Compare:
-    """conf/compare.yaml."""
-
-    seed: int
-    data: str
-    teacher_mode: str
-    modes: list[str]
-    seconds: float
-    calibration_steps: int
-    overrides: list[str] = field(default_factory=list)
-    output: str
+    A part may be swapped by its `_target_` alone, and then has the arguments of the old one.
+    """
+    for key, node in targets(OmegaConf.to_container(config, resolve=False)):
+        target = OmegaConf.select(config, f"{key}._target_".strip("."))
+        if (parameters := _parameters(_part(key, target))) is None:
+            continue
+        arguments = [str(name) for name in node if name not in HYDRAS]
+        by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        needed = [p for p in by_name[len(node.get("_args_") or []) :] if p.default is p.empty]
+        shown = by_name
+        if node.get("_partial_"):
+            # Its call may add positional arguments, as the step k of a schedule, but never a keyword.
+            shown = [p for p in by_name if p.default is not p.empty or p.kind is p.KEYWORD_ONLY]
+            needed = [p for p in needed if p.kind is p.KEYWORD_ONLY]
+        names = {p.name for p in by_name}
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            names |= set(arguments)
+        unknown = [name for name in arguments if name not in names]
+        lacking = [p.name for p in needed if p.name not in arguments]
+        faults = {f"~{key}.{name}": f"{name}, which it does not take" for name in unknown}
+        faults |= {f"+{key}.{name}=...": f"no {name}, which it needs" for name in lacking}
+        require(
+            not faults,
+            f"arguments of {target} at {key}: {', '.join(p.name for p in shown) or 'none'}",
+            "; ".join(faults.values()),
+            f"a part is swapped with its arguments: add {shlex.join(faults)} to the command",
+        )
 
 
-@dataclass(kw_only=True)
-class Convert:
-    """conf/convert.yaml."""
-
-    source: str | None
-    to: str
-    verify: str | None
-    role: str | None
-    weights: str
-    image_size: int | None
-    num_head_channels: int | None
-    attention_resolutions: list[int] | None
-    num_heads: int | None
-    num_heads_upsample: int | None
-    output: str
+def targets(tree: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every node with a `_target_` and its key."""
+    if isinstance(tree, dict):
+        if isinstance(tree.get("_target_"), str):
+            yield key, tree
+        for name, value in tree.items():
+            yield from targets(value, f"{key}.{name}".strip("."))
+    elif isinstance(tree, list):
+        for number, value in enumerate(tree):
+            yield from targets(value, f"{key}[{number}]")
 
 
-@dataclass(kw_only=True)
-class Demo:
-    """conf/demo.yaml."""
-
-    checkpoint: str
-    role: str | None
-    weights: str
-    device: str
-    background: str | None
-    host: str
-    port: int
-    upload_megabytes: int
-    browser: bool
-    output: str
+def _part(key: str, target: str) -> Any:
+    try:
+        return get_object(target)
+    except Exception as error:  # the import of a user's module can fail in any way
+        reason = str(error.__cause__ or error).strip().splitlines()
+        raise UserError(
+            f"the name of a class or function at {key}._target_",
+            f"{target} ({reason[-1] if reason else type(error).__name__})",
+            "check the name",
+        ) from error
 
 
-@dataclass(kw_only=True)
-class Search:
-    """conf/search.yaml."""
-
-    checkpoint: str
-    weights: str
-    points: int
-    num_scales: int
-    metric: str
-    evaluation: Measurement
-    num_samples: int | None
-    seed: int
-    batch_size: int
-    device: str
-    devices: int
-    output: str
-
-
-@dataclass(kw_only=True)
-class Prepare:
-    """conf/prepare.yaml."""
-
-    source: str
-    to: str
-    resolution: int | None
-    channels: int | None
-    crop: Any
-    split: str
-    classes: bool
-    on_bad: str
-    background: str | None
-    num_workers: int | None
-    output: str
-
-
-SCHEMAS = (Train, Benchmark, Sample, Evaluate, Edit, Compare, Convert, Search, Demo, Prepare)
+def _parameters(part: Any) -> list[inspect.Parameter] | None:
+    """Return the parameters of a part; None for a class in C without a signature."""
+    if getattr(part, "__init__", None) is nn.Module.__init__:
+        return []  # its signature takes anything, its code nothing
+    with suppress(TypeError, ValueError):
+        return list(inspect.signature(part).parameters.values())
+    return None
 
 
 def register() -> None:
-    """Store the schemas in Hydra under the names of their commands: train_schema, prepare_schema and so on."""
-    for schema in SCHEMAS:
-        ConfigStore.instance().store(name=f"{schema.__name__.lower()}_schema", node=schema)
+    """Store the structures in Hydra under the names of their commands: train_schema, prepare_schema and so on."""
+    for file in (ROOT / "conf").glob("*.yaml"):
+        ConfigStore.instance().store(name=f"{file.stem}_schema", node=structure(file.stem))
 
 
 def register_experiments(folder: Path = ROOT / "experiments") -> None:
     """Make every YAML below experiments/ an option of `experiment=`."""
     for file in sorted(folder.rglob("*.yaml")):
-        name = file.relative_to(folder).with_suffix("")
-        ConfigStore.instance().store(
-            group="/".join(("experiment", *name.parent.parts)),
-            name=name.name,
-            node=OmegaConf.load(file),
-            package="_global_",
-            provider="experiments",
-        )
+        group = "/".join(("experiment", *file.relative_to(folder).parent.parts))
+        node = OmegaConf.load(file)
+        ConfigStore.instance().store(file.stem, node, group, "_global_", "experiments")
 
 
 def register_samplers(folder: Path = ROOT / "conf" / "sampler") -> None:

@@ -7,6 +7,7 @@ package may write, download or start processes.
 
 import re
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -21,9 +22,9 @@ SHELL = ("consistency.checkpoints.load", "consistency.training.lpips")
 EDITING = ("mask", "task")
 """Folders of conf/ that no run uses."""
 
-WRITERS = ("callbacks", "logger", "trainer")
-PATHS = ("default_root_dir", "folder", "metrics", "path", "picture")
-"""The parts of a configuration that write files (also below `mode`), and their arguments that are paths."""
+WRITERS = ("callbacks", "logger", "trainer", "mode.callbacks", "mode.logger", "mode.trainer")
+PATHS = (".default_root_dir", ".folder", ".metrics", ".path", ".picture")
+"""The parts of a configuration that write files, and their arguments that are paths."""
 
 READERS = {
     "consistency.checkpoints.load.load_teacher": ("path",),
@@ -50,33 +51,28 @@ def method() -> frozenset[str]:
     return frozenset(m for m in modules if re.fullmatch(r"consistency\.\w+", m)) - set(SHELL)
 
 
-def named(target: object) -> object:
+def named(target: str) -> object:
     """Return the class or function of this package that a `_target_` names in the module that defines it, else None."""
-    module, _, name = str(target).rpartition(".")
-    plain = isinstance(target, str) and all(part.isidentifier() for part in target.split("."))
-    if not plain or not module.startswith("consistency."):
-        return None
-    try:
-        value = getattr(import_module(module), name, None)
-    except ImportError:
-        return None
-    return value if callable(value) and getattr(value, "__module__", None) == module else None
-
-
-def is_allowed(target: object) -> bool:
-    """Return whether a configuration from elsewhere may name a target."""
-    if not isinstance(target, str):
-        return False
     module, _, name = target.rpartition(".")
-    if module.startswith("consistency."):
-        part = module in method() or module.startswith("consistency.networks.")
-        return (part or target in shipped()) and named(target) is not None
+    if not re.fullmatch(r"consistency(\.\w+)+", module):
+        return None
+    with suppress(ImportError):
+        value = getattr(import_module(module), name, None)
+        return value if callable(value) and getattr(value, "__module__", None) == module else None
+    return None
+
+
+def is_allowed(target: str) -> bool:
+    """Return whether a configuration from elsewhere may name a target."""
+    module, _, name = target.rpartition(".")
+    part = module in method() or module.startswith("consistency.networks.")
     if module == "torch.optim":
         from torch import optim
 
         kind = getattr(optim, name, None)
         return isinstance(kind, type) and optim.Optimizer in kind.__mro__[1:]
-    return target in shipped()
+    ours = module.startswith("consistency.")
+    return (part or target in shipped()) and (not ours or named(target) is not None)
 
 
 def require_trusted(tree: object, origin: object, also: Collection[str] = ()) -> None:
@@ -86,7 +82,6 @@ def require_trusted(tree: object, origin: object, also: Collection[str] = ()) ->
     sensible, and the paths that a run writes are below its own `output`.
 
     tree: plain values, as `OmegaConf.to_container(config, resolve=False)` returns them.
-    origin: the file it comes from, for the message.
     also: further targets that are allowed.
     """
     for key, reason in _objections(tree, also):
@@ -117,8 +112,8 @@ def read(path: Path, also: Collection[str] = ()) -> dict[str, Any]:
             "take the file as the run wrote it",
         ) from error
     require_trusted(tree, path, also)
-    require(isinstance(tree, dict), f"a configuration in {path}", "a list", "check the path")
-    assert isinstance(tree, dict)
+    if not isinstance(tree, dict):
+        raise UserError(f"a configuration in {path}", "a list", "check the path")
     return {str(key): value for key, value in tree.items()}
 
 
@@ -136,7 +131,7 @@ def _objections(tree: object, also: Collection[str]) -> Iterator[tuple[str, str]
             waiting += [(f"{key}.{k}".strip("."), v, level + 1) for k, v in value.items()]
         elif isinstance(value, list | tuple):
             waiting += [(f"{key}[{i}]", v, level + 1) for i, v in enumerate(value)]
-        elif not (value is None or isinstance(value, str | int | float)):
+        elif not isinstance(value, str | int | float | None):
             yield key, f"a value of type {type(value).__name__}"
         elif isinstance(value, str) and "${" in value:
             yield key, "an interpolation"
@@ -154,24 +149,24 @@ def _wrong_node(node: dict[Any, Any], also: Collection[str]) -> Iterator[str]:
             yield f"the key {key[:40]}"
     if not isinstance(node.get("_partial_", False), bool):
         yield "a _partial_ that is neither true nor false"
-    if "_target_" in node:
-        target = node["_target_"]
-        if not (isinstance(target, str) and target in also) and not is_allowed(target):
-            yield f"the target {target[:120] if isinstance(target, str) else type(target).__name__}"
+    target = node.get("_target_", "")
+    if not isinstance(target, str):
+        yield f"the target {type(target).__name__}"
+    elif "_target_" in node and target not in also and not is_allowed(target):
+        yield f"the target {target[:120]}"
 
 
 def _wrong_paths(tree: dict[Any, Any]) -> Iterator[tuple[str, str]]:
     """Yield the paths that a run writes outside of its `output`."""
     output = PurePosixPath(str(tree.get("output")))
     mode = tree.get("mode")
-    for base, branch in (("", tree), ("mode.", mode if isinstance(mode, dict) else {})):
-        for name in WRITERS:
-            for key, text in _texts(branch.get(name), f"{base}{name}"):
-                path = PurePosixPath(text)
-                inside = output.is_absolute() and path.is_relative_to(output)
-                is_path = path.is_absolute() or key.endswith(tuple(f".{p}" for p in PATHS))
-                if (is_path and not inside) or ".." in path.parts or text.startswith("~"):
-                    yield key, f"the path {text[:120]}, outside of output={output}"
+    parts = tree | {f"mode.{k}": v for k, v in (mode if isinstance(mode, dict) else {}).items()}
+    for key, text in (pair for name in WRITERS for pair in _texts(parts.get(name), name)):
+        path = PurePosixPath(text)
+        inside = output.is_absolute() and path.is_relative_to(output)
+        is_path = path.is_absolute() or key.endswith(PATHS)
+        if (is_path and not inside) or ".." in path.parts or text.startswith("~"):
+            yield key, f"the path {text[:120]}, outside of output={output}"
 
 
 def _texts(tree: object, key: str) -> Iterator[tuple[str, str]]:

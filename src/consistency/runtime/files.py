@@ -1,7 +1,4 @@
-"""Files: paths as people give them, caches, and files that are written whole, with their checksums beside them.
-
-The SHA-256 of `last.ckpt` is in `last.ckpt.sha256`.
-"""
+"""Paths as people give them, caches, and files that are written whole, with a checksum beside: last.ckpt.sha256."""
 
 import atexit
 import hashlib
@@ -11,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import IO
 
 from consistency.errors import require
 
@@ -42,20 +39,17 @@ def part_path(path: Path) -> Path:
 
 
 @contextmanager
-def written_whole(path: Path, *, checksum: bool = False) -> Iterator[BinaryIO]:
-    """Yield a binary file, for reading and writing, that is renamed to `path` when the body ends.
+def written_whole(path: Path, *, checksum: bool = False) -> Iterator[IO[bytes]]:
+    """Yield a binary file, for reading and writing, that is renamed to `path` when the body ends and it is on the disk.
 
-    The file is on the disk before it is renamed. If the body, the disk or the renaming fails, `path` is as it was and
-    the unfinished file is removed. If the process dies, `path` is the old file or the new one, whole.
-
-    path: its folder is made if it is missing.
-    checksum: also write the checksum beside it, as `move` does.
+    If the body, the disk or the renaming fails, `path` is as it was and the unfinished file is removed. If the process
+    dies, `path` is the old file or the new one, whole. Its folder is made if it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_path(path)
     try:
         with part.open("w+b") as file:
-            yield cast(BinaryIO, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if checksum:
@@ -77,8 +71,7 @@ def write_text(path: Path, text: str) -> None:
 def move(old: Path, new: Path) -> None:
     """Rename a file together with its checksum, which is made if it is missing.
 
-    At no moment a file stands beside the checksum of another. Whatever needs room on the disk is done before `new` is
-    touched. Raises OSError.
+    At no moment a file stands beside the checksum of another, and what needs room on the disk comes first.
     """
     beside, stamp = checksum_path(old), part_path(checksum_path(new))
     digest = beside.read_text().split()[0] if beside.is_file() else fingerprint(old)
@@ -133,10 +126,7 @@ def cache_folder() -> Path:
 
 
 def settle_caches() -> None:
-    """Point bases that cannot be written, as in a container without a home, to one temporary folder.
-
-    The folder is removed at the end of this process; processes that it starts share it.
-    """
+    """Point bases that cannot be written, as in a container without a home, to one temporary folder of this process."""
     variables = [name for name, base in BASES.items() if not _is_writable(name, *base)]
     if not os.path.isabs(os.path.expanduser("~")):  # an unknown user, for whom libraries fail
         variables.append("HOME")
@@ -150,16 +140,12 @@ def settle_caches() -> None:
 
 def _is_writable(variable: str, default: str, inside: str) -> bool:
     """Try to write a file: permissions say little to root and of mounted folders."""
-    base = os.path.expanduser(os.environ.get(variable) or default)
-    if not os.path.isabs(base):
-        return False
-    folder = Path(base, inside)
-    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
+    folder = Path(os.path.expanduser(os.environ.get(variable) or default), inside)
+    if folder.is_absolute():
+        nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        with suppress(OSError), tempfile.TemporaryFile(dir=nearest):
             return True
-    except OSError:
-        return False
+    return False
 
 
 def _remove_folder(folder: str, process: int) -> None:

@@ -5,6 +5,7 @@ made the one job. Lightning's functions that are replaced are private: its minor
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,8 +65,8 @@ class Ranks:
     def _watch(self) -> None:
         while not self._over.wait(0.5):
             for name, process in self.processes.items():
-                status = process.poll()
-                if status is not None and (status < 0 or status in (1, 2)):
+                status = process.poll() or 0
+                if status < 0 or status in (1, 2):
                     # Its own message, if it sent one, is on its way.
                     if not self._over.wait(1.0):
                         rendezvous.current.report(self.explain(End(name, SILENT, 1)))
@@ -75,17 +76,14 @@ class Ranks:
         """Return an end with what happened to its process, if that is one of these."""
         if end.name not in self.processes:
             return end
-        if end.message == SILENT:
-            text = str(self.lost(f"{end.name} {self._fate(self.processes[end.name])}"))
-        elif end.status == 1:  # its traceback stands above
-            text = str(self.lost(f"{end.name} ended with status 1"))
-        else:
-            text = f"{end.message}\n  on: {end.name}"
+        text = f"{end.message}\n  on: {end.name}"
+        if end.message == SILENT or end.status == 1:  # at status 1 its traceback stands above
+            text = str(self.lost(f"{end.name} {self._fate(end)}"))
         return replace(end, message=text, near=True)
 
-    def _fate(self, process: subprocess.Popen[Any]) -> str:
+    def _fate(self, end: End) -> str:
         try:
-            status = process.wait(5.0)
+            status = self.processes[end.name].wait(5.0) if end.message == SILENT else end.status
         except subprocess.TimeoutExpired:
             return "is lost"
         killed = f"was killed by {signal.Signals(-status).name}" if status < 0 else ""
@@ -118,11 +116,8 @@ def _leave_quietly() -> NoReturn:
     while os.getppid() == parent and time.monotonic() < until and not ended.is_set():
         time.sleep(0.1)
     if os.getppid() == parent and not ended.is_set():
-        error = UserError(
-            "rank 0 to go on",
-            HANGS,
-            "look what it waits for; resume= continues the last checkpoint",
-        )
+        remedy = "look what it waits for; resume= continues the last checkpoint"
+        error = UserError("rank 0 to go on", HANGS, remedy)
         print(f"error: {error}", file=sys.stderr, flush=True)
         os.kill(parent, signal.SIGKILL)
     os._exit(1)
@@ -130,10 +125,9 @@ def _leave_quietly() -> NoReturn:
 
 def _is_lost_connection(error: Exception) -> bool:
     """Return whether torch reports that another rank does not answer."""
-    text = f"{type(error).__name__} {error}".lower()
-    return isinstance(error, RuntimeError) and any(
-        n in text for n in ("gloo", "nccl", "distnetwork", "diststore")
-    )
+    text = f"{type(error).__name__} {error}"
+    torchs = re.search("gloo|nccl|distnetwork|diststore", text, re.IGNORECASE)
+    return isinstance(error, RuntimeError) and torchs is not None
 
 
 @contextmanager

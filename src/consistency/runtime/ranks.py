@@ -1,9 +1,7 @@
-"""Ranks: which of a job's processes this one is, where the first one is, and what the ranks exchange.
+"""Which of a job's processes this one is, where the first one is, and what the ranks exchange. Imports no torch.
 
 srun, torchrun, jsrun, mpirun or a script of one's own (LOCAL_RANK) start every process of a job. Without a launcher, the
 first process of each machine starts the others of that machine; NODE_RANK numbers several machines.
-
-Importing this module imports no torch: `signals` needs it first.
 """
 
 import os
@@ -29,6 +27,8 @@ NOT_SLURM = ("bash", "interactive")
 
 JSRUN = {"LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK"}
 
+UNSET = "\n      or, for processes without SLURM: unset SLURM_NTASKS"
+
 VARIABLES = {
     "torchrun": ("RANK", "WORLD_SIZE", "GROUP_WORLD_SIZE", "GROUP_RANK", "LOCAL_RANK"),
     "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_NODEID", "SLURM_LOCALID"),
@@ -48,20 +48,14 @@ VARIABLES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started.
+    """How this process was started; None stands for a number that the launcher does not set."""
 
-    launcher: what started all processes of the job; "" if a process starts the others itself.
-    rank, processes, nodes: its rank, the numbers of processes and of machines; None if the launcher does not set them.
-    node: number of its machine.
-    local: number of the process on that machine.
-    """
-
-    launcher: str
+    launcher: str  # what started all processes of the job; "" if a process starts the others itself
     rank: int | None
     processes: int | None
-    nodes: int | None
-    node: int
-    local: int
+    nodes: int | None  # machines
+    node: int  # number of its machine
+    local: int  # number of the process on that machine
 
     @property
     def first(self) -> bool:
@@ -80,34 +74,27 @@ class Launch:
 
     def first_address(self) -> tuple[str, int]:
         """Return address and port of the first process, as Lightning finds them."""
-        from lightning.fabric.plugins import environments as theirs
+        from lightning.fabric.plugins import environments
 
-        kinds = {
-            "srun": theirs.SLURMEnvironment,
-            "jsrun": theirs.LSFEnvironment,
-            "mpirun": theirs.MPIEnvironment,
-        }
+        kinds = {"srun": "SLURMEnvironment", "jsrun": "LSFEnvironment", "mpirun": "MPIEnvironment"}
         if self.launcher in kinds:
-            environment = kinds[self.launcher]()
+            environment = getattr(environments, kinds[self.launcher])()
             return environment.main_address, environment.main_port
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         return address, int(os.environ.get("MASTER_PORT", "29500"))
 
     def store(self, seconds: float) -> Any:
-        """Return torch's store at the first process; torchrun keeps it in a process of its own.
-
-        seconds: how long to wait for it, and for its values.
-        """
+        """Return torch's store at the first process, or in torchrun; wait `seconds` for it, and for each value."""
         from torch.distributed import PrefixStore, TCPStore
 
         address, port = self.first_address()
         serve = self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
         if not serve:  # torch prints a stack trace while it waits
             connected(address, port, seconds).close()
+        wait = timedelta(seconds=seconds)
         try:
-            timeout = timedelta(seconds=seconds)
             store = TCPStore(
-                address, port, None, serve, timeout, wait_for_workers=False, multi_tenant=True
+                address, port, None, serve, wait, wait_for_workers=False, multi_tenant=True
             )
         except RuntimeError as error:
             raise UserError(
@@ -120,7 +107,7 @@ class Launch:
 
 
 def connected(address: str, port: int, seconds: float) -> socket.socket:
-    """Connect to a port of the first process, and try again for `seconds` if nobody listens there."""
+    """Connect to a port of the first process; try again for `seconds`."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -172,80 +159,69 @@ def is_started_here() -> bool:
 def require_launched(devices: int | None, nodes: int, option: str = "") -> None:
     """Refuse numbers of devices and machines that the launcher contradicts; Lightning would ignore them or wait for ever.
 
-    devices: None if the number is not known yet.
-    option: what stands before `devices` and `num_nodes` on the command line.
+    devices: None if not known yet; option: the prefix of `devices` and `num_nodes` on the command line.
     """
     launch = this_launch()
-    _require_srun(launch, devices, nodes)
+    if launch.launcher == "srun":
+        _require_srun(launch, devices, nodes)
     processes = devices and devices * nodes
     each = (launch.processes or 1) // nodes or 1
-    unset = launch.launcher in ("", "LOCAL_RANK") and "MASTER_PORT" not in os.environ
-    for check in (
-        (
-            launch.launcher != "mpirun" or find_spec("mpi4py") is not None,
-            f"the package mpi4py, which connects the {launch.processes} processes of mpirun",
-            "no such package",
-            f"pip install mpi4py; or start one process, which starts the others: {option}devices=<n>",
-        ),
-        (
-            processes is None or launch.processes in (None, processes),
-            f"{option}devices x {option}num_nodes = {devices} x {nodes} = {processes} processes",
-            launch.started,
-            f"say {option}devices={each}, or start {processes} processes{_line(launch, devices or 1, nodes)}",
-        ),
-        (
-            launch.nodes in (None, nodes),
-            f"{option}num_nodes={launch.nodes}, the machines that {launch.launcher} has",
-            f"{option}num_nodes={nodes}",
-            f"say {option}num_nodes={launch.nodes}",
-        ),
-        (
-            launch.node < nodes,
-            f"a number of this machine below {option}num_nodes={nodes}",
-            f"NODE_RANK={launch.node}",
-            f"say {option}num_nodes={launch.node + 1} or more, as on the other machines, or unset NODE_RANK",
-        ),
-        (
-            launch.launcher != "LOCAL_RANK" or devices is None or launch.local < devices,
-            f"a number of this process below {option}devices={devices}",
-            f"LOCAL_RANK={launch.local}",
-            f"say {option}devices=<processes of each machine>, or unset LOCAL_RANK",
-        ),
-        (
-            nodes == 1 or not unset,
-            f"MASTER_ADDR, MASTER_PORT and NODE_RANK, which connect {option}num_nodes={nodes} machines",
-            "none of them",
-            "set them on every machine: address and a free port of the first, and 0, 1, ... ; or use srun or torchrun",
-        ),
-    ):
-        require(*check)
+    lines = {
+        "srun": f": srun --nodes={nodes} --ntasks-per-node={devices} ...{UNSET}",
+        "torchrun": f": torchrun --nnodes={nodes} --nproc_per_node={devices} ...",
+    }
+    require(
+        launch.launcher != "mpirun" or find_spec("mpi4py") is not None,
+        f"the package mpi4py, which connects the {launch.processes} processes of mpirun",
+        "no such package",
+        f"pip install mpi4py; or start one process, which starts the others: {option}devices=<n>",
+    )
+    require(
+        processes is None or launch.processes in (None, processes),
+        f"{option}devices x {option}num_nodes = {devices} x {nodes} = {processes} processes",
+        launch.started,
+        f"say {option}devices={each}, or start {processes} processes{lines.get(launch.launcher, '')}",
+    )
+    require(
+        launch.nodes in (None, nodes),
+        f"{option}num_nodes={launch.nodes}, the machines that {launch.launcher} has",
+        f"{option}num_nodes={nodes}",
+        f"say {option}num_nodes={launch.nodes}",
+    )
+    require(
+        launch.node < nodes,
+        f"a number of this machine below {option}num_nodes={nodes}",
+        f"NODE_RANK={launch.node}",
+        f"say {option}num_nodes={launch.node + 1} or more, as on the other machines, or unset NODE_RANK",
+    )
+    require(
+        launch.launcher != "LOCAL_RANK" or devices is None or launch.local < devices,
+        f"a number of this process below {option}devices={devices}",
+        f"LOCAL_RANK={launch.local}",
+        f"say {option}devices=<processes of each machine>, or unset LOCAL_RANK",
+    )
+    require(
+        nodes == 1 or launch.launcher not in ("", "LOCAL_RANK") or "MASTER_PORT" in os.environ,
+        f"MASTER_ADDR, MASTER_PORT and NODE_RANK, which connect {option}num_nodes={nodes} machines",
+        "none of them",
+        "set them on every machine: address and a free port of the first, and 0, 1, ... ; or use srun or torchrun",
+    )
 
 
 def _require_srun(launch: Launch, devices: int | None, nodes: int) -> None:
-    if launch.launcher != "srun":
-        return
-    line = shlex.join(["python", *sys.argv])
-    processes = launch.processes or 1
+    line, processes = shlex.join(["python", *sys.argv]), launch.processes or 1
     require(
         launch.rank is not None or (processes == 1 and (devices or 1) * nodes == 1),
-        f"one of the {launch.processes} processes that SLURM is to start (SLURM_NTASKS={launch.processes})",
+        f"one of the {processes} processes that SLURM is to start (SLURM_NTASKS={processes})",
         "a process that srun has not started (no SLURM_PROCID)",
-        f"srun {line}\n      or, for processes without SLURM: unset SLURM_NTASKS",
+        f"srun {line}{UNSET}",
     )
     require(
         processes == 1 or "SLURM_NTASKS_PER_NODE" in os.environ,
         "SLURM_NTASKS_PER_NODE, which Lightning needs",
-        f"SLURM_NTASKS={launch.processes} alone",
+        f"SLURM_NTASKS={processes} alone",
         f"give the number on each machine: srun --ntasks-per-node={processes // nodes or 1} {line}",
     )
-
-
-def _line(launch: Launch, devices: int, nodes: int) -> str:
-    return {
-        "srun": f": srun --nodes={nodes} --ntasks-per-node={devices} ...\n"
-        "      or, for processes without SLURM: unset SLURM_NTASKS",
-        "torchrun": f": torchrun --nnodes={nodes} --nproc_per_node={devices} ...",
-    }.get(launch.launcher, "")
 
 
 def require_alone(verb: str) -> None:
@@ -265,28 +241,23 @@ def rank_and_size() -> tuple[int, int]:
     """Return the rank of this process and the number of ranks in torch's process group."""
     import torch.distributed as dist
 
-    if not dist.is_available() or not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    joined = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
 
 
 def gathered(value: T) -> list[T]:
     """Return the values of all ranks in their order. Collective: every rank calls it."""
     import torch.distributed as dist
 
-    size = rank_and_size()[1]
-    if size == 1:
-        return [value]
-    values: list[Any] = [None] * size
-    dist.all_gather_object(values, value)
+    values = [value] * rank_and_size()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
 def batches(count: int, batch_size: int) -> list[range]:
-    """Return this rank's batches of the numbers below `count`.
-
-    The batches of all ranks together are the same for any number of ranks that all have a batch, and so are roundings
-    that depend on the batch.
+    """Return this rank's batches of the numbers below `count`; of all ranks together they are the same for any number
+    of ranks that all have a batch, and so are roundings.
     """
     rank, ranks = rank_and_size()
     size = max(1, min(batch_size, count // ranks))

@@ -41,14 +41,11 @@ class MaskedStream:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Write a text without its secrets."""
         self.stream.write(masked_text(text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write texts without their secrets."""
-        for line in lines:
-            self.write(line)
+        self.write("".join(lines))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

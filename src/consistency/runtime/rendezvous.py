@@ -1,10 +1,7 @@
 """Rendezvous: the processes of a job meet, the first decides, and the end of one is known to all.
 
-Every process holds a connection to the first, for decisions and the message of a process that ends. A connection that
-closes without a message belongs to a process that was killed; a process that hangs keeps its connection.
-
-Processes of a launcher find the first by torch's store at MASTER_ADDR:MASTER_PORT, which torch itself uses later; those
-that another process of the job started find it by a variable.
+Every process holds a connection to the first, which it finds by torch's store at MASTER_ADDR:MASTER_PORT, or by a variable
+if another process of the job started it. A connection that closes without a message belongs to a process that was killed.
 """
 
 import json
@@ -23,13 +20,8 @@ from queue import Empty, Queue
 from typing import Any, TypeVar, cast
 
 from consistency.errors import UserError, require
-from consistency.runtime.ranks import (
-    Launch,
-    connected,
-    is_started_here,
-    require_launched,
-    this_launch,
-)
+from consistency.runtime import ranks
+from consistency.runtime.ranks import Launch, connected, is_started_here, this_launch
 from consistency.runtime.redaction import masked_text
 from consistency.runtime.signals import STOPPED, Interrupted
 
@@ -48,23 +40,18 @@ WAITING = 10.0  # until the first process prints that it waits
 KEEP_ALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 
 BYE = "bye"
-SILENT = (
-    "ended without a word, killed or lost\n"
-    "  do: look at its log and at the memory of its machine; resume= continues the last checkpoint"
-)
+SILENT = """ended without a word, killed or lost
+  do: look at its log and at the memory of its machine; resume= continues the last checkpoint"""
 
 
 @dataclass(frozen=True)
 class End:
-    """The end of a job: the process that caused it, its message and its exit status.
-
-    near: whether that process prints to the same terminal.
-    """
+    """The end of a job: the process that caused it, its message and its exit status."""
 
     name: str
     message: str
     status: int
-    near: bool = False
+    near: bool = False  # whether that process prints to the same terminal
 
     @property
     def text(self) -> str:
@@ -134,9 +121,8 @@ class Rendezvous:
 
     def reason(self, otherwise: UserError) -> UserError:
         """Return the error of the process whose connection was lost, or `otherwise` if it sent none."""
-        if self.ended.wait(self.patience) and self.end is not None:
-            return EndedError(self.end)
-        return otherwise
+        self.ended.wait(self.patience)
+        return otherwise if self.end is None else EndedError(self.end)
 
     def close(self) -> None:
         """Leave: from now on the end of a process is no error."""
@@ -192,9 +178,10 @@ class Rendezvous:
 class Host(Rendezvous):
     """The rendezvous of the first process."""
 
-    def __init__(self, interface: str, store: object = None) -> None:
+    store: Any = None  # torch's, which lives as long as the rendezvous
+
+    def __init__(self, interface: str) -> None:
         super().__init__()
-        self._store = store  # torch's store lives as long as the rendezvous
         self.token = secrets.token_hex(16)
         self._others = 0
         self._sent: list[object] = []
@@ -312,22 +299,15 @@ def decided(decide: Callable[[], T]) -> T:
 
 
 @contextmanager
-def joined(
-    devices: int | None,
-    nodes: int,
-    seconds: float,
-    option: str = "",
-) -> Iterator[None]:
+def joined(devices: int | None, nodes: int, seconds: float, option: str = "") -> Iterator[None]:
     """Join the processes of a job for the time of the body, and report an error that ends it.
 
-    devices: processes of a machine; None if not known yet.
-    nodes: machines.
+    devices, nodes, option: as of `require_launched`.
     seconds: how long the processes wait for each other.
-    option: as of `require_launched`.
     """
     global current, tried
     tried, launch = True, this_launch()
-    require_launched(devices, nodes, option)
+    ranks.require_launched(devices, nodes, option)
     alone = launch.launcher == "" and nodes == 1 and devices == 1
     if (alone and ADDRESS not in os.environ) or (not alone and launch.processes == 1):
         yield
@@ -354,35 +334,33 @@ def report_early(error: BaseException, text: str) -> None:
     launch = this_launch()
     known = launch.rank is not None and (launch.processes or 1) > 1
     machine = launch.launcher == "" and launch.node > 0 and "MASTER_PORT" in os.environ
-    if tried or is_started_here() or not (known or machine):
-        return
-    with suppress(UserError), joined(None, launch.nodes or launch.node + 1, EARLY):
-        raise UserError(text) from error
+    if (known or machine) and not tried and not is_started_here():
+        with suppress(UserError), joined(None, launch.nodes or launch.node + 1, EARLY):
+            raise UserError(text) from error
 
 
 def _met(launch: Launch, devices: int | None, nodes: int, seconds: float) -> Rendezvous:
     name = f"rank {launch.global_rank(devices or 1)}"
     if devices is None and launch.rank is None and launch.node > 0:
         name = f"process {launch.local} of machine {launch.node}"
-    if is_started_here() and ADDRESS in os.environ:
-        return Guest(name, json.loads(os.environ[ADDRESS]), seconds)
-    if launch.launcher == "" and nodes == 1:
-        host = Host("127.0.0.1")
-        os.environ[ADDRESS] = json.dumps(["127.0.0.1", host.port, host.token])
-        return host
-    address, port = launch.first_address()
-    store = launch.store(seconds)
-    if launch.first:
-        host = Host("", store)
-        os.environ[ADDRESS] = json.dumps([address, host.port, host.token])
-        store.set("first", os.environ[ADDRESS])
-        return host
-    try:
-        os.environ[ADDRESS] = store.get("first").decode()
-    except RuntimeError as error:
-        raise UserError(
-            f"the first process of this job at {address}:{port}",
-            f"none in {seconds:.0f} s, or a lost connection ({str(error).splitlines()[0][:300]})",
-            "start it, or look into its log",
-        ) from error
+    alone = launch.launcher == "" and nodes == 1
+    if not (is_started_here() and ADDRESS in os.environ):
+        address, port = ("127.0.0.1", 0) if alone else launch.first_address()
+        store: Any = None if alone else launch.store(seconds)
+        if alone or launch.first:
+            host = Host("127.0.0.1" if alone else "")
+            os.environ[ADDRESS] = json.dumps([address, host.port, host.token])
+            if store is not None:
+                host.store = store
+                store.set("first", os.environ[ADDRESS])
+            return host
+        try:
+            os.environ[ADDRESS] = store.get("first").decode()
+        except RuntimeError as error:
+            lost = str(error).splitlines()[0][:300]
+            raise UserError(
+                f"the first process of this job at {address}:{port}",
+                f"none in {seconds:.0f} s, or a lost connection ({lost})",
+                "start it, or look into its log",
+            ) from error
     return Guest(name, json.loads(os.environ[ADDRESS]), seconds)

@@ -1,7 +1,6 @@
-"""Signals: the first Ctrl-C ends a command in good order, the second at once, neither with a traceback.
+"""The first Ctrl-C ends a command in good order, the second at once, neither with a traceback.
 
-Processes that a command starts by multiprocessing ignore Ctrl-C; the command ends them. A rank ends without a message,
-because the process that started it prints one.
+Processes that a command starts by multiprocessing ignore Ctrl-C; the command ends them.
 """
 
 import atexit
@@ -25,7 +24,7 @@ SAME_SECONDS = 0.3
 """A launcher repeats the Ctrl-C of the terminal within this time: both are one."""
 
 STUCK_SECONDS = 2.0
-"""A process whose main thread does not handle Ctrl-C within this time, because it runs other code than Python's, is ended."""
+"""A process whose main thread, in other code than Python's, does not handle Ctrl-C within this time is ended."""
 
 FIRST, SECOND = "stopped by Ctrl-C", "stopped at once by another Ctrl-C"
 PR_SET_PDEATHSIG = 1
@@ -35,32 +34,31 @@ class Interrupted(SystemExit):
     """The end of a command by Ctrl-C."""
 
 
+def _interrupt() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
+    raise Interrupted(STOPPED)
+
+
 class _Handler:
     """The handler of SIGINT and its state."""
 
     def __init__(self) -> None:
         self.first = 0.0
         self.handled = threading.Event()
-        self.raises = False
-        self.instead: Callable[[], None] | None = None
-        self.cleanup: Callable[[], None] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        self.action: Callable[[], None] = lambda: self.exit(FIRST)
+        self.cleanup: Callable[[], None] = lambda: None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.handled.set()
-        now = time.monotonic()
-        if self.first:
-            if now - self.first > SAME_SECONDS:
-                self.exit(SECOND)
-            return
-        self.first = now
-        if self.instead is not None:
-            self.instead()
-        elif self.raises:
-            for child in multiprocessing.active_children():
-                child.kill()
-            raise Interrupted(STOPPED)
-        else:
-            self.exit(FIRST)
+        if not self.first:
+            self.first = time.monotonic()
+            self.action()
+        elif time.monotonic() - self.first > SAME_SECONDS:
+            self.exit(SECOND)
 
     def watch(self, signals: int) -> None:
         """Read every signal from a pipe as it comes, also while the main thread is stuck."""
@@ -71,7 +69,7 @@ class _Handler:
                 if first and now - first > SAME_SECONDS:
                     self.exit(SECOND)
                 first = first or now
-                if self.instead is None:
+                if self.action is _interrupt:
                     threading.Thread(target=self._end_if_stuck, daemon=True).start()
         os.close(signals)
 
@@ -82,8 +80,7 @@ class _Handler:
     def exit(self, text: str) -> None:
         """End the process at once."""
         print_line(text)
-        if self.cleanup is not None:
-            self.cleanup()
+        self.cleanup()
         os._exit(STOPPED)
 
 
@@ -98,16 +95,13 @@ def print_line(text: str) -> None:
 
 
 def take_over() -> None:
-    """Handle Ctrl-C in a process that is nothing but a command, and end a rank with the process that started it.
-
-    Scripts call it before they import torch, so that Ctrl-C never prints a traceback.
-    """
+    """Handle Ctrl-C in a process that is nothing but a command, and end a rank with the process that started it."""
     if multiprocessing.current_process().name != "MainProcess":  # true while a worker imports
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     else:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _handler)
-            # Called last, because it is registered first: Python itself ends next.
+            # Registered first, called last: Python itself ends next.
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         if is_started_here():
             die_with(int(os.environ[PARENT]))
@@ -125,9 +119,8 @@ def stoppable(cleanup: Callable[[], None]) -> Iterator[None]:
     if not main or before is signal.SIG_IGN:
         yield
         return
-    _handler.first = 0.0
     _handler.handled.clear()
-    _handler.raises, _handler.cleanup = True, cleanup
+    _handler.first, _handler.action, _handler.cleanup = 0.0, _interrupt, cleanup
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.signal(signal.SIGINT, _handler)
@@ -139,19 +132,16 @@ def stoppable(cleanup: Callable[[], None]) -> Iterator[None]:
         signal.set_wakeup_fd(woken)
         signal.signal(signal.SIGINT, before)
         os.close(writing)
-        _handler.raises, _handler.instead, _handler.cleanup = False, None, None
+        _handler.reset()
 
 
 def call_instead(function: Callable[[], None] | None) -> None:
     """Let the first Ctrl-C call a function instead of raising; None restores the exception."""
-    _handler.instead = function
+    _handler.action = function or _interrupt
 
 
 def block() -> None:
-    """Hold Ctrl-C back until `unblock`, here and in processes started meanwhile.
-
-    A new process would answer it with a traceback until it has imported this module.
-    """
+    """Hold Ctrl-C back until `unblock`, here and in new processes, which would print a traceback before `take_over`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 

@@ -6,21 +6,13 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-    XLAStrategy,
-)
+from lightning.pytorch import strategies
 from omegaconf import DictConfig, ListConfig
 
 from consistency.errors import require
 
 LENGTH = "trainer.max_steps=<optimizer steps>: a run has one length, and no epochs"
-MEASURED = (
-    "callbacks.evaluation.every_n_train_steps: there is no validation loop, samples are measured"
-)
+MEASURED = "callbacks.evaluation.every_n_train_steps: samples are measured, there is no validation"
 
 REFUSED = {
     "accumulate_grad_batches": "data.device_batch_size=<images that a device holds at once>",
@@ -50,13 +42,6 @@ REFUSED = {
 }
 """The arguments that the run sets itself or has no use for, with the alternative."""
 
-TAKEN = frozenset(
-    "accelerator benchmark default_root_dir detect_anomaly deterministic devices enable_model_summary "
-    "gradient_clip_algorithm gradient_clip_val log_every_n_steps max_steps num_nodes plugins precision "
-    "profiler strategy sync_batchnorm".split()
-)
-"""The arguments that reach Lightning unchanged. A test compares both lists with its signature."""
-
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 DDP = "say trainer=ddp, whose arguments are trainer.strategy.<name>, or one of those names"
 
@@ -64,13 +49,23 @@ DDP = "say trainer=ddp, whose arguments are trainer.strategy.<name>, or one of t
 def require_taken(trainer: DictConfig) -> None:
     """Refuse settings of `trainer` that a run cannot follow, before anything is opened or written."""
     for name, remedy in REFUSED.items():
-        value = trainer.get(name)
-        got = f"trainer.{name}={value}"
+        got = f"trainer.{name}={trainer.get(name)}"
+        expected = f"no trainer.{name}, which the run sets itself"
+        require(trainer.get(name) is None, expected, got, f"say {remedy}")
+    for variable in sorted(name for name in os.environ if name.startswith("PL_TRAINER_")):
+        name = variable.removeprefix("PL_TRAINER_").lower()
         require(
-            value is None, f"no trainer.{name}, which the run sets itself", got, f"say {remedy}"
+            not os.environ[variable],
+            "Lightning's arguments as options of the command, which config.yaml records",
+            f"{variable}={os.environ[variable]} in the environment",
+            f"unset {variable}; say {REFUSED.get(name, f'trainer.{name}=<value>')}",
         )
-    _require_no_variables()
-    _require_strategy(trainer.get("strategy"))
+    strategy = trainer.get("strategy")
+    if isinstance(strategy, DictConfig):
+        require_whole(instantiate(strategy, _convert_="all"))
+    else:
+        names = f"trainer.strategy among {', '.join(STRATEGIES)}"
+        require(strategy in STRATEGIES, names, f"trainer.strategy={strategy}", DDP)
     steps = trainer.get("log_every_n_steps")
     require(
         isinstance(steps, int) and steps >= 1,
@@ -111,36 +106,13 @@ def plugins_of(trainer: DictConfig) -> list[Any]:
     return plugins
 
 
-def _require_no_variables() -> None:
-    """Refuse arguments in the environment, which Lightning reads too and no config.yaml would show."""
-    for name in sorted(TAKEN | REFUSED.keys()):
-        variable = f"PL_TRAINER_{name.upper()}"
-        require(
-            not os.environ.get(variable),
-            "Lightning's arguments as options of the command",
-            f"{variable}={os.environ.get(variable)} in the environment",
-            f"unset {variable}; say {REFUSED.get(name, f'trainer.{name}=<value>')}",
-        )
-
-
-def _require_strategy(strategy: Any) -> None:
-    if isinstance(strategy, DictConfig):
-        require_whole(instantiate(strategy, _convert_="all"))
-    else:
-        names = f"trainer.strategy among {', '.join(STRATEGIES)}"
-        require(strategy in STRATEGIES, names, f"trainer.strategy={strategy}", DDP)
-
-
-def require_whole(strategy: Strategy) -> None:
-    """Refuse a strategy that shards the weights, and one that spawns or forks its processes, as Lightning does in a
-    notebook: they would lack the folder, signals and end of the run.
-    """
+def require_whole(strategy: strategies.Strategy) -> None:
+    """Refuse a strategy that shards the weights, or that spawns or forks processes, as Lightning does in a notebook."""
     start = getattr(strategy, "_start_method", None) or "popen"
-    ddp = isinstance(strategy, DDPStrategy) and not isinstance(
-        strategy, DeepSpeedStrategy | XLAStrategy
-    )
+    whole = isinstance(strategy, strategies.DDPStrategy | strategies.SingleDeviceStrategy)
+    shards = isinstance(strategy, strategies.DeepSpeedStrategy | strategies.XLAStrategy)
     require(
-        (ddp or isinstance(strategy, SingleDeviceStrategy)) and start == "popen",
+        whole and not shards and start == "popen",
         "processes that each hold the whole network and are started by the command, Lightning's DDPStrategy",
         type(strategy).__name__ + ("" if start == "popen" else f" with start_method={start}"),
         f"{DDP}; in a notebook trainer.devices=1",
