@@ -662,6 +662,10 @@ HOSTILE: dict[str, tuple[Write, str]] = {
     "state on a name": (lambda p: put(p, b"\x80\x02ccollections\nOrderedDict\n}b."), "OrderedDict"),
     # Sizes
     "long bytes": (lambda p: put(p, b"\x80\x04" + LONG + b"abc."), "no sense"),
+    "long array of bytes": (
+        lambda p: put(p, b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"abc."),
+        "no sense",
+    ),
     "memo bomb": (lambda p: put(p, b"\x80\x02]r\xff\xff\xff\xff."), "no model"),
     "deep lists": (lambda p: put(p, nested_pickle(50_000)), "no model"),
     "deep keys": (
