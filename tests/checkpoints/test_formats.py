@@ -20,7 +20,8 @@ from torch import Tensor
 import consistency
 import foreign
 from conftest import REPORT
-from consistency.checkpoints import diffusers_write, jcm, nvlabs, openai, ours
+from consistency.checkpoints import diffusers as diffusers_folders
+from consistency.checkpoints import jcm, nvlabs, openai, ours
 from consistency.checkpoints import load as checkpoint
 from consistency.checkpoints import safetensors as sealed
 from consistency.checkpoints.contents import Hints
@@ -316,8 +317,8 @@ def write_files(folder: Path) -> dict[str, Path]:
     checksum_path(files["ours"]).unlink()
     sealed.write_sealed(files["sealed"], card, weights)
     openai.write_openai(files["openai_card"], card, weights)
-    diffusers_write.write_diffusers(files["diffusers"], card, weights)
-    diffusers_write.write_diffusers(files["unet"].parent, card, weights)
+    diffusers_folders.write_diffusers(files["diffusers"], card, weights)
+    diffusers_folders.write_diffusers(files["unet"].parent, card, weights)
     unsealed(files["unet"] / "diffusion_pytorch_model.safetensors")
     files["openai"] = foreign.write_openai(folder / "ema.pt", weights)
     files["nvlabs"] = foreign.write_nvlabs(folder / "snapshot.pkl", TINY_SONG, prefixed)
@@ -453,7 +454,7 @@ def test_a_real_pipeline_opens_here_and_ours_opens_there(name: str, tmp_path: Pa
     same_images(pipe, loaded, label)
 
     state = loaded.denoiser.network.state_dict()
-    diffusers_write.write_diffusers(tmp_path / "ours", loaded.card, state)
+    diffusers_folders.write_diffusers(tmp_path / "ours", loaded.card, state)
     back = diffusers.ConsistencyModelPipeline.from_pretrained(
         tmp_path / "ours", use_safetensors=True
     )
@@ -491,7 +492,7 @@ def test_what_diffusers_cannot_express_is_refused(
     }
     network = checkpoint.build(card["network"], checkpoint.NETWORKS, torch.nn.Module)
     with pytest.raises(UserError, match=hint):
-        diffusers_write.write_diffusers(
+        diffusers_folders.write_diffusers(
             tmp_path / "folder", ModelCard.parse(card, ""), network.state_dict()
         )
     assert not (tmp_path / "folder").exists()
@@ -573,7 +574,7 @@ def write_weights(path: Path, change: Callable[[dict[str, Tensor]], None]) -> Pa
 
 def write_config(folder: Path, **changes: Any) -> Path:
     """A UNet of diffusers with a changed configuration."""
-    diffusers_write.write_diffusers(folder, tiny(role="teacher"), tiny_adm())
+    diffusers_folders.write_diffusers(folder, tiny(role="teacher"), tiny_adm())
     unsealed(folder / "diffusion_pytorch_model.safetensors")
     config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps(config | changes))
@@ -927,7 +928,7 @@ def test_modules_that_contain_each_other(tmp_path: Path) -> None:
     inner.class_name = "SongUNet"
     inner.attributes["_init_kwargs"] = TINY_SONG | {"in_channels": 3, "out_channels": 3}
     path = write_persistent(
-        tmp_path / "p", nvlabs_meta("EDMPrecond", {"_modules": {"model": inner}})
+        tmp_path / "p", nvlabs_meta("EDMPrecond", {"_modules": {"model": inner}, "sigma_data": 0.5})
     )
     with (
         time_limit(20),

@@ -1,7 +1,7 @@
-"""Reading of folders of diffusers, without the package: a `ConsistencyModelPipeline`, or a `UNet2DModel` alone.
+"""Folders of diffusers, without the package: a `ConsistencyModelPipeline`, or a `UNet2DModel` alone.
 
-A `UNet2DModel` with these settings is our `ADM` under other names, and c_noise = 250 ln t, which the pipeline's scheduler
-computes. The pipeline always applies the boundary scalings, so it is a consistency model; a UNet alone may be either.
+The network is our `ADM` under other names, and c_noise = 250 ln t, which the pipeline's scheduler computes. The pipeline
+always applies the boundary scalings, so it is a consistency model; a UNet alone may be either.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consistency.checkpoints import diffusers_time_embedding as time_embedding
 from consistency.checkpoints import wrapped
 from consistency.checkpoints.contents import (
     C_NOISE_OPENAI,
@@ -24,26 +25,29 @@ from consistency.checkpoints.contents import (
     StateDict,
     card_of,
 )
-from consistency.checkpoints.diffusers_names import (
-    FORMAT,
-    PIPELINE,
-    SCHEDULER,
-    SCHEDULER_FILE,
-    TIME_EMBEDDING,
+from consistency.checkpoints.diffusers_unet import (
     UNET,
-    WEIGHTS,
+    VERSION,
     our_weights,
-)
-from consistency.checkpoints.diffusers_settings import settings, settings_of
-from consistency.checkpoints.diffusers_time_embedding import restored
-from consistency.checkpoints.diffusers_write import (
-    needs_rewriting,
-    scheduler_settings,
+    settings,
+    settings_of,
+    their_weights,
     unet_settings,
 )
-from consistency.checkpoints.pickle_reader import brief, read_pickle, read_zip
-from consistency.checkpoints.safetensors import read_card, read_sealed
+from consistency.checkpoints.pickle_calls import brief
+from consistency.checkpoints.pickle_reader import read_pickle, read_zip
+from consistency.checkpoints.safetensors import read_card, read_sealed, write_sealed
 from consistency.inference.card import ModelCard, Process
+from consistency.runtime.files import write_text
+
+FORMAT = "diffusers"
+PIPELINE = "ConsistencyModelPipeline"
+SCHEDULER, SCHEDULER_FILE = "CMStochasticIterativeScheduler", "scheduler_config.json"
+WEIGHTS = "diffusion_pytorch_model"
+"""Beginning of the names of files of weights."""
+
+TIME_EMBEDDING = "time_embedding.safetensors"
+"""The original layers of a rewritten time embedding, see `diffusers_time_embedding`."""
 
 ANCHORS = ("time_embedding.linear_1.weight", "conv_in.weight")
 """Two parameters that every network has."""
@@ -123,11 +127,11 @@ def open_path(path: Path, hints: Hints) -> Checkpoint:
 
 def checked(card: ModelCard, weights: StateDict, unet: Path, pipeline: Path) -> StateDict:
     """Return weights that we wrote, with the original time embedding. Refuse settings of a folder that have changed."""
-    if needs_rewriting(card):
+    if time_embedding.needs_rewriting(card):
         layers = read_sealed(unet / TIME_EMBEDDING)
         if ModelCard.parse(layers.get("card", {}), unet) != card:
             raise ContentError(f"a {TIME_EMBEDDING} that was not written with its weights")
-        weights = restored(weights, layers["weights"])
+        weights = time_embedding.restored(weights, layers["weights"])
     pairs = [(unet_settings(card, weights), read_json(unet / "config.json"))]
     if is_pipeline(pipeline):
         pairs.append((scheduler_settings(card), read_json(pipeline / "scheduler" / SCHEDULER_FILE)))
@@ -282,3 +286,41 @@ def open_state(
     config, notes = settings_of(theirs, hints)
     network = settings(config, hints)
     return card_of(network, C_NOISE_OPENAI), notes, partial(our_weights, network)
+
+
+def write_diffusers(folder: Path, card: ModelCard, weights: StateDict) -> None:
+    """Write a pipeline for a consistency model, a UNet alone for a teacher, which has no pipeline in diffusers."""
+    config = unet_settings(card, weights)
+    student = card.role == "consistency"
+    unet = folder / "unet" if student else folder
+    if time_embedding.needs_rewriting(card):
+        write_sealed(
+            unet / TIME_EMBEDDING, card, {name: weights[name] for name in time_embedding.LAYERS}
+        )
+        weights = time_embedding.rewritten(weights, card)
+    if student:
+        index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": VERSION}
+        index |= {"scheduler": ["diffusers", SCHEDULER], "unet": ["diffusers", UNET]}
+        _write_json(folder / "model_index.json", index)
+        _write_json(folder / "scheduler" / SCHEDULER_FILE, scheduler_settings(card))
+    _write_json(unet / "config.json", config)
+    write_sealed(unet / f"{WEIGHTS}.safetensors", card, their_weights(card.network, weights))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def scheduler_settings(card: ModelCard) -> dict[str, Any]:
+    """Return the settings of the pipeline's scheduler."""
+    return {
+        "_class_name": SCHEDULER,
+        "_diffusers_version": VERSION,
+        "num_train_timesteps": time_embedding.POINTS,
+        "sigma_min": card.preconditioning["t_min"],
+        "sigma_max": card.process.t_max,
+        "sigma_data": card.preconditioning["sigma_data"],
+        "rho": card.process.rho,
+        "s_noise": 1.0,
+        "clip_denoised": True,
+    }

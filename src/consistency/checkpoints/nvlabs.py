@@ -24,7 +24,7 @@ from consistency.checkpoints.contents import (
     StateDict,
     card_of,
 )
-from consistency.checkpoints.pickle_reader import Object, brief
+from consistency.checkpoints.pickle_calls import Object, brief
 from consistency.inference.card import ModelCard, Role
 from consistency.networks.unet import fir_filter
 

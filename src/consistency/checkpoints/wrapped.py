@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from consistency.checkpoints.contents import Checkpoint, Hints, Lazy, StateDict
-from consistency.checkpoints.pickle_reader import Object, brief
+from consistency.checkpoints.pickle_calls import Object, brief
 from consistency.errors import require
 from consistency.inference.card import ModelCard
 

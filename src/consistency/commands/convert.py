@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from consistency.checkpoints import ours
-from consistency.checkpoints.diffusers_write import write_diffusers
+from consistency.checkpoints.diffusers import write_diffusers
 from consistency.checkpoints.load import load
 from consistency.checkpoints.openai import require_openai, write_openai
 from consistency.checkpoints.safetensors import SEALED, write_sealed
