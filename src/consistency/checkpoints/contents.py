@@ -29,6 +29,12 @@ class ContentError(ValueError):
     """A file's content is not a checkpoint. The message describes the content."""
 
 
+def check(holds: object, fault: str) -> None:
+    """Raise `ContentError` for a fault of the content."""
+    if not holds:
+        raise ContentError(fault)
+
+
 def unreadable(path: Path, error: Exception) -> UserError:
     """Return the error for a checkpoint that cannot be used, whatever failed."""
     line = (str(error).splitlines() or [""])[0][:120]
@@ -44,8 +50,6 @@ def unreadable(path: Path, error: Exception) -> UserError:
 class Hints:
     """Settings that some formats do not record; None takes those of the released files.
 
-    image_size: side of the images.
-    num_head_channels: channels of one attention head.
     attention_resolutions: sides of the feature maps with attention.
     num_heads: attention heads; counts only without num_head_channels.
     num_heads_upsample: attention heads of the decoder, if their number differs.
@@ -85,8 +89,6 @@ class Lazy(Mapping[str, StateDict], Generic[T]):
 class Checkpoint:
     """A checkpoint of any format.
 
-    path: the file or folder.
-    format: its name.
     card: without a role if the file does not record one.
     weights: the sets of weights by name, state dicts under our names of the parameters. They are not typed as such, because
         a check of types at run time would build a lazy set.

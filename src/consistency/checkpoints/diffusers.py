@@ -24,6 +24,7 @@ from consistency.checkpoints.contents import (
     Lazy,
     StateDict,
     card_of,
+    check,
 )
 from consistency.checkpoints.diffusers_unet import (
     UNET,
@@ -142,23 +143,18 @@ def checked(card: ModelCard, weights: StateDict, unet: Path, pipeline: Path) -> 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a small JSON object."""
-    if not path.is_file() or path.stat().st_size > 1 << 20:
-        raise ContentError(f"a diffusers folder without its {path.name}")
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ContentError(f"a {path.name} that is no object")
+    small = path.is_file() and path.stat().st_size <= 1 << 20
+    check(small, f"a diffusers folder without its {path.name}")
+    content: dict[str, Any] = json.loads(path.read_text())
+    check(isinstance(content, dict), f"a {path.name} that is no object")
     return content
 
 
 def require_pipeline(folder: Path) -> None:
     """Refuse a pipeline of another kind: its network was trained for other inputs and another output."""
-    kind = (
-        read_json(folder / "model_index.json").get("_class_name")
-        if is_pipeline(folder)
-        else PIPELINE
-    )
-    if kind != PIPELINE:
-        raise ContentError(f"a diffusers pipeline of class {brief(kind)}, not {PIPELINE}")
+    if is_pipeline(folder):
+        kind = read_json(folder / "model_index.json").get("_class_name")
+        check(kind == PIPELINE, f"a diffusers pipeline of class {brief(kind)}, not {PIPELINE}")
 
 
 def variant(name: str) -> str:
@@ -192,8 +188,7 @@ def sets_in(folder: Path) -> dict[str, Path]:
     sets: dict[str, Path] = {}
     for name, unet in unets.items():
         files = weight_files(unet)
-        if not files:
-            raise ContentError(f"a diffusers folder without {WEIGHTS}.safetensors")
+        check(files, f"a diffusers folder without {WEIGHTS}.safetensors")
         usual = next((v for v in PREFERRED if v in files), next(iter(files)))
         for kind, file in sorted(files.items()):
             title = VARIANTS.get(kind, kind)
@@ -203,36 +198,27 @@ def sets_in(folder: Path) -> dict[str, Path]:
                 title = "online" if "ema" in files else "ema"
                 sets[kind or title] = file
             sets[title] = file
-    if not sets:
-        raise ContentError("a diffusers folder without its unet/config.json")
+    check(sets, "a diffusers folder without its unet/config.json")
     return sets
 
 
 def scheduled(config: dict[str, Any]) -> Process:
     """Return the noise process of a scheduler; the second time point is that of the pipeline's own two steps."""
+    kind = config.get("_class_name")
+    check(kind == SCHEDULER, f"a scheduler of class {brief(kind)}, not {SCHEDULER}")
     noise: dict[str, Any] = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
-    noise |= {"num_train_timesteps": 40} | config
-    if noise.get("_class_name") != SCHEDULER:
-        raise ContentError(
-            f"a scheduler of class {brief(noise.get('_class_name'))}, not {SCHEDULER}"
-        )
-    for name in ("sigma_min", "sigma_max", "sigma_data", "rho"):
-        value = noise[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
-            raise ContentError(f"a {SCHEDULER} with {name}={brief(value)}, which is no noise level")
+    for name in noise:
+        value = noise[name] = config.get(name, noise[name])
+        level = type(value) in (int, float) and 0 < value < 1e6
+        check(level, f"a {SCHEDULER} with {name}={brief(value)}, which is no noise level")
     for name, only in {"s_noise": 1, "prediction_type": None, "timestep_type": None}.items():
-        if noise.get(name, only) != only:
-            value = brief(noise[name])
-            raise ContentError(f"a {SCHEDULER} with {name}={value}, where {only} is known")
-    points = noise["num_train_timesteps"]
-    if type(points) is not int or points < 2 or noise["sigma_min"] >= noise["sigma_max"]:
-        raise ContentError(
-            f"a {SCHEDULER} with num_train_timesteps={brief(points)} from sigma_max={noise['sigma_max']} "
-            f"to sigma_min={noise['sigma_min']}, which is no grid"
-        )
-    t_min, t_max, rho, sigma_data = (
-        float(noise[name]) for name in ("sigma_min", "sigma_max", "rho", "sigma_data")
-    )
+        value = config.get(name, only)
+        check(value == only, f"a {SCHEDULER} with {name}={brief(value)}, where {only} is known")
+    t_min, t_max, sigma_data, rho = map(float, noise.values())
+    points = config.get("num_train_timesteps", 40)
+    grid = f"num_train_timesteps={brief(points)} from sigma_max={t_max} to sigma_min={t_min}"
+    increasing = type(points) is int and points >= 2 and t_min < t_max
+    check(increasing, f"a {SCHEDULER} with {grid}, which is no grid")
     process = Process(sigma_data=sigma_data, t_min=t_min, t_max=t_max, rho=rho)
     second = float(process.grid.at(torch.tensor(points // 2), points))
     return replace(process, times=(t_max, second))
@@ -249,39 +235,27 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     with file.open("rb") as stream:
         zipped = stream.read(2) == b"PK"
     content = read_zip(file) if zipped else read_pickle(file)
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ContentError("weights that are no state dict")
+    flat = isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
+    check(flat, "weights that are no state dict")
     return content, None
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
     """Return the weights that an index spreads over files of its own folder."""
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise ContentError(f"a {index.name} without a weight_map")
+    files: Any = read_json(index).get("weight_map")
+    check(files and isinstance(files, dict), f"a {index.name} without a weight_map")
     read: dict[str, dict[str, Tensor]] = {}
     for name in dict.fromkeys(files.values()):
-        if not isinstance(name, str) or not SHARD.fullmatch(name):
-            raise ContentError(f"a {index.name} that names the file {brief(name)}")
-        if not (index.parent / name).is_file():
-            raise ContentError(f"a {index.name} whose {name[:80]} is missing")
+        plain = isinstance(name, str) and SHARD.fullmatch(name)
+        check(plain, f"a {index.name} that names the file {brief(name)}")
+        check((index.parent / name).is_file(), f"a {index.name} whose {name[:80]} is missing")
         read[name] = read_weights(index.parent / name)[0]
-    for parameter, name in files.items():
-        if parameter not in read[name]:
-            raise ContentError(f"a {name} without {brief(parameter)}, which {index.name} has in it")
+    for name, own in files.items():
+        check(name in read[own], f"a {own} without {brief(name)}, which {index.name} has in it")
     return {parameter: read[name][parameter] for parameter, name in files.items()}
 
 
-def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None:
-    """Return the sets of weights of a UNet without settings, wherever they stand; None without any."""
-    return wrapped.open_sets(
-        content, path, hints, format=FORMAT, anchors=ANCHORS, open_state=open_state
-    )
-
-
-def open_state(
-    theirs: dict[str, Tensor], hints: Hints
-) -> tuple[ModelCard, list[str], wrapped.Renamed]:
+def open_state(theirs: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
     """Return the card and assumptions for a state dict without settings."""
     config, notes = settings_of(theirs, hints)
     network = settings(config, hints)

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from consistency.checkpoints import diffusers_time_embedding as time_embedding
-from consistency.checkpoints.contents import C_NOISE_OPENAI, ContentError, Hints, StateDict, assumes
+from consistency.checkpoints.contents import (
+    C_NOISE_OPENAI,
+    ContentError,
+    Hints,
+    StateDict,
+    assumes,
+    check,
+)
 from consistency.checkpoints.openai import ADM
 from consistency.checkpoints.pickle_calls import brief
 from consistency.errors import require
@@ -55,27 +62,34 @@ def block_type(way: str, attention: bool, in_blocks: bool) -> str:
     return f"Resnet{way}sampleBlock2D" if in_blocks else f"{way}Block2D"
 
 
+def block_settings(
+    attention: list[bool], in_blocks: bool, shift: bool, groups: int
+) -> dict[str, Any]:
+    """Return the settings of the blocks, given which levels have attention."""
+    return {
+        "down_block_types": [block_type("Down", has, in_blocks) for has in attention],
+        "up_block_types": [block_type("Up", has, in_blocks) for has in attention[::-1]],
+        "downsample_type": "resnet" if in_blocks else "conv",
+        "upsample_type": "resnet" if in_blocks else "conv",
+        "resnet_time_scale_shift": "scale_shift" if shift else "default",
+        "norm_num_groups": groups,
+        "attn_norm_num_groups": groups if shift else None,
+    }
+
+
 DEFAULTS: dict[str, Any] = {
-    "sample_size": None,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": [224, 448, 672, 896],
-    "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
-    "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-    "attn_norm_num_groups": None,
-    "time_embedding_dim": None,
-    "resnet_time_scale_shift": "default",
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "num_class_embeds": None,
-    "dropout": 0.0,
+    **block_settings([False, True, True, True], False, False, 32),
+    **{"sample_size": None, "in_channels": 3, "out_channels": 3, "num_class_embeds": None},
+    **{"block_out_channels": [224, 448, 672, 896], "layers_per_block": 2, "dropout": 0.0},
+    **{"attention_head_dim": 8, "time_embedding_dim": None},
 }
 """Defaults of the settings that are not in `FIXED`."""
 
-COUNTS = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
+COUNTS = {
+    **{"in_channels": "a whole number", "out_channels": "a whole number"},
+    **{"layers_per_block": "a whole number", "norm_num_groups": "a whole number"},
+    **dict.fromkeys(("num_class_embeds", "attention_head_dim"), "a whole number or null"),
+}
 CHOICES = {
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "downsample_type": ("conv", "resnet"),
@@ -210,9 +224,8 @@ def settings(config: dict[str, Any], hints: Hints) -> dict[str, Any]:
 
 def known_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a UNet with their defaults. Refuse, by name and value, those that no ADM has."""
-    if config.get("_class_name") != UNET:
-        kind = brief(config.get("_class_name"))
-        raise ContentError(f"a diffusers model of class {kind}, not {UNET}")
+    kind = config.get("_class_name")
+    check(kind == UNET, f"a diffusers model of class {brief(kind)}, not {UNET}")
     theirs = DEFAULTS | config
 
     def expect(name: str, holds: bool, expected: str) -> None:
@@ -221,12 +234,10 @@ def known_settings(config: dict[str, Any]) -> dict[str, Any]:
 
     for name, value in (FIXED | ABSENT).items():
         expect(name, theirs.get(name, value) == value, f"{value}, as an ADM has")
-    for name in COUNTS:
+    for name, kinds in COUNTS.items():
         count = theirs[name]
-        expect(name, type(count) is int and 1 <= count <= 1 << 20, "a whole number")
-    for name in ("num_class_embeds", "attention_head_dim"):
-        count = theirs[name]
-        expect(name, count is None or (type(count) is int and count > 0), "a whole number or null")
+        whole = type(count) is int and 1 <= count <= 1 << 20
+        expect(name, whole or (count is None and "null" in kinds), kinds)
     for name, choices in CHOICES.items():
         expect(name, theirs[name] in choices, " or ".join(choices))
     channels, widths = theirs["in_channels"], theirs["block_out_channels"]
@@ -247,36 +258,31 @@ def known_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def in_blocks(theirs: dict[str, Any]) -> bool:
     """Return whether residual blocks change the resolution, else convolutions. Refuse unknown and mixed blocks."""
-    halves = []
-    for way in ("down", "up"):
-        name, setting = f"{way}_block_types", theirs[f"{way}sample_type"]
+    attention, changes = [], []
+    for way in ("Down", "Up"):
+        name, setting = f"{way.lower()}_block_types", theirs[f"{way.lower()}sample_type"]
         kinds = {
-            block_type(way.title(), False, False): "conv",
-            block_type(way.title(), False, True): "resnet",
-            block_type(way.title(), True, False): setting,
+            block_type(way, False, False): "conv",
+            block_type(way, False, True): "resnet",
+            block_type(way, True, False): setting,
         }
         for kind in theirs[name]:
-            if not isinstance(kind, str) or kind not in kinds:
-                raise ContentError(f"a {UNET} with a block of kind {brief(kind)} in {name}")
-        halves.append([(kind.startswith("Attn"), kinds[kind]) for kind in theirs[name]])
-    down, up = halves
-    if [attention for attention, _ in down] != [attention for attention, _ in up[::-1]]:
-        raise ContentError(f"a {UNET} whose halves do not mirror each other (up_block_types)")
-    changes = {change for _, change in (*down[:-1], *up[:-1])}  # the last block changes nothing
-    if len(changes) > 1:
-        raise ContentError(
-            f"a {UNET} that changes resolution in several ways (down_block_types, up_block_types)"
-        )
-    return changes != {"conv"}
+            known = isinstance(kind, str) and kind in kinds
+            check(known, f"a {UNET} with a block of kind {brief(kind)} in {name}")
+        attention.append([kind.startswith("Attn") for kind in theirs[name]])
+        changes += [kinds[kind] for kind in theirs[name][:-1]]  # the last block changes nothing
+    mirrored = attention[0] == attention[1][::-1]
+    check(mirrored, f"a {UNET} whose halves do not mirror each other (up_block_types)")
+    names = "down_block_types, up_block_types"
+    check(len({*changes}) <= 1, f"a {UNET} that changes resolution in several ways ({names})")
+    return {*changes} != {"conv"}
 
 
 def unlike(config: dict[str, Any], name: str, expected: str) -> ContentError:
     """Return the refusal of a setting, by name and value."""
     value = config.get(name)
-    short = isinstance(value, int | float | str | None) or (
-        isinstance(value, list) and len(str(value)) < 200
-    )
-    shown = value if short else brief(value)
+    plain = isinstance(value, int | float | str | list | None) and len(str(value)) < 200
+    shown = value if plain else brief(value)
     return ContentError(f"a {UNET} with {name}={shown}, where {expected} is known")
 
 
@@ -285,8 +291,8 @@ def settings_of(theirs: StateDict, hints: Hints) -> tuple[dict[str, Any], list[s
     numbers = {int(name.split(".")[1]) for name in theirs if re.match(r"down_blocks\.\d+\.", name)}
     blocks = [f"down_blocks.{k}" for k in range(len(numbers))]
     firsts = [f"{block}.resnets.0.conv1.weight" for block in blocks]
-    if not firsts or not all(name in theirs for name in firsts):
-        raise ContentError(f"weights of a model of diffusers other than {UNET}")
+    known = firsts and all(name in theirs for name in firsts)
+    check(known, f"weights of a model of diffusers other than {UNET}")
     widths = [theirs[name].shape[0] for name in firsts]
     attention = [f"{block}.attentions.0.to_q.weight" in theirs for block in blocks]
     resnet = any(f"{block}.downsamplers.0.conv1.weight" in theirs for block in blocks)
@@ -309,12 +315,7 @@ def settings_of(theirs: StateDict, hints: Hints) -> tuple[dict[str, Any], list[s
         "block_out_channels": widths,
         "layers_per_block": sum(bool(layer.fullmatch(name)) for name in theirs),
         "attention_head_dim": head,
-        "down_block_types": [block_type("Down", has, resnet) for has in attention],
-        "up_block_types": [block_type("Up", has, resnet) for has in attention[::-1]],
-        "downsample_type": "resnet" if resnet else "conv",
-        "upsample_type": "resnet" if resnet else "conv",
-        "resnet_time_scale_shift": "scale_shift" if shift else "default",
-        "attn_norm_num_groups": DEFAULTS["norm_num_groups"],
+        **block_settings(attention, resnet, shift, DEFAULTS["norm_num_groups"]),
         "num_class_embeds": None if classes is None else classes.shape[0],
     }
     return config, notes
@@ -324,10 +325,9 @@ def unet_settings(card: ModelCard, weights: StateDict) -> dict[str, Any]:
     """Return the settings of `UNet2DModel` for our model. Refuse one that it cannot be."""
     require_expressible(card)
     network, size = card.network, card.image_size
-    in_blocks, shift = network["resblock_updown"], network["use_scale_shift_norm"]
+    shift = network["use_scale_shift_norm"]
     widths = [int(m * network["model_channels"]) for m in network["channel_mult"]]
     attention = [size >> k in network["attention_resolutions"] for k in range(len(widths))]
-    groups = network.get("num_groups", 32)
     return {
         "_class_name": UNET,
         "_diffusers_version": VERSION,
@@ -341,13 +341,9 @@ def unet_settings(card: ModelCard, weights: StateDict) -> dict[str, Any]:
         "block_out_channels": widths,
         "layers_per_block": network["num_res_blocks"],
         "attention_head_dim": head_channels(network, weights),
-        "down_block_types": [block_type("Down", has, in_blocks) for has in attention],
-        "up_block_types": [block_type("Up", has, in_blocks) for has in attention[::-1]],
-        "downsample_type": "resnet" if in_blocks else "conv",
-        "upsample_type": "resnet" if in_blocks else "conv",
-        "resnet_time_scale_shift": "scale_shift" if shift else "default",
-        "norm_num_groups": groups,
-        "attn_norm_num_groups": groups if shift else None,
+        **block_settings(
+            attention, network["resblock_updown"], shift, network.get("num_groups", 32)
+        ),
         "num_class_embeds": network.get("num_classes"),
         "dropout": float(network.get("dropout", 0.0)),
     }
@@ -383,11 +379,8 @@ def head_channels(network: dict[str, Any], weights: StateDict) -> int | None:
         return int(network["num_head_channels"])
     heads, upsample = network.get("num_heads", 1), network.get("num_heads_upsample")
     remedy = "train it with model.network.num_head_channels=32"
-    _require(
-        upsample in (None, -1, heads),
-        f"{upsample} attention heads on the way up for {heads} on the way down",
-        remedy,
-    )
+    got = f"{upsample} attention heads on the way up for {heads} on the way down"
+    _require(upsample in (None, -1, heads), got, remedy)
     if heads == 1:
         return None
     widths = {v.shape[1] // heads for name, v in weights.items() if name.endswith(".qkv.weight")}

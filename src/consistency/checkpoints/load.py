@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from consistency.checkpoints import diffusers, pretrained
-from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, unreadable
+from consistency.checkpoints.contents import Checkpoint, Hints, check, unreadable
 from consistency.checkpoints.detect import read_checkpoint
 from consistency.checkpoints.safetensors import SEALED
 from consistency.denoiser import Denoiser
@@ -31,11 +31,7 @@ NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors")
 """Suffixes of files of weights in a snapshot of the Hugging Face cache."""
 
-ACCELERATE = (
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+ACCELERATE = ("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Weights in a folder of accelerate, besides `SEALED`."""
 
 
@@ -88,12 +84,13 @@ def load_sets(
 
 def load_teacher(path: str | None, *, weights: str) -> Denoiser:
     """Load the teacher of a distillation, `teacher=`."""
-    if path is None:
-        raise UserError(
-            "a teacher to distil, teacher=<run folder or checkpoint>",
-            "teacher=null",
-            "train one on the same data with mode=edm and give its run folder",
-        )
+    require(
+        path is not None,
+        "a teacher to distil, teacher=<run folder or checkpoint>",
+        "teacher=null",
+        "train one on the same data with mode=edm and give its run folder",
+    )
+    assert path is not None
     return load(path, "teacher", weights=weights).denoiser
 
 
@@ -163,9 +160,8 @@ def snapshot(path: Path) -> Path:
 
     Return other folders as they are.
     """
-    if not (path / "snapshots").is_dir():
-        return path
-    if not (path / "refs").is_dir() and not (path / "blobs").is_dir():
+    cached = (path / "refs").is_dir() or (path / "blobs").is_dir()
+    if not cached or not (path / "snapshots").is_dir():
         return path
     revisions = {p.name: p for p in sorted((path / "snapshots").iterdir(), key=_age) if p.is_dir()}
     refs = sorted((p for p in (path / "refs").rglob("*") if p.is_file()), key=_age, reverse=True)
@@ -200,22 +196,21 @@ def build_model(checkpoint: Checkpoint, weights: str, role: Role | None) -> Mode
         state, settings = sets[name], card.network
         for key, value in state.items():
             numbers = isinstance(value, Tensor) and value.is_floating_point()
-            if not numbers or not value.isfinite().all():
-                raise ContentError(f"weights {key[:80]} that are not all finite floating numbers")
-        if max(settings.get("num_res_blocks", 0), settings.get("depth", 0)) > len(state):
-            raise ContentError("a network with more blocks than it has weights")
+            finite = numbers and value.isfinite().all()
+            check(finite, f"weights {key[:80]} that are not all finite floating numbers")
+        blocks = max(settings.get("num_res_blocks", 0), settings.get("depth", 0))
+        check(blocks <= len(state), "a network with more blocks than it has weights")
         with torch.device("meta"):
             network: nn.Module = build(settings, NETWORKS, nn.Module)
         needs, has = (
             {k: tuple(v.shape) for k, v in x.items()} for x in (network.state_dict(), state)
         )
         for key in [*needs, *has]:
-            if needs.get(key) != has.get(key):
-                shapes = f"{has.get(key, ())}, where its network has {needs.get(key, ())}"
-                raise ContentError(f"weights {key[:80]} of shape {shapes}")
+            shapes = f"{has.get(key, ())}, where its network has {needs.get(key, ())}"
+            check(needs.get(key) == has.get(key), f"weights {key[:80]} of shape {shapes}")
         channels, out = settings.get("in_channels"), settings.get("out_channels")
-        if out not in (None, channels):
-            raise ContentError(f"a network with out_channels={out} for in_channels={channels}")
+        counts = f"out_channels={out} for in_channels={channels}"
+        check(out in (None, channels), f"a network with {counts}")
         own = {key: value.detach().float().contiguous() for key, value in state.items()}
         network.load_state_dict(own, assign=True)
         denoiser = Denoiser(network, build(card.preconditioning, PRECONDITIONING, object))
@@ -237,19 +232,22 @@ def build(node: dict[str, Any], package: str, base: type) -> Any:
         with suppress(ImportError):
             part = getattr(import_module(module), name, None)
     lists = [v if isinstance(v, list | tuple) else [v] for v in arguments.values()]
-    values = [value for listed in lists for value in listed]
-    texts = [value for value in values if isinstance(value, str)]
     require(
         isinstance(part, type)
         and issubclass(part, base)
         and part.__module__ == module
         and all(len(listed) <= MOST_LISTED for listed in lists)
-        and all(isinstance(value, int | float | str | None) for value in values)
-        and all(abs(value) <= LARGEST for value in values if isinstance(value, int | float))
-        and not any(len(text) > MOST_CHARACTERS or "${" in text for text in texts),
+        and all(is_plain(value) for listed in lists for value in listed),
         f"a class of {package[:-1]} with plain arguments in the checkpoint's card",
         str(target)[:120] if isinstance(target, str) else type(target).__name__,
         "do not use this file unless you know who wrote it",
     )
     assert callable(part)
     return part(**arguments)
+
+
+def is_plain(value: object) -> bool:
+    """Return whether a value from a card is a number or a text of a possible size, without interpolation."""
+    if isinstance(value, str):
+        return len(value) <= MOST_CHARACTERS and "${" not in value
+    return value is None or (isinstance(value, int | float) and abs(value) <= LARGEST)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consistency.checkpoints.contents import ContentError
+from consistency.checkpoints.contents import ContentError, check
 
 MAX_ODD_KEYS = 20_000
 """Dictionary keys that are not strings: their hashes are not random, so many could be made to collide."""
@@ -49,12 +49,6 @@ def brief(value: object) -> str:
     if short or (isinstance(value, int) and abs(value) < 1 << 63):
         return str(value)
     return type(value).__name__
-
-
-def check(holds: object, fault: str) -> None:
-    """Raise `ContentError` for a fault of the content."""
-    if not holds:
-        raise ContentError(fault)
 
 
 def ordered_dict(pairs: Any = ()) -> dict[Any, Any]:

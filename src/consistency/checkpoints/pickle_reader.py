@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from consistency.checkpoints import pickle_calls as calls
-from consistency.checkpoints.contents import ContentError
-from consistency.checkpoints.pickle_calls import MAX_ODD_KEYS, Key, Name, Object, brief, check
+from consistency.checkpoints.contents import ContentError, check
+from consistency.checkpoints.pickle_calls import MAX_ODD_KEYS, Key, Name, Object, brief
 
 MAX_INSTRUCTIONS = 2_000_000
 Stream: TypeAlias = IO[bytes] | io.BufferedIOBase

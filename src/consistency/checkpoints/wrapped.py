@@ -23,9 +23,7 @@ from consistency.inference.card import ModelCard
 MOST_PARTS, MOST_LEVELS, MOST_LISTED = 50_000, 8, 16
 
 Keys: TypeAlias = tuple[str, ...]
-Renamed: TypeAlias = Callable[[StateDict], StateDict]
-OpenState: TypeAlias = Callable[[dict[str, Tensor], Hints], tuple[ModelCard, list[str], Renamed]]
-"""State dict of a format -> its card, what had to be assumed, and the renaming of any set of weights into our names."""
+OpenedState: TypeAlias = tuple[ModelCard, list[str], Callable[[StateDict], StateDict]]
 
 NEUTRAL = {"", "_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module"}
 """Wrappers of a network that do not name its weights."""
@@ -51,12 +49,10 @@ NO_AVERAGE = re.compile(r"no(n|t|t_in)?_?ema")
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """One set of weights in a file.
+    """One set of weights in a file, under the network's own names.
 
-    keys: the keys and prefixes before its names.
-    weights: its tensors under the network's own names.
-    others: tensors beside it that belong to no set.
-    fault: why an average there cannot be used; empty for a set that can.
+    others: names of tensors beside it that belong to no set.
+    fault: why an average cannot be used; empty for a set that can.
     """
 
     keys: Keys
@@ -82,25 +78,18 @@ class Location:
         return "online" if words else None
 
 
-def open_sets(
-    content: object,
-    path: Path,
-    hints: Hints,
-    *,
-    format: str,
-    anchors: Sequence[str],
-    open_state: OpenState,
-) -> Checkpoint | None:
+def open_sets(content: object, path: Path, hints: Hints, form: Any) -> Checkpoint | None:
     """Return the sets of weights of a network in a file's content, None without any.
 
-    anchors: parameters that every network of the format has.
+    form: a module with FORMAT, ANCHORS (parameters that every network of the format has) and `open_state`, which takes a
+        state dict and hints and returns a card, assumptions, and the renaming of any set of weights into our names.
     """
-    locations = find(content, anchors)
+    locations = find(content, form.ANCHORS)
     if not locations:
         return None
     candidates = (locations.get(hints.weights), *locations.values())
     first = next(location for location in candidates if location and not location.fault)
-    card, notes, renamed = open_state(first.weights, hints)
+    card, notes, renamed = form.open_state(first.weights, hints)
 
     def weights(location: Location) -> StateDict:
         require(
@@ -109,11 +98,12 @@ def open_sets(
             f"{location.label}: {location.fault}",
             "choose other weights= of this checkpoint",
         )
-        return renamed(location.weights)
+        state: StateDict = renamed(location.weights)
+        return state
 
-    notes = [*filter(None, [origins(locations)]), *notes]
+    notes = tuple(filter(None, [origins(locations), *notes]))
     sets = Lazy(locations, weights)
-    return Checkpoint(path=path, format=format, card=card, weights=sets, notes=tuple(notes))
+    return Checkpoint(path=path, format=form.FORMAT, card=card, weights=sets, notes=notes)
 
 
 def origins(locations: dict[str, Location]) -> str:
