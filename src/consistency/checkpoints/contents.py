@@ -37,13 +37,12 @@ def check(holds: object, fault: str) -> None:
 
 def unreadable(path: Path, error: Exception) -> UserError:
     """Return the error for a checkpoint that cannot be used, whatever failed."""
-    line = (str(error).splitlines() or [""])[0][:120]
-    reason = f"content that makes no sense ({type(error).__name__}: {line})"
-    return UserError(
-        f"a checkpoint at {path}: {KNOWN}",
-        str(error) if isinstance(error, ContentError) else reason,
-        "check that the file is complete and is the one you mean, or take another",
-    )
+    reason = str(error)
+    if not isinstance(error, ContentError):
+        line = (reason.splitlines() or [""])[0][:120]
+        reason = f"content that makes no sense ({type(error).__name__}: {line})"
+    remedy = "check that the file is complete and is the one you mean, or take another"
+    return UserError(f"a checkpoint at {path}: {KNOWN}", reason, remedy)
 
 
 @dataclass(frozen=True)

@@ -123,15 +123,14 @@ def origins(locations: dict[str, Location]) -> str:
 def find(content: object, anchors: Sequence[str]) -> dict[str, Location]:
     """Return all sets of weights by the names that `weights=` takes."""
     locations: list[Location] = []
-    dotless: list[tuple[Keys, dict[str, Tensor]]] = []
+    dotless: list[Location] = []
     for keys, state in _states(content):
-        named, unnamed = _split(keys, state, anchors)
-        locations += named
-        dotless += unnamed
+        for location, has_dots in _split(keys, state, anchors):
+            (locations if has_dots else dotless).append(location)
     if not locations:
         return {}
     first = next((p for p in locations if p.kind in ("online", None)), locations[0])
-    locations += [_dotted(keys, state, first) for keys, state in dotless]
+    locations += [_dotted(location, first) for location in dotless]
     locations += [_ordered(keys, tensors, first) for keys, tensors in _lists(content)]
     return _named(locations)
 
@@ -187,8 +186,8 @@ def _states(content: object) -> Iterator[tuple[Keys, dict[str, Tensor]]]:
 
 def _split(
     keys: Keys, state: dict[str, Tensor], anchors: Sequence[str]
-) -> tuple[list[Location], list[tuple[Keys, dict[str, Tensor]]]]:
-    """Return the sets of weights in one dictionary: those with the network's names, and those with names without dots."""
+) -> Iterator[tuple[Location, bool]]:
+    """Yield the sets of weights in one dictionary, and whether their names have dots, as the network's have."""
     dotted = _prefixes(state, anchors)
     if not dotted:  # parts of a network may be wrapped one by one
         state = {WRAPPER.sub("", name): tensor for name, tensor in state.items()}
@@ -207,14 +206,9 @@ def _split(
             others.append(name)
         else:
             groups[prefix][WRAPPER.sub("", name.removeprefix(prefix))] = tensor
-    locations, dotless = [], []
     for prefix, group in groups.items():
         below = (*keys, *prefix.removesuffix(".").split(".")) if prefix else keys
-        if prefix in dotted:
-            locations.append(Location(keys=below, weights=group, others=tuple(others)))
-        else:
-            dotless.append((below, group))
-    return locations, dotless
+        yield Location(keys=below, weights=group, others=tuple(others)), prefix in dotted
 
 
 def _prefixes(state: dict[str, Tensor], anchors: Sequence[str]) -> set[str]:
@@ -226,8 +220,9 @@ def _prefixes(state: dict[str, Tensor], anchors: Sequence[str]) -> set[str]:
     }
 
 
-def _dotted(keys: Keys, state: dict[str, Tensor], first: Location) -> Location:
+def _dotted(average: Location, first: Location) -> Location:
     """Return an average whose names have no dots, under the names of the weights in training."""
+    state = average.weights
     names = {name.replace(".", ""): name for name in first.weights}
     anchor = next(name for name in state if name.endswith(tuple(names)))
     prefix = min((anchor.removesuffix(n) for n in names if anchor.endswith(n)), key=len)
@@ -235,7 +230,7 @@ def _dotted(keys: Keys, state: dict[str, Tensor], first: Location) -> Location:
     weights = {names[name]: tensor for name, tensor in flat.items() if name in names}
     complete = len(names) == len(first.weights) == len(weights) == len(state)
     fault = f"{len(state)} names without dots, not those of its network"
-    return Location(keys=keys, weights=weights, fault="" if complete else fault)
+    return Location(keys=average.keys, weights=weights, fault="" if complete else fault)
 
 
 def _lists(content: object) -> Iterator[tuple[Keys, list[Tensor]]]:

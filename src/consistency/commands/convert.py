@@ -2,9 +2,10 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from consistency.checkpoints import ours
@@ -21,6 +22,13 @@ from consistency.randomness import generator
 
 TORCH = (".pt", ".pth", ".ckpt")
 TARGETS = (ours.FORMAT, "openai", "diffusers")
+HINTS = [
+    "image_size",
+    "num_head_channels",
+    "attention_resolutions",
+    "num_heads",
+    "num_heads_upsample",
+]
 LEVELS = 9
 """Number of noise levels at which `verify` checks the outputs."""
 
@@ -38,17 +46,9 @@ def convert(config: DictConfig, target: Path) -> None:
     require(config.role in roles, "role=teacher or role=consistency", config.role, "choose one")
     if config.source is not None:
         require_target(target, config.to)
-    sides = config.attention_resolutions
-    model = load(
-        config.verify if config.source is None else config.source,
-        config.role,
-        weights=config.weights,
-        image_size=config.image_size,
-        num_head_channels=config.num_head_channels,
-        attention_resolutions=None if sides is None else list(sides),
-        num_heads=config.num_heads,
-        num_heads_upsample=config.num_heads_upsample,
-    )
+    source = config.verify if config.source is None else config.source
+    hints: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, HINTS), resolve=True)
+    model = load(source, config.role, weights=config.weights, **hints)
     print_facts(model)
     if config.verify is not None:
         verify(model)
