@@ -14,18 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consistency.checkpoints import contents, wrapped
 from consistency.checkpoints import diffusers_time_embedding as time_embedding
-from consistency.checkpoints import wrapped
-from consistency.checkpoints.contents import (
-    C_NOISE_OPENAI,
-    Checkpoint,
-    ContentError,
-    Hints,
-    Lazy,
-    StateDict,
-    card_of,
-    check,
-)
+from consistency.checkpoints.contents import ContentError, Hints, StateDict, check
 from consistency.checkpoints.diffusers_unet import (
     UNET,
     VERSION,
@@ -87,7 +78,7 @@ def folder_of(file: Path) -> Path:
     return unet.parent if is_pipeline(unet.parent) and unet.name == "unet" else unet
 
 
-def open_path(path: Path, hints: Hints) -> Checkpoint:
+def open_path(path: Path, hints: Hints) -> contents.Checkpoint:
     """Return the model in a folder of a pipeline, of a UNet or of accelerate, or in one file of weights of such."""
     if path.is_dir():
         require_pipeline(path)
@@ -107,9 +98,11 @@ def open_path(path: Path, hints: Hints) -> Checkpoint:
     elif is_pipeline(pipeline):
         process = scheduled(read_json(pipeline / "scheduler" / SCHEDULER_FILE))
         network = settings(config, hints)
-        card = card_of(network, C_NOISE_OPENAI, role="consistency", process=process)
+        card = contents.card_of(
+            network, contents.C_NOISE_OPENAI, role="consistency", process=process
+        )
     else:
-        card = card_of(settings(config, hints), C_NOISE_OPENAI)
+        card = contents.card_of(settings(config, hints), contents.C_NOISE_OPENAI)
 
     def weights(file: Path) -> StateDict:
         theirs, own = read_weights(file)
@@ -123,7 +116,9 @@ def open_path(path: Path, hints: Hints) -> Checkpoint:
             raise ContentError(f"a {UNET} with other settings than that of {first.parent.name}")
         return ours
 
-    return Checkpoint(path=path, format=FORMAT, card=card, weights=Lazy(files, weights))
+    return contents.Checkpoint(
+        path=path, format=FORMAT, card=card, weights=contents.Lazy(files, weights)
+    )
 
 
 def checked(card: ModelCard, weights: StateDict, unet: Path, pipeline: Path) -> StateDict:
@@ -259,7 +254,7 @@ def open_state(theirs: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
     """Return the card and assumptions for a state dict without settings."""
     config, notes = settings_of(theirs, hints)
     network = settings(config, hints)
-    return card_of(network, C_NOISE_OPENAI), notes, partial(our_weights, network)
+    return contents.card_of(network, contents.C_NOISE_OPENAI), notes, partial(our_weights, network)
 
 
 def write_diffusers(folder: Path, card: ModelCard, weights: StateDict) -> None:

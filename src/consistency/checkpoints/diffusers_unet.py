@@ -11,15 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consistency.checkpoints import contents
 from consistency.checkpoints import diffusers_time_embedding as time_embedding
-from consistency.checkpoints.contents import (
-    C_NOISE_OPENAI,
-    ContentError,
-    Hints,
-    StateDict,
-    assumes,
-    check,
-)
+from consistency.checkpoints.contents import ContentError, Hints, StateDict, check
 from consistency.checkpoints.openai import ADM
 from consistency.checkpoints.pickle_calls import brief
 from consistency.errors import require
@@ -302,10 +296,10 @@ def settings_of(theirs: StateDict, hints: Hints) -> tuple[dict[str, Any], list[s
     notes = []
     if size is None:
         size = 32 << next((k for k, has in enumerate(attention) if has), 1)
-        notes.append(assumes(f"images of {size} x {size}", "image_size="))
+        notes.append(contents.assumes(f"images of {size} x {size}", "image_size="))
     if head is None:
         head = DEFAULTS["attention_head_dim"]
-        notes.append(assumes(f"attention heads of {head} channels", "num_head_channels="))
+        notes.append(contents.assumes(f"attention heads of {head} channels", "num_head_channels="))
     layer = re.compile(r"down_blocks\.0\.resnets\.\d+\.conv1\.weight")
     config = {
         "_class_name": UNET,
@@ -355,7 +349,7 @@ def require_expressible(card: ModelCard) -> None:
     _require(network["_target_"] == ADM, "a network other than ADM", "it is one of its own")
     scale, student = scalings.get("c_noise_scale"), card.role == "consistency"
     _require(
-        scale == C_NOISE_OPENAI or (student and scale is not None),
+        scale == contents.C_NOISE_OPENAI or (student and scale is not None),
         f"a time input of {scale or 'another kind than'} ln t, where a UNet alone gets 250 ln t",
         "train it with model.c_noise_scale=250",
     )

@@ -12,17 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency.checkpoints.contents import (
-    C_NOISE_NVLABS,
-    Checkpoint,
-    ContentError,
-    Hints,
-    Lazy,
-    StateDict,
-    assumes,
-    card_of,
-    check,
-)
+from consistency.checkpoints import contents
+from consistency.checkpoints.contents import ContentError, Hints, StateDict, check
 from consistency.networks.song import SongUNet
 from consistency.networks.unet import UNetBlock, fir_filter
 
@@ -34,7 +25,7 @@ SIZE, TOPS = 32, [256, 256, 256]
 """Side of the images, and widths of the levels, of every released file."""
 
 
-def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None:
+def open_content(content: object, path: Path, hints: Hints) -> contents.Checkpoint | None:
     """Return the averaged (`ema`), online and target parameters of a training state; None for any other content."""
     average = content.get("params_ema") if isinstance(content, dict) else None
     if not isinstance(average, dict) or any(isinstance(v, Tensor) for v in average.values()):
@@ -42,9 +33,11 @@ def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None
     assert isinstance(content, dict)
     trees = {name: content[key] for name, key in PARAMETERS.items() if key in content}
     network, notes = settings(flattened(trees["ema"]), hints)
-    card = card_of(network, C_NOISE_NVLABS, second_time=0.58535)
-    sets = Lazy(trees, partial(song_weights, network))
-    return Checkpoint(path=path, format=FORMAT, card=card, weights=sets, notes=tuple(notes))
+    card = contents.card_of(network, contents.C_NOISE_NVLABS, second_time=0.58535)
+    sets = contents.Lazy(trees, partial(song_weights, network))
+    return contents.Checkpoint(
+        path=path, format=FORMAT, card=card, weights=sets, notes=tuple(notes)
+    )
 
 
 def flattened(tree: object, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
@@ -75,7 +68,7 @@ def settings(params: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str]
     if hints.attention_resolutions is None:
         sides, notes = attention_sides(params, size, tops, each)
     if hints.image_size is None and (width, tops) != (128, TOPS):
-        notes.append(assumes(f"images of {size} x {size}", "image_size="))
+        notes.append(contents.assumes(f"images of {size} x {size}", "image_size="))
     network = {
         "_target_": "consistency.networks.song.SongUNet",
         "image_size": size,
@@ -113,7 +106,9 @@ def attention_sides(
         levels.append(1 if 1 in fitting else fitting[0])
         side = size >> levels[-1]
         if len(fitting) > 1 and (size, tops) != (SIZE, TOPS):
-            notes.append(assumes(f"attention at {side} x {side}", "attention_resolutions="))
+            notes.append(
+                contents.assumes(f"attention at {side} x {side}", "attention_resolutions=")
+            )
     return [size >> k for k in levels], notes
 
 

@@ -13,18 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from consistency.checkpoints import wrapped
-from consistency.checkpoints.contents import (
-    C_NOISE_NVLABS,
-    PUBLISHED,
-    Checkpoint,
-    ContentError,
-    Hints,
-    Lazy,
-    StateDict,
-    card_of,
-    check,
-)
+from consistency.checkpoints import contents, wrapped
+from consistency.checkpoints.contents import ContentError, Hints, StateDict, check
 from consistency.checkpoints.pickle_calls import Object, brief
 from consistency.inference.card import ModelCard, Role
 from consistency.networks.unet import fir_filter
@@ -72,7 +62,7 @@ KINDS = {
 """The kinds of a SongUNet that we have."""
 
 
-def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
+def open_content(content: Any, path: Path, hints: Hints) -> contents.Checkpoint | None:
     """Return the networks of a snapshot or a training state; None without any."""
     stored = content if isinstance(content, dict) else {}
     models = {
@@ -83,8 +73,8 @@ def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
     if not models:
         return None
     card = card_of_module(models.get(hints.weights) or next(iter(models.values())))
-    sets = Lazy(models, partial(module_weights, card.network))
-    return Checkpoint(path=path, format=FORMAT, card=card, weights=sets)
+    sets = contents.Lazy(models, partial(module_weights, card.network))
+    return contents.Checkpoint(path=path, format=FORMAT, card=card, weights=sets)
 
 
 def card_of_module(module: Object) -> ModelCard:
@@ -101,12 +91,14 @@ def card_of_module(module: Object) -> ModelCard:
     if not isinstance(arguments, dict):
         raise ContentError("a network without its settings")
     role = ROLES[module.kind]
-    process = replace(PUBLISHED, sigma_data=float(module.state["sigma_data"]))
+    process = replace(contents.PUBLISHED, sigma_data=float(module.state["sigma_data"]))
     if role == "consistency":
         process = replace(process, t_min=float(module.state["sigma_min"]))
     network = settings(kind, arguments)
     second = second_time(network)
-    return card_of(network, C_NOISE_NVLABS, role=role, process=process, second_time=second)
+    return contents.card_of(
+        network, contents.C_NOISE_NVLABS, role=role, process=process, second_time=second
+    )
 
 
 def second_time(network: dict[str, Any]) -> float:
@@ -163,7 +155,7 @@ def require_images(kind: str, channels: object, out: object) -> None:
 def open_state(weights: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
     """Return the card of a state dict, with EDM's noise process; it does not record which scalings belong to it."""
     network, notes = settings_of(weights, hints)
-    card = card_of(network, C_NOISE_NVLABS, second_time=second_time(network))
+    card = contents.card_of(network, contents.C_NOISE_NVLABS, second_time=second_time(network))
     return card, notes, partial(renamed, network)
 
 
