@@ -47,9 +47,8 @@ ANCHORS = ("time_embedding.linear_1.weight", "conv_in.weight")
 UNETS = {"online": "unet/", "ema": "unet_ema/"}
 """Folders of the UNet in a pipeline, and of the two that accelerate keeps in training."""
 
-SUFFIXES = (".safetensors", ".safetensors.index", ".bin", ".bin.index")
 PREFERRED = ("", "fp32", "bf16", "fp16")
-"""Forms of a file of weights, and variants, in the order of preference."""
+"""Variants in the order of preference."""
 
 VARIANTS = {"non_ema": "online", "ema": "ema"}
 """Variants whose name is that of a set of weights; others keep their own."""
@@ -159,14 +158,14 @@ def variant(name: str) -> str:
 
 
 def weight_files(unet: Path) -> dict[str, Path]:
-    """Return the file of weights of every variant in a model's folder; of several the first of `SUFFIXES`."""
+    """Return the file of weights of every variant in a model's folder: safetensors before bin, whole before an index."""
     files: dict[str, Path] = {}
-    for suffix in SUFFIXES:
-        for path in sorted(unet.glob(f"{WEIGHTS}*")):
-            kind = ".safetensors" if ".safetensors" in path.name else ".bin"
-            form = f"{kind}.index" if path.name.endswith(".json") else kind
-            if form == suffix and "-of-" not in path.name:
-                files.setdefault(variant(path.name), path)
+    for path in sorted(
+        unet.glob(f"{WEIGHTS}*"),
+        key=lambda p: (".safetensors" not in p.name, p.suffix == ".json", p),
+    ):
+        if "-of-" not in path.name:
+            files.setdefault(variant(path.name), path)
     return files
 
 

@@ -60,16 +60,8 @@ def load(
     The others are settings that some files do not record, see `Hints`. Raise `UserError` if the file is missing, damaged,
     of another role or no checkpoint.
     """
-    published = pretrained.RELEASED.get(str(checkpoint))
-    hints = Hints(
-        image_size,
-        num_head_channels,
-        attention_resolutions,
-        num_heads,
-        num_heads_upsample,
-        published.role if published else None,
-        weights,
-    )
+    heads = (num_head_channels, attention_resolutions, num_heads, num_heads_upsample)
+    hints = Hints(image_size, *heads, pretrained.role_of(checkpoint), weights)
     return build_model(read_checkpoint(find(checkpoint), hints), weights, role)
 
 
@@ -77,8 +69,7 @@ def load_sets(
     checkpoint: str | os.PathLike[str], weights: Sequence[str] | None, *, role: Role | None = None
 ) -> list[Model]:
     """Open several sets of weights of a checkpoint, all if `weights` is None. The file is read once."""
-    published = pretrained.RELEASED.get(str(checkpoint))
-    content = read_checkpoint(find(checkpoint), Hints(role=published.role if published else None))
+    content = read_checkpoint(find(checkpoint), Hints(role=pretrained.role_of(checkpoint)))
     return [build_model(content, name, role) for name in weights or content.names]
 
 

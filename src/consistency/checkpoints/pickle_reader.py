@@ -137,15 +137,9 @@ class Machine(Unpickler):
     def __init__(self, total: int, find_storage: Callable[[Any], Tensor] | None = None) -> None:
         self.find_storage = find_storage
         self.odd_keys, self.to_copy = 0, 2 * total
-        own = {"REDUCE": Machine.call, "NEWOBJ": Machine.create, "BUILD": Machine.set_state}
-        own |= {"DICT": Machine.make_dictionary, "ADDITEMS": Machine.add_items}
-        own |= {"SETITEM": Machine.set_item, "SETITEMS": Machine.set_items}
-        own |= {"BYTEARRAY8": Machine.read_bytearray}
-        self.dispatch = Instructions(
-            (ord(o.code), own.get(o.name) or Unpickler.dispatch[ord(o.code)])
-            for o in pickletools.opcodes
-            if o.name not in REFUSED and o.proto <= 5
-        )
+        allowed = [o for o in pickletools.opcodes if o.name not in REFUSED and o.proto <= 5]
+        methods = {ord(o.code): Unpickler.dispatch[ord(o.code)].__name__ for o in allowed}
+        self.dispatch = Instructions((c, getattr(Machine, name)) for c, name in methods.items())
 
     def run(self, program: bytes | Stream) -> Any:
         """Return the value of a pickle: bytes, or a stream that stands at its beginning."""
@@ -166,25 +160,25 @@ class Machine(Unpickler):
         check(known, f"a pickle that asks for {path[:120]}, which no checkpoint needs")
         return Name(path)
 
-    def read_bytearray(self) -> None:
+    def load_bytearray8(self) -> None:
         self.stack.append(bytearray(self.read(*struct.unpack("<Q", self.read(8)))))
 
-    def add_items(self) -> None:
+    def load_additems(self) -> None:
         names = calls.set_of_names(self.pop_mark())
         check(isinstance(self.stack[-1], set), "a pickle that adds to something else than a set")
         self.stack[-1].update(names)
 
-    def make_dictionary(self) -> None:
+    def load_dict(self) -> None:
         items = self.pop_mark()
         self.stack.append({})
         self.fill(items)
 
-    def set_item(self) -> None:
+    def load_setitem(self) -> None:
         items = self.stack[-2:]
         del self.stack[-2:]
         self.fill(items)
 
-    def set_items(self) -> None:
+    def load_setitems(self) -> None:
         self.fill(self.pop_mark())
 
     def fill(self, items: list[Any]) -> None:
@@ -197,7 +191,7 @@ class Machine(Unpickler):
         check(plain, "a pickle with keys that no checkpoint has")
         target.update(zip(keys, items[1::2], strict=True))
 
-    def call(self) -> None:
+    def load_reduce(self) -> None:
         """Replace a name and its arguments by the result of the function that stands for it."""
         arguments, function = self.stack.pop(), self.stack.pop()
         path = function.path if isinstance(function, Name) else ""
@@ -220,7 +214,7 @@ class Machine(Unpickler):
             self.to_copy -= 100 * len(content)
         check(self.to_copy >= 0, "a pickle that copies its own content over and over")
 
-    def create(self) -> None:
+    def load_newobj(self) -> None:
         """Replace a class and its arguments by an object."""
         arguments, kind = self.stack.pop(), self.stack.pop()
         path = kind.path if isinstance(kind, Name) else ""
@@ -228,7 +222,7 @@ class Machine(Unpickler):
         check(alone or _is_setting(path), f"a pickle that creates an object of {brief(kind)}")
         self.stack.append({} if alone and _is_dictionary(path) else Object(path, {}))
 
-    def set_state(self) -> None:
+    def load_build(self) -> None:
         """Give an object its state; that of a dictionary is left out, because it holds no weights."""
         state, target = self.stack.pop(), self.stack[-1]
         kind = target.kind if isinstance(target, Object) else None
