@@ -1,16 +1,16 @@
 """The content of a checkpoint, as every reader of a format returns it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from consistency.errors import UserError
 from consistency.inference.card import ModelCard, Process, Role
 
-T = TypeVar("T")
 StateDict: TypeAlias = Mapping[str, Tensor]
 
 C_NOISE_OPENAI, C_NOISE_NVLABS = 250.0, 0.25
@@ -65,23 +65,15 @@ class Hints:
     weights: str = "ema"
 
 
-class Lazy(Mapping[str, StateDict], Generic[T]):
-    """Sets of weights by name, each made by `read` when it is looked up."""
+class Lazy(UserDict[str, Any]):
+    """Sets of weights by name, each made by `read` of its entry when it is looked up."""
 
-    def __init__(self, entries: Mapping[str, T], read: Callable[[T], StateDict]) -> None:
-        self.entries, self.read = entries, read
+    def __init__(self, entries: Mapping[str, Any], read: Callable[[Any], StateDict]) -> None:
+        super().__init__(entries)
+        self.read = read
 
     def __getitem__(self, name: str) -> StateDict:
-        return self.read(self.entries[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
+        return self.read(self.data[name])
 
 
 @dataclass(frozen=True, kw_only=True)

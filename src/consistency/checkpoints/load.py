@@ -154,8 +154,14 @@ def snapshot(path: Path) -> Path:
     cached = (path / "refs").is_dir() or (path / "blobs").is_dir()
     if not cached or not (path / "snapshots").is_dir():
         return path
-    revisions = {p.name: p for p in sorted((path / "snapshots").iterdir(), key=_age) if p.is_dir()}
-    refs = sorted((p for p in (path / "refs").rglob("*") if p.is_file()), key=_age, reverse=True)
+    revisions = {
+        p.name: p
+        for p in sorted((path / "snapshots").iterdir(), key=os.path.getmtime)
+        if p.is_dir()
+    }
+    refs = sorted(
+        (p for p in (path / "refs").rglob("*") if p.is_file()), key=os.path.getmtime, reverse=True
+    )
     refs.sort(key=lambda ref: ref != path / "refs" / "main")
     hashes = [ref.read_text()[:100].strip() for ref in refs]
     name = next((name for name in (*hashes, *reversed(revisions)) if name in revisions), None)
@@ -165,10 +171,6 @@ def snapshot(path: Path) -> Path:
     revision = revisions[name]
     files = [p for p in revision.iterdir() if p.is_file() and p.suffix in SUFFIXES]
     return files[0] if len(files) == 1 and not diffusers.is_diffusers(revision) else revision
-
-
-def _age(path: Path) -> float:
-    return path.stat().st_mtime
 
 
 def build_model(checkpoint: Checkpoint, weights: str, role: Role | None) -> Model:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from consistency.checkpoints import contents, wrapped
-from consistency.checkpoints.contents import ContentError, Hints, StateDict, check
+from consistency.checkpoints.contents import Hints, StateDict, check
 from consistency.checkpoints.pickle_calls import Object, brief
 from consistency.inference.card import ModelCard, Role
 from consistency.networks.unet import fir_filter
@@ -83,13 +83,12 @@ def card_of_module(module: Object) -> ModelCard:
     check(not edm2, "a model of class Precond, a network of EDM2, which is not built here")
     known = f"whose preconditioning is not one of {', '.join(ROLES)}"
     check(module.kind in ROLES, f"a model of class {module.kind}, {known}")
-    inner = _part(module, "_modules").get("model")
+    inner: Any = _part(module, "_modules").get("model")
     kind = inner.kind if isinstance(inner, Object) else brief(inner)
-    if not isinstance(inner, Object) or kind not in DEFAULTS:
-        raise ContentError(f"a network of class {kind}, which is not one of {', '.join(DEFAULTS)}")
+    ours = isinstance(inner, Object) and kind in DEFAULTS
+    check(ours, f"a network of class {kind}, which is not one of {', '.join(DEFAULTS)}")
     arguments = inner.state.get("_init_kwargs")
-    if not isinstance(arguments, dict):
-        raise ContentError("a network without its settings")
+    check(isinstance(arguments, dict), "a network without its settings")
     role = ROLES[module.kind]
     process = replace(contents.PUBLISHED, sigma_data=float(module.state["sigma_data"]))
     if role == "consistency":

@@ -98,11 +98,6 @@ REFUSED = "PERSID INST OBJ NEWOBJ_EX EXT1 EXT2 EXT4 FROZENSET NEXT_BUFFER READON
 """Instructions that no checkpoint needs."""
 
 
-def _is_setting(path: str) -> bool:
-    """Return whether the result of a class or function is kept unread."""
-    return path.startswith(SETTINGS)
-
-
 def _is_dictionary(path: str) -> bool:
     """Return whether a class is a dictionary under another name."""
     return path.rpartition(".")[2] in DICTIONARIES
@@ -156,7 +151,7 @@ class Machine(Unpickler):
     def find_class(self, module: str, name: str) -> Name:
         """Return a name, if it is one of those that checkpoints are made of."""
         path = f"{module}.{name}"
-        known = path in KNOWN or _is_setting(path) or _is_dictionary(path)
+        known = path in KNOWN or path.startswith(SETTINGS) or _is_dictionary(path)
         check(known, f"a pickle that asks for {path[:120]}, which no checkpoint needs")
         return Name(path)
 
@@ -195,7 +190,7 @@ class Machine(Unpickler):
         """Replace a name and its arguments by the result of the function that stands for it."""
         arguments, function = self.stack.pop(), self.stack.pop()
         path = function.path if isinstance(function, Name) else ""
-        if _is_setting(path):
+        if path.startswith(SETTINGS):
             self.stack.append(Object(path, None))
         elif _is_dictionary(path) and arguments == ():
             self.stack.append({})
@@ -219,7 +214,9 @@ class Machine(Unpickler):
         arguments, kind = self.stack.pop(), self.stack.pop()
         path = kind.path if isinstance(kind, Name) else ""
         alone = arguments == () and (_is_dictionary(path) or path in MODULES)
-        check(alone or _is_setting(path), f"a pickle that creates an object of {brief(kind)}")
+        check(
+            alone or path.startswith(SETTINGS), f"a pickle that creates an object of {brief(kind)}"
+        )
         self.stack.append({} if alone and _is_dictionary(path) else Object(path, {}))
 
     def load_build(self) -> None:
@@ -235,9 +232,9 @@ class Machine(Unpickler):
         elif kind == "numpy.ndarray":
             self.count_copy(state[-1] if isinstance(state, tuple) and state else None)
             target.state = calls.array(state)
-        elif kind is not None and not _is_setting(kind) and isinstance(state, dict):
+        elif kind is not None and not kind.startswith(SETTINGS) and isinstance(state, dict):
             target.state = state
-        elif not isinstance(target, dict) and (kind is None or not _is_setting(kind)):
+        elif not isinstance(target, dict) and (kind is None or not kind.startswith(SETTINGS)):
             raise ContentError(f"a pickle that changes an object of {brief(target)}")
 
 

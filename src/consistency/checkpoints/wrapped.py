@@ -108,16 +108,13 @@ def open_sets(content: object, path: Path, hints: Hints, form: Any) -> Checkpoin
 
 def origins(locations: dict[str, Location]) -> str:
     """Return a note on the keys of the sets and the tensors left out; empty for one set at the top of the file."""
-    sets = [
-        f"weights={name}{f' below {location.label[:80]}' if location.label else ''}"
-        for name, location in locations.items()
-    ]
+    labels = {name: location.label[:80] for name, location in locations.items()}
+    sets = [f"weights={n}{f' below {label}' if label else ''}" for n, label in labels.items()]
+    parts = [] if [*labels.values()] == [""] else [f"takes {', '.join(sets)}"]
     others = next((location.others for location in locations.values() if location.others), ())
-    parts = [f"takes {', '.join(sets)}"]
     if others:
         parts.append(f"leaves out {len(others)} other tensors, such as {others[0][:80]}")
-    alone = len(locations) == 1 and not next(iter(locations.values())).label
-    return ", ".join(parts[1:] if alone else parts)
+    return ", ".join(parts)
 
 
 def find(content: object, anchors: Sequence[str]) -> dict[str, Location]:
@@ -255,11 +252,12 @@ def _named(locations: list[Location]) -> dict[str, Location]:
     once = {
         (p.kind, *((t.data_ptr(), t.shape) for t in p.weights.values())): p for p in locations[::-1]
     }
-    locations = list(once.values())[::-1]
-    default = "ema" if len(locations) == 1 else "online"
+    default = "ema" if len(once) == 1 else "online"
+    by_kind: dict[str, list[Location]] = {}
+    for location in reversed(once.values()):
+        by_kind.setdefault(location.kind or default, []).append(location)
     sets: dict[str, Location] = {}
-    for kind in dict.fromkeys(location.kind or default for location in locations):
-        same = [location for location in locations if (location.kind or default) == kind]
+    for kind, same in by_kind.items():
         if len(same) == 1 or kind == "ema":
             sets[kind] = same[0]
         if len(same) > 1:

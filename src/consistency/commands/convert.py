@@ -45,7 +45,13 @@ def convert(config: DictConfig, target: Path) -> None:
     roles = ("teacher", "consistency", None)
     require(config.role in roles, "role=teacher or role=consistency", config.role, "choose one")
     if config.source is not None:
-        require_target(target, config.to)
+        require_fresh(target)
+        require(
+            config.to != "diffusers" or target.suffix not in (".safetensors", *TORCH),
+            "a folder at output=, because diffusers reads folders",
+            target.name,
+            "leave the suffix out",
+        )
     source = config.verify if config.source is None else config.source
     hints: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, HINTS), resolve=True)
     model = load(source, config.role, weights=config.weights, **hints)
@@ -57,17 +63,6 @@ def convert(config: DictConfig, target: Path) -> None:
     print(f"check it    {shell_line('convert', f'verify={target}')}")
 
 
-def require_target(target: Path, to: str) -> None:
-    """Refuse to overwrite, and a file's name for a folder."""
-    require_fresh(target)
-    require(
-        to != "diffusers" or target.suffix not in (".safetensors", *TORCH),
-        "a folder at output=, because diffusers reads folders",
-        target.name,
-        "leave the suffix out",
-    )
-
-
 def write(model: Model, to: str, target: Path) -> Path:
     """Write a model in a format, together with its card; return the file or folder."""
     card, weights = model.card, model.denoiser.network.state_dict()
@@ -77,10 +72,9 @@ def write(model: Model, to: str, target: Path) -> Path:
     if to == "openai":
         require_openai(card)
     if target.suffix not in TORCH:
-        file = target if target.suffix == ".safetensors" else target / SEALED
-        write_sealed(file, card, weights)
-        return file
-    if to == "openai":
+        target = target if target.suffix == ".safetensors" else target / SEALED
+        write_sealed(target, card, weights)
+    elif to == "openai":
         write_openai(target, card, weights)
     else:
         ours.write({"card": card.saved(), "weights": dict(weights)}, target)
