@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from consistency.checkpoints import diffusers, jcm, nvlabs, openai, ours, wrapped
-from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, unreadable
+from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, one_error
 from consistency.checkpoints.msgpack_reader import read_messagepack
 from consistency.checkpoints.pickle_reader import read_pickle, read_zip
 from consistency.checkpoints.safetensors import SEALED, read_sealed
-from consistency.errors import UserError
 from consistency.runtime.files import verify_checksum
 
 CONTAINERS: dict[bytes, Callable[[Path], Any]] = {
@@ -33,7 +32,7 @@ def read_checkpoint(path: Path, hints: Hints) -> Checkpoint:
     """Read a file or folder of any format, print its notes, and turn every failure into a `UserError`."""
     file = path / SEALED if (path / SEALED).is_file() else path
     beside_settings = (file.parent / "config.json").is_file()
-    try:
+    with one_error(path):
         verify_checksum(path)
         if file.is_dir() or (beside_settings and file.name.startswith(diffusers.WEIGHTS)):
             checkpoint = diffusers.open_path(file, hints)
@@ -50,10 +49,6 @@ def read_checkpoint(path: Path, hints: Hints) -> Checkpoint:
         if hints.role is not None and checkpoint.card.role is None:
             card = checkpoint.card.with_role(hints.role, path)
             checkpoint = replace(checkpoint, card=card)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file can fail in any way
-        raise unreadable(path, error) from error
     for note in checkpoint.notes:
         print(f"{path.name}: {note}", file=sys.stderr)
     return checkpoint

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from consistency.checkpoints import diffusers, pretrained
-from consistency.checkpoints.contents import Checkpoint, Hints, check, unreadable
+from consistency.checkpoints.contents import Checkpoint, Hints, check, one_error
 from consistency.checkpoints.detect import read_checkpoint
 from consistency.checkpoints.safetensors import SEALED
 from consistency.denoiser import Denoiser
@@ -154,14 +154,9 @@ def snapshot(path: Path) -> Path:
     cached = (path / "refs").is_dir() or (path / "blobs").is_dir()
     if not cached or not (path / "snapshots").is_dir():
         return path
-    revisions = {
-        p.name: p
-        for p in sorted((path / "snapshots").iterdir(), key=os.path.getmtime)
-        if p.is_dir()
-    }
-    refs = sorted(
-        (p for p in (path / "refs").rglob("*") if p.is_file()), key=os.path.getmtime, reverse=True
-    )
+    folders = filter(Path.is_dir, (path / "snapshots").iterdir())
+    revisions = {folder.name: folder for folder in sorted(folders, key=os.path.getmtime)}
+    refs = sorted(filter(Path.is_file, (path / "refs").rglob("*")), key=os.path.getmtime)[::-1]
     refs.sort(key=lambda ref: ref != path / "refs" / "main")
     hashes = [ref.read_text()[:100].strip() for ref in refs]
     name = next((name for name in (*hashes, *reversed(revisions)) if name in revisions), None)
@@ -185,7 +180,7 @@ def build_model(checkpoint: Checkpoint, weights: str, role: Role | None) -> Mode
     name = next(iter(sets)) if weights == "ema" and len(sets) == 1 else weights
     known = f"weights among {', '.join(sets)}"
     require(name in sets, known, weights, "choose one of those that this checkpoint holds")
-    try:
+    with one_error(checkpoint.path):
         state, settings = sets[name], card.network
         for key, value in state.items():
             numbers = isinstance(value, Tensor) and value.is_floating_point()
@@ -207,10 +202,6 @@ def build_model(checkpoint: Checkpoint, weights: str, role: Role | None) -> Mode
         own = {key: value.detach().float().contiguous() for key, value in state.items()}
         network.load_state_dict(own, assign=True)
         denoiser = Denoiser(network, build(card.preconditioning, PRECONDITIONING, object))
-    except UserError:
-        raise
-    except Exception as error:  # the settings of a damaged or hostile file can fail in any way
-        raise unreadable(checkpoint.path, error) from error
     denoiser.eval().requires_grad_(False)
     return Model(denoiser, card, checkpoint.path, weights, checkpoint.format)
 
