@@ -16,7 +16,7 @@ from torch import Tensor
 
 from consistency.checkpoints import contents, wrapped
 from consistency.checkpoints import diffusers_time_embedding as time_embedding
-from consistency.checkpoints.contents import ContentError, Hints, StateDict, check
+from consistency.checkpoints.contents import Hints, StateDict, check
 from consistency.checkpoints.diffusers_unet import (
     UNET,
     VERSION,
@@ -90,48 +90,41 @@ def open_path(path: Path, hints: Hints) -> contents.Checkpoint:
     for folder in (unet.parent, unet.parent.parent):
         require_pipeline(folder)
     pipeline = path if path.is_dir() else unet.parent
-    config = read_json(unet / "config.json")
     saved = read_card(first) if first.suffix == ".safetensors" else None
     if saved is not None:
         card = ModelCard.parse(saved, first)
-    elif is_pipeline(pipeline):
-        process = scheduled(read_json(pipeline / "scheduler" / SCHEDULER_FILE))
-        network = settings(config, hints)
-        card = contents.card_of(
-            network, contents.C_NOISE_OPENAI, role="consistency", process=process
-        )
     else:
-        card = contents.card_of(settings(config, hints), contents.C_NOISE_OPENAI)
+        known: dict[str, Any] = {}
+        if is_pipeline(pipeline):
+            process = scheduled(read_json(pipeline / "scheduler" / SCHEDULER_FILE))
+            known = {"role": "consistency", "process": process}
+        card = contents.card_of(settings_in(unet, hints), contents.C_NOISE_OPENAI, **known)
 
     def weights(file: Path) -> StateDict:
         theirs, own = read_weights(file)
         ours = our_weights(card.network, theirs)
         if own is not None:
             return checked(card, ours, file.parent, pipeline)
-        if (
-            saved is None
-            and settings(read_json(file.parent / "config.json"), hints) != card.network
-        ):
-            raise ContentError(f"a {UNET} with other settings than that of {first.parent.name}")
+        same = saved is not None or settings_in(file.parent, hints) == card.network
+        check(same, f"a {UNET} with other settings than that of {unet.name}")
         return ours
 
-    return contents.Checkpoint(
-        path=path, format=FORMAT, card=card, weights=contents.Lazy(files, weights)
-    )
+    sets = contents.Lazy(files, weights)
+    return contents.Checkpoint(path=path, format=FORMAT, card=card, weights=sets)
 
 
 def checked(card: ModelCard, weights: StateDict, unet: Path, pipeline: Path) -> StateDict:
     """Return weights that we wrote, with the original time embedding. Refuse settings of a folder that have changed."""
     if time_embedding.needs_rewriting(card):
         layers = read_sealed(unet / TIME_EMBEDDING)
-        if ModelCard.parse(layers.get("card", {}), unet) != card:
-            raise ContentError(f"a {TIME_EMBEDDING} that was not written with its weights")
+        same = ModelCard.parse(layers.get("card", {}), unet) == card
+        check(same, f"a {TIME_EMBEDDING} that was not written with its weights")
         weights = time_embedding.restored(weights, layers["weights"])
     pairs = [(unet_settings(card, weights), read_json(unet / "config.json"))]
     if is_pipeline(pipeline):
         pairs.append((scheduler_settings(card), read_json(pipeline / "scheduler" / SCHEDULER_FILE)))
-    if any(now.get(k) != v for written, now in pairs for k, v in written.items() if k[0] != "_"):
-        raise ContentError("settings that are not those which its weights were written with")
+    same = all(now.get(k) == v for written, now in pairs for k, v in written.items() if k[0] != "_")
+    check(same, "settings that are not those which its weights were written with")
     return weights
 
 
@@ -142,6 +135,10 @@ def read_json(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text())
     check(isinstance(content, dict), f"a {path.name} that is no object")
     return content
+
+
+def settings_in(unet: Path, hints: Hints) -> dict[str, Any]:
+    return settings(read_json(unet / "config.json"), hints)
 
 
 def require_pipeline(folder: Path) -> None:

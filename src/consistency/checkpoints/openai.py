@@ -67,8 +67,7 @@ def settings(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str
     heads = hints.num_head_channels
     if heads is None and hints.num_heads is None:
         widths = {v.shape[1] for name, v in weights.items() if name.endswith(".qkv.weight")}
-        fitting = (n for n in HEAD_CHANNELS if all(c % n == 0 for c in widths))
-        heads = next(fitting, None)
+        heads = next((n for n in HEAD_CHANNELS if all(c % n == 0 for c in widths)), None)
         if known is None:
             width_of = f"attention heads of {heads or 'all'} channels"
             notes.append(contents.assumes(width_of, "num_head_channels= or num_heads="))

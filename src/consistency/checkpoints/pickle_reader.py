@@ -169,9 +169,8 @@ class Machine(Unpickler):
         self.fill(items)
 
     def load_setitem(self) -> None:
-        items = self.stack[-2:]
-        del self.stack[-2:]
-        self.fill(items)
+        value, key = self.stack.pop(), self.stack.pop()
+        self.fill([key, value])
 
     def load_setitems(self) -> None:
         self.fill(self.pop_mark())

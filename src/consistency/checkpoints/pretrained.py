@@ -65,16 +65,17 @@ PARAMETERS = {
 
 
 def _released(program: str, name: str, url: str) -> Released:
-    role: Role = "teacher" if name.startswith("edm") else "consistency"
-    kinds = (kind.split(":") for kind in PARAMETERS)
-    kind = next(f"{p}:{data}" for p, data in kinds if p == program and data in name)
-    return Released(url, role, 4 * PARAMETERS[kind])
+    counts = {k.removeprefix(program): n for k, n in PARAMETERS.items() if k.startswith(program)}
+    count = next(n for data, n in counts.items() if data in name)
+    return Released(url, "teacher" if name.startswith("edm") else "consistency", 4 * count)
 
 
 RELEASED: dict[str, Released] = {
-    **{f"openai:{name}": _released("openai", name, f"{OPENAI}/{name}.pt") for name in OPENAI_NAMES},
-    **{f"jcm:{n}": _released("jcm", n, f"{JCM}/{n}{path}") for n, path in JCM_PATHS.items()},
-    **{f"edm:{name}": _released("edm", name, f"{EDM}/{name}.pkl") for name in EDM_NAMES},
+    **{
+        f"openai:{name}": _released("openai:", name, f"{OPENAI}/{name}.pt") for name in OPENAI_NAMES
+    },
+    **{f"jcm:{n}": _released("jcm:", n, f"{JCM}/{n}{path}") for n, path in JCM_PATHS.items()},
+    **{f"edm:{name}": _released("edm:", name, f"{EDM}/{name}.pkl") for name in EDM_NAMES},
 }
 
 

@@ -84,15 +84,13 @@ def write(model: Model, to: str, target: Path) -> Path:
 def print_facts(model: Model) -> None:
     """Print format, role, network, keys and parameters."""
     card, network = model.card, model.denoiser.network
-    kind = type(model.denoiser.preconditioning).__name__
     shape, classes = " x ".join(map(str, card.shape)), card.num_classes or "no"
-    count = sum(p.numel() for p in network.parameters())
     print(f"source      {model.path}")
     print(f"format      {model.format}")
-    print(f"role        {card.role} ({kind} scalings)")
+    print(f"role        {card.role} ({type(model.denoiser.preconditioning).__name__} scalings)")
     print(f"network     {type(network).__name__}, images {shape}, {classes} classes")
     print(f"keys        {len(network.state_dict())}, all finite and of the right shapes")
-    print(f"parameters  {count:,}")
+    print(f"parameters  {sum(p.numel() for p in network.parameters()):,}")
 
 
 @torch.no_grad()
