@@ -1,8 +1,7 @@
 """The content of a checkpoint, as every reader of a format returns it."""
 
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,20 +35,14 @@ def check(holds: object, fault: str) -> None:
         raise ContentError(fault)
 
 
-@contextmanager
-def one_error(path: Path) -> Iterator[None]:
-    """Turn every failure to read a checkpoint into a `UserError`: a damaged or hostile file can fail in any way."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = str(error)
-        if not isinstance(error, ContentError):
-            line = (reason.splitlines() or [""])[0][:120]
-            reason = f"content that makes no sense ({type(error).__name__}: {line})"
-        remedy = "check that the file is complete and is the one you mean, or take another"
-        raise UserError(f"a checkpoint at {path}: {KNOWN}", reason, remedy) from error
+def unreadable(path: Path, error: Exception) -> UserError:
+    """Return the error for a checkpoint that cannot be used, whatever failed."""
+    reason = str(error)
+    if not isinstance(error, ContentError):
+        line = (reason.splitlines() or [""])[0][:120]
+        reason = f"content that makes no sense ({type(error).__name__}: {line})"
+    remedy = "check that the file is complete and is the one you mean, or take another"
+    return UserError(f"a checkpoint at {path}: {KNOWN}", reason, remedy)
 
 
 @dataclass(frozen=True)

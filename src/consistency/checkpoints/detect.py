@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from consistency.checkpoints import diffusers, jcm, nvlabs, openai, ours, wrapped
-from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, one_error
+from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, unreadable
 from consistency.checkpoints.msgpack_reader import read_messagepack
 from consistency.checkpoints.pickle_reader import read_pickle, read_zip
 from consistency.checkpoints.safetensors import SEALED, read_sealed
+from consistency.errors import UserError
 from consistency.runtime.files import verify_checksum
 
 CONTAINERS: dict[bytes, Callable[[Path], Any]] = {
@@ -32,7 +33,7 @@ def read_checkpoint(path: Path, hints: Hints) -> Checkpoint:
     """Read a file or folder of any format, print its notes, and turn every failure into a `UserError`."""
     file = path / SEALED if (path / SEALED).is_file() else path
     beside_settings = (file.parent / "config.json").is_file()
-    with one_error(path):
+    try:
         verify_checksum(path)
         if file.is_dir() or (beside_settings and file.name.startswith(diffusers.WEIGHTS)):
             checkpoint = diffusers.open_path(file, hints)
@@ -45,23 +46,23 @@ def read_checkpoint(path: Path, hints: Hints) -> Checkpoint:
                 start = f"a file that begins with {first!r}" if first else "an empty file"
                 raise ContentError(start)
             content = read(file)
-            checkpoint = open_content(content, path, hints)
+            whole = (form.open_content(content, path, hints) for form in (ours, jcm, nvlabs))
+            states = (wrapped.open_sets(content, path, hints, form) for form in STATE_DICTS)
+            opened = next(filter(None, chain(whole, states)), None)
+            if opened is None:
+                anchors = " or ".join(form.ANCHORS[0] for form in STATE_DICTS)
+                raise ContentError(
+                    "a file whose content is no model of these formats: "
+                    f"{wrapped.first_names(content)}, where a state dict of ours would have {anchors}"
+                )
+            checkpoint = opened
         if hints.role is not None and checkpoint.card.role is None:
             card = checkpoint.card.with_role(hints.role, path)
             checkpoint = replace(checkpoint, card=card)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        raise unreadable(path, error) from error
     for note in checkpoint.notes:
         print(f"{path.name}: {note}", file=sys.stderr)
-    return checkpoint
-
-
-def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint:
-    """Return the model in a file's content: that of the first format that accepts it."""
-    whole = (form.open_content(content, path, hints) for form in (ours, jcm, nvlabs))
-    states = (wrapped.open_sets(content, path, hints, form) for form in STATE_DICTS)
-    checkpoint = next(filter(None, chain(whole, states)), None)
-    if checkpoint is None:
-        raise ContentError(
-            f"a file whose content is no model of these formats: {wrapped.first_names(content)}, where "
-            f"a state dict of ours would have {' or '.join(form.ANCHORS[0] for form in STATE_DICTS)}"
-        )
     return checkpoint

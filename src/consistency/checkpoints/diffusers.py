@@ -16,7 +16,7 @@ from torch import Tensor
 
 from consistency.checkpoints import contents, wrapped
 from consistency.checkpoints import diffusers_time_embedding as time_embedding
-from consistency.checkpoints.contents import Hints, StateDict, check
+from consistency.checkpoints.contents import Hints, StateDict, card_of, check
 from consistency.checkpoints.diffusers_unet import (
     UNET,
     VERSION,
@@ -98,7 +98,7 @@ def open_path(path: Path, hints: Hints) -> contents.Checkpoint:
         if is_pipeline(pipeline):
             process = scheduled(read_json(pipeline / "scheduler" / SCHEDULER_FILE))
             known = {"role": "consistency", "process": process}
-        card = contents.card_of(settings_in(unet, hints), contents.C_NOISE_OPENAI, **known)
+        card = card_of(settings_in(unet, hints), contents.C_NOISE_OPENAI, **known)
 
     def weights(file: Path) -> StateDict:
         theirs, own = read_weights(file)
@@ -250,7 +250,7 @@ def open_state(theirs: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
     """Return the card and assumptions for a state dict without settings."""
     config, notes = settings_of(theirs, hints)
     network = settings(config, hints)
-    return contents.card_of(network, contents.C_NOISE_OPENAI), notes, partial(our_weights, network)
+    return card_of(network, contents.C_NOISE_OPENAI), notes, partial(our_weights, network)
 
 
 def write_diffusers(folder: Path, card: ModelCard, weights: StateDict) -> None:

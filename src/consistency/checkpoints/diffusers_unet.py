@@ -13,7 +13,7 @@ from torch import Tensor
 
 from consistency.checkpoints import contents
 from consistency.checkpoints import diffusers_time_embedding as time_embedding
-from consistency.checkpoints.contents import ContentError, Hints, StateDict, check
+from consistency.checkpoints.contents import ContentError, Hints, StateDict, assumes, check
 from consistency.checkpoints.openai import ADM
 from consistency.checkpoints.pickle_calls import brief
 from consistency.errors import require
@@ -296,10 +296,10 @@ def settings_of(theirs: StateDict, hints: Hints) -> tuple[dict[str, Any], list[s
     notes = []
     if size is None:
         size = 32 << next((k for k, has in enumerate(attention) if has), 1)
-        notes.append(contents.assumes(f"images of {size} x {size}", "image_size="))
+        notes.append(assumes(f"images of {size} x {size}", "image_size="))
     if head is None:
         head = DEFAULTS["attention_head_dim"]
-        notes.append(contents.assumes(f"attention heads of {head} channels", "num_head_channels="))
+        notes.append(assumes(f"attention heads of {head} channels", "num_head_channels="))
     layer = re.compile(r"down_blocks\.0\.resnets\.\d+\.conv1\.weight")
     config = {
         "_class_name": UNET,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from consistency.checkpoints import contents
-from consistency.checkpoints.contents import ContentError, Hints, StateDict, check
+from consistency.checkpoints.contents import Checkpoint, Hints, StateDict, assumes, check
 from consistency.networks.song import SongUNet
 from consistency.networks.unet import UNetBlock, fir_filter
 
@@ -25,7 +25,7 @@ SIZE, TOPS = 32, [256, 256, 256]
 """Side of the images, and widths of the levels, of every released file."""
 
 
-def open_content(content: object, path: Path, hints: Hints) -> contents.Checkpoint | None:
+def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None:
     """Return the averaged (`ema`), online and target parameters of a training state; None for any other content."""
     average = content.get("params_ema") if isinstance(content, dict) else None
     if not isinstance(average, dict) or any(isinstance(v, Tensor) for v in average.values()):
@@ -35,9 +35,7 @@ def open_content(content: object, path: Path, hints: Hints) -> contents.Checkpoi
     network, notes = settings(flattened(trees["ema"]), hints)
     card = contents.card_of(network, contents.C_NOISE_NVLABS, second_time=0.58535)
     sets = contents.Lazy(trees, partial(song_weights, network))
-    return contents.Checkpoint(
-        path=path, format=FORMAT, card=card, weights=sets, notes=tuple(notes)
-    )
+    return Checkpoint(path=path, format=FORMAT, card=card, weights=sets, notes=tuple(notes))
 
 
 def flattened(tree: object, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
@@ -45,7 +43,7 @@ def flattened(tree: object, prefix: str = "", depth: int = 0) -> dict[str, Tenso
     if isinstance(tree, Tensor):
         return {prefix.removesuffix("."): tree}
     if not isinstance(tree, dict) or depth > 4:
-        raise ContentError("parameters that are no arrays")
+        raise contents.ContentError("parameters that are no arrays")
     flat: dict[str, Tensor] = {}
     for name, branch in tree.items():
         flat |= flattened(branch, f"{prefix}{name}.", depth + 1)
@@ -68,7 +66,7 @@ def settings(params: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str]
     if hints.attention_resolutions is None:
         sides, notes = attention_sides(params, size, tops, each)
     if hints.image_size is None and (width, tops) != (128, TOPS):
-        notes.append(contents.assumes(f"images of {size} x {size}", "image_size="))
+        notes.append(assumes(f"images of {size} x {size}", "image_size="))
     network = {
         "_target_": "consistency.networks.song.SongUNet",
         "image_size": size,
@@ -106,9 +104,7 @@ def attention_sides(
         levels.append(1 if 1 in fitting else fitting[0])
         side = size >> levels[-1]
         if len(fitting) > 1 and (size, tops) != (SIZE, TOPS):
-            notes.append(
-                contents.assumes(f"attention at {side} x {side}", "attention_resolutions=")
-            )
+            notes.append(assumes(f"attention at {side} x {side}", "attention_resolutions="))
     return [size >> k for k in levels], notes
 
 
@@ -157,6 +153,8 @@ def song_weights(settings: dict[str, Any], tree: object) -> StateDict:
             ours[f"{name}.qkv.{kind}"] = torch.stack(qkv, dim=1).flatten(0, 1)
             ours[f"{name}.proj.{kind}"] = proj
     if rest:
-        raise ContentError(f"parameters without a counterpart in NCSN++, such as {min(rest)[:80]}")
+        raise contents.ContentError(
+            f"parameters without a counterpart in NCSN++, such as {min(rest)[:80]}"
+        )
     constants = (name for name in network.state_dict() if name.endswith("resample_filter"))
     return ours | {name: fir_filter(TAPS) for name in constants}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from consistency.checkpoints import diffusers, pretrained
-from consistency.checkpoints.contents import Checkpoint, Hints, check, one_error
+from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, unreadable
 from consistency.checkpoints.detect import read_checkpoint
 from consistency.checkpoints.safetensors import SEALED
 from consistency.denoiser import Denoiser
@@ -61,7 +61,8 @@ def load(
     of another role or no checkpoint.
     """
     heads = (num_head_channels, attention_resolutions, num_heads, num_heads_upsample)
-    hints = Hints(image_size, *heads, pretrained.role_of(checkpoint), weights)
+    published = pretrained.RELEASED.get(str(checkpoint))
+    hints = Hints(image_size, *heads, published.role if published else None, weights)
     return build_model(read_checkpoint(find(checkpoint), hints), weights, role)
 
 
@@ -69,7 +70,8 @@ def load_sets(
     checkpoint: str | os.PathLike[str], weights: Sequence[str] | None, *, role: Role | None = None
 ) -> list[Model]:
     """Open several sets of weights of a checkpoint, all if `weights` is None. The file is read once."""
-    content = read_checkpoint(find(checkpoint), Hints(role=pretrained.role_of(checkpoint)))
+    published = pretrained.RELEASED.get(str(checkpoint))
+    content = read_checkpoint(find(checkpoint), Hints(role=published.role if published else None))
     return [build_model(content, name, role) for name in weights or content.names]
 
 
@@ -180,28 +182,33 @@ def build_model(checkpoint: Checkpoint, weights: str, role: Role | None) -> Mode
     name = next(iter(sets)) if weights == "ema" and len(sets) == 1 else weights
     known = f"weights among {', '.join(sets)}"
     require(name in sets, known, weights, "choose one of those that this checkpoint holds")
-    with one_error(checkpoint.path):
+    try:
         state, settings = sets[name], card.network
         for key, value in state.items():
             numbers = isinstance(value, Tensor) and value.is_floating_point()
-            finite = numbers and value.isfinite().all()
-            check(finite, f"weights {key[:80]} that are not all finite floating numbers")
-        blocks = max(settings.get("num_res_blocks", 0), settings.get("depth", 0))
-        check(blocks <= len(state), "a network with more blocks than it has weights")
+            if not numbers or not value.isfinite().all():
+                raise ContentError(f"weights {key[:80]} that are not all finite floating numbers")
+        if max(settings.get("num_res_blocks", 0), settings.get("depth", 0)) > len(state):
+            raise ContentError("a network with more blocks than it has weights")
         with torch.device("meta"):
             network: nn.Module = build(settings, NETWORKS, nn.Module)
         needs, has = (
             {k: tuple(v.shape) for k, v in x.items()} for x in (network.state_dict(), state)
         )
         for key in [*needs, *has]:
-            shapes = f"{has.get(key, ())}, where its network has {needs.get(key, ())}"
-            check(needs.get(key) == has.get(key), f"weights {key[:80]} of shape {shapes}")
+            if needs.get(key) != has.get(key):
+                shapes = f"{has.get(key, ())}, where its network has {needs.get(key, ())}"
+                raise ContentError(f"weights {key[:80]} of shape {shapes}")
         channels, out = settings.get("in_channels"), settings.get("out_channels")
-        counts = f"out_channels={out} for in_channels={channels}"
-        check(out in (None, channels), f"a network with {counts}")
+        if out not in (None, channels):
+            raise ContentError(f"a network with out_channels={out} for in_channels={channels}")
         own = {key: value.detach().float().contiguous() for key, value in state.items()}
         network.load_state_dict(own, assign=True)
         denoiser = Denoiser(network, build(card.preconditioning, PRECONDITIONING, object))
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        raise unreadable(checkpoint.path, error) from error
     denoiser.eval().requires_grad_(False)
     return Model(denoiser, card, checkpoint.path, weights, checkpoint.format)
 
@@ -216,22 +223,19 @@ def build(node: dict[str, Any], package: str, base: type) -> Any:
         with suppress(ImportError):
             part = getattr(import_module(module), name, None)
     lists = [v if isinstance(v, list | tuple) else [v] for v in arguments.values()]
+    values = [value for listed in lists for value in listed]
+    texts = [value for value in values if isinstance(value, str)]
     require(
         isinstance(part, type)
         and issubclass(part, base)
         and part.__module__ == module
         and all(len(listed) <= MOST_LISTED for listed in lists)
-        and all(is_plain(value) for listed in lists for value in listed),
+        and all(isinstance(value, int | float | str | None) for value in values)
+        and all(abs(value) <= LARGEST for value in values if isinstance(value, int | float))
+        and not any(len(text) > MOST_CHARACTERS or "${" in text for text in texts),
         f"a class of {package[:-1]} with plain arguments in the checkpoint's card",
         str(target)[:120] if isinstance(target, str) else type(target).__name__,
         "do not use this file unless you know who wrote it",
     )
     assert callable(part)
     return part(**arguments)
-
-
-def is_plain(value: object) -> bool:
-    """Return whether a value from a card is a number or a text of a possible size, without interpolation."""
-    if isinstance(value, str):
-        return len(value) <= MOST_CHARACTERS and "${" not in value
-    return value is None or (isinstance(value, int | float) and abs(value) <= LARGEST)

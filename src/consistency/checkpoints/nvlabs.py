@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from consistency.checkpoints import contents, wrapped
-from consistency.checkpoints.contents import Hints, StateDict, check
+from consistency.checkpoints.contents import Hints, StateDict, card_of, check
 from consistency.checkpoints.pickle_calls import Object, brief
 from consistency.inference.card import ModelCard, Role
 from consistency.networks.unet import fir_filter
@@ -94,10 +94,8 @@ def card_of_module(module: Object) -> ModelCard:
     if role == "consistency":
         process = replace(process, t_min=float(module.state["sigma_min"]))
     network = settings(kind, arguments)
-    second = second_time(network)
-    return contents.card_of(
-        network, contents.C_NOISE_NVLABS, role=role, process=process, second_time=second
-    )
+    second, scale = second_time(network), contents.C_NOISE_NVLABS
+    return card_of(network, scale, role=role, process=process, second_time=second)
 
 
 def second_time(network: dict[str, Any]) -> float:
@@ -154,7 +152,7 @@ def require_images(kind: str, channels: object, out: object) -> None:
 def open_state(weights: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
     """Return the card of a state dict, with EDM's noise process; it does not record which scalings belong to it."""
     network, notes = settings_of(weights, hints)
-    card = contents.card_of(network, contents.C_NOISE_NVLABS, second_time=second_time(network))
+    card = card_of(network, contents.C_NOISE_NVLABS, second_time=second_time(network))
     return card, notes, partial(renamed, network)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from consistency.checkpoints import contents, wrapped
-from consistency.checkpoints.contents import Hints, StateDict, check
+from consistency.checkpoints.contents import Hints, StateDict, assumes, card_of, check
 from consistency.checkpoints.pickle_reader import CARD, OPENAI
 from consistency.errors import require
 from consistency.inference.card import ModelCard
@@ -41,9 +41,7 @@ def open_state(weights: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
     """Return card and assumptions for a flat state dict; the names are ours already."""
     network, notes = settings(weights, hints)
     known = RELEASED.get((network["model_channels"], tuple(network["channel_mult"])))
-    card = contents.card_of(
-        network, contents.C_NOISE_OPENAI, second_time=known[1] if known else 0.821
-    )
+    card = card_of(network, contents.C_NOISE_OPENAI, second_time=known[1] if known else 0.821)
     return card, notes, lambda state: state
 
 
@@ -63,14 +61,14 @@ def settings(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str
     size = hints.image_size or (known[0] if known else 32 << min(attention, default=1))
     notes = []
     if hints.image_size is None and known is None:
-        notes.append(contents.assumes(f"images of {size} x {size}", "image_size="))
+        notes.append(assumes(f"images of {size} x {size}", "image_size="))
     heads = hints.num_head_channels
     if heads is None and hints.num_heads is None:
         widths = {v.shape[1] for name, v in weights.items() if name.endswith(".qkv.weight")}
         heads = next((n for n in HEAD_CHANNELS if all(c % n == 0 for c in widths)), None)
         if known is None:
             width_of = f"attention heads of {heads or 'all'} channels"
-            notes.append(contents.assumes(width_of, "num_head_channels= or num_heads="))
+            notes.append(assumes(width_of, "num_head_channels= or num_heads="))
     classes = weights.get("label_emb.weight")
     embedding = weights["input_blocks.1.0.emb_layers.1.weight"].shape[0]
     upsample = hints.num_heads_upsample

@@ -18,8 +18,9 @@ from typing import IO, Any
 
 import torch
 
-from consistency.checkpoints.contents import Checkpoint, Hints, StateDict, check, one_error
+from consistency.checkpoints.contents import Checkpoint, Hints, StateDict, check, unreadable
 from consistency.checkpoints.pickle_reader import OPENAI, read_zip
+from consistency.errors import UserError
 from consistency.inference.card import ModelCard
 from consistency.runtime.files import verify_checksum, written_whole
 
@@ -53,10 +54,14 @@ def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
 def read(path: Path) -> dict[str, Any]:
     """Return all that a run's checkpoint holds, checked against its checksum."""
     verify_checksum(path)
-    with one_error(path):
+    try:
         content: dict[str, Any] = read_zip(path)
         known = isinstance(content, dict) and "card" in content
         check(known, "a checkpoint without a card of ours")
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        raise unreadable(path, error) from error
     return content
 
 

@@ -79,11 +79,6 @@ RELEASED: dict[str, Released] = {
 }
 
 
-def role_of(name: object) -> Role | None:
-    """Return the role of a published file, None for any other checkpoint."""
-    return RELEASED[str(name)].role if str(name) in RELEASED else None
-
-
 def fetch(name: str) -> Path:
     """Return the path of the published file of that name; download it, one process at a time, if it is missing."""
     near = get_close_matches(name, RELEASED, n=3, cutoff=0.4)
