@@ -14,8 +14,8 @@ from torch import Tensor
 
 import consistency
 from conftest import Run
-from consistency.checkpoints.diffusers_names import their_weights
-from consistency.checkpoints.diffusers_write import write_diffusers
+from consistency.checkpoints.diffusers import write_diffusers
+from consistency.checkpoints.diffusers_unet import their_weights
 from consistency.errors import UserError
 from golden_harness import read_json
 from tiny_models import tiny, tiny_adm, tiny_card, write_config

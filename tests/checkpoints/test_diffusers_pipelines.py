@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import consistency
-from consistency.checkpoints import diffusers_write
 from consistency.checkpoints import load as checkpoint
+from consistency.checkpoints.diffusers import write_diffusers
 from consistency.errors import UserError
 from consistency.inference.card import ModelCard
 from real_pipelines import same_images
@@ -65,7 +65,7 @@ def test_our_model_and_the_real_pipeline_draw_the_same_images(name: str, tmp_pat
     same_images(pipe, loaded, label)
 
     state = loaded.denoiser.network.state_dict()
-    diffusers_write.write_diffusers(tmp_path / "ours", loaded.card, state)
+    write_diffusers(tmp_path / "ours", loaded.card, state)
     back = diffusers.ConsistencyModelPipeline.from_pretrained(
         tmp_path / "ours", use_safetensors=True
     )
@@ -103,7 +103,5 @@ def test_a_model_without_a_diffusers_form_is_refused(
     }
     network = checkpoint.build(card["network"], checkpoint.NETWORKS, torch.nn.Module)
     with pytest.raises(UserError, match=hint):
-        diffusers_write.write_diffusers(
-            tmp_path / "folder", ModelCard.parse(card, ""), network.state_dict()
-        )
+        write_diffusers(tmp_path / "folder", ModelCard.parse(card, ""), network.state_dict())
     assert not (tmp_path / "folder").exists()

@@ -22,7 +22,8 @@ import consistency
 import foreign
 from consistency.checkpoints import load, nvlabs
 from consistency.checkpoints.contents import ContentError
-from consistency.checkpoints.pickle_reader import Machine, Object
+from consistency.checkpoints.pickle_calls import Object
+from consistency.checkpoints.pickle_reader import Machine
 from consistency.errors import UserError
 from golden_harness import FOLDER, read_json
 from hostile_programs import Call, nvlabs_meta, time_limit, write_persistent

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import consistency
 from conftest import Run
-from consistency.checkpoints import diffusers_names, load, nvlabs, wrapped
+from consistency.checkpoints import diffusers_unet, load, nvlabs, wrapped
 from consistency.checkpoints.contents import Hints
 from consistency.errors import UserError
 from golden_harness import FOLDER, read_json
@@ -289,7 +289,7 @@ def test_state_dicts_in_the_names_of_diffusers_open(tmp_path: Path) -> None:
     for in_blocks in (True, False):
         node = node | {"resblock_updown": in_blocks}
         weights = randomised(load.build(node, load.NETWORKS, nn.Module))
-        theirs = diffusers_names.their_weights(node, weights)
+        theirs = diffusers_unet.their_weights(node, weights)
         torch.save({"state_dict": under("model.", theirs)}, tmp_path / "unet.ckpt")
         loaded = consistency.load(
             tmp_path / "unet.ckpt", "teacher", image_size=8, num_head_channels=32

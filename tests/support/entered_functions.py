@@ -11,8 +11,9 @@ UNCOUNTED = (
     "consistency.preconditioning",
     "consistency.denoiser",
     "consistency.errors",
+    "consistency.checkpoints.contents.check",
 )
-"""Modules that do not count: the parts of a model, and the guard `require`."""
+"""The parts that are built, and the guards `require` and `check`."""
 
 INTERPRETER = ("consistency.checkpoints.pickle_reader", "consistency.checkpoints.pickle_calls")
 """The pickle reader counts as one function, its entry `read_zip`."""
@@ -31,8 +32,9 @@ def entered(path: str) -> set[str]:
             not code.co_name.startswith("<") or code.co_name == "<lambda>"
         )
         inside = module in INTERPRETER and above != "consistency.checkpoints.detect"
-        if ours and written and not inside and not module.startswith(UNCOUNTED):
-            names.add(f"{module}.{code.co_qualname}")
+        name = f"{module}.{code.co_qualname}"
+        if ours and written and not inside and not name.startswith(UNCOUNTED):
+            names.add(name)
 
     sys.setprofile(note)
     load(path)

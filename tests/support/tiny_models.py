@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import foreign
-from consistency.checkpoints import diffusers_write, nvlabs, openai, ours
 from consistency.checkpoints import load as checkpoint
+from consistency.checkpoints import nvlabs, openai, ours
 from consistency.checkpoints import safetensors as sealed
+from consistency.checkpoints.diffusers import write_diffusers
 from consistency.inference.card import ModelCard
 from consistency.runtime.files import checksum_path
 from golden_harness import FOLDER, read_json, read_safetensors
@@ -101,8 +102,8 @@ def write_files(folder: Path) -> dict[str, Path]:
     checksum_path(files["ours"]).unlink()
     sealed.write_sealed(files["sealed"], card, weights)
     openai.write_openai(files["openai_card"], card, weights)
-    diffusers_write.write_diffusers(files["diffusers"], card, weights)
-    diffusers_write.write_diffusers(files["unet"].parent, card, weights)
+    write_diffusers(files["diffusers"], card, weights)
+    write_diffusers(files["unet"].parent, card, weights)
     remove_card(files["unet"] / "diffusion_pytorch_model.safetensors")
     files["openai"] = foreign.write_openai(folder / "ema.pt", weights)
     files["nvlabs"] = foreign.write_nvlabs(folder / "snapshot.pkl", TINY_SONG, prefixed)
@@ -140,7 +141,7 @@ def write_weights(path: Path, change: Callable[[dict[str, Tensor]], None]) -> Pa
 
 def write_config(folder: Path, **changes: Any) -> Path:
     """Write a UNet of diffusers with a changed configuration."""
-    diffusers_write.write_diffusers(folder, tiny(role="teacher"), tiny_adm())
+    write_diffusers(folder, tiny(role="teacher"), tiny_adm())
     remove_card(folder / "diffusion_pytorch_model.safetensors")
     config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps(config | changes))

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from comparing_runs import assert_equal, assert_same, content, rows
 from conftest import TINY, Run
-from consistency.checkpoints import load, ours
+from consistency.checkpoints import ours
 from consistency.checkpoints.load import LAST, NEXT, PREVIOUS, load
 from consistency.checkpoints.retention import newest, promote, settle
 from consistency.commands import cli, resume, train

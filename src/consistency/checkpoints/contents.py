@@ -1,16 +1,16 @@
 """The content of a checkpoint, as every reader of a format returns it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from consistency.errors import UserError
 from consistency.inference.card import ModelCard, Process, Role
 
-T = TypeVar("T")
 StateDict: TypeAlias = Mapping[str, Tensor]
 
 C_NOISE_OPENAI, C_NOISE_NVLABS = 250.0, 0.25
@@ -29,23 +29,26 @@ class ContentError(ValueError):
     """A file's content is not a checkpoint. The message describes the content."""
 
 
+def check(holds: object, fault: str) -> None:
+    """Raise `ContentError` for a fault of the content."""
+    if not holds:
+        raise ContentError(fault)
+
+
 def unreadable(path: Path, error: Exception) -> UserError:
     """Return the error for a checkpoint that cannot be used, whatever failed."""
-    line = (str(error).splitlines() or [""])[0][:120]
-    reason = f"content that makes no sense ({type(error).__name__}: {line})"
-    return UserError(
-        f"a checkpoint at {path}: {KNOWN}",
-        str(error) if isinstance(error, ContentError) else reason,
-        "check that the file is complete and is the one you mean, or take another",
-    )
+    reason = str(error)
+    if not isinstance(error, ContentError):
+        line = (reason.splitlines() or [""])[0][:120]
+        reason = f"content that makes no sense ({type(error).__name__}: {line})"
+    remedy = "check that the file is complete and is the one you mean, or take another"
+    return UserError(f"a checkpoint at {path}: {KNOWN}", reason, remedy)
 
 
 @dataclass(frozen=True)
 class Hints:
     """Settings that some formats do not record; None takes those of the released files.
 
-    image_size: side of the images.
-    num_head_channels: channels of one attention head.
     attention_resolutions: sides of the feature maps with attention.
     num_heads: attention heads; counts only without num_head_channels.
     num_heads_upsample: attention heads of the decoder, if their number differs.
@@ -62,31 +65,21 @@ class Hints:
     weights: str = "ema"
 
 
-class Lazy(Mapping[str, StateDict], Generic[T]):
-    """Sets of weights by name, each made by `read` when it is looked up."""
+class Lazy(UserDict[str, Any]):
+    """Sets of weights by name, each made by `read` of its entry when it is looked up."""
 
-    def __init__(self, entries: Mapping[str, T], read: Callable[[T], StateDict]) -> None:
-        self.entries, self.read = entries, read
+    def __init__(self, entries: Mapping[str, Any], read: Callable[[Any], StateDict]) -> None:
+        super().__init__(entries)
+        self.read = read
 
     def __getitem__(self, name: str) -> StateDict:
-        return self.read(self.entries[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
+        return self.read(self.data[name])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A checkpoint of any format.
 
-    path: the file or folder.
-    format: its name.
     card: without a role if the file does not record one.
     weights: the sets of weights by name, state dicts under our names of the parameters. They are not typed as such, because
         a check of types at run time would build a lazy set.

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ CONTAINERS: dict[bytes, Callable[[Path], Any]] = {
 }
 """First bytes of a file -> the reader of its container. A safetensors file begins with a length and a brace."""
 
-FORMATS = (ours, jcm, nvlabs, openai, diffusers)
-"""The formats in the order in which a content is offered to them."""
+STATE_DICTS = (nvlabs, openai, diffusers)
+"""Formats of state dicts, in the order in which a content is offered to them."""
 
 
 def read_checkpoint(path: Path, hints: Hints) -> Checkpoint:
@@ -45,13 +46,14 @@ def read_checkpoint(path: Path, hints: Hints) -> Checkpoint:
                 start = f"a file that begins with {first!r}" if first else "an empty file"
                 raise ContentError(start)
             content = read(file)
-            attempts = (form.open_content(content, path, hints) for form in FORMATS)
-            opened = next(filter(None, attempts), None)
+            whole = (form.open_content(content, path, hints) for form in (ours, jcm, nvlabs))
+            states = (wrapped.open_sets(content, path, hints, form) for form in STATE_DICTS)
+            opened = next(filter(None, chain(whole, states)), None)
             if opened is None:
+                anchors = " or ".join(form.ANCHORS[0] for form in STATE_DICTS)
                 raise ContentError(
                     "a file whose content is no model of these formats: "
-                    f"{wrapped.first_names(content)}, where a state dict of ours would have "
-                    f"{openai.ANCHORS[0]} or {nvlabs.ANCHORS[0]} or {diffusers.ANCHORS[0]}"
+                    f"{wrapped.first_names(content)}, where a state dict of ours would have {anchors}"
                 )
             checkpoint = opened
         if hints.role is not None and checkpoint.card.role is None:
@@ -59,7 +61,7 @@ def read_checkpoint(path: Path, hints: Hints) -> Checkpoint:
             checkpoint = replace(checkpoint, card=card)
     except UserError:
         raise
-    except Exception as error:  # a damaged file can fail in any way
+    except Exception as error:  # a damaged or hostile file can fail in any way
         raise unreadable(path, error) from error
     for note in checkpoint.notes:
         print(f"{path.name}: {note}", file=sys.stderr)

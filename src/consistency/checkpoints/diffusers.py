@@ -1,7 +1,7 @@
-"""Reading of folders of diffusers, without the package: a `ConsistencyModelPipeline`, or a `UNet2DModel` alone.
+"""Folders of diffusers, without the package: a `ConsistencyModelPipeline`, or a `UNet2DModel` alone.
 
-A `UNet2DModel` with these settings is our `ADM` under other names, and c_noise = 250 ln t, which the pipeline's scheduler
-computes. The pipeline always applies the boundary scalings, so it is a consistency model; a UNet alone may be either.
+The network is our `ADM` under other names, and c_noise = 250 ln t, which the pipeline's scheduler computes. The pipeline
+always applies the boundary scalings, so it is a consistency model; a UNet alone may be either.
 """
 
 import json
@@ -14,36 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.checkpoints import wrapped
-from consistency.checkpoints.contents import (
-    C_NOISE_OPENAI,
-    Checkpoint,
-    ContentError,
-    Hints,
-    Lazy,
-    StateDict,
-    card_of,
-)
-from consistency.checkpoints.diffusers_names import (
-    FORMAT,
-    PIPELINE,
-    SCHEDULER,
-    SCHEDULER_FILE,
-    TIME_EMBEDDING,
+from consistency.checkpoints import contents, wrapped
+from consistency.checkpoints import diffusers_time_embedding as time_embedding
+from consistency.checkpoints.contents import Hints, StateDict, card_of, check
+from consistency.checkpoints.diffusers_unet import (
     UNET,
-    WEIGHTS,
+    VERSION,
     our_weights,
-)
-from consistency.checkpoints.diffusers_settings import settings, settings_of
-from consistency.checkpoints.diffusers_time_embedding import restored
-from consistency.checkpoints.diffusers_write import (
-    needs_rewriting,
-    scheduler_settings,
+    settings,
+    settings_of,
+    their_weights,
     unet_settings,
 )
-from consistency.checkpoints.pickle_reader import brief, read_pickle, read_zip
-from consistency.checkpoints.safetensors import read_card, read_sealed
+from consistency.checkpoints.pickle_calls import brief
+from consistency.checkpoints.pickle_reader import read_pickle, read_zip
+from consistency.checkpoints.safetensors import read_card, read_sealed, write_sealed
 from consistency.inference.card import ModelCard, Process
+from consistency.runtime.files import write_text
+
+FORMAT = "diffusers"
+PIPELINE = "ConsistencyModelPipeline"
+SCHEDULER, SCHEDULER_FILE = "CMStochasticIterativeScheduler", "scheduler_config.json"
+WEIGHTS = "diffusion_pytorch_model"
+"""Beginning of the names of files of weights."""
+
+TIME_EMBEDDING = "time_embedding.safetensors"
+"""The original layers of a rewritten time embedding, see `diffusers_time_embedding`."""
 
 ANCHORS = ("time_embedding.linear_1.weight", "conv_in.weight")
 """Two parameters that every network has."""
@@ -51,9 +47,8 @@ ANCHORS = ("time_embedding.linear_1.weight", "conv_in.weight")
 UNETS = {"online": "unet/", "ema": "unet_ema/"}
 """Folders of the UNet in a pipeline, and of the two that accelerate keeps in training."""
 
-SUFFIXES = (".safetensors", ".safetensors.index", ".bin", ".bin.index")
 PREFERRED = ("", "fp32", "bf16", "fp16")
-"""Forms of a file of weights, and variants, in the order of preference."""
+"""Variants in the order of preference."""
 
 VARIANTS = {"non_ema": "online", "ema": "ema"}
 """Variants whose name is that of a set of weights; others keep their own."""
@@ -82,7 +77,7 @@ def folder_of(file: Path) -> Path:
     return unet.parent if is_pipeline(unet.parent) and unet.name == "unet" else unet
 
 
-def open_path(path: Path, hints: Hints) -> Checkpoint:
+def open_path(path: Path, hints: Hints) -> contents.Checkpoint:
     """Return the model in a folder of a pipeline, of a UNet or of accelerate, or in one file of weights of such."""
     if path.is_dir():
         require_pipeline(path)
@@ -95,66 +90,62 @@ def open_path(path: Path, hints: Hints) -> Checkpoint:
     for folder in (unet.parent, unet.parent.parent):
         require_pipeline(folder)
     pipeline = path if path.is_dir() else unet.parent
-    config = read_json(unet / "config.json")
     saved = read_card(first) if first.suffix == ".safetensors" else None
     if saved is not None:
         card = ModelCard.parse(saved, first)
-    elif is_pipeline(pipeline):
-        process = scheduled(read_json(pipeline / "scheduler" / SCHEDULER_FILE))
-        network = settings(config, hints)
-        card = card_of(network, C_NOISE_OPENAI, role="consistency", process=process)
     else:
-        card = card_of(settings(config, hints), C_NOISE_OPENAI)
+        known: dict[str, Any] = {}
+        if is_pipeline(pipeline):
+            process = scheduled(read_json(pipeline / "scheduler" / SCHEDULER_FILE))
+            known = {"role": "consistency", "process": process}
+        card = card_of(settings_in(unet, hints), contents.C_NOISE_OPENAI, **known)
 
     def weights(file: Path) -> StateDict:
         theirs, own = read_weights(file)
         ours = our_weights(card.network, theirs)
         if own is not None:
             return checked(card, ours, file.parent, pipeline)
-        if (
-            saved is None
-            and settings(read_json(file.parent / "config.json"), hints) != card.network
-        ):
-            raise ContentError(f"a {UNET} with other settings than that of {first.parent.name}")
+        same = saved is not None or settings_in(file.parent, hints) == card.network
+        check(same, f"a {UNET} with other settings than that of {unet.name}")
         return ours
 
-    return Checkpoint(path=path, format=FORMAT, card=card, weights=Lazy(files, weights))
+    sets = contents.Lazy(files, weights)
+    return contents.Checkpoint(path=path, format=FORMAT, card=card, weights=sets)
 
 
 def checked(card: ModelCard, weights: StateDict, unet: Path, pipeline: Path) -> StateDict:
     """Return weights that we wrote, with the original time embedding. Refuse settings of a folder that have changed."""
-    if needs_rewriting(card):
+    if time_embedding.needs_rewriting(card):
         layers = read_sealed(unet / TIME_EMBEDDING)
-        if ModelCard.parse(layers.get("card", {}), unet) != card:
-            raise ContentError(f"a {TIME_EMBEDDING} that was not written with its weights")
-        weights = restored(weights, layers["weights"])
+        same = ModelCard.parse(layers.get("card", {}), unet) == card
+        check(same, f"a {TIME_EMBEDDING} that was not written with its weights")
+        weights = time_embedding.restored(weights, layers["weights"])
     pairs = [(unet_settings(card, weights), read_json(unet / "config.json"))]
     if is_pipeline(pipeline):
         pairs.append((scheduler_settings(card), read_json(pipeline / "scheduler" / SCHEDULER_FILE)))
-    if any(now.get(k) != v for written, now in pairs for k, v in written.items() if k[0] != "_"):
-        raise ContentError("settings that are not those which its weights were written with")
+    same = all(now.get(k) == v for written, now in pairs for k, v in written.items() if k[0] != "_")
+    check(same, "settings that are not those which its weights were written with")
     return weights
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a small JSON object."""
-    if not path.is_file() or path.stat().st_size > 1 << 20:
-        raise ContentError(f"a diffusers folder without its {path.name}")
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ContentError(f"a {path.name} that is no object")
+    small = path.is_file() and path.stat().st_size <= 1 << 20
+    check(small, f"a diffusers folder without its {path.name}")
+    content: dict[str, Any] = json.loads(path.read_text())
+    check(isinstance(content, dict), f"a {path.name} that is no object")
     return content
+
+
+def settings_in(unet: Path, hints: Hints) -> dict[str, Any]:
+    return settings(read_json(unet / "config.json"), hints)
 
 
 def require_pipeline(folder: Path) -> None:
     """Refuse a pipeline of another kind: its network was trained for other inputs and another output."""
-    kind = (
-        read_json(folder / "model_index.json").get("_class_name")
-        if is_pipeline(folder)
-        else PIPELINE
-    )
-    if kind != PIPELINE:
-        raise ContentError(f"a diffusers pipeline of class {brief(kind)}, not {PIPELINE}")
+    if is_pipeline(folder):
+        kind = read_json(folder / "model_index.json").get("_class_name")
+        check(kind == PIPELINE, f"a diffusers pipeline of class {brief(kind)}, not {PIPELINE}")
 
 
 def variant(name: str) -> str:
@@ -164,14 +155,14 @@ def variant(name: str) -> str:
 
 
 def weight_files(unet: Path) -> dict[str, Path]:
-    """Return the file of weights of every variant in a model's folder; of several the first of `SUFFIXES`."""
+    """Return the file of weights of every variant in a model's folder: safetensors before bin, whole before an index."""
     files: dict[str, Path] = {}
-    for suffix in SUFFIXES:
-        for path in sorted(unet.glob(f"{WEIGHTS}*")):
-            kind = ".safetensors" if ".safetensors" in path.name else ".bin"
-            form = f"{kind}.index" if path.name.endswith(".json") else kind
-            if form == suffix and "-of-" not in path.name:
-                files.setdefault(variant(path.name), path)
+    for path in sorted(
+        unet.glob(f"{WEIGHTS}*"),
+        key=lambda p: (".safetensors" not in p.name, p.suffix == ".json", p),
+    ):
+        if "-of-" not in path.name:
+            files.setdefault(variant(path.name), path)
     return files
 
 
@@ -188,8 +179,7 @@ def sets_in(folder: Path) -> dict[str, Path]:
     sets: dict[str, Path] = {}
     for name, unet in unets.items():
         files = weight_files(unet)
-        if not files:
-            raise ContentError(f"a diffusers folder without {WEIGHTS}.safetensors")
+        check(files, f"a diffusers folder without {WEIGHTS}.safetensors")
         usual = next((v for v in PREFERRED if v in files), next(iter(files)))
         for kind, file in sorted(files.items()):
             title = VARIANTS.get(kind, kind)
@@ -199,36 +189,27 @@ def sets_in(folder: Path) -> dict[str, Path]:
                 title = "online" if "ema" in files else "ema"
                 sets[kind or title] = file
             sets[title] = file
-    if not sets:
-        raise ContentError("a diffusers folder without its unet/config.json")
+    check(sets, "a diffusers folder without its unet/config.json")
     return sets
 
 
 def scheduled(config: dict[str, Any]) -> Process:
     """Return the noise process of a scheduler; the second time point is that of the pipeline's own two steps."""
+    kind = config.get("_class_name")
+    check(kind == SCHEDULER, f"a scheduler of class {brief(kind)}, not {SCHEDULER}")
     noise: dict[str, Any] = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
-    noise |= {"num_train_timesteps": 40} | config
-    if noise.get("_class_name") != SCHEDULER:
-        raise ContentError(
-            f"a scheduler of class {brief(noise.get('_class_name'))}, not {SCHEDULER}"
-        )
-    for name in ("sigma_min", "sigma_max", "sigma_data", "rho"):
-        value = noise[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
-            raise ContentError(f"a {SCHEDULER} with {name}={brief(value)}, which is no noise level")
+    for name in noise:
+        value = noise[name] = config.get(name, noise[name])
+        level = type(value) in (int, float) and 0 < value < 1e6
+        check(level, f"a {SCHEDULER} with {name}={brief(value)}, which is no noise level")
     for name, only in {"s_noise": 1, "prediction_type": None, "timestep_type": None}.items():
-        if noise.get(name, only) != only:
-            value = brief(noise[name])
-            raise ContentError(f"a {SCHEDULER} with {name}={value}, where {only} is known")
-    points = noise["num_train_timesteps"]
-    if type(points) is not int or points < 2 or noise["sigma_min"] >= noise["sigma_max"]:
-        raise ContentError(
-            f"a {SCHEDULER} with num_train_timesteps={brief(points)} from sigma_max={noise['sigma_max']} "
-            f"to sigma_min={noise['sigma_min']}, which is no grid"
-        )
-    t_min, t_max, rho, sigma_data = (
-        float(noise[name]) for name in ("sigma_min", "sigma_max", "rho", "sigma_data")
-    )
+        value = config.get(name, only)
+        check(value == only, f"a {SCHEDULER} with {name}={brief(value)}, where {only} is known")
+    t_min, t_max, sigma_data, rho = map(float, noise.values())
+    points = config.get("num_train_timesteps", 40)
+    grid = f"num_train_timesteps={brief(points)} from sigma_max={t_max} to sigma_min={t_min}"
+    increasing = type(points) is int and points >= 2 and t_min < t_max
+    check(increasing, f"a {SCHEDULER} with {grid}, which is no grid")
     process = Process(sigma_data=sigma_data, t_min=t_min, t_max=t_max, rho=rho)
     second = float(process.grid.at(torch.tensor(points // 2), points))
     return replace(process, times=(t_max, second))
@@ -245,40 +226,66 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     with file.open("rb") as stream:
         zipped = stream.read(2) == b"PK"
     content = read_zip(file) if zipped else read_pickle(file)
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ContentError("weights that are no state dict")
+    flat = isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
+    check(flat, "weights that are no state dict")
     return content, None
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
     """Return the weights that an index spreads over files of its own folder."""
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise ContentError(f"a {index.name} without a weight_map")
+    files: Any = read_json(index).get("weight_map")
+    check(files and isinstance(files, dict), f"a {index.name} without a weight_map")
     read: dict[str, dict[str, Tensor]] = {}
     for name in dict.fromkeys(files.values()):
-        if not isinstance(name, str) or not SHARD.fullmatch(name):
-            raise ContentError(f"a {index.name} that names the file {brief(name)}")
-        if not (index.parent / name).is_file():
-            raise ContentError(f"a {index.name} whose {name[:80]} is missing")
+        plain = isinstance(name, str) and SHARD.fullmatch(name)
+        check(plain, f"a {index.name} that names the file {brief(name)}")
+        check((index.parent / name).is_file(), f"a {index.name} whose {name[:80]} is missing")
         read[name] = read_weights(index.parent / name)[0]
-    for parameter, name in files.items():
-        if parameter not in read[name]:
-            raise ContentError(f"a {name} without {brief(parameter)}, which {index.name} has in it")
+    for name, own in files.items():
+        check(name in read[own], f"a {own} without {brief(name)}, which {index.name} has in it")
     return {parameter: read[name][parameter] for parameter, name in files.items()}
 
 
-def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None:
-    """Return the sets of weights of a UNet without settings, wherever they stand; None without any."""
-    return wrapped.open_sets(
-        content, path, hints, format=FORMAT, anchors=ANCHORS, open_state=open_state
-    )
-
-
-def open_state(
-    theirs: dict[str, Tensor], hints: Hints
-) -> tuple[ModelCard, list[str], wrapped.Renamed]:
+def open_state(theirs: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
     """Return the card and assumptions for a state dict without settings."""
     config, notes = settings_of(theirs, hints)
     network = settings(config, hints)
-    return card_of(network, C_NOISE_OPENAI), notes, partial(our_weights, network)
+    return card_of(network, contents.C_NOISE_OPENAI), notes, partial(our_weights, network)
+
+
+def write_diffusers(folder: Path, card: ModelCard, weights: StateDict) -> None:
+    """Write a pipeline for a consistency model, a UNet alone for a teacher, which has no pipeline in diffusers."""
+    config = unet_settings(card, weights)
+    student = card.role == "consistency"
+    unet = folder / "unet" if student else folder
+    if time_embedding.needs_rewriting(card):
+        write_sealed(
+            unet / TIME_EMBEDDING, card, {name: weights[name] for name in time_embedding.LAYERS}
+        )
+        weights = time_embedding.rewritten(weights, card)
+    if student:
+        index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": VERSION}
+        index |= {"scheduler": ["diffusers", SCHEDULER], "unet": ["diffusers", UNET]}
+        _write_json(folder / "model_index.json", index)
+        _write_json(folder / "scheduler" / SCHEDULER_FILE, scheduler_settings(card))
+    _write_json(unet / "config.json", config)
+    write_sealed(unet / f"{WEIGHTS}.safetensors", card, their_weights(card.network, weights))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def scheduler_settings(card: ModelCard) -> dict[str, Any]:
+    """Return the settings of the pipeline's scheduler."""
+    return {
+        "_class_name": SCHEDULER,
+        "_diffusers_version": VERSION,
+        "num_train_timesteps": time_embedding.POINTS,
+        "sigma_min": card.preconditioning["t_min"],
+        "sigma_max": card.process.t_max,
+        "sigma_data": card.preconditioning["sigma_data"],
+        "rho": card.process.rho,
+        "s_noise": 1.0,
+        "clip_denoised": True,
+    }

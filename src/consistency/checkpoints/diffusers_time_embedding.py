@@ -6,14 +6,19 @@ network: random features of 250 ln t, more than N of them, and the linear map th
 noise level it is meaningless, so the original layers are kept in a file beside it, and its greater width marks it.
 """
 
+from dataclasses import replace
+
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from consistency.checkpoints.contents import C_NOISE_OPENAI, StateDict
+from consistency.inference.card import ModelCard
 from consistency.networks.layers import sinusoidal_features
 from consistency.randomness import generator
+
+POINTS = 40
+"""Points of our pipelines' grids, as in the released distilled models."""
 
 LAYERS = ("time_embed.0.weight", "time_embed.0.bias", "time_embed.2.weight", "time_embed.2.bias")
 READERS = (".emb_layers.1.weight", "label_emb.weight")
@@ -23,24 +28,28 @@ SPREAD = 3.0
 """Standard deviation of the random features before their nonlinearity: N of them are then independent."""
 
 
-def width(channels: int, points: int) -> int:
-    """Return the width of the rewritten embedding; an ordinary one has 4 x channels."""
-    return 4 * channels + points
+def needs_rewriting(card: ModelCard) -> bool:
+    """Return whether the network has another time input than 250 ln t, which diffusers computes."""
+    return bool(card.preconditioning["c_noise_scale"] != C_NOISE_OPENAI)
 
 
-def rewritten(
-    weights: StateDict, times: Float[Tensor, "n"], c_noise_scale: float
-) -> dict[str, Tensor]:
-    """Return all weights, with a time embedding of 250 ln t that agrees with the network's own at `times` (float64)."""
+def width(card: ModelCard) -> int:
+    """Return the width of the rewritten embedding; an ordinary one has 4 x model_channels."""
+    return int(4 * card.network["model_channels"] + POINTS)
+
+
+def rewritten(weights: StateDict, card: ModelCard) -> dict[str, Tensor]:
+    """Return all weights, with a time embedding of 250 ln t that agrees with the network's own on the pipeline's grid."""
+    times = replace(card.process.grid, t_min=card.preconditioning["t_min"]).points(POINTS)
     first, first_bias, second, second_bias = (weights[name].double() for name in LAYERS)
-    channels, points = first.shape[1], len(times)
-    own = sinusoidal_features(c_noise_scale * times.log(), channels)
+    channels = first.shape[1]
+    own = sinusoidal_features(card.preconditioning["c_noise_scale"] * times.log(), channels)
     values = functional.silu(own @ first.T + first_bias) @ second.T + second_bias
-    wide = width(channels, points)
+    wide = width(card)
     values = functional.pad(values, (0, wide - values.shape[1]))
 
     features = sinusoidal_features((C_NOISE_OPENAI * times.log()).float(), channels).double()
-    noise = generator(0, "timetable", channels, points)
+    noise = generator(0, "timetable", channels, POINTS)
     mix = torch.randn(wide, channels, generator=noise, dtype=torch.float64)
     mix = (mix * SPREAD * (2 / channels) ** 0.5).float()
     hidden = functional.silu(features @ mix.double().T)

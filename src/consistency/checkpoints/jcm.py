@@ -12,16 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency.checkpoints.contents import (
-    C_NOISE_NVLABS,
-    Checkpoint,
-    ContentError,
-    Hints,
-    Lazy,
-    StateDict,
-    assumes,
-    card_of,
-)
+from consistency.checkpoints import contents
+from consistency.checkpoints.contents import Checkpoint, Hints, StateDict, assumes, check
 from consistency.networks.song import SongUNet
 from consistency.networks.unet import UNetBlock, fir_filter
 
@@ -41,16 +33,9 @@ def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None
     assert isinstance(content, dict)
     trees = {name: content[key] for name, key in PARAMETERS.items() if key in content}
     network, notes = settings(flattened(trees["ema"]), hints)
-    card = card_of(network, C_NOISE_NVLABS, second_time=0.58535)
-    sets = Lazy(trees, partial(song_parameters, network))
+    card = contents.card_of(network, contents.C_NOISE_NVLABS, second_time=0.58535)
+    sets = contents.Lazy(trees, partial(song_weights, network))
     return Checkpoint(path=path, format=FORMAT, card=card, weights=sets, notes=tuple(notes))
-
-
-def song_parameters(settings: dict[str, Any], tree: object) -> StateDict:
-    """Return the parameters of a training state under the names of `SongUNet`."""
-    with torch.device("meta"):
-        network = SongUNet(**{key: value for key, value in settings.items() if key != "_target_"})
-    return song_weights(flattened(tree), network)
 
 
 def flattened(tree: object, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
@@ -58,7 +43,7 @@ def flattened(tree: object, prefix: str = "", depth: int = 0) -> dict[str, Tenso
     if isinstance(tree, Tensor):
         return {prefix.removesuffix("."): tree}
     if not isinstance(tree, dict) or depth > 4:
-        raise ContentError("parameters that are no arrays")
+        raise contents.ContentError("parameters that are no arrays")
     flat: dict[str, Tensor] = {}
     for name, branch in tree.items():
         flat |= flattened(branch, f"{prefix}{name}.", depth + 1)
@@ -67,13 +52,11 @@ def flattened(tree: object, prefix: str = "", depth: int = 0) -> dict[str, Tenso
 
 def settings(params: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str]]:
     """Return the arguments of `SongUNet` for these parameters, and the assumptions made."""
-    if not {"GaussianFourierProjection_0.W", "Downsample_0.Conv2d_0.weight"} <= params.keys():
-        raise ContentError(OTHER)
+    check({"GaussianFourierProjection_0.W", "Downsample_0.Conv2d_0.weight"} <= params.keys(), OTHER)
     levels = 1 + _count(params, "Downsample_")
     blocks = _count(params, "ResnetBlockBigGANpp_")
     each, rest = divmod(blocks - 3 * levels, 2 * levels)
-    if rest or each < 1:
-        raise ContentError(OTHER)
+    check(not rest and each >= 1, OTHER)
     width = params["Conv_0.kernel"].shape[3]
     firsts = (f"ResnetBlockBigGANpp_{k * (each + 1)}" for k in range(levels))
     tops = [params[f"{name}.Conv_0.kernel"].shape[3] for name in firsts]
@@ -111,15 +94,13 @@ def attention_sides(
 ) -> tuple[list[int], list[str]]:
     """Return the sides of the feature maps with attention: of the levels that fit, the second, as in released files."""
     number, rest = divmod(_count(params, "AttnBlockpp_") - 1, each + 1)
-    if rest or number > len(tops):
-        raise ContentError(OTHER)
+    check(not rest and number <= len(tops), OTHER)
     levels: list[int] = []
     notes: list[str] = []
     for n in range(number):
         width = params[f"AttnBlockpp_{n * each}.NIN_0.W"].shape[1]
         fitting = [k for k in range(1 + max(levels, default=-1), len(tops)) if tops[k] == width]
-        if not fitting:
-            raise ContentError(OTHER)
+        check(fitting, OTHER)
         levels.append(1 if 1 in fitting else fitting[0])
         side = size >> levels[-1]
         if len(fitting) > 1 and (size, tops) != (SIZE, TOPS):
@@ -132,9 +113,11 @@ def _count(params: StateDict, prefix: str) -> int:
     return len({name.split(".")[0] for name in params if name.startswith(prefix)})
 
 
-def song_weights(params: dict[str, Tensor], network: SongUNet) -> dict[str, Tensor]:
-    """Return parameters of the JAX NCSN++ under the names of `SongUNet`, whose blocks stand in their order."""
-    rest = dict(params)
+def song_weights(settings: dict[str, Any], tree: object) -> StateDict:
+    """Return the parameters of a training state under the names of `SongUNet`, whose blocks stand in their order."""
+    with torch.device("meta"):
+        network = SongUNet(**{key: value for key, value in settings.items() if key != "_target_"})
+    rest = flattened(tree)
     ours = {"map_noise.freqs": rest.pop("GaussianFourierProjection_0.W")}
 
     def move(theirs: str, name: str, weight: str = "kernel") -> None:
@@ -170,6 +153,8 @@ def song_weights(params: dict[str, Tensor], network: SongUNet) -> dict[str, Tens
             ours[f"{name}.qkv.{kind}"] = torch.stack(qkv, dim=1).flatten(0, 1)
             ours[f"{name}.proj.{kind}"] = proj
     if rest:
-        raise ContentError(f"parameters without a counterpart in NCSN++, such as {min(rest)[:80]}")
+        raise contents.ContentError(
+            f"parameters without a counterpart in NCSN++, such as {min(rest)[:80]}"
+        )
     constants = (name for name in network.state_dict() if name.endswith("resample_filter"))
     return ours | {name: fir_filter(TAPS) for name in constants}

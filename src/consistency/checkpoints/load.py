@@ -31,11 +31,7 @@ NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors")
 """Suffixes of files of weights in a snapshot of the Hugging Face cache."""
 
-ACCELERATE = (
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+ACCELERATE = ("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Weights in a folder of accelerate, besides `SEALED`."""
 
 
@@ -64,16 +60,9 @@ def load(
     The others are settings that some files do not record, see `Hints`. Raise `UserError` if the file is missing, damaged,
     of another role or no checkpoint.
     """
+    heads = (num_head_channels, attention_resolutions, num_heads, num_heads_upsample)
     published = pretrained.RELEASED.get(str(checkpoint))
-    hints = Hints(
-        image_size,
-        num_head_channels,
-        attention_resolutions,
-        num_heads,
-        num_heads_upsample,
-        published.role if published else None,
-        weights,
-    )
+    hints = Hints(image_size, *heads, published.role if published else None, weights)
     return build_model(read_checkpoint(find(checkpoint), hints), weights, role)
 
 
@@ -88,12 +77,13 @@ def load_sets(
 
 def load_teacher(path: str | None, *, weights: str) -> Denoiser:
     """Load the teacher of a distillation, `teacher=`."""
-    if path is None:
-        raise UserError(
-            "a teacher to distil, teacher=<run folder or checkpoint>",
-            "teacher=null",
-            "train one on the same data with mode=edm and give its run folder",
-        )
+    require(
+        path is not None,
+        "a teacher to distil, teacher=<run folder or checkpoint>",
+        "teacher=null",
+        "train one on the same data with mode=edm and give its run folder",
+    )
+    assert path is not None
     return load(path, "teacher", weights=weights).denoiser
 
 
@@ -163,12 +153,12 @@ def snapshot(path: Path) -> Path:
 
     Return other folders as they are.
     """
-    if not (path / "snapshots").is_dir():
+    cached = (path / "refs").is_dir() or (path / "blobs").is_dir()
+    if not cached or not (path / "snapshots").is_dir():
         return path
-    if not (path / "refs").is_dir() and not (path / "blobs").is_dir():
-        return path
-    revisions = {p.name: p for p in sorted((path / "snapshots").iterdir(), key=_age) if p.is_dir()}
-    refs = sorted((p for p in (path / "refs").rglob("*") if p.is_file()), key=_age, reverse=True)
+    folders = filter(Path.is_dir, (path / "snapshots").iterdir())
+    revisions = {folder.name: folder for folder in sorted(folders, key=os.path.getmtime)}
+    refs = sorted(filter(Path.is_file, (path / "refs").rglob("*")), key=os.path.getmtime)[::-1]
     refs.sort(key=lambda ref: ref != path / "refs" / "main")
     hashes = [ref.read_text()[:100].strip() for ref in refs]
     name = next((name for name in (*hashes, *reversed(revisions)) if name in revisions), None)
@@ -178,10 +168,6 @@ def snapshot(path: Path) -> Path:
     revision = revisions[name]
     files = [p for p in revision.iterdir() if p.is_file() and p.suffix in SUFFIXES]
     return files[0] if len(files) == 1 and not diffusers.is_diffusers(revision) else revision
-
-
-def _age(path: Path) -> float:
-    return path.stat().st_mtime
 
 
 def build_model(checkpoint: Checkpoint, weights: str, role: Role | None) -> Model:
@@ -221,7 +207,7 @@ def build_model(checkpoint: Checkpoint, weights: str, role: Role | None) -> Mode
         denoiser = Denoiser(network, build(card.preconditioning, PRECONDITIONING, object))
     except UserError:
         raise
-    except Exception as error:  # the settings of a damaged or hostile file can fail in any way
+    except Exception as error:  # a damaged or hostile file can fail in any way
         raise unreadable(checkpoint.path, error) from error
     denoiser.eval().requires_grad_(False)
     return Model(denoiser, card, checkpoint.path, weights, checkpoint.format)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.checkpoints.contents import ContentError
+from consistency.checkpoints.contents import ContentError, check
 
 MAX_DEPTH = 32
 MAX_VALUES = 2_000_000
@@ -22,10 +22,7 @@ EXTENSIONS = (1, 3)
 
 DTYPES: dict[object, torch.dtype] = {
     name.encode(): getattr(torch, name)
-    for name in (
-        *("float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64"),
-        *("uint8", "uint32", "bool"),
-    )
+    for name in "float32 float64 float16 bfloat16 int8 int16 int32 int64 uint8 uint32 bool".split()
 }
 CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 NUMBERS = dict(zip(range(0xCA, 0xD4), ">f >d >B >H >I >Q >b >h >i >q".split(), strict=True))
@@ -62,8 +59,7 @@ class Reader:
         return self.content[self.offset - length : self.offset]
 
     def require(self, length: int) -> None:
-        if length > len(self.content) - self.offset:
-            raise ContentError("a file that ends early")
+        check(length <= len(self.content) - self.offset, "a file that ends early")
 
     def number(self, form: str) -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
@@ -71,8 +67,8 @@ class Reader:
     def value(self) -> Any:
         """Return the next value, with all that is inside it."""
         self.values += 1
-        if self.values > MAX_VALUES or self.depth > MAX_DEPTH:
-            raise ContentError("more values, or deeper ones, than any checkpoint has")
+        few = self.values <= MAX_VALUES and self.depth <= MAX_DEPTH
+        check(few, "more values, or deeper ones, than any checkpoint has")
         first = self.number(">B")
         if first <= 0x7F or first >= 0xE0:
             return first if first <= 0x7F else first - 0x100
@@ -107,8 +103,8 @@ class Reader:
         items: dict[str, Any] = {}
         for _ in range(count):
             key = self.value()
-            if not isinstance(key, str) or key in items:
-                raise ContentError("a map whose keys are not different names")
+            new = isinstance(key, str) and key not in items
+            check(new, "a map whose keys are not different names")
             items[key] = self.value()
         self.depth -= 1
         return items
@@ -117,21 +113,20 @@ class Reader:
         """Return an array: (shape, name of its type, bytes), itself in MessagePack."""
         kind = self.number(">b")
         inner = Reader(self.take(length), raw=True, depth=self.depth + 1)
-        if kind not in EXTENSIONS:
-            raise ContentError("a value that is no array")
+        check(kind in EXTENSIONS, "a value that is no array")
         parts = inner.value()
-        if not isinstance(parts, list) or len(parts) != 3 or inner.offset != length:
-            raise ContentError("an array without its three parts")
+        whole = isinstance(parts, list) and len(parts) == 3 and inner.offset == length
+        check(whole, "an array without its three parts")
         shape, name, content = parts
         sides = shape if isinstance(shape, list) and len(shape) <= 8 else [None]
-        if not all(isinstance(n, int) and 0 <= n < 2**40 for n in sides):
-            raise ContentError("an array with an impossible shape")
+        possible = all(isinstance(n, int) and 0 <= n < 2**40 for n in sides)
+        check(possible, "an array with an impossible shape")
         dtype = DTYPES.get(name) if isinstance(name, bytes) else None
         if dtype is None:
             raise ContentError("an array of an unknown type")
         size = math.prod(shape) * dtype.itemsize
-        if not isinstance(content, bytes | memoryview) or len(content) != size:
-            raise ContentError("an array of another size than its shape")
+        full = isinstance(content, bytes | memoryview) and len(content) == size
+        check(full, "an array of another size than its shape")
         if not size:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(bytearray(content), dtype=dtype).reshape(shape)
@@ -143,6 +138,5 @@ def read_messagepack(path: Path) -> Any:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     reader = Reader(memoryview(content))
     value = reader.value()
-    if reader.offset != len(content):
-        raise ContentError("more bytes than the file declares")
+    check(reader.offset == len(content), "more bytes than the file declares")
     return value

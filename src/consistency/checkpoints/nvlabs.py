@@ -13,18 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from consistency.checkpoints import wrapped
-from consistency.checkpoints.contents import (
-    C_NOISE_NVLABS,
-    PUBLISHED,
-    Checkpoint,
-    ContentError,
-    Hints,
-    Lazy,
-    StateDict,
-    card_of,
-)
-from consistency.checkpoints.pickle_reader import Object, brief
+from consistency.checkpoints import contents, wrapped
+from consistency.checkpoints.contents import Hints, StateDict, card_of, check
+from consistency.checkpoints.pickle_calls import Object, brief
 from consistency.inference.card import ModelCard, Role
 from consistency.networks.unet import fir_filter
 
@@ -32,9 +23,9 @@ FORMAT = "NVlabs"
 ROLES: dict[str, Role] = {"EDMPrecond": "teacher", "ECMPrecond": "consistency"}
 """The preconditioning classes whose scalings we have: EDM's, and ECT's with the boundary condition."""
 
-PACKAGES = {
-    "SongUNet": "consistency.networks.song",
-    "DhariwalUNet": "consistency.networks.dhariwal",
+TARGETS = {
+    "SongUNet": "consistency.networks.song.SongUNet",
+    "DhariwalUNet": "consistency.networks.dhariwal.DhariwalUNet",
 }
 SETS = {"ema": "ema", "net": "online"}
 """Keys of a snapshot and of a training state -> names of the sets of weights."""
@@ -71,47 +62,40 @@ KINDS = {
 """The kinds of a SongUNet that we have."""
 
 
-def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None:
-    """Return the networks of a snapshot or a training state, or the sets of weights of a network; None without any."""
+def open_content(content: Any, path: Path, hints: Hints) -> contents.Checkpoint | None:
+    """Return the networks of a snapshot or a training state; None without any."""
+    stored = content if isinstance(content, dict) else {}
     models = {
         name: model
         for key, name in SETS.items()
-        if isinstance(content, dict)
-        and isinstance(model := content.get(key), Object)
-        and isinstance(model.state, dict)
+        if isinstance(model := stored.get(key), Object) and isinstance(model.state, dict)
     }
     if not models:
-        return wrapped.open_sets(
-            content, path, hints, format=FORMAT, anchors=ANCHORS, open_state=open_state
-        )
+        return None
     card = card_of_module(models.get(hints.weights) or next(iter(models.values())))
-    sets = Lazy(models, partial(module_weights, card.network))
-    return Checkpoint(path=path, format=FORMAT, card=card, weights=sets)
+    sets = contents.Lazy(models, partial(module_weights, card.network))
+    return contents.Checkpoint(path=path, format=FORMAT, card=card, weights=sets)
 
 
 def card_of_module(module: Object) -> ModelCard:
     """Return the card of a preconditioned network."""
-    if module.kind == "Precond":
-        raise ContentError("a model of class Precond, a network of EDM2, which is not built here")
-    if module.kind not in ROLES:
-        known = ", ".join(ROLES)
-        raise ContentError(
-            f"a model of class {module.kind}, whose preconditioning is not one of {known}"
-        )
-    inner = _part(module, "_modules").get("model")
+    edm2 = module.kind == "Precond"
+    check(not edm2, "a model of class Precond, a network of EDM2, which is not built here")
+    known = f"whose preconditioning is not one of {', '.join(ROLES)}"
+    check(module.kind in ROLES, f"a model of class {module.kind}, {known}")
+    inner: Any = _part(module, "_modules").get("model")
     kind = inner.kind if isinstance(inner, Object) else brief(inner)
-    if not isinstance(inner, Object) or kind not in DEFAULTS:
-        raise ContentError(f"a network of class {kind}, which is not one of {', '.join(DEFAULTS)}")
+    ours = isinstance(inner, Object) and kind in DEFAULTS
+    check(ours, f"a network of class {kind}, which is not one of {', '.join(DEFAULTS)}")
     arguments = inner.state.get("_init_kwargs")
-    if not isinstance(arguments, dict):
-        raise ContentError("a network without its settings")
+    check(isinstance(arguments, dict), "a network without its settings")
     role = ROLES[module.kind]
-    process = replace(PUBLISHED, sigma_data=float(module.state["sigma_data"]))
+    process = replace(contents.PUBLISHED, sigma_data=float(module.state["sigma_data"]))
     if role == "consistency":
         process = replace(process, t_min=float(module.state["sigma_min"]))
     network = settings(kind, arguments)
-    second = second_time(network)
-    return card_of(network, C_NOISE_NVLABS, role=role, process=process, second_time=second)
+    second, scale = second_time(network), contents.C_NOISE_NVLABS
+    return card_of(network, scale, role=role, process=process, second_time=second)
 
 
 def second_time(network: dict[str, Any]) -> float:
@@ -145,16 +129,14 @@ def settings(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the node of our network from the arguments of theirs."""
     theirs = COMMON | DEFAULTS[kind] | arguments
     require_images(kind, theirs["in_channels"], theirs["out_channels"])
-    ours: dict[str, Any] = {"_target_": f"{PACKAGES[kind]}.{kind}"}
+    ours: dict[str, Any] = {"_target_": TARGETS[kind]}
     ours |= {name: theirs[argument] for argument, name in RENAMED.items()}
     ours |= {name: theirs[name] for name in SHARED + (SONG if kind == "SongUNet" else ())}
     ours |= {"num_classes": theirs["label_dim"] or None, "augment_dim": 0}
     if kind == "SongUNet":
         for name, kinds in KINDS.items():
-            if theirs[name] not in kinds:
-                raise ContentError(
-                    f"a SongUNet with {name}={brief(theirs[name])}, which is not one of {', '.join(kinds)}"
-                )
+            known = f"which is not one of {', '.join(kinds)}"
+            check(theirs[name] in kinds, f"a SongUNet with {name}={brief(theirs[name])}, {known}")
         ours["fourier_scale"] = 16.0 if theirs["embedding_type"] == "fourier" else None
         ours["residual_input"] = theirs["encoder_type"] == "residual"
         ours["skip_output"] = theirs["decoder_type"] == "skip"
@@ -163,19 +145,14 @@ def settings(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def require_images(kind: str, channels: object, out: object) -> None:
     """Refuse a network whose output is not an image like its input."""
-    if channels != out:
-        raise ContentError(
-            f"a {kind} with out_channels={brief(out)} for in_channels={brief(channels)}, "
-            "which no consistency model has"
-        )
+    sides = f"out_channels={brief(out)} for in_channels={brief(channels)}"
+    check(channels == out, f"a {kind} with {sides}, which no consistency model has")
 
 
-def open_state(
-    weights: dict[str, Tensor], hints: Hints
-) -> tuple[ModelCard, list[str], wrapped.Renamed]:
+def open_state(weights: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
     """Return the card of a state dict, with EDM's noise process; it does not record which scalings belong to it."""
     network, notes = settings_of(weights, hints)
-    card = card_of(network, C_NOISE_NVLABS, second_time=second_time(network))
+    card = card_of(network, contents.C_NOISE_NVLABS, second_time=second_time(network))
     return card, notes, partial(renamed, network)
 
 
@@ -186,8 +163,8 @@ def settings_of(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[
         for side, number in re.findall(r"^enc\.(\d+)x\d+_block(\d+)\.", "\n".join(weights), re.M)
     }
     sides = sorted({side for side, _ in blocks}, reverse=True)
-    if not sides or sides != [sides[0] >> level for level in range(len(sides))]:
-        raise ContentError("weights of another network than SongUNet and DhariwalUNet")
+    halved = sides and sides == [sides[0] >> level for level in range(len(sides))]
+    check(halved, "weights of another network than SongUNet and DhariwalUNet")
     top = f"{sides[0]}x{sides[0]}"
     kind = "DhariwalUNet" if "out_norm.weight" in weights else "SongUNet"
     stem = weights[f"enc.{top}_conv.weight"]
@@ -198,7 +175,7 @@ def settings_of(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[
     label = weights.get("map_label.weight")
     firsts = {side: f"enc.{side}x{side}_block0" for side in sides}
     ours: dict[str, Any] = {
-        "_target_": f"{PACKAGES[kind]}.{kind}",
+        "_target_": TARGETS[kind],
         "image_size": sides[0],
         "in_channels": stem.shape[1],
         "out_channels": stem.shape[1],
@@ -222,9 +199,8 @@ def settings_of(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[
     ours["resample_filter"] = [1, 3, 3, 1] if wide else [1, 1]
     if taps is not None or len(sides) == 1:
         return ours, []
-    return ours, [
-        f"assumes resample_filter={ours['resample_filter']} (the file does not record it)"
-    ]
+    note = f"assumes resample_filter={ours['resample_filter']} (the file does not record it)"
+    return ours, [note]
 
 
 def modules(root: Object) -> dict[str, Object]:
@@ -232,20 +208,17 @@ def modules(root: Object) -> dict[str, Object]:
     tree: dict[str, Object] = {}
     seen: set[int] = set()
     waiting = [("", root)]
-    while waiting:
-        prefix, module = waiting.pop()
-        if id(module) in seen or prefix.count(".") > 8:
-            raise ContentError("modules that contain each other")
+    for prefix, module in waiting:  # grows while it is walked
+        new = id(module) not in seen and prefix.count(".") <= 8
+        check(new, "modules that contain each other")
         seen.add(id(module))
         tree[prefix] = module
-        for name, child in _part(module, "_modules").items():
-            if isinstance(child, Object):
-                waiting.append((f"{prefix}{name}.", child))
+        inside = _part(module, "_modules").items()
+        waiting += [(f"{prefix}{name}.", m) for name, m in inside if isinstance(m, Object)]
     return tree
 
 
 def _part(module: Object, name: str) -> dict[str, Any]:
-    part = module.state.get(name)
-    if not isinstance(part, dict):
-        raise ContentError(f"a module without its {name}")
+    part: dict[str, Any] = module.state.get(name)
+    check(isinstance(part, dict), f"a module without its {name}")
     return part

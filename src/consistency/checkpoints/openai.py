@@ -15,21 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.checkpoints import wrapped
-from consistency.checkpoints.contents import (
-    C_NOISE_OPENAI,
-    Checkpoint,
-    ContentError,
-    Hints,
-    StateDict,
-    assumes,
-    card_of,
-)
+from consistency.checkpoints import contents, wrapped
+from consistency.checkpoints.contents import Hints, StateDict, assumes, card_of, check
 from consistency.checkpoints.pickle_reader import CARD, OPENAI
 from consistency.errors import require
 from consistency.inference.card import ModelCard
 from consistency.runtime.files import written_whole
 
+FORMAT = OPENAI
 ADM = "consistency.networks.adm.ADM"
 ANCHORS = ("time_embed.0.weight", "input_blocks.0.0.weight")
 """Two parameters that every network has."""
@@ -44,20 +37,11 @@ RELEASED: dict[tuple[int, tuple[int | float, ...]], tuple[int, float]] = {
 """Channels and multipliers of the released networks -> side of their images, published second time of two steps."""
 
 
-def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None:
-    """Return the sets of weights of a `UNetModel`, wherever they stand; None without any."""
-    return wrapped.open_sets(
-        content, path, hints, format=OPENAI, anchors=ANCHORS, open_state=open_state
-    )
-
-
-def open_state(
-    weights: dict[str, Tensor], hints: Hints
-) -> tuple[ModelCard, list[str], wrapped.Renamed]:
+def open_state(weights: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
     """Return card and assumptions for a flat state dict; the names are ours already."""
     network, notes = settings(weights, hints)
     known = RELEASED.get((network["model_channels"], tuple(network["channel_mult"])))
-    card = card_of(network, C_NOISE_OPENAI, second_time=known[1] if known else 0.821)
+    card = card_of(network, contents.C_NOISE_OPENAI, second_time=known[1] if known else 0.821)
     return card, notes, lambda state: state
 
 
@@ -65,11 +49,9 @@ def settings(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str
     """Return the arguments of `ADM` for these weights, and the assumptions made."""
     levels, blocks, between = layout(weights)
     channels, out = weights["input_blocks.0.0.weight"].shape[1], weights["out.2.weight"].shape[0]
-    if out != channels:
-        raise ContentError(
-            f"a UNetModel with {out} output channels (out.2.weight) for {channels} of the image, as "
-            "learn_sigma=True or a condition makes them, which no consistency model has"
-        )
+    counts = f"{out} output channels (out.2.weight) for {channels} of the image"
+    reason = "as learn_sigma=True or a condition makes them, which no consistency model has"
+    check(out == channels, f"a UNetModel with {counts}, {reason}")
     width = weights["time_embed.0.weight"].shape[1]
     firsts = [f"input_blocks.{1 + k * blocks}" for k in range(levels)]
     tops = [weights[f"{name}.0.out_layers.3.weight"].shape[0] for name in firsts]
@@ -83,8 +65,7 @@ def settings(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str
     heads = hints.num_head_channels
     if heads is None and hints.num_heads is None:
         widths = {v.shape[1] for name, v in weights.items() if name.endswith(".qkv.weight")}
-        fitting = (n for n in HEAD_CHANNELS if all(c % n == 0 for c in widths))
-        heads = next(fitting, None)
+        heads = next((n for n in HEAD_CHANNELS if all(c % n == 0 for c in widths)), None)
         if known is None:
             width_of = f"attention heads of {heads or 'all'} channels"
             notes.append(assumes(width_of, "num_head_channels= or num_heads="))
@@ -114,21 +95,21 @@ def settings(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str
 
 def layout(weights: StateDict) -> tuple[int, int, bool]:
     """Return the number of levels, of decoder blocks in each, and whether layers or else blocks change the resolution."""
-    if any(name.endswith(".qkv.weight") and value.ndim == 3 for name, value in weights.items()):
-        raise ContentError(
-            "weights of guided-diffusion, which predict noise in another time and order qkv by heads"
-        )
+    guided = any(n.endswith(".qkv.weight") and value.ndim == 3 for n, value in weights.items())
+    fault = (
+        "weights of guided-diffusion, which predict noise in another time and order qkv by heads"
+    )
+    check(not guided, fault)
     # Encoder and decoder have equally many blocks, of which a pooling block has no weights.
     length = 1 + max(int(n.split(".")[1]) for n in weights if n.startswith("output_blocks."))
-    if length > len(weights):
-        raise ContentError("weights of a network that is no ADM")
+    check(length <= len(weights), "weights of a network that is no ADM")
     layers = sum(f"input_blocks.{k}.0.in_layers.0.weight" not in weights for k in range(1, length))
     inside = (f"output_blocks.{k}.{{}}.in_layers.0.weight" for k in range(length))
     in_blocks = sum(n.format(1) in weights or n.format(2) in weights for n in inside)
     levels = 1 + (layers or in_blocks)
     blocks, rest = divmod(length, levels)
-    if rest or blocks < 2:
-        raise ContentError("weights of another network than those of consistency models")
+    known = not rest and blocks >= 2
+    check(known, "weights of another network than those of consistency models")
     return levels, blocks, layers > 0
 
 
@@ -145,10 +126,10 @@ def write_openai(path: Path, card: ModelCard, weights: StateDict) -> None:
 def require_openai(card: ModelCard) -> None:
     """Refuse a model that `UNetModel` cannot be."""
     network, scalings = card.network, card.preconditioning
+    scale = scalings.get("c_noise_scale")
     reasons = {
         "a network other than ADM": network["_target_"] != ADM,
-        "another time input than c_noise = 250 ln t": scalings.get("c_noise_scale")
-        != C_NOISE_OPENAI,
+        "another time input than c_noise = 250 ln t": scale != contents.C_NOISE_OPENAI,
         "groups of another number than 32": network.get("num_groups", 32) != 32,
         "another sigma_data than 0.5": scalings.get("sigma_data") != 0.5,
     }

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import torch
 
-from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, StateDict, unreadable
+from consistency.checkpoints.contents import Checkpoint, Hints, StateDict, check, unreadable
 from consistency.checkpoints.pickle_reader import OPENAI, read_zip
 from consistency.errors import UserError
 from consistency.inference.card import ModelCard
@@ -55,12 +55,12 @@ def read(path: Path) -> dict[str, Any]:
     """Return all that a run's checkpoint holds, checked against its checksum."""
     verify_checksum(path)
     try:
-        content = read_zip(path)
-        if not isinstance(content, dict) or "card" not in content:
-            raise ContentError("a checkpoint without a card of ours")
+        content: dict[str, Any] = read_zip(path)
+        known = isinstance(content, dict) and "card" in content
+        check(known, "a checkpoint without a card of ours")
     except UserError:
         raise
-    except Exception as error:  # a damaged file can fail in any way
+    except Exception as error:  # a damaged or hostile file can fail in any way
         raise unreadable(path, error) from error
     return content
 

@@ -1,9 +1,8 @@
 """Pickles and torch files, read as data: no name inside them is resolved and nothing inside them is called.
 
-A pickle is a program for a small stack machine, and the usual reader runs it: it imports the names in it and calls
-them. Here the standard library only splits the program into instructions, and `Machine` carries out those that make
-plain values. A name stays a `Name`. `pickle_calls` has a function for each of the few names that checkpoints call; a file
-with any other name is refused by it.
+A pickle is a program for a small stack machine. The standard library's interpreter in Python carries out the instructions
+that make plain values; `Machine` replaces those that import and call: a name stays a `Name`, the few functions that
+checkpoints call are those of `pickle_calls`, and any other name is refused.
 
 Three containers hold such programs: a bare pickle (NVlabs), a zip archive (`torch.save`), and the older torch form,
 which is also how a bare pickle stores its tensors. Sizes are checked before memory is taken, the zip checksums (which
@@ -12,30 +11,20 @@ torch ignores) are verified, and tensors must lie inside their storages.
 
 import io
 import json
+import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, ClassVar, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from consistency.checkpoints.contents import ContentError
-from consistency.checkpoints.pickle_calls import (
-    CALLS,
-    COPIES,
-    MAX_ODD_KEYS,
-    STORAGES,
-    Key,
-    Name,
-    Object,
-    array,
-    brief,
-    check,
-    set_of_names,
-)
+from consistency.checkpoints import pickle_calls as calls
+from consistency.checkpoints.contents import ContentError, check
+from consistency.checkpoints.pickle_calls import MAX_ODD_KEYS, Key, Name, Object, brief
 
 MAX_INSTRUCTIONS = 2_000_000
 Stream: TypeAlias = IO[bytes] | io.BufferedIOBase
@@ -47,6 +36,49 @@ CARD, OPENAI = "consistency.json", "OpenAI"
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 """The first two values of the older torch form."""
 
+STORAGES = {
+    **{"torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64},
+    **{"torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16},
+    **{"torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32},
+    **{"torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8},
+    **{"torch.ByteStorage": torch.uint8, "torch.BoolStorage": torch.bool},
+}
+
+
+def _storage_from_bytes(content: Any) -> Any:
+    """Return a storage that a bare pickle holds as a file in the older torch form."""
+    check(isinstance(content, bytes), "a storage without bytes")
+    stream = io.BytesIO(content)
+    storage = read_older(stream, len(content))
+    check(not stream.read(1), "a storage with more bytes than it declares")
+    return storage
+
+
+COPIES: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": calls.ordered_dict,
+    "torch.Size": calls.size,
+    "torch.storage._load_from_bytes": _storage_from_bytes,
+    "_codecs.encode": calls.encoded,
+    **{f"{module}.set": calls.set_of_names for module in ("builtins", "__builtin__")},
+    **{f"numpy.{core}.numeric._frombuffer": calls.array_from_buffer for core in ("core", "_core")},
+}
+"""Calls that copy their argument: a short pickle could fill the memory by repeating them."""
+
+CALLS: dict[str, Callable[..., Any]] = COPIES | {
+    "collections.defaultdict": lambda *_: {},
+    **{name.path: call for name, call in calls.TENSORS.items()},
+    "torch._tensor._rebuild_from_type_v2": calls.tensor_with_state,
+    "torch.device": lambda *_: Object("setting", None),
+    "torch_utils.persistence._reconstruct_persistent_obj": calls.persistent,
+    "numpy.dtype": calls.number_type,
+    "builtins.getattr": calls.method,
+    **{f"{module}.bytes": calls.no_bytes for module in ("builtins", "__builtin__")},
+    **{f"numpy.{core}.multiarray.scalar": calls.number for core in ("core", "_core")},
+    **{
+        f"numpy.{core}.multiarray._reconstruct": lambda *_: Object("numpy.ndarray", None)
+        for core in ("core", "_core")
+    },
+}
 MODULES = {f"torch.nn.modules.container.{k}" for k in ("ModuleDict", "ModuleList", "Sequential")}
 DICTIONARIES = ("EasyDict", "AttrDict", "AttributeDict", "Namespace")
 """Classes, wherever they come from, that are dictionaries with their keys as attributes."""
@@ -54,54 +86,16 @@ DICTIONARIES = ("EasyDict", "AttrDict", "AttributeDict", "Namespace")
 SETTINGS = ("omegaconf.", "typing.", "pathlib.")
 """Packages whose objects stand beside weights, as settings: kept unread, whatever they are."""
 
-PLAIN = {
-    *(str(dtype) for dtype in STORAGES.values()),
+PLAIN = "dict list int long float str unicode bool tuple".split()
+KNOWN = {
+    *(*CALLS, *STORAGES, *MODULES, *map(str, STORAGES.values())),
     *("torch.strided", "torch.Tensor", "torch.nn.parameter.Parameter", "numpy.ndarray"),
-    *(
-        f"{module}.{kind}"
-        for module in ("builtins", "__builtin__")
-        for kind in ("dict", "list", "int", "long", "float", "str", "unicode", "bool", "tuple")
-    ),
+    *(f"{module}.{kind}" for module in ("builtins", "__builtin__") for kind in PLAIN),
 }
-"""Names that stand for themselves."""
+"""Names that a pickle may hold; those that are not called stand for themselves."""
 
-FROM_BYTES = "torch.storage._load_from_bytes"
-KNOWN = {*CALLS, FROM_BYTES, *STORAGES, *MODULES, *PLAIN}
-"""Names that a pickle may hold."""
-
-LITERALS = {
-    o.name
-    for o in pickletools.opcodes
-    if o.arg and not o.stack_before and o.stack_after and o.stack_after != [pickletools.anyobject]
-}
-"""Instructions that put their argument, a number, text or bytes, on the stack."""
-
-VALUES: dict[str, Callable[..., Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_SET": set,
-    "TUPLE": tuple,
-    "LIST": list,
-    **dict.fromkeys(("TUPLE1", "TUPLE2", "TUPLE3"), lambda *items: items),
-}
-"""Instructions that make a plain value of their operands."""
-
-OPERATIONS = {
-    **{"APPEND": "extend", "APPENDS": "extend", "ADDITEMS": "add"},
-    **{"DICT": "dictionary", "SETITEM": "fill", "SETITEMS": "fill"},
-    **{"STACK_GLOBAL": "name", "REDUCE": "call", "NEWOBJ": "create", "BUILD": "set_state"},
-    "BINPERSID": "find_storage",
-}
-"""Instructions -> methods of `Machine` that take their operands and return the value for the stack."""
-
-
-def _is_setting(path: str) -> bool:
-    """Return whether the result of a class or function is kept unread."""
-    return path.startswith(SETTINGS)
+REFUSED = "PERSID INST OBJ NEWOBJ_EX EXT1 EXT2 EXT4 FROZENSET NEXT_BUFFER READONLY_BUFFER".split()
+"""Instructions that no checkpoint needs."""
 
 
 def _is_dictionary(path: str) -> bool:
@@ -109,133 +103,104 @@ def _is_dictionary(path: str) -> bool:
     return path.rpartition(".")[2] in DICTIONARIES
 
 
-def no_storage(description: object) -> Tensor:
-    """Refuse a reference: a bare pickle has no storages outside of itself."""
-    raise ContentError("a pickle that refers to something outside of it")
+class Instructions(dict[int, Callable[[Any], None]]):
+    """The instructions of one pickle by their codes, counted as they are looked up."""
+
+    count = 0
+
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self.count += 1
+        check(self.count <= MAX_INSTRUCTIONS, "a pickle of more parts than any checkpoint has")
+        return super().__getitem__(code)
+
+    def __missing__(self, code: int) -> Callable[[Any], None]:
+        known = pickletools.code2op.get(chr(code))  # type: ignore[attr-defined]
+        raise ContentError(f"a pickle with the instruction {known.name if known else code}")
 
 
-def storage_from_bytes(content: object) -> Any:
-    """Return a storage that a bare pickle holds as a file in the older torch form."""
-    if not isinstance(content, bytes):
-        raise ContentError("a storage without bytes")
-    stream = io.BytesIO(content)
-    storage = read_older(stream, len(content))
-    check(not stream.read(1), "a storage with more bytes than it declares")
-    return storage
+Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 
-class Machine:
+class Machine(Unpickler):
     """The interpreter of one pickle from a source of `total` bytes.
 
     find_storage: returns the storage that a torch file describes, a tensor of one axis.
-
-    A subclass for other files than checkpoints has its own `calls` and `known`.
     """
 
-    calls: ClassVar[Mapping[str, Callable[..., Any]]] = {**CALLS, FROM_BYTES: storage_from_bytes}
-    known: ClassVar[Set[str]] = KNOWN
+    stack: list[Any]
 
-    def __init__(self, total: int, find_storage: Callable[[Any], Tensor] = no_storage) -> None:
+    def __init__(self, total: int, find_storage: Callable[[Any], Tensor] | None = None) -> None:
         self.find_storage = find_storage
-        self.stack: list[Any] = []
-        self.below: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-        self.odd_keys = 0
-        self.to_copy = 2 * total
+        self.odd_keys, self.to_copy = 0, 2 * total
+        allowed = [o for o in pickletools.opcodes if o.name not in REFUSED and o.proto <= 5]
+        methods = {ord(o.code): Unpickler.dispatch[ord(o.code)].__name__ for o in allowed}
+        self.dispatch = Instructions((c, getattr(Machine, name)) for c, name in methods.items())
 
-    def run(self, program: Any) -> Any:
-        """Return the value of a pickle: bytes, or a `Stream` that stands at its beginning."""
-        argument: Any
-        for count, (instruction, argument, _) in enumerate(pickletools.genops(program)):
-            name = instruction.name
-            check(count <= MAX_INSTRUCTIONS, "a pickle of more parts than any checkpoint has")
-            if name == "STOP":
-                return self.stack.pop()
-            if name == "MARK":
-                self.below.append(self.stack)
-                self.stack = []
-            elif name in LITERALS:
-                self.stack.append(argument)
-            elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
-            elif name in ("GET", "BINGET", "LONG_BINGET"):
-                self.stack.append(self.memo[argument])
-            elif name == "GLOBAL":
-                self.stack.append(self.name(*argument.split(" ", 1)))
-            elif name == "DUP":
-                self.stack.append(self.stack[-1])
-            elif name == "POP" and self.stack:
-                self.stack.pop()
-            elif name in ("POP", "POP_MARK"):
-                self.stack = self.below.pop()
-            elif name in VALUES:
-                operands = self.take(instruction.stack_before)
-                self.stack.append(VALUES[name](*operands))
-            elif name in OPERATIONS:
-                operands = self.take(instruction.stack_before)
-                self.stack.append(getattr(self, OPERATIONS[name])(*operands))
-            elif name not in ("PROTO", "FRAME"):
-                raise ContentError(f"a pickle with the instruction {name}")
-        raise ContentError("a pickle without an end")
+    def run(self, program: bytes | Stream) -> Any:
+        """Return the value of a pickle: bytes, or a stream that stands at its beginning."""
+        stream = io.BytesIO(program) if isinstance(program, bytes) else program
+        super().__init__(stream, encoding="latin1")
+        return self.load()
 
-    def take(self, before: list[pickletools.StackObject]) -> list[Any]:
-        """Take the operands of an instruction from the stack; items of a container are one list, the last operand."""
-        items: list[Any] = []
-        if pickletools.markobject in before:
-            items, self.stack, before = [self.stack], self.below.pop(), before[:-2]
-        first = len(self.stack) - len(before)
-        check(first >= 0, "a pickle that takes more values than it has made")
-        operands = self.stack[first:]
-        del self.stack[first:]
-        if not items and before[:1] in ([pickletools.pylist], [pickletools.pydict]):
-            return [operands[0], operands[1:]]
-        return operands + items
+    def persistent_load(self, description: object) -> Tensor:
+        """Return the storage that a torch file describes; a bare pickle has none outside of itself."""
+        if self.find_storage is None:
+            raise ContentError("a pickle that refers to something outside of it")
+        return self.find_storage(description)
 
-    def extend(self, target: Any, items: list[Any]) -> Any:
-        check(isinstance(target, list), "a pickle that appends to something else than a list")
-        target.extend(items)
-        return target
-
-    def add(self, target: Any, items: list[Any]) -> Any:
-        check(isinstance(target, set), "a pickle that adds to something else than a set")
-        target.update(set_of_names(items))
-        return target
-
-    def dictionary(self, items: list[Any]) -> Any:
-        return self.fill({}, items)
-
-    def fill(self, target: Any, items: list[Any]) -> Any:
-        """Put keys and values, in turn, into a dictionary."""
-        filled = isinstance(target, dict) and len(items) % 2 == 0
-        check(filled, "a pickle that fills something else than a dictionary")
-        self.odd_keys += sum(not isinstance(key, str) for key in items[::2])
-        plain = self.odd_keys <= MAX_ODD_KEYS and all(isinstance(key, Key) for key in items[::2])
-        check(plain, "a pickle with keys that no checkpoint has")
-        target.update(zip(items[::2], items[1::2], strict=True))
-        return target
-
-    def name(self, module: object, name: object) -> Name:
+    def find_class(self, module: str, name: str) -> Name:
         """Return a name, if it is one of those that checkpoints are made of."""
-        path = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "?"
-        known = path in self.known or _is_setting(path) or _is_dictionary(path)
+        path = f"{module}.{name}"
+        known = path in KNOWN or path.startswith(SETTINGS) or _is_dictionary(path)
         check(known, f"a pickle that asks for {path[:120]}, which no checkpoint needs")
         return Name(path)
 
-    def call(self, function: object, arguments: object) -> Any:
-        """Return the result of the function that stands for a name."""
-        path = function.path if isinstance(function, Name) else ""
-        if _is_setting(path):
-            return Object(path, None)
-        if _is_dictionary(path) and arguments == ():
-            return {}
-        check(path in self.calls, f"a pickle that calls {brief(function)}")
-        if not isinstance(arguments, tuple):
-            raise ContentError(f"a pickle that calls {path} without arguments")
-        if path in COPIES and arguments:
-            self.count_copy(arguments[0])
-        return self.calls[path](*arguments)
+    def load_bytearray8(self) -> None:
+        self.stack.append(bytearray(self.read(*struct.unpack("<Q", self.read(8)))))
 
-    def count_copy(self, content: object) -> None:
+    def load_additems(self) -> None:
+        names = calls.set_of_names(self.pop_mark())
+        check(isinstance(self.stack[-1], set), "a pickle that adds to something else than a set")
+        self.stack[-1].update(names)
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.stack.append({})
+        self.fill(items)
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.fill([key, value])
+
+    def load_setitems(self) -> None:
+        self.fill(self.pop_mark())
+
+    def fill(self, items: list[Any]) -> None:
+        """Put keys and values, in turn, into the dictionary on top of the stack."""
+        target, keys = self.stack[-1], items[::2]
+        filled = isinstance(target, dict) and len(items) % 2 == 0
+        check(filled, "a pickle that fills something else than a dictionary")
+        self.odd_keys += sum(not isinstance(key, str) for key in keys)
+        plain = self.odd_keys <= MAX_ODD_KEYS and all(isinstance(key, Key) for key in keys)
+        check(plain, "a pickle with keys that no checkpoint has")
+        target.update(zip(keys, items[1::2], strict=True))
+
+    def load_reduce(self) -> None:
+        """Replace a name and its arguments by the result of the function that stands for it."""
+        arguments, function = self.stack.pop(), self.stack.pop()
+        path = function.path if isinstance(function, Name) else ""
+        if path.startswith(SETTINGS):
+            self.stack.append(Object(path, None))
+        elif _is_dictionary(path) and arguments == ():
+            self.stack.append({})
+        else:
+            check(path in CALLS, f"a pickle that calls {brief(function)}")
+            check(isinstance(arguments, tuple), f"a pickle that calls {path} without arguments")
+            if path in COPIES:
+                self.count_copy(*arguments[:1])
+            self.stack.append(CALLS[path](*arguments))
+
+    def count_copy(self, content: object = None) -> None:
         """Add up the sizes of all that is copied, and refuse more than the file could mean."""
         if isinstance(content, str | bytes | bytearray):
             self.to_copy -= len(content)
@@ -243,17 +208,19 @@ class Machine:
             self.to_copy -= 100 * len(content)
         check(self.to_copy >= 0, "a pickle that copies its own content over and over")
 
-    def create(self, kind: object, arguments: object) -> Any:
-        """Return an object of a class."""
+    def load_newobj(self) -> None:
+        """Replace a class and its arguments by an object."""
+        arguments, kind = self.stack.pop(), self.stack.pop()
         path = kind.path if isinstance(kind, Name) else ""
-        if _is_dictionary(path) and arguments == ():
-            return {}
-        known = _is_setting(path) or (path in MODULES and arguments == ())
-        check(known, f"a pickle that creates an object of {brief(kind)}")
-        return Object(path, {})
+        alone = arguments == () and (_is_dictionary(path) or path in MODULES)
+        check(
+            alone or path.startswith(SETTINGS), f"a pickle that creates an object of {brief(kind)}"
+        )
+        self.stack.append({} if alone and _is_dictionary(path) else Object(path, {}))
 
-    def set_state(self, target: Any, state: Any) -> Any:
+    def load_build(self) -> None:
         """Give an object its state; that of a dictionary is left out, because it holds no weights."""
+        state, target = self.stack.pop(), self.stack[-1]
         kind = target.kind if isinstance(target, Object) else None
         if kind == "numpy.dtype":
             order = state[1:2] if isinstance(state, tuple) else None
@@ -263,12 +230,11 @@ class Machine:
                 target.state = f">{target.state.lstrip('>')}"
         elif kind == "numpy.ndarray":
             self.count_copy(state[-1] if isinstance(state, tuple) and state else None)
-            target.state = array(state)
-        elif kind is not None and not _is_setting(kind) and isinstance(state, dict):
+            target.state = calls.array(state)
+        elif kind is not None and not kind.startswith(SETTINGS) and isinstance(state, dict):
             target.state = state
-        elif not isinstance(target, dict) and (kind is None or not _is_setting(kind)):
+        elif not isinstance(target, dict) and (kind is None or not kind.startswith(SETTINGS)):
             raise ContentError(f"a pickle that changes an object of {brief(target)}")
-        return target
 
 
 class Storages(dict[str, Tensor]):
@@ -280,34 +246,26 @@ class Storages(dict[str, Tensor]):
     def __init__(self, make: Callable[[str, torch.dtype, int], Tensor]) -> None:
         self.make = make
 
-    def find(self, description: object) -> Tensor:
+    def find(self, description: Any) -> Tensor:
         """Return the storage that a pickle describes."""
-        if not isinstance(description, tuple) or len(description) < 5:
-            raise ContentError("a pickle that refers to something else than a storage")
-        word, kind, key, _, length, *view = description
-        check(word == "storage", "a pickle that refers to something else than a storage")
+        described = isinstance(description, tuple) and len(description) >= 5
+        known = described and description[0] == "storage"
+        check(known, "a pickle that refers to something else than a storage")
+        _, kind, key, _, length, *view = description
         dtype = STORAGES.get(kind.path) if isinstance(kind, Name) else None
         if dtype is None or any(v is not None for v in view):
             raise ContentError("a storage of an unknown kind")
-        if not isinstance(key, str) or not isinstance(length, int) or not 0 <= length < 2**48:
-            raise ContentError("a storage without a size")
-        if key not in self:
-            self[key] = self.make(key, dtype, length)
-        same = self[key].dtype == dtype and self[key].numel() == length
-        check(same, "a storage of two kinds")
-        return self[key]
+        sized = isinstance(key, str) and isinstance(length, int) and 0 <= length < 2**48
+        check(sized, "a storage without a size")
+        storage = self[key] if key in self else self.setdefault(key, self.make(key, dtype, length))
+        check((storage.dtype, storage.numel()) == (dtype, length), "a storage of two kinds")
+        return storage
 
 
-def _fill_tensor(tensor: Tensor, stream: Stream) -> None:
+def _fill_tensor(tensor: Tensor, stream: Any) -> None:
     """Read exactly the bytes of a tensor of one axis."""
-    bytes_of: Any = tensor.view(torch.uint8).numpy()
-    view = memoryview(bytes_of)
-    done = 0
-    while done < len(view):
-        part = stream.read(min(len(view) - done, 1 << 24))
-        check(part, "a file that ends early")
-        view[done : done + len(part)] = part
-        done += len(part)
+    content: Any = tensor.view(torch.uint8).numpy()
+    check(stream.readinto(content) == len(content), "a file that ends early")
 
 
 def read_zip(path: Path) -> Any:

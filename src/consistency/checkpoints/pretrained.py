@@ -39,17 +39,14 @@ OPENAI_NAMES = [
     for data in ("imagenet64", "bedroom256", "cat256")
     for method, suffix in (("edm", "_ema"), ("cd", "_l2"), ("cd", "_lpips"), ("ct", ""))
 ]
+JCM_STEPS = {
+    **{"cd-l1": 80, "cd-l2": 80, "cd-lpips": 80, "ct-lpips": 74, "continuous-ct-l2": 80},
+    **{"continuous-ct-lpips": 40, "cifar10-continuous-cd-l2": 40},
+    **{f"cifar10-continuous-cd-{d}-stopgrad": 40 for d in ("l2", "lpips")},
+}
 JCM_PATHS = {
     "edm_cifar10_ema": "",
-    "cd-l1": "/checkpoints/checkpoint_80",
-    "cd-l2": "/checkpoints/checkpoint_80",
-    "cd-lpips": "/checkpoints/checkpoint_80",
-    "ct-lpips": "/checkpoints/checkpoint_74",
-    "cifar10-continuous-cd-l2": "/checkpoints/checkpoint_40",
-    "cifar10-continuous-cd-l2-stopgrad": "/checkpoints/checkpoint_40",
-    "cifar10-continuous-cd-lpips-stopgrad": "/checkpoints/checkpoint_40",
-    "continuous-ct-l2": "/checkpoints/checkpoint_80",
-    "continuous-ct-lpips": "/checkpoints/checkpoint_40",
+    **{name: f"/checkpoints/checkpoint_{step}" for name, step in JCM_STEPS.items()},
 }
 EDM_NAMES = [
     *(f"edm-cifar10-32x32-{cond}-{kind}" for cond in ("cond", "uncond") for kind in ("vp", "ve")),
@@ -68,16 +65,17 @@ PARAMETERS = {
 
 
 def _released(program: str, name: str, url: str) -> Released:
-    role: Role = "teacher" if name.startswith("edm") else "consistency"
-    kinds = (kind.split(":") for kind in PARAMETERS)
-    kind = next(f"{p}:{data}" for p, data in kinds if p == program and data in name)
-    return Released(url, role, 4 * PARAMETERS[kind])
+    counts = {k.removeprefix(program): n for k, n in PARAMETERS.items() if k.startswith(program)}
+    count = next(n for data, n in counts.items() if data in name)
+    return Released(url, "teacher" if name.startswith("edm") else "consistency", 4 * count)
 
 
 RELEASED: dict[str, Released] = {
-    **{f"openai:{name}": _released("openai", name, f"{OPENAI}/{name}.pt") for name in OPENAI_NAMES},
-    **{f"jcm:{n}": _released("jcm", n, f"{JCM}/{n}{path}") for n, path in JCM_PATHS.items()},
-    **{f"edm:{name}": _released("edm", name, f"{EDM}/{name}.pkl") for name in EDM_NAMES},
+    **{
+        f"openai:{name}": _released("openai:", name, f"{OPENAI}/{name}.pt") for name in OPENAI_NAMES
+    },
+    **{f"jcm:{n}": _released("jcm:", n, f"{JCM}/{n}{path}") for n, path in JCM_PATHS.items()},
+    **{f"edm:{name}": _released("edm:", name, f"{EDM}/{name}.pkl") for name in EDM_NAMES},
 }
 
 
@@ -136,10 +134,8 @@ def _receive(url: str, part: Path, tag: Path) -> int:
 
     known = tag.read_text() if tag.is_file() else ""
     have = part.stat().st_size if part.is_file() and known else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "consistency"})
-    if have:
-        request.add_header("Range", f"bytes={have}-")
-        request.add_header("If-Range", known)
+    rest = {"Range": f"bytes={have}-", "If-Range": known} if have else {}
+    request = urllib.request.Request(url, headers={"User-Agent": "consistency", **rest})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
@@ -147,14 +143,14 @@ def _receive(url: str, part: Path, tag: Path) -> int:
             return have
         raise
     with response:
-        begins = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        headers = response.headers
+        begins = headers.get("Content-Range", "").startswith(f"bytes {have}-")
         continues = response.status == 206 and begins
         have = have if continues else 0
-        length = response.headers.get("Content-Length")
-        if length is None:
+        if "Content-Length" not in headers:
             raise ValueError("a server that does not send the size of the file")
-        total = have + int(length)
-        tag.write_text(response.headers.get("ETag", ""))
+        total = have + int(headers["Content-Length"])
+        tag.write_text(headers.get("ETag", ""))
         bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem)
         with part.open("ab" if continues else "wb") as file, bar:
             while piece := response.read(CHUNK):

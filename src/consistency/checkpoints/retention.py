@@ -7,13 +7,7 @@ import torch
 
 from consistency.checkpoints.load import LAST, NEXT, PREVIOUS
 from consistency.errors import require
-from consistency.runtime.files import (
-    checksum_path,
-    fingerprint,
-    move,
-    verify_checksum,
-    write_checksum,
-)
+from consistency.runtime import files
 
 DAMAGED = "damaged.ckpt"
 
@@ -22,8 +16,8 @@ def promote(folder: Path) -> None:
     """Rename next to last, and last to previous; a second call completes an interrupted first."""
     if (folder / NEXT).is_file():
         if (folder / LAST).is_file():
-            move(folder / LAST, folder / PREVIOUS)
-        move(folder / NEXT, folder / LAST)
+            files.move(folder / LAST, folder / PREVIOUS)
+        files.move(folder / NEXT, folder / LAST)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -31,17 +25,17 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
     Raises `UserError` if all are damaged. Changes nothing, so every process of a run chooses the same one.
     """
-    files = [folder / name for name in (NEXT, LAST, PREVIOUS) if (folder / name).is_file()]
-    for path in files:
+    paths = [folder / name for name in (NEXT, LAST, PREVIOUS) if (folder / name).is_file()]
+    for path in paths:
         try:
-            verify_checksum(path)
+            files.verify_checksum(path)
             return path, torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception:  # a damaged file can fail in any way
             continue
     require(
-        not files,
+        not paths,
         f"a checkpoint in {folder} as it was written",
-        f"{' and '.join(path.name for path in files)}, damaged",
+        f"{' and '.join(path.name for path in paths)}, damaged",
         "begin a new run; init= may start it from a best.ckpt or another run",
     )
     return None
@@ -55,9 +49,9 @@ def settle(start: Path) -> None:
     if start.name == PREVIOUS and (folder / LAST).is_file():
         # The damaged last must not become the previous of the next one, in the place of a whole checkpoint.
         (folder / LAST).replace(folder / DAMAGED)
-        checksum_path(folder / LAST).unlink(missing_ok=True)
+        files.checksum_path(folder / LAST).unlink(missing_ok=True)
     for file in (folder / LAST, folder / PREVIOUS):
-        if file.is_file() and not checksum_path(file).is_file():
-            write_checksum(file, fingerprint(file))
-    for left in (folder / NEXT, checksum_path(folder / NEXT), *folder.glob("*.part")):
+        if file.is_file() and not files.checksum_path(file).is_file():
+            files.write_checksum(file, files.fingerprint(file))
+    for left in (folder / NEXT, files.checksum_path(folder / NEXT), *folder.glob("*.part")):
         left.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from consistency.checkpoints.contents import ContentError, StateDict
+from consistency.checkpoints.contents import StateDict, check
 from consistency.inference.card import ModelCard
 from consistency.runtime.files import written_whole
 
@@ -51,11 +51,10 @@ def read_sealed(path: Path) -> dict[str, Any]:
         weights = {name: file.get_tensor(name).clone() for name in file.keys()}
     if CARD not in metadata:
         return weights
-    if digest(metadata[CARD], weights) != metadata.get(DIGEST):
-        raise ContentError("a file that has changed since it was written, by its own checksum")
+    same = digest(metadata[CARD], weights) == metadata.get(DIGEST)
+    check(same, "a file that has changed since it was written, by its own checksum")
     card = json.loads(metadata[CARD])
-    if not isinstance(card, dict):
-        raise ContentError("a card that is not one")
+    check(isinstance(card, dict), "a card that is not one")
     return {"card": card, "weights": weights}
 
 

@@ -16,16 +16,14 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from consistency.checkpoints.contents import Checkpoint, Hints, Lazy, StateDict
-from consistency.checkpoints.pickle_reader import Object, brief
+from consistency.checkpoints.pickle_calls import Object, brief
 from consistency.errors import require
 from consistency.inference.card import ModelCard
 
 MOST_PARTS, MOST_LEVELS, MOST_LISTED = 50_000, 8, 16
 
 Keys: TypeAlias = tuple[str, ...]
-Renamed: TypeAlias = Callable[[StateDict], StateDict]
-OpenState: TypeAlias = Callable[[dict[str, Tensor], Hints], tuple[ModelCard, list[str], Renamed]]
-"""State dict of a format -> its card, what had to be assumed, and the renaming of any set of weights into our names."""
+OpenedState: TypeAlias = tuple[ModelCard, list[str], Callable[[StateDict], StateDict]]
 
 NEUTRAL = {"", "_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module"}
 """Wrappers of a network that do not name its weights."""
@@ -51,12 +49,10 @@ NO_AVERAGE = re.compile(r"no(n|t|t_in)?_?ema")
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """One set of weights in a file.
+    """One set of weights in a file, under the network's own names.
 
-    keys: the keys and prefixes before its names.
-    weights: its tensors under the network's own names.
-    others: tensors beside it that belong to no set.
-    fault: why an average there cannot be used; empty for a set that can.
+    others: names of tensors beside it that belong to no set.
+    fault: why an average cannot be used; empty for a set that can.
     """
 
     keys: Keys
@@ -82,25 +78,18 @@ class Location:
         return "online" if words else None
 
 
-def open_sets(
-    content: object,
-    path: Path,
-    hints: Hints,
-    *,
-    format: str,
-    anchors: Sequence[str],
-    open_state: OpenState,
-) -> Checkpoint | None:
+def open_sets(content: object, path: Path, hints: Hints, form: Any) -> Checkpoint | None:
     """Return the sets of weights of a network in a file's content, None without any.
 
-    anchors: parameters that every network of the format has.
+    form: a module with FORMAT, ANCHORS (parameters that every network of the format has) and `open_state`, which takes a
+        state dict and hints and returns a card, assumptions, and the renaming of any set of weights into our names.
     """
-    locations = find(content, anchors)
+    locations = find(content, form.ANCHORS)
     if not locations:
         return None
     candidates = (locations.get(hints.weights), *locations.values())
     first = next(location for location in candidates if location and not location.fault)
-    card, notes, renamed = open_state(first.weights, hints)
+    card, notes, renamed = form.open_state(first.weights, hints)
 
     def weights(location: Location) -> StateDict:
         require(
@@ -109,39 +98,36 @@ def open_sets(
             f"{location.label}: {location.fault}",
             "choose other weights= of this checkpoint",
         )
-        return renamed(location.weights)
+        state: StateDict = renamed(location.weights)
+        return state
 
-    notes = [*filter(None, [origins(locations)]), *notes]
+    notes = tuple(filter(None, [origins(locations), *notes]))
     sets = Lazy(locations, weights)
-    return Checkpoint(path=path, format=format, card=card, weights=sets, notes=tuple(notes))
+    return Checkpoint(path=path, format=form.FORMAT, card=card, weights=sets, notes=notes)
 
 
 def origins(locations: dict[str, Location]) -> str:
     """Return a note on the keys of the sets and the tensors left out; empty for one set at the top of the file."""
-    sets = [
-        f"weights={name}{f' below {location.label[:80]}' if location.label else ''}"
-        for name, location in locations.items()
-    ]
+    labels = {name: location.label[:80] for name, location in locations.items()}
+    sets = [f"weights={n}{f' below {label}' if label else ''}" for n, label in labels.items()]
+    parts = [] if [*labels.values()] == [""] else [f"takes {', '.join(sets)}"]
     others = next((location.others for location in locations.values() if location.others), ())
-    parts = [f"takes {', '.join(sets)}"]
     if others:
         parts.append(f"leaves out {len(others)} other tensors, such as {others[0][:80]}")
-    alone = len(locations) == 1 and not next(iter(locations.values())).label
-    return ", ".join(parts[1:] if alone else parts)
+    return ", ".join(parts)
 
 
 def find(content: object, anchors: Sequence[str]) -> dict[str, Location]:
     """Return all sets of weights by the names that `weights=` takes."""
     locations: list[Location] = []
-    dotless: list[tuple[Keys, dict[str, Tensor]]] = []
+    dotless: list[Location] = []
     for keys, state in _states(content):
-        named, unnamed = _split(keys, state, anchors)
-        locations += named
-        dotless += unnamed
+        for location, has_dots in _split(keys, state, anchors):
+            (locations if has_dots else dotless).append(location)
     if not locations:
         return {}
     first = next((p for p in locations if p.kind in ("online", None)), locations[0])
-    locations += [_dotted(keys, state, first) for keys, state in dotless]
+    locations += [_dotted(location, first) for location in dotless]
     locations += [_ordered(keys, tensors, first) for keys, tensors in _lists(content)]
     return _named(locations)
 
@@ -197,8 +183,8 @@ def _states(content: object) -> Iterator[tuple[Keys, dict[str, Tensor]]]:
 
 def _split(
     keys: Keys, state: dict[str, Tensor], anchors: Sequence[str]
-) -> tuple[list[Location], list[tuple[Keys, dict[str, Tensor]]]]:
-    """Return the sets of weights in one dictionary: those with the network's names, and those with names without dots."""
+) -> Iterator[tuple[Location, bool]]:
+    """Yield the sets of weights in one dictionary, and whether their names have dots, as the network's have."""
     dotted = _prefixes(state, anchors)
     if not dotted:  # parts of a network may be wrapped one by one
         state = {WRAPPER.sub("", name): tensor for name, tensor in state.items()}
@@ -217,14 +203,9 @@ def _split(
             others.append(name)
         else:
             groups[prefix][WRAPPER.sub("", name.removeprefix(prefix))] = tensor
-    locations, dotless = [], []
     for prefix, group in groups.items():
         below = (*keys, *prefix.removesuffix(".").split(".")) if prefix else keys
-        if prefix in dotted:
-            locations.append(Location(keys=below, weights=group, others=tuple(others)))
-        else:
-            dotless.append((below, group))
-    return locations, dotless
+        yield Location(keys=below, weights=group, others=tuple(others)), prefix in dotted
 
 
 def _prefixes(state: dict[str, Tensor], anchors: Sequence[str]) -> set[str]:
@@ -236,8 +217,9 @@ def _prefixes(state: dict[str, Tensor], anchors: Sequence[str]) -> set[str]:
     }
 
 
-def _dotted(keys: Keys, state: dict[str, Tensor], first: Location) -> Location:
+def _dotted(average: Location, first: Location) -> Location:
     """Return an average whose names have no dots, under the names of the weights in training."""
+    state = average.weights
     names = {name.replace(".", ""): name for name in first.weights}
     anchor = next(name for name in state if name.endswith(tuple(names)))
     prefix = min((anchor.removesuffix(n) for n in names if anchor.endswith(n)), key=len)
@@ -245,7 +227,7 @@ def _dotted(keys: Keys, state: dict[str, Tensor], first: Location) -> Location:
     weights = {names[name]: tensor for name, tensor in flat.items() if name in names}
     complete = len(names) == len(first.weights) == len(weights) == len(state)
     fault = f"{len(state)} names without dots, not those of its network"
-    return Location(keys=keys, weights=weights, fault="" if complete else fault)
+    return Location(keys=average.keys, weights=weights, fault="" if complete else fault)
 
 
 def _lists(content: object) -> Iterator[tuple[Keys, list[Tensor]]]:
@@ -270,11 +252,12 @@ def _named(locations: list[Location]) -> dict[str, Location]:
     once = {
         (p.kind, *((t.data_ptr(), t.shape) for t in p.weights.values())): p for p in locations[::-1]
     }
-    locations = list(once.values())[::-1]
-    default = "ema" if len(locations) == 1 else "online"
+    default = "ema" if len(once) == 1 else "online"
+    by_kind: dict[str, list[Location]] = {}
+    for location in reversed(once.values()):
+        by_kind.setdefault(location.kind or default, []).append(location)
     sets: dict[str, Location] = {}
-    for kind in dict.fromkeys(location.kind or default for location in locations):
-        same = [location for location in locations if (location.kind or default) == kind]
+    for kind, same in by_kind.items():
         if len(same) == 1 or kind == "ema":
             sets[kind] = same[0]
         if len(same) > 1:

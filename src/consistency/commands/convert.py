@@ -2,13 +2,14 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from consistency.checkpoints import ours
-from consistency.checkpoints.diffusers_write import write_diffusers
+from consistency.checkpoints.diffusers import write_diffusers
 from consistency.checkpoints.load import load
 from consistency.checkpoints.openai import require_openai, write_openai
 from consistency.checkpoints.safetensors import SEALED, write_sealed
@@ -21,6 +22,13 @@ from consistency.randomness import generator
 
 TORCH = (".pt", ".pth", ".ckpt")
 TARGETS = (ours.FORMAT, "openai", "diffusers")
+HINTS = [
+    "image_size",
+    "num_head_channels",
+    "attention_resolutions",
+    "num_heads",
+    "num_heads_upsample",
+]
 LEVELS = 9
 """Number of noise levels at which `verify` checks the outputs."""
 
@@ -37,35 +45,22 @@ def convert(config: DictConfig, target: Path) -> None:
     roles = ("teacher", "consistency", None)
     require(config.role in roles, "role=teacher or role=consistency", config.role, "choose one")
     if config.source is not None:
-        require_target(target, config.to)
-    sides = config.attention_resolutions
-    model = load(
-        config.verify if config.source is None else config.source,
-        config.role,
-        weights=config.weights,
-        image_size=config.image_size,
-        num_head_channels=config.num_head_channels,
-        attention_resolutions=None if sides is None else list(sides),
-        num_heads=config.num_heads,
-        num_heads_upsample=config.num_heads_upsample,
-    )
+        require_fresh(target)
+        require(
+            config.to != "diffusers" or target.suffix not in (".safetensors", *TORCH),
+            "a folder at output=, because diffusers reads folders",
+            target.name,
+            "leave the suffix out",
+        )
+    source = config.verify if config.source is None else config.source
+    hints: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, HINTS), resolve=True)
+    model = load(source, config.role, weights=config.weights, **hints)
     print_facts(model)
     if config.verify is not None:
         verify(model)
         return
     print(f"written     {write(model, config.to, target)} ({config.to})")
     print(f"check it    {shell_line('convert', f'verify={target}')}")
-
-
-def require_target(target: Path, to: str) -> None:
-    """Refuse to overwrite, and a file's name for a folder."""
-    require_fresh(target)
-    require(
-        to != "diffusers" or target.suffix not in (".safetensors", *TORCH),
-        "a folder at output=, because diffusers reads folders",
-        target.name,
-        "leave the suffix out",
-    )
 
 
 def write(model: Model, to: str, target: Path) -> Path:
@@ -77,10 +72,9 @@ def write(model: Model, to: str, target: Path) -> Path:
     if to == "openai":
         require_openai(card)
     if target.suffix not in TORCH:
-        file = target if target.suffix == ".safetensors" else target / SEALED
-        write_sealed(file, card, weights)
-        return file
-    if to == "openai":
+        target = target if target.suffix == ".safetensors" else target / SEALED
+        write_sealed(target, card, weights)
+    elif to == "openai":
         write_openai(target, card, weights)
     else:
         ours.write({"card": card.saved(), "weights": dict(weights)}, target)
@@ -90,15 +84,13 @@ def write(model: Model, to: str, target: Path) -> Path:
 def print_facts(model: Model) -> None:
     """Print format, role, network, keys and parameters."""
     card, network = model.card, model.denoiser.network
-    kind = type(model.denoiser.preconditioning).__name__
     shape, classes = " x ".join(map(str, card.shape)), card.num_classes or "no"
-    count = sum(p.numel() for p in network.parameters())
     print(f"source      {model.path}")
     print(f"format      {model.format}")
-    print(f"role        {card.role} ({kind} scalings)")
+    print(f"role        {card.role} ({type(model.denoiser.preconditioning).__name__} scalings)")
     print(f"network     {type(network).__name__}, images {shape}, {classes} classes")
     print(f"keys        {len(network.state_dict())}, all finite and of the right shapes")
-    print(f"parameters  {count:,}")
+    print(f"parameters  {sum(p.numel() for p in network.parameters()):,}")
 
 
 @torch.no_grad()
@@ -119,8 +111,8 @@ def verify(model: Model) -> None:
     expected = f"a {card.role} model that keeps its definition at {model.path}"
     remedy = "check role=, and that the file is the one you mean"
     require(not bad, expected, f"outputs that are not finite at t = {', '.join(bad)}", remedy)
-    kept = not student or error <= 1e-6 * scale
-    require(kept, expected, f"|f(x, t_min) - x| = {error:.3g} for |x| = {scale:.3g}", remedy)
+    exact = not student or error <= 1e-6 * scale
+    require(exact, expected, f"|f(x, t_min) - x| = {error:.3g} for |x| = {scale:.3g}", remedy)
     print("verified")
 
 

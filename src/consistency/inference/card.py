@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from consistency.errors import require
+from consistency.errors import UserError, require
 from consistency.grids import KarrasGrid
 from consistency.randomness import generator
 from consistency.samplers import Sampler, heun, multistep, trigflow_multistep
@@ -29,11 +29,8 @@ SCALINGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """The noise process of a model.
+    """The noise process of a model: data in [-1, 1], and its Karras grid.
 
-    sigma_data: standard deviation of the data in [-1, 1].
-    t_min, t_max: range of the noise level t.
-    rho: exponent of the Karras grid.
     times: time points of two-step sampling, the first of them t_max; None if none are published.
     """
 
@@ -55,7 +52,6 @@ class ModelCard:
 
     role: teacher or consistency; None if the file does not record it.
     network, preconditioning: `_target_` and arguments; without a role, preconditioning has no `_target_`.
-    process: the noise process.
     channels, image_size: of the images, which are square.
     num_classes: number of classes; None for an unconditional model.
     class_names: names of the classes; empty if unknown.
@@ -74,9 +70,9 @@ class ModelCard:
     def parse(cls, saved: Mapping[str, Any], origin: object) -> "ModelCard":
         """Check the saved form of a card. Raise `UserError` that names `origin`, the file, if a part is wrong."""
         names, classes = saved.get("class_names") or [], saved.get("num_classes")
-        parts = ("network", "preconditioning", "process", "image")
         network, scalings, process, image = (
-            value if isinstance(value := saved.get(part), dict) else {} for part in parts
+            value if isinstance(value := saved.get(part), dict) else {}
+            for part in ("network", "preconditioning", "process", "image")
         )
         scalars = ("sigma_data", "t_min", "t_max", "rho")
         times = process.get("times") or ()
@@ -93,7 +89,7 @@ class ModelCard:
             and len(times) <= MOST_LISTED
             and all(
                 isinstance(number, int | float) and abs(number) <= LARGEST
-                for number in (*(process.get(name) for name in scalars), *times)
+                for number in (*map(process.get, scalars), *times)
             ),
             f"a card with role, network, preconditioning, process, image and num_classes in {origin}",
             "a card with a missing or impossible part",
@@ -134,13 +130,12 @@ class ModelCard:
             "train a teacher with mode=edm" if role == "teacher" else "give a consistency model",
         )
         known = self.role or role
-        require(
-            known is not None,
-            "role=teacher (a denoiser, EDM scalings) or role=consistency (boundary scalings)",
-            f"no role, and {origin} does not record one",
-            "add the one that the file is: the keys and shapes of both are the same",
-        )
-        assert known is not None
+        if known is None:
+            raise UserError(
+                "role=teacher (a denoiser, EDM scalings) or role=consistency (boundary scalings)",
+                f"no role, and {origin} does not record one",
+                "add the one that the file is: the keys and shapes of both are the same",
+            )
         if "_target_" in self.preconditioning:
             return replace(self, role=known)
         boundary = {"t_min": self.process.t_min} if known == "consistency" else {}
@@ -163,17 +158,15 @@ class ModelCard:
         The time points are those of the process if it has as many, else the first of the Karras grid with one more.
         """
         require(steps >= 1, "steps >= 1", steps, "1 or 2 suit a consistency model, 18 a denoiser")
-        process = self.process
+        process, sigma_data = self.process, self.process.sigma_data
         if self.role == "teacher":
             return partial(heun, grid=process.grid, steps=max(steps, 2), clip=False)
         times = [process.t_max] if steps == 1 else list(process.times or ())
         if len(times) != steps:
             times = process.grid.points(steps + 1)[:-1].tolist()
         if self.is_trigflow:
-            angles = [math.atan(t / process.sigma_data) for t in times]
-            return partial(
-                trigflow_multistep, times=angles, sigma_data=process.sigma_data, clip=True
-            )
+            angles = [math.atan(t / sigma_data) for t in times]
+            return partial(trigflow_multistep, times=angles, sigma_data=sigma_data, clip=True)
         return partial(multistep, times=times, t_min=process.t_min, t_max=process.t_max, clip=True)
 
     def labels(self, labels: object, seed: int, numbers: Sequence[int]) -> Int[Tensor, "n"] | None:
@@ -182,13 +175,13 @@ class ModelCard:
         labels: an index or a class name, or several that are repeated in turn; None draws them at random.
         """
         if self.num_classes is None:
-            require(
-                labels is None, "labels=null for a model without classes", labels, "leave it out"
-            )
+            expected = "labels=null for a model without classes"
+            require(labels is None, expected, labels, "leave it out")
             return None
         if labels is None:
             return random_labels(seed, numbers, self.num_classes)
-        choices = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]  # fmt: skip
+        several = isinstance(labels, Sequence) and not isinstance(labels, str)
+        choices: Sequence[Any] = labels if several else [labels]  # type: ignore[assignment]
         names = list(self.class_names)
         indices = [names.index(c) if isinstance(c, str) and c in names else c for c in choices]
         known = f", or of {', '.join(names[:9])}{' ...' if len(names) > 9 else ''}" if names else ""

@@ -22,14 +22,7 @@ from consistency.tensors import Data, Label, Time
 
 @dataclass(frozen=True)
 class Model:
-    """A denoiser from a checkpoint.
-
-    denoiser: network and preconditioning.
-    card: all about the model but its weights.
-    path: the file or folder that it was read from.
-    weights: name of its set of weights.
-    format: name of the checkpoint's format.
-    """
+    """A denoiser from a checkpoint; `weights` is the name of its set of weights."""
 
     denoiser: Denoiser
     card: ModelCard
@@ -40,8 +33,6 @@ class Model:
     def denoise(self, x_t: Data, t: Time, label: Label = None) -> Data:
         """Return the estimate of x_0: D(x_t, t) of a teacher, f(x_t, t) of a consistency model.
 
-        x_t: float32 images.
-        t: noise level of each image.
         label: class indices; None stands for "no class" in conditional networks that have an index for it.
         """
         no_class = getattr(self.denoiser.network, "no_class", None)
@@ -50,6 +41,9 @@ class Model:
         return self.denoiser(x_t, t, label)
 
     __call__ = denoise
+
+    def _request(self, labels: object, seed: int) -> Request:
+        return Request(denoise=self, card=self.card, labels=labels, seed=seed, device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -78,10 +72,8 @@ class Model:
         sampler: one of `consistency.samplers` with its settings; None takes that of the card.
         """
         require(count >= 1, "at least one image", count, "ask for more")
-        request = Request(
-            denoise=self, card=self.card, labels=labels, seed=seed, device=self.device
-        )
-        return samples(request, sampler or self.card.sampler(steps), count, batch_size)
+        sampler = sampler or self.card.sampler(steps)
+        return samples(self._request(labels, seed), sampler, count, batch_size)
 
     def edit(
         self,
@@ -112,8 +104,6 @@ class Model:
             start=start,
             clip=True,
         )
-        request = Request(
-            denoise=self, card=self.card, labels=labels, seed=seed, device=self.device
-        )
+        request = self._request(labels, seed)
         x_0 = edits(request, loop, to_unit(images), outputs=outputs, batch_size=batch_size)
         return to_uint8(x_0).unflatten(0, (len(images), outputs))
