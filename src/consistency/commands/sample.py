@@ -25,7 +25,7 @@ from consistency.inference import options, plots
 from consistency.inference.generate import Request, drawing, generate, in_batches
 from consistency.pixels import to_uint8
 from consistency.runtime.devices import chosen_device, require_devices
-from consistency.runtime.files import fingerprint, write_text, written_whole
+from consistency.runtime.files import fingerprint, written_whole
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
 
@@ -98,7 +98,8 @@ class SampleStore:
         text = json.dumps(fixed | {"checkpoint": fingerprint(checkpoint)}, default=str)
         if not state.is_file():
             require_fresh(self.folder)
-            write_text(state, text)
+            with written_whole(state) as file:
+                file.write(text.encode())
             return set()
         before = json.loads(state.read_text())
         options.require_same_settings(before, json.loads(text), "samples", self.folder)

@@ -40,9 +40,9 @@ class ModelOptions:
         """Put the model on the device of one process; None loads it."""
         model = model or load(self.checkpoint, weights=self.weights, role=self.role)
         device = chosen_device(self.device)
-        share_threads(device, processes)
-        if processes > 1 and device.type != "cpu":
-            device = torch.device(device.type, rank)
+        if processes > 1:
+            share_threads(device, processes)
+            device = device if device.type == "cpu" else torch.device(device.type, rank)
         model.denoiser.to(device)
         if self.compile:
             model.denoiser.network.compile()
