@@ -22,12 +22,12 @@ The shell stands in rooms:
                         diffusers_time_embedding); wrapped (state dicts below any keys), pickle_reader,
                         pickle_calls, msgpack_reader, pretrained (published files), retention (last, previous, best)
     data                module (the LightningDataModule) batches (order by position, foreign loaders) source; memory: digits
-                        torchvision_sets; image_files: zip_or_folder lsun huggingface; shards; decode crop listing detect
+                        mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; decode crop listing detect
                         download parallel write_zip
     evaluation          metrics extractors reference classifier timing
     training            build (configuration -> parts) module (the LightningModule) arguments (of Lightning) nonfinite loggers lpips
-                        lightning_patches io_errors; callbacks: method periodic checkpoints
-                        preemption evaluation sample_grids progress
+                        lightning_patches io_errors; callbacks: schedules ema progressive_distillation
+                        periodic checkpoints preemption evaluation sample_grids progress
     commands            cli schema overrides python resume, and one file a verb, which src/<verb>.py starts:
                         train.py sample.py evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py
                         benchmark.py

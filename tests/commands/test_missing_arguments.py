@@ -36,7 +36,7 @@ SWAPS = {
         ["callbacks.samples", "colour, which it does not take"],
     ),
     "a source": (
-        ["data.source._target_=consistency.data.torchvision_sets.CIFAR10"],
+        ["data.source._target_=consistency.data.cifar10.CIFAR10"],
         ["data.source", "image_size, which it does not take", "no split, which it needs"],
     ),
     "the trainer": (["+trainer.max_stepz=3"], ["trainer", "max_stepz, which it does not take"]),

@@ -18,14 +18,15 @@ from torchvision import datasets
 
 import originals
 from analytic import Mixture as Law
+from consistency.data.cifar10 import CIFAR10, read_batch
 from consistency.data.crop import box, halving, lanczos
 from consistency.data.digits import Digits
 from consistency.data.huggingface import HuggingFace
 from consistency.data.image_files import ImageFiles
 from consistency.data.lsun import LSUN
 from consistency.data.memory import Mixture, load_into_memory
+from consistency.data.mnist import MNIST, FashionMNIST
 from consistency.data.source import Source
-from consistency.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST, read_batch
 from consistency.data.zip_or_folder import Archive, Folder
 from consistency.errors import UserError
 from originals import encoded, noise

@@ -19,8 +19,9 @@ from torchvision import datasets
 import originals
 from conftest import REPORT
 from consistency.data import zip_or_folder
+from consistency.data.cifar10 import CIFAR10
 from consistency.data.decode import MOST_BYTES, ImageError, decode, read_picture
-from consistency.data.torchvision_sets import CIFAR10, MNIST
+from consistency.data.mnist import MNIST
 from consistency.data.zip_or_folder import Archive
 from consistency.errors import UserError
 

@@ -21,7 +21,8 @@ from consistency.preconditioning import EDM, Boundary
 from consistency.solvers import heun_step
 from consistency.steps import DataStep, Step, TeacherStep
 from consistency.tensors import Data, Denoise, Label
-from consistency.training.callbacks.method import EvaluationEMA, ScaleSchedule, TargetEMA
+from consistency.training.callbacks.ema import EvaluationEMA, TargetEMA
+from consistency.training.callbacks.schedules import ScaleSchedule
 from consistency.training.module import ConsistencyModule
 from golden_formulas import GRID, SIGMA_DATA, T_MIN, weighting
 from golden_harness import FOLDER, Archive, read_json

@@ -38,7 +38,8 @@ from consistency.samplers import multistep, onestep
 from consistency.schedules import falling_rate
 from consistency.tensors import Data, Denoise, Label, Time
 from consistency.training.build import quiet
-from consistency.training.callbacks.method import EvaluationEMA, LearningRateSchedule
+from consistency.training.callbacks.ema import EvaluationEMA
+from consistency.training.callbacks.schedules import LearningRateSchedule
 from consistency.training.module import ConsistencyModule
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,8 +18,9 @@ from conftest import TINY
 from consistency.errors import UserError
 from consistency.schedules import square_root
 from consistency.training.build import build_module, quiet
-from consistency.training.callbacks.method import EvaluationEMA, ScaleSchedule, TargetEMA
+from consistency.training.callbacks.ema import EvaluationEMA, TargetEMA
 from consistency.training.callbacks.progress import Throughput
+from consistency.training.callbacks.schedules import ScaleSchedule
 from consistency.training.module import ConsistencyModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")

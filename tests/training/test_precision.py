@@ -25,7 +25,8 @@ from consistency.pairs import LognormalTimes
 from consistency.preconditioning import EDM, Scalings
 from consistency.schedules import square_root
 from consistency.tensors import Time
-from consistency.training.callbacks.method import EvaluationEMA, ScaleSchedule, TargetEMA
+from consistency.training.callbacks.ema import EvaluationEMA, TargetEMA
+from consistency.training.callbacks.schedules import ScaleSchedule
 from consistency.training.module import ConsistencyModule
 from consistency.training.nonfinite import OVERFLOWS
 from probe import Poisoned

@@ -21,7 +21,9 @@ from consistency.networks.mlp import MLP
 from consistency.objectives import ProgressiveObjective
 from consistency.preconditioning import EDM
 from consistency.schedules import halving
-from consistency.training.callbacks.method import DistillationStages, EvaluationEMA, ScaleSchedule
+from consistency.training.callbacks.ema import EvaluationEMA
+from consistency.training.callbacks.progressive_distillation import DistillationStages
+from consistency.training.callbacks.schedules import ScaleSchedule
 from consistency.training.module import ConsistencyModule
 from consistency.weightings import truncated_snr
 

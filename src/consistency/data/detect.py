@@ -2,13 +2,14 @@
 
 import zipfile
 
+from consistency.data.cifar10 import CIFAR10
 from consistency.data.huggingface import HuggingFace
 from consistency.data.image_files import ImageFiles
 from consistency.data.listing import has_labels
 from consistency.data.lsun import FILE, Database
 from consistency.data.memory import InMemory
+from consistency.data.mnist import MNIST
 from consistency.data.source import require_existing, require_split
-from consistency.data.torchvision_sets import CIFAR10, MNIST
 from consistency.data.zip_or_folder import Archive, Folder
 from consistency.errors import require
 from consistency.runtime.files import path_of

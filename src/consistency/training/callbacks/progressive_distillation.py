@@ -1,0 +1,46 @@
+"""The stages of progressive distillation: functions of the step k."""
+# mypy: disable-error-code="override"
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from consistency.averaging import frozen_copy, update_average
+from consistency.denoiser import Denoiser
+from consistency.errors import require
+from consistency.training.module import ConsistencyModule
+
+
+class DistillationStages(Callback):
+    """Sets the module's `target` to the teacher of the stage; a new stage begins when N(k) changes.
+
+    The teacher then takes the student's weights, the optimizer forgets its moments, and the evaluation averages restart
+    from the student [released code of Song et al. 2023, `progdist`]. The teacher is part of the module's state.
+    num_scales: k -> N(k).
+    """
+
+    def __init__(self, *, teacher: Denoiser, num_scales: Callable[[int], int]) -> None:
+        self.teacher, self.num_scales = teacher, num_scales
+
+    def setup(self, trainer: L.Trainer, module: ConsistencyModule, stage: str) -> None:
+        states = (denoiser.network.state_dict() for denoiser in (self.teacher, module.online))
+        teacher, student = ({name: v.shape for name, v in state.items()} for state in states)
+        require(
+            teacher == student,
+            "a teacher of the same network as model=, because the student will replace it",
+            "a teacher of another network",
+            "choose the model= of the teacher",
+        )
+        module.target = frozen_copy(self.teacher)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
+        assert module.target is not None
+        module.target.eval()  # Lightning puts the whole module into train mode; a teacher has no dropout
+        if module.k == 0 or self.num_scales(module.k) == self.num_scales(module.k - 1):
+            return
+        for network in (module.target.network, *module.averages.values()):
+            update_average(network, module.online.network, 0.0)
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()

@@ -1,0 +1,34 @@
+"""Schedules N(k) and the learning rate: functions of the step k, so a resumed run needs no state of theirs."""
+# mypy: disable-error-code="override"
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from consistency.training.module import ConsistencyModule
+
+
+class ScaleSchedule(Callback):
+    """Sets N(k), the `num_scales` of the objective."""
+
+    def __init__(self, *, num_scales: Callable[[int], int]) -> None:
+        self.num_scales = num_scales
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
+        module.num_scales = self.num_scales(module.k)
+        module.log("N", float(module.num_scales), prog_bar=True)
+
+
+class LearningRateSchedule(Callback):
+    """Sets the learning rate to `factor(k)` times the optimizer's own, and logs it."""
+
+    def __init__(self, *, factor: Callable[[int], float]) -> None:
+        self.factor = factor
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
+        groups = trainer.optimizers[0].param_groups
+        for group in groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.factor(module.k)
+        module.log("train/learning_rate", groups[0]["lr"])
