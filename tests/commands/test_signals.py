@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, TINY, Run
-from consistency.commands import prepare, train
+from consistency.commands import prepare
 from consistency.inference import generate
 
 WAITS = """
@@ -108,7 +108,7 @@ def test_before_the_first_step_a_run_ends_in_one_line_and_leaves_nothing(
     verb: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(train, "build_data", interrupts)
+    monkeypatch.setattr("consistency.training.build.build_data", interrupts)
     outcome = verb("train", *TINY)
     assert (outcome.status, outcome.err) == (130, "stopped by Ctrl-C\n")
     assert not list(Path.cwd().iterdir())
@@ -116,7 +116,7 @@ def test_before_the_first_step_a_run_ends_in_one_line_and_leaves_nothing(
 
 
 def test_a_sweep_stops_as_a_whole(verb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "build_data", interrupts)
+    monkeypatch.setattr("consistency.training.build.build_data", interrupts)
     outcome = verb("train", "-m", *TINY, "optimizer.lr=1e-3,2e-3")
     assert (outcome.status, outcome.err) == (130, "stopped by Ctrl-C\n")
 

@@ -418,7 +418,7 @@ def test_what_may_change_is_what_changes(
         seen.append(config)
         raise UserError("stopped by the test")
 
-    monkeypatch.setattr(train, "build_data", stop)
+    monkeypatch.setattr("consistency.training.build.build_data", stop)
     given = ["trainer=ddp", "trainer.devices=2", "trainer.log_every_n_steps=1"]
     given += ["data.num_workers=3", "logger=wandb", "mode=ct"]
     assert "stopped by" in verb("train", f"resume={begun}", *given).err
@@ -497,7 +497,9 @@ def test_an_option_younger_than_the_run_is_no_contradiction_while_it_is_null(
     config = OmegaConf.load(path)
     del config.trainer["gradient_clip_val"]
     OmegaConf.save(config, path)
-    monkeypatch.setattr(train, "build_data", mock.Mock(side_effect=UserError("reached")))
+    monkeypatch.setattr(
+        "consistency.training.build.build_data", mock.Mock(side_effect=UserError("reached"))
+    )
     outcome = verb("train", f"resume={begun}", "trainer.gradient_clip_val=null")
     assert "reached" in outcome.err
     outcome = verb("train", f"resume={begun}", "trainer.gradient_clip_val=1.5")

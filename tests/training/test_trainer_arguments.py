@@ -86,7 +86,6 @@ def test_a_run_that_is_refused_has_opened_and_written_nothing(
     def opened(*_: object) -> None:
         raise AssertionError("the data were opened")
 
-    monkeypatch.setattr(train, "build_data", opened)
     monkeypatch.setattr("consistency.training.build.build_data", opened)
     monkeypatch.chdir(tmp_path)
     outcome = verb(command, *TINY, given, f"output={tmp_path / 'run'}")
@@ -141,7 +140,7 @@ def test_plugins_of_a_person_stand_beside_ours(
         return built[0]
 
     original = train.build_trainer
-    monkeypatch.setattr(train, "build_trainer", kept)
+    monkeypatch.setattr("consistency.training.build.build_trainer", kept)
     scaler = "scaler: {_target_: torch.amp.GradScaler, device: cpu, init_scale: 1024.0}"
     half = f"{{_target_: lightning.pytorch.plugins.MixedPrecision, precision: 16-mixed, device: cpu, {scaler}}}"
     place = "{_target_: lightning.pytorch.plugins.environments.LightningEnvironment}"

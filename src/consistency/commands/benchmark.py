@@ -1,4 +1,4 @@
-"""The command that measures speed: of the data, and of the training that they must keep up with."""
+"""The command `benchmark`: images per second of the data pipeline and of training."""
 
 import json
 import time

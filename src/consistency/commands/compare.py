@@ -1,4 +1,4 @@
-"""The command that compares modes on one data set at equal training time."""
+"""The command `compare`: modes on one data set at equal training time."""
 
 import json
 import statistics

@@ -1,4 +1,4 @@
-"""The command that makes a zip in the form of NVlabs' dataset_tool, or shards, of any source of images."""
+"""The command `prepare`: a zip in the form of NVlabs' dataset_tool, or shards, from any source of images."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0 in a fresh folder, or at a checkpoint of the run in a folder, with its configuration."""
+"""The start of a run: at step 0 in a fresh folder, or at a checkpoint of the run in its folder, with its configuration."""
 
 import math
 import re
@@ -28,7 +28,7 @@ from consistency.runtime.rendezvous import decided
 CONFIG = "config.yaml"
 DEVICES = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 FREE = (*DEVICES, "trainer.max_steps", "data.num_workers", "data.allow_reorder", "logger")
-"""What may change when a run resumes: the result does not depend on it, or is meant to."""
+"""Options that may change on resume: the result does not depend on them, or is meant to."""
 
 ABSENT = "nothing"
 

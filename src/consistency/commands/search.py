@@ -138,7 +138,7 @@ class Minimum:
 
     @property
     def unimodal(self) -> bool:
-        """Whether the measured values agree with the search's assumption, one minimum."""
+        """Return whether the measured values have one minimum, as ternary search assumes."""
         return is_unimodal(self.values)
 
 

@@ -1,4 +1,4 @@
-"""The command that trains."""
+"""The command `train`."""
 
 import math
 import shlex

@@ -48,7 +48,7 @@ class Process:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What a model is.
+    """The description of a model.
 
     role: teacher or consistency; None if the file does not record it.
     network, preconditioning: `_target_` and arguments; without a role, preconditioning has no `_target_`.
@@ -149,7 +149,7 @@ class ModelCard:
 
     @property
     def is_trigflow(self) -> bool:
-        """Whether the network works on TrigFlow's angles."""
+        """Return whether the network takes TrigFlow's angles."""
         return str(self.preconditioning.get("_target_")).endswith(".TrigFlow")
 
     def sampler(self, steps: int) -> Sampler:

@@ -42,7 +42,7 @@ AHEAD = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What samples depend on beside the sampler and their number.
+    """Everything that samples depend on, except the sampler and their numbers.
 
     denoise: the model, on `device`.
     card: its shape and classes.

@@ -48,7 +48,7 @@ VARIABLES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started; None stands for a number that the launcher does not set."""
+    """The launcher of this process and the ranks in it; None is a number that the launcher does not set."""
 
     launcher: str  # what started all processes of the job; "" if a process starts the others itself
     rank: int | None
@@ -59,7 +59,7 @@ class Launch:
 
     @property
     def first(self) -> bool:
-        """Whether this process decides for all."""
+        """Return whether this is the first process, which decides for all."""
         return self.rank == 0 if self.rank is not None else self.node == self.local == 0
 
     def global_rank(self, devices: int) -> int:

@@ -80,7 +80,7 @@ RESIZING: dict[str, Resize] = {
     "average_pooled_unit": Resize(size=224, only_below=256, antialias=False),
     "max_pooled_signed": Resize(size=224, only_below=None, antialias=True),
 }
-"""How the code of each variant resizes: JAX filters when it shrinks an image, PyTorch as called there does not."""
+"""Antialiasing of the two published codes: JAX filters when it shrinks an image, PyTorch as called there does not."""
 
 
 def load_lpips(*, backbone: BackboneName, variant: Variant) -> LPIPS:
