@@ -34,7 +34,7 @@ def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None
     trees = {name: content[key] for name, key in PARAMETERS.items() if key in content}
     network, notes = settings(flattened(trees["ema"]), hints)
     card = contents.card_of(network, contents.C_NOISE_NVLABS, second_time=0.58535)
-    sets = contents.Lazy(trees, partial(song_weights, network))
+    sets = contents.Lazy(trees, partial(_weights, network))
     return Checkpoint(path=path, format=FORMAT, card=card, weights=sets, notes=tuple(notes))
 
 
@@ -113,11 +113,15 @@ def _count(params: StateDict, prefix: str) -> int:
     return len({name.split(".")[0] for name in params if name.startswith(prefix)})
 
 
-def song_weights(settings: dict[str, Any], tree: object) -> StateDict:
-    """Return the parameters of a training state under the names of `SongUNet`, whose blocks stand in their order."""
+def _weights(settings: dict[str, Any], tree: object) -> StateDict:
     with torch.device("meta"):
         network = SongUNet(**{key: value for key, value in settings.items() if key != "_target_"})
-    rest = flattened(tree)
+    return song_weights(flattened(tree), network)
+
+
+def song_weights(params: StateDict, network: SongUNet) -> StateDict:
+    """Return the parameters of the JAX NCSN++ under the names of `SongUNet`, whose blocks have the same order."""
+    rest = dict(params)
     ours = {"map_noise.freqs": rest.pop("GaussianFourierProjection_0.W")}
 
     def move(theirs: str, name: str, weight: str = "kernel") -> None:
