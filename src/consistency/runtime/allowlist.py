@@ -102,8 +102,12 @@ def read(path: Path, also: Collection[str] = ()) -> dict[str, Any]:
     require(size <= MOST_BYTES, f"at most {MOST_BYTES:,} bytes in {path}", f"{size:,}", "check it")
     try:
         text = path.read_text()
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError("values that stand for others")  # ten lines of them fill the memory
+        level = 0  # without these two checks a small file takes minutes, or all memory
+        for token in yaml.scan(text):
+            kind = type(token).__name__
+            level += kind.endswith("StartToken") - kind.endswith("EndToken")
+            if kind == "AliasToken" or level > 2 * MOST_LEVELS:
+                raise ValueError("values that stand for others, or too many levels")
         tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except Exception as error:  # a damaged or hostile file can fail in any way
         raise UserError(
