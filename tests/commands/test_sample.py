@@ -188,7 +188,9 @@ def test_a_sample_passes_at_most_25_functions(
 
     sys.setprofile(profile)
     try:
-        outcome = verb("sample", f"checkpoint={trained['ect']}", f"output={tmp_path / 'out'}")
+        outcome = verb(
+            "sample", f"checkpoint={trained['ect']}", f"output={tmp_path / 'out'}", "num_samples=4"
+        )
     finally:
         sys.setprofile(None)
     assert outcome.status == 0, outcome.err
@@ -258,7 +260,9 @@ def test_samples_of_another_checkpoint_are_left_alone(
     verb: Run, trained: dict[str, Path], tmp_path: Path
 ) -> None:
     for mode, status in (("ect", 0), ("ct", 2)):
-        outcome = verb("sample", f"checkpoint={trained[mode]}", f"output={tmp_path / 'out'}")
+        outcome = verb(
+            "sample", f"checkpoint={trained[mode]}", f"output={tmp_path / 'out'}", "num_samples=4"
+        )
         assert outcome.status == status
 
 

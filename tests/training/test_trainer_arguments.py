@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from configurations import composed
 from conftest import TINY, Run
 from consistency.checkpoints.ours import read
-from consistency.commands import train
 from consistency.commands.overrides import spelled_out
 from consistency.errors import UserError
+from consistency.training import build
 from consistency.training.arguments import REFUSED, STRATEGIES, require_taken, require_whole
 from consistency.training.lightning_patches import AtomicCheckpointIO
 from consistency.training.nonfinite import OVERFLOWS
@@ -139,7 +139,7 @@ def test_plugins_of_a_person_stand_beside_ours(
         built.append(original(*given))
         return built[0]
 
-    original = train.build_trainer
+    original = build.build_trainer
     monkeypatch.setattr("consistency.training.build.build_trainer", kept)
     scaler = "scaler: {_target_: torch.amp.GradScaler, device: cpu, init_scale: 1024.0}"
     half = f"{{_target_: lightning.pytorch.plugins.MixedPrecision, precision: 16-mixed, device: cpu, {scaler}}}"
