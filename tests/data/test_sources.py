@@ -24,7 +24,8 @@ from consistency.data.digits import Digits
 from consistency.data.huggingface import HuggingFace
 from consistency.data.image_files import ImageFiles
 from consistency.data.lsun import LSUN
-from consistency.data.memory import Mixture, load_into_memory
+from consistency.data.memory import load_into_memory
+from consistency.data.mixture import Mixture
 from consistency.data.mnist import MNIST, FashionMNIST
 from consistency.data.source import Source
 from consistency.data.zip_or_folder import Archive, Folder
