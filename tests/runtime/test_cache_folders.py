@@ -75,6 +75,7 @@ def test_a_reference_that_cannot_be_kept_measures_the_same(
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_run_without_a_home_trains_measures_and_says_nothing_of_it(
     process: Run, tmp_path: Path
 ) -> None:

@@ -41,6 +41,7 @@ def test_two_processes_train_alone(process: Run, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.is_dir() and p.name != "process_cwd"] == ["run"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_inside_a_sweep(process: Run, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     outcome = process(

@@ -236,7 +236,8 @@ def test_two_tasks_measure_into_one_folder(
 # Ends
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=slow)])
+@slow
+@pytest.mark.parametrize("rank", [1, 0])
 def test_the_death_of_a_task_is_told_by_the_other(rank: int, start: Start) -> None:
     job = start(srun, [*JOB, *LONG, "trainer.devices=2", "output=run"], delay=0.0)
     job.wait_for("run/checkpoints/last.ckpt")

@@ -68,6 +68,7 @@ def test_a_failing_service_never_stops_training(
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
+@pytest.mark.slow
 def test_a_service_that_is_killed_never_stops_training(process: Run, tmp_path: Path) -> None:
     """It runs as a process beside; one line says that it is gone, and nothing at the end."""
     run = tmp_path / "run"
