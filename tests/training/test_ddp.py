@@ -32,7 +32,7 @@ def check(run: Path) -> dict[str, object]:
     return first["same"]
 
 
-@pytest.mark.slow  # test_launchers.py and the sweep below hold the same
+@pytest.mark.slow  # test_launchers.py holds the same
 def test_two_processes_train_alone(process: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
     outcome = process("train", *TWO, f"output={run}", PYTHONPATH=str(ROOT / "tests" / "support"))
