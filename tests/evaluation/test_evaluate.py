@@ -150,6 +150,7 @@ def photographs(folder: Path, which: int, count: int, size: int = 32) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_numbers_are_torch_fidelitys(
     verb: Run, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

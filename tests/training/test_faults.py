@@ -297,10 +297,11 @@ def test_a_folder_that_is_removed_is_made_again(verb: Run, tmp_path: Path) -> No
     assert (run / "samples" / "latest.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
     [
-        pytest.param(["metrics.csv"], marks=pytest.mark.slow),
+        ["metrics.csv"],
         ["curves.png", "evaluation.json", "samples/step_00000001.png"],
     ],
 )

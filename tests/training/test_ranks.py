@@ -184,7 +184,8 @@ def test_a_signal_ends_all_ranks_at_the_same_step(
     )
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_the_death_of_a_rank_is_the_end_of_all(
     rank: int, started: Callable[..., Running], record_property: Report
 ) -> None:
