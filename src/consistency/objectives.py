@@ -55,7 +55,7 @@ class DrawnObjective(nn.Module):
     needs_target: ClassVar[bool] = True
 
     def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
-        """The arguments of `losses_at` between label and noise."""
+        """Return the arguments of `losses_at` between label and noise."""
         raise NotImplementedError
 
     def forward(

@@ -5,7 +5,6 @@ A name is accepted in place of any checkpoint. The file is downloaded once, into
 with that of the weights; its checksum is kept beside it and verified at each use.
 """
 
-import fcntl
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from consistency.errors import UserError, require
 from consistency.inference.card import Role
-from consistency.runtime.files import cache_folder, fingerprint, part_path, write_checksum
+from consistency.runtime.files import cache_folder, fingerprint, locked, part_path, write_checksum
 
 PROGRAMS = ("openai:", "jcm:", "edm:")
 OPENAI = "https://openaipublic.blob.core.windows.net/consistency"
@@ -93,8 +92,7 @@ def fetch(name: str) -> Path:
     path = cache_folder() / program / file
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(f"{path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(path.with_name(f"{path.name}.lock")):
             if not path.is_file():
                 download(released.url, path, released.bytes_at_least)
     return path

@@ -1,6 +1,5 @@
 """Sets that are downloaded if they are missing, and downloads by one process of a machine with a time limit."""
 
-import fcntl
 import socket
 import tarfile
 from abc import abstractmethod
@@ -14,6 +13,7 @@ import torch
 from consistency.data.memory import InMemory
 from consistency.data.source import Classes, Images, Split, require_split, required_path
 from consistency.errors import UserError
+from consistency.runtime.files import locked
 
 PATIENCE = 30.0
 """Seconds without an answer after which a download fails."""
@@ -28,14 +28,6 @@ def timeout() -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-@contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Hold the lock `file`, which one process of a machine can hold at a time."""
-    with file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 class Downloaded(InMemory):

@@ -23,12 +23,11 @@ import torch
 from jaxtyping import Int
 from torch import Generator, Tensor
 
-from consistency.data.download import locked
 from consistency.data.parallel import PerProcess, write_missing
 from consistency.data.source import Classes, Image, Images, Source, required_path
 from consistency.errors import UserError, require
 from consistency.randomness import generator
-from consistency.runtime.files import cache_folder, path_of, write_text
+from consistency.runtime.files import cache_folder, locked, path_of, write_text
 
 INDEX = "index.json"
 UNFINISHED = "unfinished.json"

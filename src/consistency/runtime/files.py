@@ -62,6 +62,16 @@ def written_whole(path: Path, *, checksum: bool = False) -> Iterator[IO[bytes]]:
         raise
 
 
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold the lock `file`, which one process of a machine can hold at a time."""
+    import fcntl  # POSIX alone has it, and the package imports this module
+
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with written_whole(path) as file:
