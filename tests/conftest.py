@@ -1,6 +1,7 @@
 """Fixtures that run the commands, in this process or in a process of their own."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -38,6 +39,8 @@ TINY = [
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, and all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

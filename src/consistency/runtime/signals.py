@@ -46,6 +46,7 @@ class _Handler:
     def __init__(self) -> None:
         self.first = 0.0
         self.handled = threading.Event()
+        self.ending = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
@@ -78,7 +79,9 @@ class _Handler:
             self.exit(FIRST)
 
     def exit(self, text: str) -> None:
-        """End the process at once."""
+        """End the process at once. `watch` and the main thread may both come here: the first one ends it."""
+        if not self.ending.acquire(blocking=False):
+            return
         print_line(text)
         self.cleanup()
         os._exit(STOPPED)
