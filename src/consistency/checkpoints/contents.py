@@ -95,7 +95,7 @@ class Checkpoint:
     @property
     def names(self) -> list[str]:
         """Names of the sets of weights, without `ema` if that stands for the first of several averages."""
-        averages = any(name.startswith("ema:") for name in self.weights)
+        averages = any(name.startswith(("ema:", "power:")) for name in self.weights)
         return [name for name in self.weights if name != "ema" or not averages]
 
 

@@ -13,11 +13,13 @@ The card is the saved form of a `ModelCard`:
     class_names         their names, if the data has any
 """
 
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from consistency.checkpoints import posthoc
 from consistency.checkpoints.contents import Checkpoint, Hints, StateDict, check, unreadable
 from consistency.checkpoints.pickle_reader import OPENAI, read_zip
 from consistency.errors import UserError
@@ -30,7 +32,7 @@ EMA_CALLBACK = "EvaluationEMA"
 
 
 def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
-    """Return the model: `online`, `target`, `ema:<decay>` of a run, and `ema`, its first average."""
+    """Return the model: `online`, `target`, `ema:<decay>`, `power:<width>` of a run, and `ema`, its first average."""
     if not isinstance(content, dict) or not isinstance(content.get("card"), dict):
         return None
     sets: dict[str, StateDict] = {}
@@ -43,12 +45,13 @@ def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
         if network:
             sets[role] = network
     averages = content.get("callbacks", {}).get(EMA_CALLBACK, {}).get("averages", {})
-    for decay, average in averages.items():
+    for name, average in averages.items():
         sets.setdefault("ema", average)
-        sets[f"ema:{decay}"] = average
+        sets[posthoc.set_name(name)] = average
     kind = OPENAI if content.get("format") == OPENAI else FORMAT
     card = ModelCard.parse(content["card"], path)
-    return Checkpoint(path=path, format=kind, card=card, weights=sets)
+    weights = posthoc.Sets(sets, partial(posthoc.reconstruct, path, content.get("k", 0), averages))
+    return Checkpoint(path=path, format=kind, card=card, weights=weights)
 
 
 def read(path: Path) -> dict[str, Any]:

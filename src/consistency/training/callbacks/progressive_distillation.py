@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from consistency.averaging import frozen_copy, update_average
 from consistency.denoiser import Denoiser
 from consistency.errors import require
+from consistency.training.callbacks.ema import EvaluationEMA
+from consistency.training.callbacks.periodic import callback_of
 from consistency.training.module import ConsistencyModule
 
 
@@ -32,6 +34,13 @@ class DistillationStages(Callback):
             "a teacher of the same network as model=, because the student will replace it",
             "a teacher of another network",
             "choose the model= of the teacher",
+        )
+        averages = callback_of(trainer, EvaluationEMA)
+        require(
+            averages is None or not averages.widths,
+            "averages of constant decay, which restart at every stage",
+            f"callbacks.evaluation_ema.widths={averages and averages.widths}",
+            "give decays and widths=[]",
         )
         module.target = frozen_copy(self.teacher)
 

@@ -1,0 +1,80 @@
+"""Comparisons of power-function averages with those of EDM2."""
+
+import torch
+from torch import Tensor
+
+from consistency.averaging import (
+    posthoc_coefficients,
+    power_decay,
+    power_exponent,
+    profile_product,
+    relative_width,
+)
+from golden_harness import Archive, Tolerance
+
+EXACT = Tolerance(of_norm=1e-12)
+ROUNDED = Tolerance(of_norm=1e-6)
+"""Of the released code's float32 runs."""
+
+
+def compare_power_averages(archive: Archive) -> None:
+    """Exponents, decays, inner products of profiles, coefficients, and a run with its reconstructions."""
+    archive.compare("convert.exp_of_std", _exponents(archive.tensor("convert.std")), EXACT)
+    widths = [relative_width(gamma) for gamma in archive.tensor("convert.exp").tolist()]
+    archive.compare("convert.std_of_exp", torch.tensor(widths, dtype=torch.float64), EXACT)
+    steps = archive.tensor("beta.t_next") // int(archive.number("beta.t_delta"))
+    decays = [
+        [power_decay(k, s) for k in steps.tolist()] for s in archive.tensor("beta.std").tolist()
+    ]
+    archive.compare("beta.value", torch.tensor(decays, dtype=torch.float64), EXACT)
+    a, b = (
+        (archive.tensor(f"correlation.{n}_ofs"), _exponents(archive.tensor(f"correlation.{n}_std")))
+        for n in "ab"
+    )
+    archive.compare("correlation.value", profile_product(*a, *b), EXACT)
+    for name in archive.matching("coefs.*.coefs"):
+        case = name.removesuffix(".coefs")
+        stored = (archive.tensor(f"{case}.in_{n}").tolist() for n in ("ofs", "std"))
+        ours = coefficients(*stored, archive.number(f"{case}.out_ofs"), archive, f"{case}.out_std")
+        archive.compare(name, ours, EXACT)
+    compare_run(archive)
+
+
+def compare_run(archive: Archive) -> None:
+    """The averages of a run of weights, stored, and reconstructed from its snapshots."""
+    weights = archive.tensor("run.weights").double()
+    for name in archive.matching("run.track_*") + archive.matching("run.direct_*"):
+        width = float(name.removesuffix(".f64").rpartition("_")[2])
+        averages = [weights[0]]
+        for k, online in enumerate(weights[1:], start=1):
+            averages.append(averages[-1].lerp(online, 1 - power_decay(k, width)))
+        ours = torch.stack(averages[1:]) if "track" in name else averages[-1]
+        archive.compare(name, ours, EXACT if name.endswith(".f64") else ROUNDED)
+    tracks = sorted(archive.matching("run.track_*.f64"))
+    at = archive.tensor("run.snapshot_step")
+    stored = [
+        (int(k), float(t.removesuffix(".f64").rpartition("_")[2])) for k in at for t in tracks
+    ]
+    rows = torch.stack(
+        [torch.from_numpy(archive.arrays[t][int(k) - 1]) for k in at for t in tracks]
+    )
+    outs = [n for n in archive.matching("run.direct_*.f64")]
+    widths = sorted(float(n.removesuffix(".f64").rpartition("_")[2]) for n in outs)
+    steps, stds = zip(*stored, strict=True)
+    columns = [posthoc_coefficients(steps, stds, max(steps), width) for width in widths]
+    ours = torch.stack(columns, dim=1)
+    archive.compare("run.coefs", ours, EXACT)
+    archive.compare("run.reconstructed.f64", ours.T @ rows, EXACT)
+    archive.compare("run.reconstructed", ours.T @ rows, ROUNDED)
+
+
+def _exponents(widths: Tensor) -> Tensor:
+    return torch.tensor([power_exponent(w) for w in widths.tolist()], dtype=torch.float64)
+
+
+def coefficients(
+    steps: list[float], stds: list[float], step: float, archive: Archive, name: str
+) -> Tensor:
+    """Our coefficients of stored averages, a column for each width of the array `name`."""
+    widths = archive.tensor(name).tolist()
+    return torch.stack([posthoc_coefficients(steps, stds, step, w) for w in widths], dim=1)

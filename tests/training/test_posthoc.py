@@ -1,0 +1,126 @@
+"""Power-function averages of a run, its snapshots, and averages of other widths from them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from conftest import TINY, Run
+from consistency import compose, train
+from consistency.averaging import power_decay
+from consistency.checkpoints.load import load, load_sets
+from consistency.errors import UserError
+
+WIDTHS = [
+    "callbacks.evaluation_ema.decays=[]",
+    "callbacks.evaluation_ema.widths=[0.05,0.1]",
+    "callbacks.snapshots.every_n_train_steps=4",
+    "callbacks.samples=null",
+    "optimizer.lr=0.01",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+
+    folder = tmp_path_factory.mktemp("posthoc") / "run"
+    train(compose([*TINY, *WIDTHS, "trainer.max_steps=20", f"output={folder}"]))
+    return folder
+
+
+def weights(path: Path, name: str) -> Tensor:
+    network = load(path, weights=name).denoiser.network
+    return torch.cat([p.flatten() for p in network.parameters()]).double()
+
+
+def test_a_run_leaves_a_snapshot_of_two_widths_at_every_interval(run: Path) -> None:
+    files = sorted((run / "snapshots").iterdir())
+    assert [file.name for file in files] == [f"{k:08d}.safetensors" for k in (4, 8, 12, 16, 20)]
+    kinds = {name.partition("/")[0] for name in load_file(files[0])}
+    assert kinds == {"power:0.05", "power:0.1"}
+
+
+def test_a_stored_width_is_the_average_in_the_checkpoint(run: Path) -> None:
+    for width in ("0.05", "0.1"):
+        rebuilt, stored = weights(run, f"posthoc:{width}"), weights(run, f"power:{width}")
+        assert torch.allclose(rebuilt, stored, rtol=0, atol=1e-7)
+
+
+def test_another_width_is_the_average_that_the_run_would_have_stored(
+    run: Path, tmp_path: Path
+) -> None:
+    """The same run with that width stored: the bits of training do not depend on the averages."""
+
+    other = [*WIDTHS, "callbacks.evaluation_ema.widths=[0.07]", "callbacks.snapshots=null"]
+    train(compose([*TINY, *other, "trainer.max_steps=20", f"output={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run" / "snapshots").exists()
+    expected = weights(tmp_path / "run", "ema")
+    nearest = (weights(run, "power:0.05") - expected).norm()
+    assert (weights(run, "posthoc:0.07") - expected).norm() < 0.1 * nearest
+    assert power_decay(1, 0.07) == 0.0
+
+
+def test_several_widths_are_opened_at_once(run: Path) -> None:
+    names = ["posthoc:0.06", "posthoc:0.08", "online"]
+    assert [model.weights for model in load_sets(run, names)] == names
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("posthoc:wide", "relative width"),
+        ("posthoc:0.5", "at most 0.289"),
+        ("posthoc:", "relative width"),
+    ],
+)
+def test_what_is_no_width_is_refused(run: Path, name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(run, weights=name)
+
+
+def test_a_checkpoint_without_power_averages_says_how_to_get_them(trained: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"widths=\[0.05,0.1\]"):
+        load(trained["ect"], weights="posthoc:0.1")
+
+
+def test_without_snapshots_another_width_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for file in (run / "checkpoints").glob("last.ckpt*"):
+        (tmp_path / "checkpoints" / file.name).write_bytes(file.read_bytes())
+    assert len(weights(tmp_path, "posthoc:0.1"))
+    with pytest.raises(UserError, match="snapshots"):
+        load(tmp_path, weights="posthoc:0.07")
+
+
+def test_a_damaged_snapshot_is_named(run: Path, tmp_path: Path) -> None:
+    for folder in ("checkpoints", "snapshots"):
+        (tmp_path / folder).mkdir()
+        for file in (run / folder).iterdir():
+            (tmp_path / folder / file.name).write_bytes(file.read_bytes())
+    file = tmp_path / "snapshots" / "00000008.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=file.name):
+        load(tmp_path, weights="posthoc:0.07")
+
+
+def test_a_run_that_is_resumed_has_the_same_averages_and_snapshots(
+    run: Path, tmp_path: Path
+) -> None:
+
+    part = [*TINY, *WIDTHS, f"output={tmp_path / 'run'}", "mode.total_steps=20"]
+    train(compose([*part, "trainer.max_steps=10"]))
+    train(compose([f"resume={tmp_path / 'run'}", "trainer.max_steps=20"]))
+    for file in sorted((run / "snapshots").iterdir()):
+        assert file.read_bytes() == (tmp_path / "run" / "snapshots" / file.name).read_bytes()
+    assert torch.equal(weights(run, "ema"), weights(tmp_path / "run", "ema"))
+
+
+def test_an_average_wider_than_the_run_can_bear_is_one_line(verb: Run) -> None:
+    steps = ["trainer.max_steps=4", "callbacks.samples=null"]
+    outcome = verb("train", *TINY, *steps, "callbacks.evaluation_ema.decays=[0.9,0.0]")
+    lines = [line for line in outcome.out.splitlines() if "more than a quarter" in line]
+    assert len(lines) == 1
+    assert "0.9 (10 steps)" in lines[0]
+    assert "0.0 (" not in lines[0]
