@@ -163,7 +163,7 @@ def test_a_batch_is_cut_by_the_largest_divisor_that_fits(
 ) -> None:
     module = digits(batch_size=batch, device_batch_size=at_most)
     assert module.split(devices) == expected
-    assert module.accumulation(devices) == expected[2]
+    assert module.split(devices).accumulated == expected[2]
     line = module.summary(devices).splitlines()[0]
     assert line.startswith(f"Batch: {batch} = {devices} device")
 

@@ -40,7 +40,10 @@ def prepare(config: DictConfig, target: Path) -> None:
     identity = hashlib.sha256(digests.encode()).hexdigest()
     if target.exists():
         facts = _facts_of(target)
-        shards.require_same_settings(facts.get("identity"), identity, target, "a file or folder")
+        expected = f"output={target} to be new, or made from the same images with the same settings"
+        remedy = "choose another output=, or move the old one away"
+        got = "a file or folder made otherwise"
+        require(facts.get("identity") == identity, expected, got, remedy)
         print(f"nothing to do: {target} is made from this source with these settings")
     else:
         parts.mkdir(parents=True, exist_ok=True)

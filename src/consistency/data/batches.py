@@ -25,21 +25,19 @@ class BatchSplit(NamedTuple):
     accumulated: int
 
     def __str__(self) -> str:
-        devices = f"{self.devices} device" + "s" * (self.devices > 1)
-        return f"{devices} x {self.images} images x {self.accumulated} accumulated"
+        many = "s" * (self.devices > 1)
+        return (
+            f"{self.devices} device{many} x {self.images} images x {self.accumulated} accumulated"
+        )
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class PositionedBatches(Sampler[list[int]]):
-    """Index lists of the micro-batches number start ... total-1 of one rank.
+    """Index lists of the micro-batches number start ... total-1 of one rank, the same in every iteration.
 
-    Every epoch is a fresh permutation of the set, a function of (seed, epoch); a global batch is a run of `batch_size`
-    entries of it, cut into `accumulate` micro-batches, each cut into `world_size` shares. The rest of an epoch, less than
-    one global batch, is dropped. The sampler holds no position: a second iteration gives the same indices, and a run
-    resumed at `start` continues as if it had never stopped.
-
-    size: number of images.
-    order: draws a permutation of them from a generator.
+    Every epoch is a fresh permutation of the `size` images, which `order` draws as a function of (seed, epoch); a global
+    batch is a run of `batch_size` entries of it, cut into `accumulate` micro-batches, each cut into `world_size` shares.
+    The rest of an epoch, less than one global batch, is dropped.
     """
 
     size: int
@@ -78,9 +76,7 @@ def unpack_batch(
     """Return images and labels of a foreign loader's batch: (images, labels), (images,), or images alone.
 
     Images of uint8 are scaled; float ones must be in [-1, 1]. Labels are integers below `num_classes`; without
-    classes they are ignored.
-
-    shape: of an image, if it is known.
+    classes they are ignored. `shape` is that of an image, if it is known.
     """
     parts = list(batch) if isinstance(batch, tuple | list) else [batch]
     expected = "batches (images, labels): images uint8, or float within [-1, 1], of shape (batch, channels, height, width)"
@@ -93,21 +89,19 @@ def unpack_batch(
     got = f"{images.dtype} of shape {tuple(images.shape)}"
     remedy = "change the loader, or build the module for these images: data.channels=, data.image_size=, model="
     require(fits, f"images of shape (batch, {axes})", got, remedy)
-    if num_classes is None:
-        return _in_unit(images), None
-    return _in_unit(images), _classes(parts[1] if parts[1:] else None, len(images), num_classes)
+    labels = parts[1] if parts[1:] else None
+    classes = None if num_classes is None else _classes(labels, len(images), num_classes)
+    return _in_unit(images), classes
 
 
 def _in_unit(images: Tensor) -> Data:
     if images.dtype == torch.uint8:
         return to_unit(images)
-    expected = "images of uint8 from 0 to 255, or of float within [-1, 1]"
-    remedy = "write images.to(torch.uint8) for grey values from 0 to 255"
-    require(images.is_floating_point(), expected, f"images of {images.dtype}", remedy)
-    low, high = torch.stack(torch.aminmax(images)).tolist()
-    fits, got = -1 - ROUNDING <= low <= high <= 1 + ROUNDING, f"values from {low:.4g} to {high:.4g}"
-    remedy = "give uint8, or scale them: x / 127.5 - 1 from 0 ... 255, 2 * x - 1 from 0 ... 1"
-    require(fits, "float images within [-1, 1]", got, remedy)
+    floating, (low, high) = images.is_floating_point(), torch.stack(torch.aminmax(images)).tolist()
+    got = f"values from {low:.4g} to {high:.4g}" if floating else f"images of {images.dtype}"
+    fits = floating and -1 - ROUNDING <= low <= high <= 1 + ROUNDING
+    remedy = "give images.to(torch.uint8), or scale them: x / 127.5 - 1 from 0 ... 255, 2 * x - 1 from 0 ... 1"
+    require(fits, "images of uint8 from 0 to 255, or of float within [-1, 1]", got, remedy)
     return images.float()
 
 
@@ -115,9 +109,8 @@ def _classes(labels: Any, count: int, num_classes: int) -> Label:
     got, fits = "none" if labels is None else type(labels).__name__, False
     if isinstance(labels, Tensor):
         got = f"{labels.dtype} of shape {tuple(labels.shape)}"
-        floating = labels.is_floating_point() or labels.is_complex()
-        fits = not floating and labels.dtype != torch.bool and tuple(labels.shape) == (count,)
-        if fits and count:
+        whole = torch.can_cast(labels.dtype, torch.long) and labels.dtype != torch.bool
+        if whole and tuple(labels.shape) == (count,):
             low, high = torch.stack(torch.aminmax(labels)).tolist()
             got, fits = f"labels from {low} to {high}", 0 <= low and high < num_classes
     expected = f"{count} labels, integers from 0 to {num_classes - 1}, for a model of {num_classes} classes"

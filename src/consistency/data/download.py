@@ -43,31 +43,30 @@ class Downloaded(InMemory):
     train: ClassVar[Sequence[str]]
     test: ClassVar[Sequence[str]]
     marks: ClassVar[Sequence[str]]
-    classes: ClassVar[Sequence[str]]
 
     def __init__(self, *, path: str | None, split: Split, download: bool = False) -> None:
         require_split(split)
         root = required_path(path, "a folder", exists=False)
-        folder = self.find(root)
-        reason = "no such file" if download else "no such file, and data.download=false"
+        folder, reason = self.find(root), "data.download=false"
         if folder is None and download:
             try:
                 root.mkdir(parents=True, exist_ok=True)
                 with locked(root / ".download.lock"), timeout():
                     if self.find(root) is None:
                         self.download(root)
-                folder = self.find(root)
+                folder, reason = self.find(root), "the download failed (it brought other files)"
             except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
                 last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
-                reason = f"no such file, and the download failed ({last_line})"
+                reason = f"the download failed ({last_line})"
         if folder is None:
             needed = f"{root / self.home / self.marks[0]} and its companions (data.path={root})"
             remedy = "add data.download=true on a machine with a network, or put the files there"
-            raise UserError(needed, reason, f"{remedy} from {', '.join(self.sources())}")
+            remedy += f" from {', '.join(self.sources())}"
+            raise UserError(needed, f"no such file, and {reason}", remedy)
         names = {"train": self.train, "test": self.test, "all": [*self.train, *self.test]}[split]
         parts = [self.read(folder, name) for name in names]
         images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-        super().__init__(images, labels, self.classes)
+        super().__init__(images, labels, self.class_names)
 
     @classmethod
     def find(cls, root: Path) -> Path | None:

@@ -11,7 +11,7 @@ from consistency.data.image_files import ImageFiles, Index
 from consistency.data.parallel import PerProcess
 from consistency.data.source import required_path
 from consistency.data.zip_or_folder import FolderFiles
-from consistency.errors import UserError, require
+from consistency.errors import require
 
 FILE = "data.mdb"
 
@@ -25,12 +25,17 @@ class Database(ImageFiles):
     def open(self) -> Index:
         folder = self.find()
         self.where, self.files = str(folder), FolderFiles(folder)
-        self.environment = PerProcess(partial(_open_database, folder))
-        with self.environment().begin() as read:
-            # latin-1 maps every byte to a character and back
-            keys = [bytes(key).decode("latin-1") for key in read.cursor().iternext(values=False)]
-        require(bool(keys), f"images in {folder / FILE}", "none", "get the database again")
-        return Index(keys)
+        options = {"readonly": True, "lock": False, "readahead": False}
+        self.environment = PerProcess(partial(lmdb.open, str(folder), **options))
+        names, got = list[str](), "none"
+        try:
+            with self.environment().begin() as read:
+                keys = read.cursor().iternext(values=False)
+                names = [bytes(key).decode("latin-1") for key in keys]  # a character a byte
+        except lmdb.Error as error:
+            got = f"a damaged or other file ({error})"
+        require(bool(names), f"an LMDB of images in {folder}", got, "get the database again")
+        return Index(names)
 
     def find(self) -> Path:
         """Return the folder of data.mdb."""
@@ -67,11 +72,3 @@ class LSUN(Database):
         remedy += f", unzip it, and give data.path=<the folder of {name}>"
         require((database / FILE).is_file(), expected, "no such file", remedy)
         return database
-
-
-def _open_database(folder: Path) -> lmdb.Environment:
-    try:
-        return lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
-    except lmdb.Error as error:
-        got = f"a damaged or other file ({error})"
-        raise UserError(f"an LMDB in {folder}", got, "get the database again") from error

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import UInt8
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from consistency.data.batches import BatchSplit, PositionedBatches
 from consistency.data.memory import load_into_memory
@@ -24,16 +24,6 @@ from consistency.runtime.signals import die_with
 from consistency.tensors import Data
 
 SECONDS_AFTER_SIGTERM = 60
-
-
-class WholeBatches(Dataset[tuple[Images, Classes]]):
-    """A source as a map from a list of indices to a batch, which many sources read faster than single images."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __getitem__(self, indices: list[int]) -> tuple[Images, Classes]:
-        return self.source.batch(indices)
 
 
 def _init_worker(parent: int, worker: int) -> None:
@@ -104,16 +94,12 @@ class DataModule(L.LightningDataModule):
         valid = at_most is None or at_most >= 1
         require(valid, "data.device_batch_size >= 1, or null", at_most, "give a number of images")
         expected = f"data.batch_size to be a multiple of the {world_size} devices"
-        got, remedy = f"data.batch_size={size}", "change data.batch_size or trainer.devices"
-        require(size % world_size == 0, expected, got, remedy)
+        remedy = "change data.batch_size or trainer.devices"
+        require(size % world_size == 0, expected, f"data.batch_size={size}", remedy)
         share = size // world_size
         bound = min(at_most or share, share)
         images = next(count for count in range(bound, 0, -1) if share % count == 0)
         return BatchSplit(world_size, images, share // images)
-
-    def accumulation(self, world_size: int) -> int:
-        """Return the number of micro-batches per optimizer step on `world_size` devices."""
-        return self.split(world_size).accumulated
 
     def summary(self, world_size: int) -> str:
         """Return two lines for the start of a run: the split of a batch, and the images an epoch leaves out."""
@@ -144,9 +130,9 @@ class DataModule(L.LightningDataModule):
     ) -> DataLoader[tuple[Images, Classes]]:
         """Return a loader of the batches (uint8 images, int64 class indices) at the index lists of `batches`."""
         return DataLoader(
-            WholeBatches(self.train_source),
-            sampler=batches,
-            batch_size=None,  # the sampler's items are whole batches
+            range(len(self.train_source)),  # type: ignore[arg-type]
+            batch_sampler=batches,
+            collate_fn=self.train_source.batch,  # many sources read a batch faster than single images
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=pin_memory,

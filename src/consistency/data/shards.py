@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -76,24 +76,21 @@ class Stream(Source):
         cache_gigabytes: float,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        required_path(path, "a folder or URL of shards", exists=False)
+        self.folder = required_path(path, "a folder or URL of shards", exists=False)
         require(mixing >= 1, "data.source.mixing >= 1", mixing, "give a number of shards")
         engine()
-        self.path, self.mixing = str(path), mixing
+        self.path, self.mixing, self.budget = str(path), mixing, cache_gigabytes * 1e9
         self.storage_options = dict(storage_options or {})
-        self.remote = self.path.startswith(REMOTE)
         self.reader, self.downloader = PerProcess(self._reader), PerProcess(self._downloader)
+        self.remote = self.path.startswith(REMOTE)
         if self.remote:
             base = path_of(cache) if cache else cache_folder() / "shards"
             self.folder = base / hashlib.blake2b(self.path.encode(), digest_size=8).hexdigest()
             self._download_index()
-        else:
-            self.folder = path_of(self.path)
         shards = self._checked_shards()
         self.files = [str(shard["filename"]) for shard in shards]
         self.sizes = torch.tensor([int(shard["chunk_size"]) for shard in shards])
         self.ends = self.sizes.cumsum(0)
-        self.budget = cache_gigabytes * 1e9
         bytes_ = [int(shard["chunk_bytes"]) for shard in shards]
         least = min(2 * (mixing + 1) * max(bytes_), sum(bytes_))
         expected = f"data.source.cache_gigabytes of at least {least / 1e9:.3g}, twice the shards read at a time"
@@ -128,14 +125,15 @@ class Stream(Source):
         index = json.loads(file.read_text())
         shards, config = index["chunks"], index["config"]
         packed, kinds = config.get("compression"), config.get("data_format")
-        got = f"compression {packed}" if shards else "none"
-        require(bool(shards) and not packed, f"uncompressed shards {at}", got, WRITE)
         names = [str(shard["filename"]) for shard in shards]
         inside = all(Path(name).name == name and name.endswith(".bin") for name in names)
-        expected = f"shards of {sorted(FORMATS)} {at}, each a file *.bin in that folder"
-        got, known = f"{kinds} in {names[:3]}"[:200], set(kinds or [""]) <= FORMATS
+        expected = (
+            f"uncompressed shards of {sorted(FORMATS)} {at}, each a file *.bin in that folder"
+        )
+        got = f"{kinds} in {names[:3]}, compression {packed}"[:200]
         remedy = f"{WRITE}; other kinds can run code or write elsewhere"
-        require(inside and known, expected, got, remedy)
+        known = set(kinds or [""]) <= FORMATS and not packed
+        require(bool(names) and inside and known, expected, got, remedy)
         return shards
 
     def _downloader(self) -> Any:
@@ -159,8 +157,8 @@ class Stream(Source):
 
     def batch(self, indices: list[int]) -> tuple[Images, Classes]:
         """Return items `indices`, stacked, read shard by shard."""
-        shards = torch.searchsorted(self.ends, torch.tensor(indices), right=True).tolist()
-        for shard in sorted(set(shards)):
+        shards = torch.searchsorted(self.ends, torch.tensor(indices), right=True)
+        for shard in shards.unique().tolist():
             self._require_shard(self.folder / self.files[shard])
         reader = self.reader()
         with warnings.catch_warnings():
@@ -172,11 +170,10 @@ class Stream(Source):
 
     def _item(self, item: Any) -> tuple[Image, int]:
         image = item.get("image") if isinstance(item, dict) else None
-        if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
-            return image, int(item["label"])
+        fits = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3
         form = "{'image': uint8 tensor, channels x height x width, 'label': int}"
-        got = sorted(item) if isinstance(item, dict) else type(item).__name__
-        raise UserError(f"items of {form} at {self.path}", got, WRITE)
+        require(fits, f"items of {form} at {self.path}", getattr(image, "dtype", type(item)), WRITE)
+        return image, int(item["label"])
 
     def order(self, draw: Generator) -> Int[Tensor, "n"]:
         """Draw a random walk through all shards.
@@ -208,17 +205,13 @@ class Stream(Source):
 
     def _make_room(self) -> None:
         """Delete the shards used least recently while all together are larger than allowed."""
-        cached = []
-        for file in self.folder.glob("*.bin"):
-            with suppress(FileNotFoundError):
-                status = file.stat()
-                cached.append((status.st_mtime_ns, status.st_size, file))
-        size = sum(bytes_ for _, bytes_, _ in cached)
-        for _, bytes_, file in sorted(cached):
-            if size <= self.budget:
-                return
-            file.unlink(missing_ok=True)
-            size -= bytes_
+        with locked(self.folder / "index.lock"):
+            cached = [(file.stat(), file) for file in self.folder.glob("*.bin")]
+            size = sum(status.st_size for status, _ in cached)
+            for status, file in sorted(cached, key=lambda pair: pair[0].st_mtime_ns):
+                if size > self.budget:
+                    file.unlink()
+                    size -= status.st_size
 
 
 def write_shards(
@@ -244,9 +237,11 @@ def write_shards(
         return count
     _begin(folder, [count, shard_bytes, seed])
     order = torch.randperm(count, generator=generator(seed, "shards")).tolist()
-    writer = ShardWriter(source, order, folder, shard_bytes)
-    spans = writer.files()
-    files = [*write_missing(spans, writer.write, workers=num_workers, title="writing", show=show)]
+    item, _ = _writer(folder, shard_bytes, 0).serialize(_stored(source, order[0]))
+    each, positions = max(1, shard_bytes // len(item)), range(count)
+    spans = {folder / f"{n // each}.json": positions[n : n + each] for n in positions[::each]}
+    write = partial(_write_shard, source, order, shard_bytes)
+    files = [*write_missing(spans, write, workers=num_workers, title="writing", show=show)]
     indices = [json.loads(file.read_text()) for file in files]
     shards = [shard for index in indices for shard in index["chunks"]]
     write_text(folder / INDEX, json.dumps({"chunks": shards, "config": indices[0]["config"]}))
@@ -266,56 +261,38 @@ def count_images(folder: Path) -> int | None:
 def _begin(folder: Path, settings: list[int]) -> None:
     """Make the folder and note the settings in it; refuse a folder with other content."""
     unfinished, count = folder / UNFINISHED, count_images(folder)
-    before, content = settings, ""
+    same, got = True, "interrupted shards, made otherwise"
     if unfinished.is_file():
-        before, content = json.loads(unfinished.read_text()), "interrupted shards"
+        same = json.loads(unfinished.read_text()) == settings
     elif folder.exists() and any(folder.iterdir()):
-        before, content = [], f"shards of {count} images" if count else "a folder with content"
-    require_same_settings(before, settings, folder, content)
+        same, got = False, f"shards of {count} images" if count else "a folder with content"
+    expected = f"output={folder} to be new, or begun from the same images with the same settings"
+    require(same, expected, got, "choose another output=, or move the old one away")
     write_text(unfinished, json.dumps(settings))
     for part in folder.glob(f"{PART}*"):
         shutil.rmtree(part)
 
 
-def require_same_settings(before: object, now: object, output: Path, content: str) -> None:
-    """Refuse to continue the work at `output`, which has this content, with other settings than before."""
-    expected = f"output={output} to be new, or begun from the same images with the same settings"
-    remedy = "choose another output=, or move the old one away"
-    require(before == now, expected, f"{content}, made otherwise", remedy)
+def _write_shard(
+    source: Source, order: Sequence[int], shard_bytes: int, span: range, file: Path
+) -> None:
+    """Write the images at positions `span` of the order as a shard, and then `file`, which describes it."""
+    with TemporaryDirectory(dir=file.parent, prefix=PART) as part:
+        writer = _writer(Path(part), shard_bytes, int(file.stem))
+        for position in span:
+            writer.add_item(position, _stored(source, order[position]))
+        writer.done()
+        (shard,), (index,) = Path(part).glob("*.bin"), Path(part).glob("*.json")
+        os.replace(shard, file.with_name(shard.name))
+        os.replace(index, file)
 
 
-@dataclass(frozen=True)
-class ShardWriter:
-    """Images of a source in an order, written as shards, all but the last of one size."""
+def _writer(folder: Path, shard_bytes: int, number: int) -> Any:
+    from litdata.streaming.writer import BinaryWriter
 
-    source: Source
-    order: Sequence[int]
-    folder: Path
-    shard_bytes: int
+    return BinaryWriter(str(folder), chunk_bytes=shard_bytes, chunk_index=number)
 
-    def files(self) -> dict[Path, range]:
-        """Return the file that describes each shard, written after it, with the positions of its images."""
-        with TemporaryDirectory(dir=self.folder, prefix=PART) as part:
-            item, _ = self._writer(part, 0).serialize(self._item(0))
-        count, all_ = max(1, self.shard_bytes // len(item)), range(len(self.order))
-        return {self.folder / f"{n // count}.json": all_[n : n + count] for n in all_[::count]}
 
-    def write(self, span: range, file: Path) -> None:
-        """Write a shard and its description."""
-        with TemporaryDirectory(dir=self.folder, prefix=PART) as part:
-            writer = self._writer(part, int(file.stem))
-            for position in span:
-                writer.add_item(position, self._item(position))
-            writer.done()
-            (shard,), (index,) = Path(part).glob("*.bin"), Path(part).glob("*.json")
-            os.replace(shard, self.folder / shard.name)
-            os.replace(index, file)
-
-    def _item(self, position: int) -> dict[str, Any]:
-        image, label = self.source[self.order[position]]
-        return {"image": image.contiguous(), "label": int(label)}
-
-    def _writer(self, folder: str, number: int) -> Any:
-        from litdata.streaming.writer import BinaryWriter
-
-        return BinaryWriter(folder, chunk_bytes=self.shard_bytes, chunk_index=number)
+def _stored(source: Source, index: int) -> dict[str, Any]:
+    image, label = source[index]
+    return {"image": image.contiguous(), "label": int(label)}

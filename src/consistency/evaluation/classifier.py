@@ -20,23 +20,16 @@ FEATURES = 64
 class SmallClassifier(nn.Module):
     """uint8 images -> 64 features of the last hidden layer: three 3x3 convolutions and one hidden linear layer."""
 
-    def __init__(self, *, channels: int, num_classes: int, width: int = 32) -> None:
+    def __init__(self, *, channels: int, num_classes: int) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1),
-            nn.GroupNorm(8, width),
-            nn.SiLU(),
-            nn.Conv2d(width, 2 * width, 3, padding=1),
-            nn.GroupNorm(8, 2 * width),
-            nn.SiLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-            nn.GroupNorm(8, 2 * width),
-            nn.SiLU(),
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-            nn.Linear(8 * width, FEATURES),
-        )
+
+        def convolution(inputs: int, outputs: int) -> list[nn.Module]:
+            layer = nn.Conv2d(inputs, outputs, 3, padding=1)
+            return [layer, nn.GroupNorm(8, outputs), nn.SiLU()]
+
+        first, second = convolution(channels, 32), convolution(32, 64)
+        third = [nn.MaxPool2d(2), *convolution(64, 64), nn.AdaptiveAvgPool2d(2)]
+        self.trunk = nn.Sequential(*first, *second, *third, nn.Flatten(), nn.Linear(256, FEATURES))
         self.head = nn.Linear(FEATURES, num_classes)
 
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
@@ -45,13 +38,6 @@ class SmallClassifier(nn.Module):
     def logits(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b k"]:
         """Return the logits of the classes."""
         return self.head(functional.silu(features))
-
-
-def shifted(images: Tensor, draw: torch.Generator) -> Tensor:
-    """Move a batch by -1, 0 or 1 pixel in each direction, and repeat the border."""
-    padded = functional.pad(images.float(), (1, 1, 1, 1), mode="replicate").to(images.dtype)
-    top, left = torch.randint(3, (2,), generator=draw).tolist()
-    return padded[..., top : top + images.shape[-2], left : left + images.shape[-1]]
 
 
 @contextmanager
@@ -66,31 +52,25 @@ def one_thread() -> Iterator[None]:
 
 
 @one_thread()
-def train_classifier(
-    source: Source,
-    *,
-    num_classes: int,
-    seed: int = 0,
-    epochs: int = 24,
-    batch_size: int = 64,
-    lr: float = 3e-3,
-) -> SmallClassifier:
-    """Train by AdamW with a one-cycle rate on images shifted by up to a pixel.
+def train_classifier(source: Source, *, num_classes: int, epochs: int = 24) -> SmallClassifier:
+    """Train by AdamW with a one-cycle rate, in batches of 64, each shifted by up to a pixel with its border repeated.
 
     The result is a function of the arguments: it computes on one thread, because sums differ with the number of threads.
     """
-    images = torch.stack([source[i][0] for i in range(len(source))])
-    labels = torch.tensor([source[i][1] for i in range(len(source))])
+    images, labels = source.batch(list(range(len(source))))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         classifier = SmallClassifier(channels=images.shape[1], num_classes=num_classes)
-    draw = generator(seed, "classifier")
-    batches = -(-len(images) // batch_size)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.05)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
+    padded = functional.pad(images.float(), (1, 1, 1, 1), mode="replicate").to(images.dtype)
+    height, width = images.shape[-2:]
+    draw, steps = generator(0, "classifier"), epochs * -(-len(images) // 64)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.05)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for _ in range(epochs):
-        for chosen in torch.randperm(len(images), generator=draw).split(batch_size):
-            logits = classifier.logits(classifier(shifted(images[chosen], draw)))
+        for chosen in torch.randperm(len(images), generator=draw).split(64):
+            top, left = torch.randint(3, (2,), generator=draw).tolist()
+            shifted = padded[chosen, :, top : top + height, left : left + width]
+            logits = classifier.logits(classifier(shifted))
             loss = functional.cross_entropy(logits, labels[chosen], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()

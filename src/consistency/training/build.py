@@ -199,5 +199,5 @@ def build_trainer(
         _convert_="all",
     )
     require_whole(trainer.strategy)
-    trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
+    trainer.accumulate_grad_batches = data.split(trainer.world_size).accumulated
     return trainer

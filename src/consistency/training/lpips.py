@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from consistency.distances import LPIPS, Resize
 from consistency.errors import UserError, require
+from consistency.pixels import IMAGENET_MEAN, IMAGENET_STD
 from consistency.tensors import Data
 
 BackboneName = Literal["vgg16", "alexnet", "squeezenet1_1"]
@@ -32,8 +33,6 @@ TAPS: dict[str, tuple[int, ...]] = {
 """Layers of torchvision's `features` whose outputs are compared [Zhang et al. 2018, arXiv:1801.03924, Appendix B]."""
 
 LINEAR_FILES = {"vgg16": "vgg.pth", "alexnet": "alex.pth", "squeezenet1_1": "squeeze.pth"}
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Backbone(nn.Module):
