@@ -24,7 +24,7 @@ from consistency.data.listing import files_at
 from consistency.data.memory import load_into_memory
 from consistency.data.source import Source
 from consistency.errors import require
-from consistency.evaluation.metrics import Measure, Settings
+from consistency.evaluation.metrics import Measure, measure_against
 from consistency.inference.generate import Request, generate
 from consistency.inference.model import Model
 from consistency.inference.options import fill_process, require_suited
@@ -132,10 +132,12 @@ def measure_of(config: DictConfig, shape: Sequence[int], device: torch.device) -
         require(got == tuple(shape), expected, f"images of shape {got}", remedy)
         return load_into_memory(source) if in_memory else source
 
-    measure = Settings(**config.evaluation, batch_size=config.batch_size).prepare(
+    measure = measure_against(
+        partial(built, data.source, data.in_memory),
+        partial(built, data.held_out, False) if data.held_out else None,
         device,
-        train=partial(built, data.source, data.in_memory),
-        held_out=partial(built, data.held_out, False) if data.held_out else None,
+        **config.evaluation,
+        batch_size=config.batch_size,
         num_workers=data.num_workers,
     )
     if config.export is not None and rank_and_size()[0] == 0:

@@ -19,7 +19,7 @@ from consistency.commands.cli import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.data.source import Source
 from consistency.errors import require
-from consistency.evaluation.metrics import Measure, Settings
+from consistency.evaluation.metrics import Measure, measure_against
 from consistency.inference.generate import Draw, drawing, in_batches
 from consistency.inference.options import ModelOptions, require_same_settings, searched_path
 from consistency.runtime.allowlist import require_trusted
@@ -121,10 +121,12 @@ def measure_of(config: DictConfig, path: Path) -> Measure:
         node = data[name]
         return instantiate({**node, **({"download": False} if "download" in node else {})})
 
-    return Settings(**config.evaluation, batch_size=config.batch_size).prepare(
+    return measure_against(
+        partial(local, "source"),
+        partial(local, "held_out") if data.get("held_out") else None,
         chosen_device(config.device),
-        train=partial(local, "source"),
-        held_out=partial(local, "held_out") if data.get("held_out") else None,
+        **config.evaluation,
+        batch_size=config.batch_size,
         num_workers=0,
     )
 

@@ -62,7 +62,7 @@ class DataModule(L.LightningDataModule):
         self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
         self.batch_size, self.device_batch_size = batch_size, device_batch_size
         self.num_workers, self.flip, self.seed = num_workers, flip, seed
-        self.allow_reorder = allow_reorder
+        self.held_out, self.allow_reorder = held_out, allow_reorder
         self._saved_accumulation: int | None = None
         require(batch_size >= 1, "data.batch_size >= 1", batch_size, "give a number of images")
         require(num_workers >= 0, "data.num_workers >= 0", num_workers, "give 0 or more")
@@ -70,7 +70,6 @@ class DataModule(L.LightningDataModule):
         remedy = "derive the class from Source, which needs only __len__ and __getitem__"
         require(isinstance(images, Source), expected, type(images).__name__, remedy)
         self.train_source = load_into_memory(images) if in_memory else images
-        self.held_out = held_out() if held_out is not None else None
         self._require_fitting_images()
 
     def _require_fitting_images(self) -> None:

@@ -169,7 +169,7 @@ class Stream(Source):
         return torch.stack(images), torch.tensor(classes, dtype=torch.long)
 
     def _item(self, item: Any) -> tuple[Image, int]:
-        image = item.get("image") if isinstance(item, dict) else None
+        image: Any = item.get("image") if isinstance(item, dict) else None
         fits = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3
         form = "{'image': uint8 tensor, channels x height x width, 'label': int}"
         require(fits, f"items of {form} at {self.path}", getattr(image, "dtype", type(item)), WRITE)

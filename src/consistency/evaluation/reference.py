@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.utilities import dim_zero_cat
 from tqdm import tqdm
 
 from consistency.data.source import Source
@@ -146,27 +144,12 @@ class FrechetDistance(FrechetInceptionDistance):
             self.real_features_num_samples += count
 
 
-class GatheredFeatures(Metric):
-    """Features and logits of the samples of all ranks, in the order of their numbers."""
-
-    full_state_update = False
-    NAMES = ("numbers", "features", "logits")
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in self.NAMES:
-            self.add_state(name, default=[], dist_reduce_fx="cat")
-
-    def update(self, *batch: Tensor) -> None:
-        """Add numbers, features and logits of a batch."""
-        for name, values in zip(self.NAMES, batch, strict=True):
-            getattr(self, name).append(values)
-
-    def compute(self) -> list[Tensor]:
-        """Return numbers, features and logits."""
-        values = [dim_zero_cat(getattr(self, name)) for name in self.NAMES]
-        order = values[0].argsort()
-        return [value[order] for value in values]
+def in_order(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Join numbers, features and others of the batches of all ranks, in the order of the numbers. Collective."""
+    own = [torch.cat(column).cpu() for column in zip(*rows, strict=True)]
+    columns = [torch.cat(parts) for parts in zip(*gathered(own), strict=True)]
+    order = columns[0].argsort()
+    return [column[order] for column in columns]
 
 
 def reference_of(
@@ -215,20 +198,19 @@ def _statistics(
     """Return the statistics of `count` images on all ranks, with the features of those in `stored`. Collective."""
     summing = extractor.summing
     total = squares = torch.zeros((), dtype=torch.float64, device=summing)
-    ordered = GatheredFeatures().to(summing)
+    kept: list[tuple[Tensor, ...]] = []
     with torch.inference_mode():
         for numbers, batch in images:
             features = extractor(sent(batch, extractor.device)).features.to(summing)
             x = features.double()
             total, squares = total + x.sum(0), squares + x.T @ x
             rows = [row for row, number in enumerate(numbers) if number in stored]
-            order = sent(torch.tensor(numbers)[rows], summing)
-            ordered.update(order, features[rows], features[rows, :0])
+            kept.append((torch.tensor(numbers)[rows], features[rows]))
         sums = zip(*gathered((total.cpu(), squares.cpu())), strict=True)
         total, squares = (torch.stack(parts).sum(0).to(summing) for parts in sums)
         mu = total / count
         sigma = (squares - count * torch.outer(mu, mu)) / (count - 1)
-        return mu.cpu(), sigma.cpu(), count, ordered.compute()[1].cpu()
+        return mu.cpu(), sigma.cpu(), count, in_order(kept)[1]
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -239,10 +221,10 @@ def spread(count: int, most: int) -> list[int]:
 
 def images_of(source: Source, batch_size: int, num_workers: int, title: str) -> Iterator[Numbered]:
     """Yield this rank's share of a source."""
-    parts, items = batches(len(source), batch_size), range(len(source))
-    loader: Any = DataLoader(
-        items, batch_sampler=parts, collate_fn=source.batch, num_workers=num_workers
-    )
+    numbers: Any = range(len(source))
+    parts: Any = batches(len(source), batch_size)
+    options: dict[str, Any] = {"collate_fn": source.batch, "num_workers": num_workers}
+    loader = DataLoader(numbers, batch_sampler=parts, **options)
     shown = tqdm(parts, desc=title, unit="batch", disable=rank_and_size()[0] > 0 or len(parts) < 2)
     for numbers, (images, _) in zip(shown, loader, strict=True):
         yield numbers, images

@@ -3,15 +3,17 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 
 from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION
-from consistency.evaluation.metrics import Measure, Settings
+from consistency.evaluation.metrics import Measure, measure_against
 from consistency.evaluation.reference import images_of
 from consistency.inference.generate import Numbered, generate
 from consistency.randomness import generator
@@ -34,7 +36,7 @@ class Evaluation(Periodic):
 
     num_samples: None for as many as the reference has images.
     seeds: sampling seeds: the first one during the run, the mean over all at the end.
-    batch_size, extractor, reference, reference_features, cache: see `consistency.evaluation.metrics.Settings`.
+    batch_size, extractor, reference, reference_features, cache: see `consistency.evaluation.metrics.measure_against`.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class Evaluation(Periodic):
         self.file = Path(folder) / "evaluation.json"
         self.samplers, self.weights, self.seeds = samplers, list(weights), list(seeds)
         self.num_samples, self.batch_size = num_samples, batch_size
-        self.settings = Settings(extractor, reference, reference_features, cache, batch_size)
+        metrics: dict[str, Any] = {"extractor": extractor, "reference": reference, "cache": cache}
+        metrics |= {"reference_features": reference_features, "batch_size": batch_size}
+        self.measure_against: Callable[..., Measure] = partial(measure_against, **metrics)
         self.report: Values = {}
 
     @property
@@ -68,11 +72,9 @@ class Evaluation(Periodic):
         return f"{metric}/{next(iter(self.samplers))}/{self.weights[0]}"
 
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        data = module.data
-        held_out, workers = data.held_out, data.num_workers
-        builder = None if held_out is None else lambda: held_out
-        self.measure: Measure = self.settings.prepare(
-            module.device, train=lambda: data.train_source, held_out=builder, num_workers=workers
+        data, workers = module.data, module.data.num_workers
+        self.measure = self.measure_against(
+            lambda: data.train_source, data.held_out, module.device, num_workers=workers
         )
         self.count = self.measure.count(self.num_samples)
 
