@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from consistency.data.batches import PositionedBatches
+from consistency.data.batches import BatchSplit, PositionedBatches
 from consistency.data.digits import Digits
 from consistency.data.lsun import LSUN
 from consistency.data.memory import InMemory, load_into_memory
@@ -20,12 +20,12 @@ from consistency.errors import UserError
 from consistency.pixels import to_uint8, to_unit
 
 
-def batches(**changes: int) -> PositionedBatches:
-    settings = dict(
-        size=103, batch_size=12, accumulate=1, rank=0, world_size=1, seed=0, start=0, total=20,
-        order=lambda draw: torch.randperm(103, generator=draw),
-    )  # fmt: skip
-    return PositionedBatches(**{**settings, **changes})
+def batches(*, world_size: int = 1, accumulate: int = 1, **changes: int) -> PositionedBatches:
+    source = InMemory(torch.zeros(103, 1, 1, 1, dtype=torch.uint8), torch.zeros(103).long())
+    split = BatchSplit(world_size, 12 // (world_size * accumulate), accumulate)
+    return PositionedBatches(
+        source, split, **{**dict(rank=0, seed=0, start=0, total=20), **changes}
+    )
 
 
 def test_an_epoch_shows_every_image_at_most_once() -> None:

@@ -1,14 +1,16 @@
 """Batches: their order as a function of the global position, and those of a foreign loader."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils.data import Sampler
 
+from consistency.data.source import Source
 from consistency.errors import require
 from consistency.pixels import to_unit
 from consistency.randomness import generator
@@ -31,21 +33,18 @@ class BatchSplit(NamedTuple):
         )
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class PositionedBatches(Sampler[list[int]]):
     """Index lists of the micro-batches number start ... total-1 of one rank, the same in every iteration.
 
-    Every epoch is a fresh permutation of the `size` images, which `order` draws as a function of (seed, epoch); a global
-    batch is a run of `batch_size` entries of it, cut into `accumulate` micro-batches, each cut into `world_size` shares.
-    The rest of an epoch, less than one global batch, is dropped.
+    Every epoch is a fresh permutation of the source, a function of (seed, epoch); a global batch is a run of entries of
+    it, cut into micro-batches, each cut into the shares of the devices. The rest of an epoch, less than one global
+    batch, is dropped.
     """
 
-    size: int
-    order: Callable[[Generator], Int[Tensor, "n"]]
-    batch_size: int
-    accumulate: int
+    source: Source
+    split: BatchSplit
     rank: int
-    world_size: int
     seed: int
     start: int
     total: int
@@ -55,18 +54,18 @@ class PositionedBatches(Sampler[list[int]]):
 
     def epoch(self, number: int) -> Int[Tensor, "n"]:
         """Return the permutation of epoch `number`, 0 the first."""
-        return self.order(generator(self.seed, "order", number))
+        return self.source.order(generator(self.seed, "order", number))
 
     def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self.size // self.batch_size
-        share = self.batch_size // (self.accumulate * self.world_size)
+        devices, share, accumulated = self.split
+        per_epoch = len(self.source) // math.prod(self.split)
         current, order = -1, torch.empty(0, dtype=torch.long)
         for position in range(self.start, self.total):
-            step, micro = divmod(position, self.accumulate)
+            step, micro = divmod(position, accumulated)
             epoch, batch = divmod(step, per_epoch)
             if epoch != current:
                 current, order = epoch, self.epoch(epoch)
-            first = batch * self.batch_size + (micro * self.world_size + self.rank) * share
+            first = ((batch * accumulated + micro) * devices + self.rank) * share
             yield order[first : first + share].tolist()
 
 

@@ -15,8 +15,7 @@ from consistency.data.source import Classes, Images, Split, require_split, requi
 from consistency.errors import UserError
 from consistency.runtime.files import locked
 
-PATIENCE = 30.0
-"""Seconds without an answer after which a download fails."""
+PATIENCE = 30.0  # seconds without an answer after which a download fails
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import InitVar, dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -34,6 +35,7 @@ def _init_worker(parent: int, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class DataModule(L.LightningDataModule):
     """Training batches (uint8 images, class indices) from a source. Pixels are only scaled, never dequantised by noise.
 
@@ -42,50 +44,39 @@ class DataModule(L.LightningDataModule):
     The other arguments are those of `consistency.commands.schema.Data`.
     """
 
-    def __init__(
-        self,
-        *,
-        source: Callable[[], Source],
-        held_out: Callable[[], Source] | None,
-        image_size: int,
-        channels: int,
-        num_classes: int | None,
-        batch_size: int,
-        device_batch_size: int | None,
-        num_workers: int,
-        flip: bool,
-        seed: int,
-        in_memory: bool = False,
-        allow_reorder: bool = False,
-    ) -> None:
+    source: InitVar[Callable[[], Source]]
+    held_out: Callable[[], Source] | None
+    image_size: int
+    channels: int
+    num_classes: int | None
+    batch_size: int
+    device_batch_size: int | None
+    num_workers: int
+    flip: bool
+    seed: int
+    in_memory: bool = False
+    allow_reorder: bool = False
+
+    def __post_init__(self, source: Callable[[], Source]) -> None:
         super().__init__()
-        self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
-        self.batch_size, self.device_batch_size = batch_size, device_batch_size
-        self.num_workers, self.flip, self.seed = num_workers, flip, seed
-        self.held_out, self.allow_reorder = held_out, allow_reorder
         self._saved_accumulation: int | None = None
-        require(batch_size >= 1, "data.batch_size >= 1", batch_size, "give a number of images")
-        require(num_workers >= 0, "data.num_workers >= 0", num_workers, "give 0 or more")
+        size, workers, classes = self.batch_size, self.num_workers, self.num_classes
+        require(size >= 1, "data.batch_size >= 1", size, "give a number of images")
+        require(workers >= 0, "data.num_workers >= 0", workers, "give 0 or more")
         images, expected = source(), "a consistency.data.source.Source at data.source"
         remedy = "derive the class from Source, which needs only __len__ and __getitem__"
         require(isinstance(images, Source), expected, type(images).__name__, remedy)
-        self.train_source = load_into_memory(images) if in_memory else images
-        self._require_fitting_images()
-
-    def _require_fitting_images(self) -> None:
-        size, classes, count = self.image_size, self.num_classes, len(self.train_source)
-        expected = f"at least one batch of data.batch_size={self.batch_size} images"
+        self.train_source = load_into_memory(images) if self.in_memory else images
+        expected = f"at least one batch of data.batch_size={size} images"
         remedy = "lower data.batch_size or add images"
-        require(count >= self.batch_size, expected, f"{count} images", remedy)
-        image, label = self.train_source[0]
-        expected = f"images of {self.channels} channels and {size}x{size} pixels"
-        got = f"a first image of shape {tuple(image.shape)}"
-        remedy = "set data.channels and data.image_size to the images, or prepare the images"
-        require(tuple(image.shape) == (self.channels, size, size), expected, got, remedy)
-        expected = f"class indices below data.num_classes={classes}"
-        remedy = "set data.num_classes to the number of classes, or null without classes"
-        fits = classes is None or 0 <= label < classes
-        require(fits, expected, f"class index {label}", remedy)
+        require(len(images) >= size, expected, f"{len(images)} images", remedy)
+        (image, label), side = self.train_source[0], self.image_size
+        expected = f"images of {self.channels} channels and {side}x{side} pixels"
+        expected += "" if classes is None else f", class indices below data.num_classes={classes}"
+        got = f"a first image of shape {tuple(image.shape)}, class index {label}"
+        remedy = "set data.channels, data.image_size and data.num_classes to the images, or prepare the images"
+        known = classes is None or 0 <= label < classes
+        require(known and image.shape == (self.channels, side, side), expected, got, remedy)
 
     def split(self, world_size: int) -> BatchSplit:
         """Split a batch over devices in equal shares; a device holds the largest divisor of its share that is allowed."""
@@ -112,17 +103,8 @@ class DataModule(L.LightningDataModule):
         self, *, split: BatchSplit, rank: int = 0, start: int = 0, total: int = 0
     ) -> PositionedBatches:
         """Return the index lists of the micro-batches start ... total-1 of one rank."""
-        return PositionedBatches(
-            size=len(self.train_source),
-            order=self.train_source.order,
-            batch_size=self.batch_size,
-            accumulate=split.accumulated,
-            rank=rank,
-            world_size=split.devices,
-            seed=self.seed,
-            start=start,
-            total=total,
-        )
+        source, seed = self.train_source, self.seed
+        return PositionedBatches(source, split, rank=rank, seed=seed, start=start, total=total)
 
     def loader(
         self, batches: PositionedBatches, *, pin_memory: bool = False

@@ -30,15 +30,14 @@ from consistency.randomness import generator
 from consistency.runtime.files import cache_folder, locked, path_of, write_text
 
 INDEX = "index.json"
-UNFINISHED = "unfinished.json"
-"""In a folder of incomplete shards: the settings they are written with."""
-
-PART = "part_"
-"""Begins the names of folders of shards that are being written."""
-
-FORMATS = {"tensor", "int"}
-"""litdata's names of the content of our shards. Others of its formats unpickle."""
-
+UNFINISHED = (
+    "unfinished.json"  # in a folder of incomplete shards: the settings they are written with
+)
+PART = "part_"  # begins the names of folders of shards that are being written
+FORMATS = {
+    "tensor",
+    "int",
+}  # litdata's names of the content of our shards; others of its formats unpickle
 REMOTE = ("s3://", "gs://", "r2://", "azure://", "hf://", "local:")
 WRITE = "write them with prepare to=shards"
 
@@ -57,14 +56,11 @@ def engine() -> ModuleType:
 
 
 class Stream(Source):
-    """Images and class indices from shards that `write_shards` wrote.
+    """Images and class indices from shards that `write_shards` wrote; conf/data/stream.yaml has the arguments.
 
     Every machine downloads the shards that its cache lacks once an epoch, whatever the number of machines.
 
     path: a folder, or a URL that begins with one of `REMOTE`; local:<folder> treats a folder as an object store.
-    mixing: largest distance, in shards, of two neighbours of the random order.
-
-    conf/data/stream.yaml has the other arguments.
     """
 
     def __init__(
@@ -127,9 +123,7 @@ class Stream(Source):
         packed, kinds = config.get("compression"), config.get("data_format")
         names = [str(shard["filename"]) for shard in shards]
         inside = all(Path(name).name == name and name.endswith(".bin") for name in names)
-        expected = (
-            f"uncompressed shards of {sorted(FORMATS)} {at}, each a file *.bin in that folder"
-        )
+        expected = f"uncompressed shards of {sorted(FORMATS)} {at}, each a file *.bin in it"
         got = f"{kinds} in {names[:3]}, compression {packed}"[:200]
         remedy = f"{WRITE}; other kinds can run code or write elsewhere"
         known = set(kinds or [""]) <= FORMATS and not packed
@@ -225,10 +219,9 @@ def write_shards(
 ) -> int:
     """Write all images of a source, which must be picklable, and return their number.
 
-    The order is drawn from `seed`: a stream mixes only neighbouring shards, so a set sorted by class must not stay
-    sorted. Pixels are stored as they are, in shards of at most `shard_bytes`, which do not depend on the number of
-    workers. Complete shards of as many images stay, and an interrupted call with the same settings is continued; other
-    folders are refused. As this starts processes, call it under `if __name__ == "__main__"`.
+    The order is drawn from `seed`, because a stream mixes only neighbouring shards, and a set may be sorted by class.
+    Shards do not depend on the number of workers. Complete ones of as many images stay, and an interrupted call with the
+    same settings is continued; other folders are refused. Call it under `if __name__ == "__main__"`: it starts processes.
     """
     engine()
     count = len(source)

@@ -26,12 +26,8 @@ from consistency.runtime.files import cache_folder, path_of
 from consistency.runtime.ranks import gathered, print_once, rank_and_size
 from consistency.tensors import sent
 
-NEIGHBOURHOOD = 3
-"""k of precision and recall [Kynkäänniemi et al. 2019, arXiv:1904.06991]."""
-
-FEWEST = 10
-"""Smallest number of samples, and of features of a reference: the parts of the inception score."""
-
+NEIGHBOURHOOD = 3  # k of precision and recall [Kynkäänniemi et al. 2019, arXiv:1904.06991]
+FEWEST = 10  # smallest number of samples, and of features of a reference: the parts of the inception score
 QUANTISATION = "uint8, round(127.5 x + 127.5) of x clamped to [-1, 1]"
 
 
