@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import lmdb
 
@@ -23,7 +22,7 @@ class Database(ImageFiles):
     path: str | None
 
     def open(self) -> Index:
-        folder = self.find()
+        folder = required_path(self.path, "the folder of an LMDB")
         self.where, self.files = str(folder), FolderFiles(folder)
         options = {"readonly": True, "lock": False, "readahead": False}
         self.environment = PerProcess(partial(lmdb.open, str(folder), **options))
@@ -36,10 +35,6 @@ class Database(ImageFiles):
             got = f"a damaged or other file ({error})"
         require(bool(names), f"an LMDB of images in {folder}", got, "get the database again")
         return Index(names)
-
-    def find(self) -> Path:
-        """Return the folder of data.mdb."""
-        return required_path(self.path, "the folder of an LMDB")
 
     def read(self, name: str) -> bytes:
         try:
@@ -64,11 +59,12 @@ class LSUN(Database):
     channels: int | None = 3
     crop: Crop = box
 
-    def find(self) -> Path:
+    def open(self) -> Index:
         name = f"{self.category}_{self.split}_lmdb"
         database = required_path(self.path, f"the folder of LSUN's {name}", exists=False) / name
         expected = f"LSUN's own database {name}/{FILE} in the folder data.path={self.path}"
         remedy = f"get {name}.zip with download.py of github.com/fyu/lsun, -c {self.category}"
         remedy += f", unzip it, and give data.path=<the folder of {name}>"
         require((database / FILE).is_file(), expected, "no such file", remedy)
-        return database
+        self.path = str(database)
+        return super().open()
