@@ -9,11 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from consistency.data.batches import BatchSplit, PositionedBatches
 from consistency.data.digits import Digits
 from consistency.data.lsun import LSUN
 from consistency.data.memory import InMemory, load_into_memory
-from consistency.data.module import DataModule
+from consistency.data.module import BatchSplit, DataModule, PositionedBatches
 from consistency.data.source import Source
 from consistency.data.zip_or_folder import Folder
 from consistency.errors import UserError

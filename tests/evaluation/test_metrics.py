@@ -11,8 +11,13 @@ from scipy.linalg import sqrtm
 from conftest import REPORT
 from consistency.data.digits import Digits
 from consistency.errors import UserError
-from consistency.evaluation.classifier import SmallClassifier, train_classifier
-from consistency.evaluation.extractors import Extracted, Extractor, small_classifier
+from consistency.evaluation.extractors import (
+    Extracted,
+    Extractor,
+    SmallClassifier,
+    small_classifier,
+    train_classifier,
+)
 from consistency.evaluation.metrics import FrechetDistance, Measure, measure_against
 from consistency.evaluation.reference import Reference
 

@@ -27,20 +27,17 @@ class HuggingFace(ImageFiles):
     cache: str | None = None
 
     def open(self) -> Index:
-        given = self.name is not None
-        require(given, "the name of a set", "data.path=null", "add data.path=<name>")
+        require(bool(self.name), "the name of a set", "data.path=null", "add data.path=<name>")
         try:
             library = importlib.import_module("datasets")
             options = {"split": self.split, "cache_dir": self.cache}
             table = library.load_dataset(self.name, self.subset, **options)
-        except ImportError as error:
-            expected = "the library `datasets` for a set of the Hugging Face hub (data.path)"
-            remedy = "pip install 'consistency[huggingface]', or in this repository datasets"
-            raise UserError(expected, error, remedy) from error
         except Exception as error:  # of the library, its network and its file systems
             expected = f"the set data.path={self.name} (subset {self.subset}, split {self.split})"
             got = f"{type(error).__name__}: {str(error)[:300]}"
             remedy = "check the name; without a network, fill the library's cache beforehand"
+            if isinstance(error, ImportError):
+                remedy = "pip install 'consistency[huggingface]', or in this repository datasets"
             raise UserError(expected, got, remedy) from error
         self.where = str(self.name)
         self.column = _only(table.features, library.Image, self.images, "images")

@@ -29,9 +29,7 @@ from consistency.runtime.files import fingerprint, written_whole
 from consistency.runtime.ranks import batches, gathered, print_once, rank_and_size
 from consistency.tensors import sent
 
-PIXELS = (
-    10_000  # images whose pixels enter the key of a data set, beside the stamps of all its files
-)
+PIXELS = 10_000
 
 
 @dataclass(frozen=True)

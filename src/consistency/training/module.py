@@ -11,8 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from consistency.data.batches import unpack_batch
-from consistency.data.module import DataModule
+from consistency.data.module import DataModule, unpack_batch
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import ModelCard
@@ -29,7 +28,7 @@ OBJECTIVE = "objective."
 
 
 class ConsistencyModule(L.LightningModule):
-    """Trains `online` with `objective`, on a `DataModule` or on any loader of (images, labels) (`consistency.data.batches`).
+    """Trains `online` with `objective`, on a `DataModule` or on any loader of (images, labels) (`consistency.data.module`).
 
     online: the network under its training preconditioning.
     optimizer: parameters -> optimizer.
