@@ -31,7 +31,6 @@ URL_INCEPTION_V3 = fidelity.URL_INCEPTION_V3
 INCEPTION = "inception"
 CLASSIFIER = "classifier"
 PUBLISHED = {"frechet": "fid", "kernel": "kid", "class_score": "inception_score"}
-FEATURES = 64  # of the small classifier
 DINOV2 = ("dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14")
 
 
@@ -215,8 +214,8 @@ class SmallClassifier(nn.Module):
 
         first, second = convolution(channels, 32), convolution(32, 64)
         third = [nn.MaxPool2d(2), *convolution(64, 64), nn.AdaptiveAvgPool2d(2)]
-        self.trunk = nn.Sequential(*first, *second, *third, nn.Flatten(), nn.Linear(256, FEATURES))
-        self.head = nn.Linear(FEATURES, num_classes)
+        self.trunk = nn.Sequential(*first, *second, *third, nn.Flatten(), nn.Linear(256, 64))
+        self.head = nn.Linear(64, num_classes)
 
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
         return self.trunk(to_unit(images))
