@@ -19,7 +19,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from torchvision.transforms import v2
 
 from consistency.data.digits import Digits
-from consistency.data.download import timeout
+from consistency.data.download import downloading
 from consistency.data.source import Source
 from consistency.errors import UserError, require
 from consistency.pixels import IMAGENET_MEAN, IMAGENET_STD, to_unit
@@ -28,6 +28,7 @@ from consistency.runtime.files import path_of
 from consistency.runtime.ranks import gathered, print_once
 
 URL_INCEPTION_V3 = fidelity.URL_INCEPTION_V3
+BY_HAND = "on a machine with a network download {} and put it there (TORCH_HOME moves the folder)"
 INCEPTION = "inception"
 CLASSIFIER = "classifier"
 PUBLISHED = {"frechet": "fid", "kernel": "kid", "class_score": "inception_score"}
@@ -124,7 +125,8 @@ def inception_weights() -> Path:
     """Return the file of the published weights. Downloads it if it is missing."""
     path = inception_file()
     if not path.is_file():
-        with downloading(f"Inception's weights, the file {path}", URL_INCEPTION_V3):
+        needed = f"Inception's weights, the file {path}"
+        with downloading(needed, BY_HAND.format(URL_INCEPTION_V3)):
             load_state_dict_from_url(URL_INCEPTION_V3, check_hash=True, weights_only=True)
     return path
 
@@ -170,7 +172,7 @@ def torchvision_model(name: str) -> Extractor:
     """Return a classifier of torchvision; its features are the input of its last linear layer."""
     choice: Any = torchvision.models.get_model_weights(name).DEFAULT
     needed = f"the weights of torchvision's {name} in {inception_file().parent}"
-    with downloading(needed, choice.url):
+    with downloading(needed, BY_HAND.format(choice.url)):
         network = torchvision.models.get_model(name, weights=choice)
     linear = [part for part in network.modules() if isinstance(part, nn.Linear)]
     require(bool(linear), "a model with a last linear layer", name, "choose another")
@@ -190,7 +192,8 @@ def dinov2(name: str) -> Extractor:
     FD-DINOv2 of Stein et al. 2023, arXiv:2306.04675, is the Fréchet distance in the features of dinov2_vitl14.
     """
     repository, needed = "facebookresearch/dinov2", f"{name} in torch hub's {torch.hub.get_dir()}"
-    with redirect_stdout(sys.stderr), downloading(needed, f"github.com/{repository}"):
+    by_hand = BY_HAND.format(f"github.com/{repository}")
+    with redirect_stdout(sys.stderr), downloading(needed, by_hand):
         network: Any = torch.hub.load(repository, name, trust_repo=True, verbose=False)
     resize = v2.Resize([224, 224], v2.InterpolationMode.BICUBIC, antialias=True)
     scale = v2.ToDtype(torch.float32, scale=True)
@@ -269,15 +272,3 @@ def digits_classifier() -> tuple[SmallClassifier, int]:
     """Return the classifier of the default data set, trained once a process in seconds, and the side of its images."""
     digits = Digits(split="train")
     return train_classifier(digits, num_classes=len(digits.class_names)), digits.images.shape[-1]
-
-
-@contextmanager
-def downloading(needed: str, source: str) -> Iterator[None]:
-    """Download `needed` from `source` in the body, with a timeout."""
-    try:
-        with timeout():
-            yield
-    except (OSError, RuntimeError, ValueError) as error:
-        got = f"no such file, and the download failed ({str(error)[:200]})"
-        remedy = f"on a machine with a network download {source} and put it there (TORCH_HOME moves the folder)"
-        raise UserError(needed, got, remedy) from error
