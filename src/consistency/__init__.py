@@ -41,34 +41,21 @@ from typing import TYPE_CHECKING
 from consistency.runtime.files import settle_caches
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from omegaconf import DictConfig
 
     from consistency.checkpoints.load import load as load
+    from consistency.commands.python import compose as compose
     from consistency.inference.model import Model as Model
 
 settle_caches()  # before a library that has one is imported
 
 
 def __getattr__(name: str) -> object:
-    """Import torch only with the first use of `load` or `Model`."""
-    homes = {"load": "consistency.checkpoints.load", "Model": "consistency.inference.model"}
+    """Import torch only with the first use of `load`, `compose` or `Model`."""
+    homes = {"load": "checkpoints.load", "compose": "commands.python", "Model": "inference.model"}
     if name not in homes:
         raise AttributeError(f"module 'consistency' has no attribute {name!r}")
-    return getattr(import_module(homes[name]), name)
-
-
-def compose(overrides: Sequence[str] = (), verb: str = "train") -> DictConfig:
-    """Return the checked configuration of src/<verb>.py with these options, written as on its command line.
-
-    config = compose(["mode=ct", "data=digits", "trainer.max_steps=100"])
-    config.optimizer.lr = 1e-3
-    train(config)
-    """
-    from consistency.commands.python import composed
-
-    return composed(overrides, verb)
+    return getattr(import_module(f"consistency.{homes[name]}"), name)
 
 
 def train(config: DictConfig) -> float:

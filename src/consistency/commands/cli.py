@@ -6,7 +6,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -49,11 +49,9 @@ PATIENCE = 300.0
 Main: TypeAlias = Callable[[DictConfig, Path], Any]
 """The function of a command, of configuration and output folder; a sweeper minimises the number that it returns."""
 
-fresh_folders: set[Path] = set()
-"""The folders made for the default of `output`; the same command again gets another one."""
+outputs: dict[str, str] = {}
+"""The output of every command here; for a fresh folder its `output=` with ${dated:}, and "" for one that was named."""
 
-_output: Path | None = None
-_dated: set[str] = set()
 _made: list[Path] = []
 
 
@@ -67,9 +65,8 @@ def run(verb: str, main: Main) -> None:
         try:
             return perform(verb, main, config)
         except Exception as error:
-            hydra_config = HydraConfig.get()
-            if hydra_config.mode == RunMode.MULTIRUN:
-                _print_failure(hydra_config, error)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                _print_failure(HydraConfig.get().job, error)
             raise
 
     trace = os.environ.get("HYDRA_FULL_ERROR") == "1" and INSIDE not in os.environ
@@ -77,11 +74,17 @@ def run(verb: str, main: Main) -> None:
     try:
         schema.register_experiments()
         sys.argv[1:] = for_hydra(sys.argv[1:])
-        _require_one_sweep()
+        launch = this_launch()
+        require(
+            not is_sweep(sys.argv[1:]) or launch.rank is None or launch.processes in (None, 1),
+            "one process that runs a sweep, and starts the processes of each job itself",
+            launch.started,
+            f"leave {launch.launcher} out, or leave -m out and start every job by itself",
+        )
         with masked_output(), signals.stoppable(remove_unused):
             hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=verb)(job)()
     except signals.Interrupted:
-        signals.print_line(_stopped(verb))
+        signals.print_line(f"stopped by Ctrl-C{_way_on(verb)}")
         raise
     except Exception as error:
         known = isinstance(error, ERRORS)
@@ -97,50 +100,40 @@ def run(verb: str, main: Main) -> None:
         sys.exit(getattr(error, "status", 2))
 
 
-def _require_one_sweep() -> None:
-    launch = this_launch()
-    require(
-        not is_sweep(sys.argv[1:]) or launch.rank is None or launch.processes in (None, 1),
-        "one process that runs a sweep, and starts the processes of each job itself",
-        launch.started,
-        f"leave {launch.launcher} out, or leave -m out and start every job by itself",
-    )
+def _way_on(verb: str) -> str:
+    """Return how a command that Ctrl-C has ended goes on, if it can."""
+    output, default = next(reversed(outputs.items()), ("", ""))
+    if verb not in CONTINUED or not output or (default and not Path(output).exists()):
+        return ""
+    how = f"with {shlex.quote(f'output={output}')}" if default else "again"
+    return f"; the same command {how} goes on"
 
 
-def _stopped(verb: str) -> str:
-    """Return the line about a command that Ctrl-C has ended."""
-    fresh = _output in fresh_folders
-    if verb not in CONTINUED or _output is None or (fresh and not _output.exists()):
-        return "stopped by Ctrl-C"
-    how = f"with {shlex.quote(f'output={_output}')}" if fresh else "again"
-    return f"stopped by Ctrl-C; the same command {how} goes on"
-
-
-def _print_failure(hydra_config: Any, error: Exception) -> None:
-    """Print the error of a job at once: a sweeper raises one of several, without its cause."""
+def _print_failure(job: Any, error: Exception) -> None:
+    """Print the error of a sweep's job at once: a sweeper raises one of several, without its cause."""
     known = isinstance(error, ERRORS)
     text = f" {message(error)}" if known else "\n" + "".join(traceback.format_exception(error))
-    job = f"error: job {hydra_config.job.num} of the sweep ({hydra_config.job.override_dirname}):"
-    print(masked_text(f"{job}{text}"), file=sys.stderr, flush=True)
+    line = f"error: job {job.num} of the sweep ({job.override_dirname}):{text}"
+    print(masked_text(line), file=sys.stderr, flush=True)
 
 
 def message(error: BaseException) -> str:
     """Return an error in a few lines: the innermost cause that a person can act on."""
+    cause = error.__cause__
     if isinstance(error, UserError):
         return str(error)
-    cause = error.__cause__
     if isinstance(error, InstantiationException) and cause is not None:
         if isinstance(cause, UserError | InstantiationException):
             return message(cause)
-        line = next((line for line in str(error).splitlines() if "full_key" in line), "")
-        return f"{cause}\n  while building {line.strip() or 'the configuration'}"
+        key = str(error).partition("full_key: ")[2].strip()
+        return f"{cause}\n  while building {key or 'the configuration'}"
     text = f"{error}\n{cause}" if isinstance(cause, OmegaConfBaseException) else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
     # Hydra proposes to add the key with a plus sign; here every key is known, so it is a misspelt one.
-    lines = [line for line in lines if not line.startswith("To append to your config use")]
-    if len(lines) == 1:
-        lines.append("do: see all options and their values by adding `--cfg job` to the command")
-    return "\n  ".join(dict.fromkeys(lines[:8]))
+    plus, lines = "To append to your config use", map(str.strip, text.splitlines())
+    shown = [line for line in lines if line and not line.startswith(plus)]
+    if len(shown) == 1:
+        shown.append("do: see all options and their values by adding `--cfg job` to the command")
+    return "\n  ".join(dict.fromkeys(shown[:8]))
 
 
 def perform(verb: str, main: Main, config: DictConfig) -> Any:
@@ -150,16 +143,21 @@ def perform(verb: str, main: Main, config: DictConfig) -> Any:
     """
     _allow_processes()
     require_complete(config)
+    option = COLLECTIVE.get(verb)
     try:
-        if verb not in COLLECTIVE:
+        if option is None:
             require_alone(verb)
-            return main(config, _settled(config, output_path(config)))
-        option = COLLECTIVE[verb]
-        with rendezvous.joined(*_processes(config.trainer if option else config), option):
+            job: Any = nullcontext()
+        else:
+            job = rendezvous.joined(*_processes(config.trainer if option else config), option)
+        with job:
             rendezvous.current.cleanup = remove_unused
             require_agreement(config)
-            output = rendezvous.decided(lambda: str(output_path(config)))
-            return main(config, _settled(config, Path(output)))
+            output = rendezvous.decided(lambda: output_path(config))
+            config.output, runtime = str(output), HydraConfig.get().runtime
+            with read_write(runtime), open_dict(runtime):
+                runtime.output_dir = config.output
+            return main(config, output)
     finally:
         remove_unused()
 
@@ -206,28 +204,21 @@ def _processes(node: DictConfig) -> tuple[int | None, int, float]:
     if isinstance(devices, str) and "," in devices:
         devices = list(filter(None, devices.split(",")))
     number = len(devices) if isinstance(devices, list | ListConfig) else devices
-    timeout = OmegaConf.select(node, "strategy.timeout") if "strategy" in node else None
+    timeout = OmegaConf.select(node, "strategy.timeout")
     seconds = instantiate(timeout).total_seconds() if timeout else PATIENCE
     return (int(number) if str(number).isdigit() else 0) or None, node.num_nodes, seconds
 
 
-def _settled(config: DictConfig, output: Path) -> Path:
-    global _output
-    config.output, _output = str(output), output
-    whole: Any = HydraConfig.instance().cfg
-    with read_write(whole.hydra.runtime), open_dict(whole.hydra.runtime):
-        whole.hydra.runtime.output_dir = str(output)
-    return output
-
-
 def output_path(config: DictConfig) -> Path:
     """Return the path `output=`; its default is made here as a fresh folder. In a sweep it is the folder of the job."""
-    hydra = HydraConfig.get()
-    cwd, folder = Path(hydra.runtime.cwd), Path(hydra.runtime.output_dir)
-    if hydra.mode == RunMode.MULTIRUN or folder != cwd:
-        return folder
-    path = cwd / path_of(config.output)
-    return _fresh(path) if config.output in _dated else path
+    hydra, default = HydraConfig.get(), ""
+    cwd, path = Path(hydra.runtime.cwd), Path(hydra.runtime.output_dir)
+    if hydra.mode != RunMode.MULTIRUN and path == cwd:
+        path, option = cwd / path_of(config.output), OmegaConf.to_container(config)["output"]
+        if "${dated:" in option and config.output != config.get("resume"):
+            path, default = _fresh(path), option
+    outputs[str(path)] = default
+    return path
 
 
 def dated(folder: str, suffix: str = "", *, _root_: DictConfig) -> str:
@@ -237,27 +228,23 @@ def dated(folder: str, suffix: str = "", *, _root_: DictConfig) -> str:
     """
     paths: dict[Any, str] = OmegaConf.get_cache(_root_)["dated"]
     if (folder, suffix) not in paths:
-        path = f"{folder}/{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
-        if OmegaConf.select(_root_, "hydra.mode") == RunMode.MULTIRUN:
-            path = str(_fresh(Path(path)))
-        else:
-            _dated.add(path)
-        paths[folder, suffix] = path
+        path = Path(f"{folder}/{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}")
+        sweep = OmegaConf.select(_root_, "hydra.mode") == RunMode.MULTIRUN
+        paths[folder, suffix] = str(_fresh(path) if sweep else path)
     return paths[folder, suffix]
 
 
 def _fresh(path: Path) -> Path:
     """Make a folder that no other process has made, with a number behind its name if need be."""
-    above = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+    _made.extend([p for p in path.parents if not p.exists()][::-1])
     path.parent.mkdir(parents=True, exist_ok=True)
     for number in count(1):
         folder = path.with_name(f"{path.name}_{number}") if number > 1 else path
         with suppress(FileExistsError):
             folder.mkdir()
-            _made.extend([*above[::-1], folder])
-            fresh_folders.add(folder)
-            return folder
-    raise AssertionError
+            break
+    _made.append(folder)
+    return folder
 
 
 def remove_unused() -> None:
@@ -268,13 +255,8 @@ def remove_unused() -> None:
 
 
 def run_folder(resume: str | None, fresh: str) -> str:
-    """Return the default folder of a run: the one that it resumes, or a fresh one.
-
-    A missing folder becomes ".", so that Hydra does not create it and the command reports it.
-    """
-    if resume is None or resume == AUTO:
-        return fresh
-    return str(path_of(resume)) if path_of(resume).is_dir() else "."
+    """Return the default folder of a run: the one that it resumes, or a fresh one, also if that is missing."""
+    return fresh if resume in (None, AUTO) or not path_of(resume).is_dir() else resume
 
 
 def require_fresh(
@@ -291,6 +273,5 @@ def require_fresh(
 
 # On import, because the processes of a launcher import nothing else, and Hydra's own `compose` needs them as well.
 schema.register()
-schema.register_samplers()
 OmegaConf.register_new_resolver("dated", dated, replace=True)
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)

@@ -86,8 +86,7 @@ def spelled_out(argument: str) -> list[str]:
         return []
     group, _, value = argument.partition("=")
     choice = "sampler" if group == "samplers" else group.partition("@")[0]
-    folder = ROOT / "conf" / choice
-    options = {file.stem for file in folder.glob("*.yaml")} if group else set()
+    options = {file.stem for file in (ROOT / "conf" / choice).glob("*.yaml")}
     if options and "null" in value.split(","):
         expected = f"{group}= among {', '.join(sorted(options))}"
         require("none" in options, expected, argument, "choose one")

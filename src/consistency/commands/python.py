@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from consistency.commands.cli import ERRORS, Main, fresh_folders, message, perform, require_complete
+from consistency.commands.cli import ERRORS, Main, message, outputs, perform, require_complete
 from consistency.commands.overrides import changes, for_hydra, given_options
 from consistency.commands.schema import register_experiments
 from consistency.errors import UserError, require
@@ -20,14 +20,18 @@ from consistency.runtime.files import ROOT
 RECORD = "_composed"
 """The attribute of a configuration that keeps what Hydra composed; a copy loses it."""
 
-_defaults: dict[str, str] = {}
-"""The default of `output` that each folder was made for."""
 
+def compose(overrides: Sequence[str] = (), verb: str = "train") -> DictConfig:
+    """Return the checked configuration of src/<verb>.py with these options, written as on its command line.
 
-def composed(overrides: Sequence[str], verb: str) -> DictConfig:
-    """Compose and check the configuration of a verb; see `consistency.compose`."""
+    config = compose(["mode=ct", "data=digits", "trainer.max_steps=100"])
+    config.optimizer.lr = 1e-3
+    train(config)
+    """
     record = _compose(overrides, verb)
-    config = _without_hydra(record)
+    config = deepcopy(record)
+    with open_dict(config):
+        del config["hydra"]
     require_complete(config)
     vars(config)[RECORD] = record
     return config
@@ -44,8 +48,6 @@ def _compose(overrides: Sequence[str], verb: str) -> DictConfig:
     try:
         with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             return hydra.compose(verb, for_hydra(options), return_hydra_config=True)
-    except UserError:
-        raise
     except ERRORS as error:
         raise UserError(message(error)) from error
     finally:
@@ -54,36 +56,27 @@ def _compose(overrides: Sequence[str], verb: str) -> DictConfig:
             hydra.version.setbase(str(base))
 
 
-def _without_hydra(config: DictConfig) -> DictConfig:
-    copy = deepcopy(config)
-    with open_dict(copy):
-        del copy["hydra"]
-    return copy
-
-
 def called(main: Main, config: DictConfig, verb: str) -> Any:
     """Run a verb's function with a configuration that was composed, and perhaps changed, in Python.
 
     Changes count as options of the command line: for a run that is resumed, and for further ranks. The default `output`
     becomes a fresh dated folder, which is in `config.output` afterwards.
     """
-    composed_before = vars(config).get(RECORD)
-    record = deepcopy(composed_before) if composed_before is not None else _compose([], verb)
+    composed = vars(config).get(RECORD)
+    record = _compose([], verb) if composed is None else deepcopy(composed)
+    before: Any = OmegaConf.to_container(record)
     plain: Any = OmegaConf.to_container(config)
-    before: Any = OmegaConf.to_container(_without_hydra(record))
-    changed = changes(before, plain)
-    config.output = output = _defaults.get(plain["output"], plain["output"])
+    del before["hydra"]
+    config.output = outputs.get(plain["output"]) or plain["output"]
     with read_write(record), open_dict(record):
         record.hydra.mode = RunMode.RUN
-        record.hydra.overrides.task = [*given_options(record.hydra), *changed]
+        record.hydra.overrides.task = [*given_options(record.hydra), *changes(before, plain)]
         record.hydra.runtime.cwd = record.hydra.runtime.output_dir = str(Path.cwd())
-        if composed_before is None:
+        if composed is None:
             record.hydra.runtime.choices = {}
     outer = HydraConfig.instance().cfg
     try:
         HydraConfig.instance().set_config(record)
         return perform(verb, main, config)
     finally:
-        if Path(config.output) in fresh_folders:
-            _defaults[config.output] = output
         HydraConfig.instance().cfg = outer
