@@ -10,7 +10,7 @@ from contextlib import nullcontext, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -154,9 +154,9 @@ def perform(verb: str, main: Main, config: DictConfig) -> Any:
             rendezvous.current.cleanup = remove_unused
             require_agreement(config)
             output = rendezvous.decided(lambda: output_path(config))
-            config.output, runtime = str(output), HydraConfig.get().runtime
+            runtime: Any = HydraConfig.get().runtime
             with read_write(runtime), open_dict(runtime):
-                runtime.output_dir = config.output
+                config.output = runtime.output_dir = str(output)
             return main(config, output)
     finally:
         remove_unused()
@@ -214,9 +214,9 @@ def output_path(config: DictConfig) -> Path:
     hydra, default = HydraConfig.get(), ""
     cwd, path = Path(hydra.runtime.cwd), Path(hydra.runtime.output_dir)
     if hydra.mode != RunMode.MULTIRUN and path == cwd:
-        path, option = cwd / path_of(config.output), OmegaConf.to_container(config)["output"]
-        if "${dated:" in option and config.output != config.get("resume"):
-            path, default = _fresh(path), option
+        path, unresolved = cwd / path_of(config.output), cast(Any, OmegaConf.to_container(config))
+        if "${dated:" in unresolved["output"] and config.output != config.get("resume"):
+            path, default = _fresh(path), unresolved["output"]
     outputs[str(path)] = default
     return path
 
