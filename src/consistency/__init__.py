@@ -28,7 +28,7 @@ The shell stands in rooms:
     training            build (configuration -> parts) module (the LightningModule) arguments (of Lightning) nonfinite loggers lpips
                         lightning_patches io_errors; callbacks: schedules ema progressive_distillation
                         periodic checkpoints preemption evaluation sample_grids progress
-    commands            cli schema overrides python resume, and one file a verb, which src/<verb>.py starts:
+    commands            cli schema overrides resume, and one file a verb, which src/<verb>.py starts:
                         train.py sample.py evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py
                         benchmark.py
 """
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from consistency.checkpoints.load import load as load
-    from consistency.commands.python import compose as compose
+    from consistency.commands.cli import compose as compose
     from consistency.inference.model import Model as Model
 
 settle_caches()  # before a library that has one is imported
@@ -52,7 +52,7 @@ settle_caches()  # before a library that has one is imported
 
 def __getattr__(name: str) -> object:
     """Import torch only with the first use of `load`, `compose` or `Model`."""
-    homes = {"load": "checkpoints.load", "compose": "commands.python", "Model": "inference.model"}
+    homes = {"load": "checkpoints.load", "compose": "commands.cli", "Model": "inference.model"}
     if name not in homes:
         raise AttributeError(f"module 'consistency' has no attribute {name!r}")
     return getattr(import_module(f"consistency.{homes[name]}"), name)
@@ -65,6 +65,6 @@ def train(config: DictConfig) -> float:
     the run's evaluation; without an evaluation, the mean of the last 100 losses.
     """
     from consistency.commands import train as command
-    from consistency.commands.python import called
+    from consistency.commands.cli import called
 
     return called(command.train, config, "train")

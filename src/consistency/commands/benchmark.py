@@ -22,7 +22,6 @@ from consistency.training import build
 from consistency.training.arguments import require_taken
 
 PARTS = ("data", "train")
-BATCH_ON_CPU = 8
 ENDLESS = 10**12
 
 
@@ -38,17 +37,17 @@ def benchmark(config: DictConfig, output: Path) -> None:
     data = build.build_data(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     speeds = data_speeds(data, device, config.seconds) if config.part == "data" else {}
-    batch = config.train_batch or (BATCH_ON_CPU if device == "cpu" else config.data.batch_size)
+    batch = config.train_batch or (8 if device == "cpu" else config.data.batch_size)
     choices: Any = HydraConfig.get().runtime.choices
     name = f"training mode={choices.mode} model={choices.model}, batches of {batch}"
     speeds[name] = training_speed(config, batch, config.train_steps)
     kind = "random images in memory" if config.images else "images"
     machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     shape = f"{data.channels}x{data.image_size}x{data.image_size}"
-    title = f"data={choices.data}, {len(data.train_source)} {kind} of {shape}, on a {machine}, "
-    title += f"{torch.get_num_threads()} threads"
-    content = {"title": title, "images_per_second": speeds}
-    write_text(output / "benchmark.json", json.dumps(content, indent=2))
+    images, threads = f"{len(data.train_source)} {kind} of {shape}", torch.get_num_threads()
+    title = f"data={choices.data}, {images}, on a {machine}, {threads} threads"
+    content = json.dumps({"title": title, "images_per_second": speeds}, indent=2)
+    write_text(output / "benchmark.json", content)
     print(f"\n{table(title, speeds)}\nWritten: {output / 'benchmark.json'}")
 
 
@@ -130,10 +129,9 @@ def training_speed(config: DictConfig, batch: int, steps: int) -> float:
 def table(title: str, speeds: dict[str, float]) -> str:
     """Return the images a second as text, each compared with the last one, the training."""
     width, training = max(map(len, speeds)) + 2, [*speeds.values()][-1]
-    lines = [title, f"{'':<{width}}{'images/s':>12}{'x training':>12}"]
-    for name, speed in speeds.items():
-        lines.append(f"{name:<{width}}{figure(speed):>12}{figure(speed / training):>12}")
-    return "\n".join(lines)
+    rows = {"": ("images/s", "x training")}
+    rows |= {name: (figure(v), figure(v / training)) for name, v in speeds.items()}
+    return "\n".join([title, *(f"{n:<{width}}{a:>12}{b:>12}" for n, (a, b) in rows.items())])
 
 
 def figure(value: float) -> str:

@@ -1,18 +1,20 @@
-"""The shape of all commands: Hydra in front, one clear error message behind."""
+"""The start of a command, from the command line or in Python: Hydra in front, one clear error message behind."""
 
 import multiprocessing
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from copy import deepcopy
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
@@ -21,18 +23,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from consistency.commands import schema
-from consistency.commands.overrides import changes, for_hydra, is_sweep
+from consistency.commands.overrides import changes, for_hydra, given_options, is_sweep
 from consistency.errors import UserError, require
 from consistency.runtime import rendezvous, signals
 from consistency.runtime.files import ROOT, path_of
 from consistency.runtime.ranks import is_started_here, require_alone, this_launch
 from consistency.runtime.redaction import masked, masked_output, masked_text
 
-INSIDE = "_CONSISTENCY_COMMAND"
-"""A variable that is set inside a command."""
-
-AUTO = "auto"
-"""resume=auto: continue the run at output=, or begin one there."""
+INSIDE = "_CONSISTENCY_COMMAND"  # a variable that is set inside a command
+RECORD = "_composed"  # the attribute of a configuration with what Hydra composed; a copy loses it
+AUTO = "auto"  # resume=auto: continue the run at output=, or begin one there
+PATIENCE = 300.0  # seconds that processes wait at the start, without trainer.strategy.timeout
 
 ERRORS = (UserError, HydraException, OmegaConfBaseException)
 """Errors that a person can act on: printed without a traceback, with exit status 2."""
@@ -42,9 +43,6 @@ COLLECTIVE = {"train": "trainer.", "evaluate": ""}
 
 CONTINUED = ("sample", "search", "prepare")
 """The commands that continue their unfinished output when they are run again."""
-
-PATIENCE = 300.0
-"""Seconds that the processes of a job wait for each other at its start, without trainer.strategy.timeout."""
 
 Main: TypeAlias = Callable[[DictConfig, Path], Any]
 """The function of a command, of configuration and output folder; a sweeper minimises the number that it returns."""
@@ -60,15 +58,6 @@ def run(verb: str, main: Main) -> None:
 
     Errors of the user end in one message and exit status 2; HYDRA_FULL_ERROR=1 restores the traceback.
     """
-
-    def job(config: DictConfig) -> Any:
-        try:
-            return perform(verb, main, config)
-        except Exception as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                _print_failure(HydraConfig.get().job, error)
-            raise
-
     trace = os.environ.get("HYDRA_FULL_ERROR") == "1" and INSIDE not in os.environ
     os.environ.update({"HYDRA_FULL_ERROR": "1", INSIDE: "1"})
     try:
@@ -81,8 +70,9 @@ def run(verb: str, main: Main) -> None:
             launch.started,
             f"leave {launch.launcher} out, or leave -m out and start every job by itself",
         )
+        start = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=verb)
         with masked_output(), signals.stoppable(remove_unused):
-            hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=verb)(job)()
+            start(lambda config: perform(verb, main, config))()
     except signals.Interrupted:
         signals.print_line(f"stopped by Ctrl-C{_way_on(verb)}")
         raise
@@ -141,13 +131,13 @@ def perform(verb: str, main: Main, config: DictConfig) -> Any:
 
     The first process of the job decides the path for all. A folder made for it is removed if it is empty at the end.
     """
-    _allow_processes()
-    require_complete(config)
     option = COLLECTIVE.get(verb)
     try:
+        _allow_processes()
+        require_complete(config)
+        job: Any = nullcontext()
         if option is None:
             require_alone(verb)
-            job: Any = nullcontext()
         else:
             job = rendezvous.joined(*_processes(config.trainer if option else config), option)
         with job:
@@ -158,6 +148,10 @@ def perform(verb: str, main: Main, config: DictConfig) -> Any:
             with read_write(runtime), open_dict(runtime):
                 config.output = runtime.output_dir = str(output)
             return main(config, output)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            _print_failure(HydraConfig.get().job, error)
+        raise
     finally:
         remove_unused()
 
@@ -211,9 +205,9 @@ def _processes(node: DictConfig) -> tuple[int | None, int, float]:
 
 def output_path(config: DictConfig) -> Path:
     """Return the path `output=`; its default is made here as a fresh folder. In a sweep it is the folder of the job."""
-    hydra, default = HydraConfig.get(), ""
-    cwd, path = Path(hydra.runtime.cwd), Path(hydra.runtime.output_dir)
-    if hydra.mode != RunMode.MULTIRUN and path == cwd:
+    run, default = HydraConfig.get(), ""
+    cwd, path = Path(run.runtime.cwd), Path(run.runtime.output_dir)
+    if run.mode != RunMode.MULTIRUN and path == cwd:
         path, unresolved = cwd / path_of(config.output), cast(Any, OmegaConf.to_container(config))
         if "${dated:" in unresolved["output"] and config.output != config.get("resume"):
             path, default = _fresh(path), unresolved["output"]
@@ -269,6 +263,67 @@ def require_fresh(
         "a folder with content" if folder.is_dir() else "a file",
         remedy,
     )
+
+
+def compose(overrides: Sequence[str] = (), verb: str = "train") -> DictConfig:
+    """Return the checked configuration of src/<verb>.py with these options, written as on its command line.
+
+    config = compose(["mode=ct", "data=digits", "trainer.max_steps=100"])
+    config.optimizer.lr = 1e-3
+    train(config)
+    """
+    record = _compose(overrides, verb)
+    config = deepcopy(record)
+    with open_dict(config):
+        del config["hydra"]
+    require_complete(config)
+    vars(config)[RECORD] = record
+    return config
+
+
+def _compose(overrides: Sequence[str], verb: str) -> DictConfig:
+    schema.register_experiments()
+    options = [overrides] if isinstance(overrides, str) else list(overrides)
+    verbs = sorted(file.stem for file in (ROOT / "conf").glob("*.yaml"))
+    require(verb in verbs, f"a verb among {', '.join(verbs)}", verb, "choose one")
+    # Another use of Hydra around this one continues unchanged.
+    outer, base = GlobalHydra.instance().hydra, hydra.version.getbase()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return hydra.compose(verb, for_hydra(options), return_hydra_config=True)
+    except ERRORS as error:
+        raise UserError(message(error)) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
+        if outer is not None:
+            hydra.version.setbase(str(base))
+
+
+def called(main: Main, config: DictConfig, verb: str) -> Any:
+    """Run a verb's function with a configuration that was composed, and perhaps changed, in Python.
+
+    Changes count as options of the command line: for a run that is resumed, and for further ranks. The default `output`
+    becomes a fresh dated folder, which is in `config.output` afterwards.
+    """
+    composed = vars(config).get(RECORD)
+    record = _compose([], verb) if composed is None else deepcopy(composed)
+    before: Any = OmegaConf.to_container(record)
+    plain: Any = OmegaConf.to_container(config)
+    del before["hydra"]
+    config.output = outputs.get(plain["output"]) or plain["output"]
+    with read_write(record), open_dict(record):
+        record.hydra.mode = RunMode.RUN
+        record.hydra.overrides.task = [*given_options(record.hydra), *changes(before, plain)]
+        record.hydra.runtime.cwd = record.hydra.runtime.output_dir = str(Path.cwd())
+        if composed is None:
+            record.hydra.runtime.choices = {}
+    outer = HydraConfig.instance().cfg
+    try:
+        HydraConfig.instance().set_config(record)
+        return perform(verb, main, config)
+    finally:
+        HydraConfig.instance().cfg = outer
 
 
 # On import, because the processes of a launcher import nothing else, and Hydra's own `compose` needs them as well.

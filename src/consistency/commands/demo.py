@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, UInt8
@@ -29,8 +29,8 @@ from consistency.inference import plots
 from consistency.inference.model import Model
 from consistency.runtime.devices import chosen_device
 
-SIDE = 320
-"""Pixels at which a single image is shown."""
+SIDE = 320  # pixels at which a single image is shown
+Shown: TypeAlias = tuple[PILImage.Image, str]  # a picture and a line on its time
 
 SHOWN = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
 """Settings of a picture: without the default button that sends it to a public place."""
@@ -115,9 +115,7 @@ class Actions:
         """Return the index of a class; None for "any"."""
         return None if label == "any" else self.labels.index(label) - 1
 
-    def timed(
-        self, draw: Callable[..., Tensor], seed: float, label: str
-    ) -> tuple[PILImage.Image, str]:
+    def timed(self, draw: Callable[..., Tensor], seed: float, label: str) -> Shown:
         """Return the images as one picture of a visible size, and the time of an image."""
         start = time.perf_counter()
         images = draw(seed=int(seed), labels=self.label_of(label)).reshape(-1, *self.model.shape)
@@ -127,9 +125,7 @@ class Actions:
         large = ImageOps.scale(picture, factor, PILImage.Resampling.NEAREST)
         return large, f"{1000 * each:.1f} ms an image, {len(images)} images"
 
-    def sample(
-        self, count: float, steps: float, seed: float, label: str
-    ) -> tuple[PILImage.Image, str]:
+    def sample(self, count: float, steps: float, seed: float, label: str) -> Shown:
         """Draw samples."""
         return self.timed(partial(self.model.sample, int(count), steps=int(steps)), seed, label)
 
@@ -161,7 +157,7 @@ class Actions:
         outputs: float,
         seed: float,
         label: str,
-    ) -> tuple[PILImage.Image, str]:
+    ) -> Shown:
         """Edit an uploaded image; inpainting draws the painted part anew."""
         image, (_, height, width) = self.read(photo)[None], self.model.shape
         free = mask_of(painted, (height, width))

@@ -107,13 +107,11 @@ def changes(old: dict[str, Any], new: dict[str, Any], above: str = "") -> Iterat
     """Yield the overrides that turn the configuration `old` into `new`, except `output`."""
     for name in dict.fromkeys([*old, *new]):
         key = f"{above}.{name}" if above else name
-        if key == "output" or (name in old and name in new and old[name] == new[name]):
-            continue
-        if name not in new:
-            yield f"~{key}"
-        elif isinstance(old.get(name), dict) and isinstance(new[name], dict):
+        if isinstance(old.get(name), dict) and isinstance(new.get(name), dict):
             yield from changes(old[name], new[name], key)
-        else:
+        elif name not in new:
+            yield f"~{key}"
+        elif key != "output" and (name not in old or old[name] != new[name]):
             yield f"++{key}={_literal(new[name])}"
 
 

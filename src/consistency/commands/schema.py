@@ -104,7 +104,7 @@ def structure(name: str) -> Any:
     entries = [entry for entry in values.pop("defaults", ()) if isinstance(entry, dict)]
     types = {key: _type(key, value) for key, value in values.items() if key != "hydra"}
     groups = [next(iter(entry)).rpartition("@")[2] for entry in entries]
-    types |= {name: GROUPS[name] for name in groups if name in GROUPS and name not in types}
+    types |= {group: GROUPS[group] for group in groups if group in GROUPS and group not in types}
     # A group without content, as logger=none, is an empty dictionary.
     members = [
         (k, t, field(default_factory=dict) if t == NODES else field()) for k, t in types.items()
@@ -161,14 +161,11 @@ def require_bound(config: DictConfig) -> None:
 
 def targets(tree: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every node with a `_target_` and its key."""
-    if isinstance(tree, dict):
-        if isinstance(tree.get("_target_"), str):
-            yield key, tree
-        for name, value in tree.items():
-            yield from targets(value, f"{key}.{name}".strip("."))
-    elif isinstance(tree, list):
-        for number, value in enumerate(tree):
-            yield from targets(value, f"{key}[{number}]")
+    nodes = tree if isinstance(tree, dict) else {}
+    if isinstance(nodes.get("_target_"), str):
+        yield key, nodes
+    for name, value in enumerate(tree) if isinstance(tree, list) else nodes.items():
+        yield from targets(value, f"{key}.{name}".strip("."))
 
 
 def _parameters(key: str, target: str) -> list[inspect.Parameter]:
