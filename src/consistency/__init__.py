@@ -19,18 +19,17 @@ The shell stands in rooms:
                         allowlist (of what a configuration from elsewhere may name)
     inference           card (what a model is) model (what `load` returns) generate (numbered samples) options plots
     checkpoints         load detect contents; ours safetensors openai nvlabs jcm diffusers (folders; diffusers_unet,
-                        diffusers_time_embedding); wrapped (state dicts below any keys), pickle_reader,
-                        pickle_calls, msgpack_reader, pretrained (published files), retention (last, previous, best)
+                        diffusers_time_embedding); wrapped (state dicts below any keys), pickle_reader, pickle_calls,
+                        msgpack_reader, pretrained (published files), retention (last, previous, best)
     data                module (the LightningDataModule) batches (order by position, foreign loaders) source; memory: digits
                         mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; decode crop listing detect
                         download parallel write_zip
     evaluation          metrics extractors reference classifier timing
-    training            build (configuration -> parts) module (the LightningModule) arguments (of Lightning) nonfinite loggers lpips
-                        lightning_patches io_errors; callbacks: schedules ema progressive_distillation
-                        periodic checkpoints preemption evaluation sample_grids progress
-    commands            cli schema overrides resume, and one file a verb, which src/<verb>.py starts:
-                        train.py sample.py evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py
-                        benchmark.py
+    training            build (configuration -> parts) module (the LightningModule) arguments (of Lightning) nonfinite loggers
+                        lpips lightning_patches io_errors; callbacks: schedules ema progressive_distillation periodic
+                        checkpoints preemption evaluation sample_grids progress
+    commands            cli schema overrides resume, and one file a verb, which src/<verb>.py starts: train.py sample.py
+                        evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py benchmark.py
 """
 
 from __future__ import annotations
