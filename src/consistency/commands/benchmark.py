@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,9 @@ def benchmark(config: DictConfig, output: Path) -> None:
     shape = f"{data.channels}x{data.image_size}x{data.image_size}"
     images, threads = f"{len(data.train_source)} {kind} of {shape}", torch.get_num_threads()
     title = f"data={choices.data}, {images}, on a {machine}, {threads} threads"
-    content = json.dumps({"title": title, "images_per_second": speeds}, indent=2)
-    write_text(output / "benchmark.json", content)
-    print(f"\n{table(title, speeds)}\nWritten: {output / 'benchmark.json'}")
+    file, content = output / "benchmark.json", {"title": title, "images_per_second": speeds}
+    write_text(file, json.dumps(content, indent=2))
+    print(f"\n{table(title, speeds)}\nWritten: {file}")
 
 
 def measured(config: DictConfig) -> DictConfig:
@@ -68,25 +69,23 @@ def measured(config: DictConfig) -> DictConfig:
 
 def data_speeds(data: DataModule, device: str, seconds: float) -> dict[str, float]:
     """Measure the source image by image, its loader, and the loader with scaling and flips on the device."""
-    source = data.train_source
     order = data.batches(split=data.split(1), total=ENDLESS)
     draw = torch.Generator(device).manual_seed(0)
+    loader = partial(data.loader, order, pin_memory=device == "cuda")
 
     def one_by_one() -> Iterable[int]:
         for index in chain.from_iterable(order):
-            source[index]
+            data.train_source[index]
             yield 1
 
-    def loaded() -> Iterable[int]:
-        return (len(images) for images, _ in data.loader(order, pin_memory=device == "cuda"))
-
     def scaled() -> Iterable[int]:
-        for images, _ in data.loader(order, pin_memory=device == "cuda"):
+        for images, _ in loader():
             yield len(data.augmented(images.to(device, non_blocking=True), draw))
 
+    loaded = f"loader, batches of {data.batch_size}, {data.num_workers} workers"
     return {
         "source, image by image": rate(one_by_one, seconds),
-        f"loader, batches of {data.batch_size}, {data.num_workers} workers": rate(loaded, seconds),
+        loaded: rate(lambda: (len(images) for images, _ in loader()), seconds),
         "the same, in [-1, 1] on the device": rate(scaled, seconds),
     }
 
