@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from consistency.checkpoints.retention import settle
+from consistency.commands.cli import called
 from consistency.commands.overrides import shell_line
-from consistency.commands.python import called
 from consistency.commands.resume import RunStart, begin, keep_config
 from consistency.errors import require
 from consistency.runtime.files import ROOT
