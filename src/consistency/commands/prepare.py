@@ -14,10 +14,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from consistency.commands.overrides import shell_line
 from consistency.data import shards
-from consistency.data.detect import detect_source
+from consistency.data.cifar10 import CIFAR10
+from consistency.data.huggingface import HuggingFace
+from consistency.data.image_files import ImageFiles
+from consistency.data.listing import has_labels
+from consistency.data.lsun import FILE, Database
+from consistency.data.memory import InMemory
+from consistency.data.mnist import MNIST
+from consistency.data.source import require_existing, require_split
 from consistency.data.write_zip import Chunk, ChunkWriter, join
-from consistency.data.zip_or_folder import Archive
-from consistency.errors import UserError, require
+from consistency.data.zip_or_folder import Archive, Folder
+from consistency.errors import require
+from consistency.runtime.files import path_of
 
 PREPARED = "prepared.json"
 """Beside shards: the facts that a zip has in its comment."""
@@ -43,7 +51,6 @@ def prepare(config: DictConfig, target: Path) -> None:
         shards.require_same_settings(facts.get("identity"), identity, target, "a file or folder")
         print(f"nothing to do: {target} is made from this source with these settings")
     else:
-        parts.mkdir(parents=True, exist_ok=True)
         chunks = list(writer.write_all(files, config.num_workers))
         facts = {"identity": identity, "num_classes": count or None}
         facts |= _summary(chunks, len(source), config.on_bad)
@@ -61,21 +68,52 @@ def _require_options(config: DictConfig, target: Path) -> None:
         (config.channels in (1, 3, None), "channels=1, 3 or null", config.channels),
         (size is None or size > 0, "a resolution of at least 1 pixel, or null", size),
         (workers is None or workers > 0, "num_workers >= 1, or null", workers),
+        (
+            (target.suffix == ".zip") == (config.to == "zip"),
+            f"{shape.get(config.to)} at output=",
+            target,
+        ),
     ):
         require(valid, expected, got, "choose one")
-    remedy = "give output=<folder>/<name>.zip" if config.to == "zip" else "give output=<folder>"
-    fits = (target.suffix == ".zip") == (config.to == "zip")
-    require(fits, f"{shape[config.to]} at output=", target, remedy)
     if config.to == "shards":
         shards.engine()  # fails before the work if the extra is missing
 
 
+def detect_source(
+    source: str, *, split: str, classes: bool, background: str | None = None
+) -> ImageFiles | InMemory:
+    """Open the images at `source`, in any of the known forms, in their own size and number of channels."""
+    if source.startswith("hf:"):
+        name = source.removeprefix("hf:")
+        return HuggingFace(name=name, split=split, classes=classes, background=background)
+    require_split(split)
+    path = path_of(source)
+    require_existing(path, f"images at source={source}")
+    known = path.is_dir() or path.suffix.lower() == ".zip" or zipfile.is_zipfile(path)
+    expected, got = f"a zip of images or a folder at source={source}", f"a file {path.name}"
+    require(known, expected, got, "unpack it, or give the folder it is in")
+    images: ImageFiles | InMemory
+    if path.is_file() or has_labels(path):
+        images = Archive(path=source, classes=classes or None, background=background)
+    elif (path / FILE).is_file():
+        images = Database(path=source, background=background)
+    elif kind := next((kind for kind in (MNIST, CIFAR10) if kind.find(path)), None):
+        images = kind(path=source, split=split)  # type: ignore[arg-type]  # checked above
+    else:
+        images = Folder(path=source, classes=classes, background=background)
+    expected, got = f"classes in source={source}, for classes=true", type(images).__name__
+    fits = bool(images.class_names) or not classes
+    require(fits, expected, f"{got}, a set without", "leave classes=false")
+    return images
+
+
 def _write(chunks: Sequence[Chunk], facts: dict[str, Any], target: Path, parts: Path) -> None:
     """Join the chunks to a zip, at `target` or, for shards there, in `parts`."""
-    to_zip, labelled = target.suffix == ".zip", facts["num_classes"] is not None
-    file, folder = target if to_zip else parts / "joined.zip", parts / "shards"
-    join(chunks, file, labelled=labelled, facts=facts)
+    to_zip, folder = target.suffix == ".zip", parts / "shards"
+    file = target if to_zip else parts / "joined.zip"
+    join(chunks, file, facts)
     if not to_zip:
+        labelled = facts["num_classes"] is not None
         shards.write_shards(Archive(path=str(file), classes=labelled), folder)
         (folder / PREPARED).write_text(json.dumps(facts, sort_keys=True))
         folder.replace(target)
@@ -84,15 +122,14 @@ def _write(chunks: Sequence[Chunk], facts: dict[str, Any], target: Path, parts: 
 def _summary(chunks: Sequence[Chunk], total: int, on_bad: str) -> dict[str, Any]:
     """Return the facts of the images; print those that cannot be used, and refuse them unless they may be skipped."""
     images = [image for chunk in chunks for image in chunk.images]
-    if bad := [line for chunk in chunks for line in chunk.bad]:
+    bad = [line for chunk in chunks for line in chunk.bad]
+    if bad:
         print(f"{len(bad):,} of {total:,} images cannot be used:")
         print(*(f"  {line}" for line in bad), sep="\n")
-        if on_bad == "stop" or not images:
-            raise UserError(
-                f"images that can be used, all {total:,} of them",
-                f"{len(bad):,} that cannot, listed above",
-                "mend or remove them and run the command again, which continues from here, or leave them out with on_bad=skip",
-            )
+    expected = f"images that can be used, all {total:,} of them"
+    remedy = "mend or remove them and run the command again, which continues from here, or leave them out with on_bad=skip"
+    usable = bool(images) and (on_bad == "skip" or not bad)
+    require(usable, expected, f"{len(bad):,} that cannot, listed above", remedy)
     counts = Counter(image.label for image in images).values()
     return {
         "count": len(images),

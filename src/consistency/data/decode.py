@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image as PILImage
-from PIL import ImageColor, features
+from PIL import ImageColor, ImageOps, features
 from torch import Tensor
 
 from consistency.data.source import require_existing
@@ -46,17 +46,8 @@ COLOUR = ("RGB", "P", "PA", "RGBA", "RGBa", "CMYK", "YCbCr")
 PACKED = ("BGR;16", "RGB;16")
 """Raw data of 16 bits a pixel: 5, 6 and 5 bits a channel."""
 
-ORIENTATION = 0x0112
-TURNS = {
-    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
-    3: PILImage.Transpose.ROTATE_180,
-    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
-    5: PILImage.Transpose.TRANSPOSE,
-    6: PILImage.Transpose.ROTATE_270,
-    7: PILImage.Transpose.TRANSVERSE,
-    8: PILImage.Transpose.ROTATE_90,
-}
-"""The transpose that turns an image upright, by its EXIF orientation."""
+LEAST = dict.fromkeys([*range(0xE0, 0xF0), 0xFE], 1 << 17) | {0xE0: 16, 0xE1: 0, 0xEE: 14}
+"""Bytes that JPEG's segments of metadata must have to be read: EXIF any, JFIF and Adobe their full length, others never."""
 
 Colour: TypeAlias = tuple[int, int, int]
 
@@ -129,12 +120,7 @@ def colour_of(background: str | None) -> Colour | None:
 
 def is_image(stream: io.IOBase) -> bool:
     """Return whether a file begins as one of `FORMATS` does, under any name."""
-    head = stream.read(16)
     try:
-        accepts = (PILImage.OPEN[name][1] for name in FORMATS)
-        if not any(accept is not None and accept(head) is True for accept in accepts):
-            return False
-        stream.seek(0)
         with warnings.catch_warnings(action="ignore"), PILImage.open(stream, formats=FORMATS):  # type: ignore[arg-type]
             return True
     except Exception:  # Pillow's decoders raise nearly anything on other files
@@ -182,13 +168,10 @@ def _decode(
     grey = image.mode in GREY
     image.load()
     transparent = image.has_transparency_data
-    turn = None
-    with suppress(Exception):  # unreadable metadata
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    image = image if turn is None else image.transpose(turn)
+    with suppress(Exception):  # unreadable metadata, which is read and changed beside the pixels
+        ImageOps.exif_transpose(image, in_place=True)
     if transparent:
-        image = image.convert("LA") if image.mode == "La" else image
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
             if background is None:
                 remedy = "put it on a colour with data.background=white (background=white when preparing and editing)"
@@ -254,30 +237,26 @@ def _stored_deep(kind: str | None, content: bytes) -> bool:
 def _without_metadata(content: bytes) -> bytes | None:
     """Return a PNG or JPEG with only its pixels and orientation; None for other files."""
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return content[:8] + b"".join(content[a:b] for a, b in _chunks(content))
+        return content[:8] + b"".join(_chunks(content))
     if not content.startswith(b"\xff\xd8\xff"):
         return None
-    rest, end = content[:2], 2
-    least = {0xE0: 16, 0xE1: 0, 0xEE: 14}  # EXIF stays, and JFIF and Adobe of their full length
+    parts, end = [content[:2]], 2
     for marker, start, end in _segments(content):
-        if not (
-            marker == 0xFE or (0xE0 <= marker <= 0xEF and end - start < least.get(marker, 1 << 17))
-        ):
-            rest += content[start:end]
-    return rest + content[end:]
+        if end - start >= LEAST.get(marker, 0):
+            parts.append(content[start:end])
+    return b"".join([*parts, content[end:]])
 
 
-def _chunks(png: bytes) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of the chunks of a PNG that hold its pixels or orientation."""
+def _chunks(png: bytes) -> Iterator[bytes]:
+    """Yield the chunks of a PNG that hold its pixels, or its orientation with the right checksum."""
     at = 8
     while at + 8 <= len(png):
         kind, end = png[at + 4 : at + 8], at + 12 + int.from_bytes(png[at : at + 4])
         xmp = png.startswith(b"XML:com.adobe.xmp\0\0", at + 8) and end - at < 1 << 20
-        if kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT"):
-            yield at, end
-        elif kind == b"eXIf" or xmp:
-            if zlib.crc32(png[at + 4 : end - 4]) == int.from_bytes(png[end - 4 : end]):
-                yield at, end
+        whole = zlib.crc32(png[at + 4 : end - 4]) == int.from_bytes(png[end - 4 : end])
+        pixels = kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT")
+        if pixels or (whole and (kind == b"eXIf" or xmp)):
+            yield png[at:end]
         at = end
 
 

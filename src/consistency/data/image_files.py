@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -26,6 +27,12 @@ class Index(NamedTuple):
     names: Sequence[str]
     labels: Sequence[int] | None = None
     class_names: Sequence[str] = ()
+
+
+def file_stamp(file: Path) -> bytes:
+    """Return size and time of a file."""
+    status = file.stat()
+    return f"{status.st_size} {status.st_mtime_ns}".encode()
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -94,23 +101,21 @@ class ImageFiles(Source):
             rank_zero_only(print)(f"data.num_classes={num_classes}, but {has}")
 
     def _leave_out_bad(self) -> None:
-        reasons: dict[int, str] = {}
-
-        def attempt(index: int) -> None:
+        def objection(index: int) -> str:
             try:
                 self[index]
             except ImageError as error:
-                reasons[index] = f"  {error.name}: {error.got}"
+                return f"  {error.name}: {error.got}"
+            return ""
 
-        total = len(self)
-        in_threads(attempt, total, "trying every image (data.on_bad=skip)")
-        usable = [i for i in range(total) if i not in reasons]
+        reasons = in_threads(objection, len(self), "trying every image (data.on_bad=skip)")
+        usable = [index for index, reason in enumerate(reasons) if not reason]
         require(bool(usable), f"an image that can be read in {self.where}", "none", "check them")
-        lines = [reasons[i] for i in sorted(reasons)][:MOST_LISTED]
-        if more := len(reasons) - len(lines):
-            lines.append(f"  ... and {more:,} more")
-        left_out = f"{len(reasons):,} of {total:,} images cannot be used and are left out"
+        lines = list(filter(None, reasons))
+        self.left_out = len(lines)
+        if more := len(lines[MOST_LISTED:]):
+            lines[MOST_LISTED:] = [f"  ... and {more:,} more"]
+        left_out = f"{self.left_out:,} of {len(self):,} images cannot be used and are left out"
         rank_zero_only(print)(left_out, *lines, sep="\n")
-        self.left_out = len(reasons)
         self.names = [self.names[i] for i in usable]
         self.labels = self.labels[usable]

@@ -7,10 +7,9 @@ from pathlib import Path
 import lmdb
 
 from consistency.data.crop import Crop, box
-from consistency.data.image_files import ImageFiles, Index
+from consistency.data.image_files import ImageFiles, Index, file_stamp
 from consistency.data.parallel import PerProcess
 from consistency.data.source import required_path
-from consistency.data.zip_or_folder import FolderFiles
 from consistency.errors import UserError, require
 
 FILE = "data.mdb"
@@ -24,7 +23,7 @@ class Database(ImageFiles):
 
     def open(self) -> Index:
         folder = self.find()
-        self.where, self.files = str(folder), FolderFiles(folder)
+        self.where = str(folder)
         self.environment = PerProcess(partial(_open_database, folder))
         with self.environment().begin() as read:
             # latin-1 maps every byte to a character and back
@@ -44,7 +43,7 @@ class Database(ImageFiles):
             raise OSError(f"damaged entry, {error}") from error
 
     def stamp(self, index: int) -> bytes:
-        return self.files.stamp(FILE)
+        return file_stamp(Path(self.where, FILE))
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -6,7 +6,6 @@ written again. The same images and settings give the same bytes, for any number 
 """
 
 import hashlib
-import io
 import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from hydra.utils import instantiate
+from PIL import ImageStat
 
 from consistency.data.crop import Crop
 from consistency.data.decode import MODES, ImageError, to_picture
@@ -27,14 +26,9 @@ from consistency.data.parallel import write_missing
 from consistency.errors import require
 from consistency.runtime.files import written_whole
 
-CHUNK = 500
-"""Images in a chunk: as many as each process may lose when it is stopped."""
-
-FACTS = "facts.json"
-"""The entry of a chunk that describes its images."""
-
-EARLIEST = (1980, 1, 1, 0, 0, 0)
-"""The time of every entry, so that the same images give the same bytes."""
+CHUNK = 500  # images in a chunk: as many as each process may lose when it is stopped
+FACTS = "facts.json"  # the entry of a chunk that describes its images
+EARLIEST = (1980, 1, 1, 0, 0, 0)  # of every entry, so that the same images give the same bytes
 
 
 @dataclass(frozen=True)
@@ -115,12 +109,9 @@ class ChunkWriter:
                     image = image.convert(MODES[self.channels])
                 if self.resolution is not None:
                     image = crop(image, self.resolution)
-                png = io.BytesIO()
-                image.save(png, format="PNG", compress_level=0, optimize=False)
-                archive.writestr(_entry(str(index)), png.getvalue())
-                rows = np.asarray(image).reshape(image.height * image.width, -1)
-                means = rows.mean(axis=0, dtype=np.float64).tolist()
-                name = self.source.name_of(index)
+                with archive.open(_entry(str(index)), "w") as entry:
+                    image.save(entry, format="PNG", compress_level=0, optimize=False)
+                name, means = self.source.name_of(index), ImageStat.Stat(image).mean
                 images.append(ImageFacts(index, name, label, image.height, image.width, means))
             facts = {"images": [asdict(image) for image in images], "bad": bad}
             archive.writestr(_entry(FACTS), json.dumps(facts))
@@ -146,7 +137,7 @@ def _entry(name: str) -> zipfile.ZipInfo:
     return head
 
 
-def join(chunks: Sequence[Chunk], file: Path, *, labelled: bool, facts: dict[str, Any]) -> None:
+def join(chunks: Sequence[Chunk], file: Path, facts: dict[str, Any]) -> None:
     """Write the zip: 00000/img00000000.png ... in order, dataset.json, and the facts as the archive's comment."""
     table: list[list[Any]] = []
     with written_whole(file) as whole, zipfile.ZipFile(whole, "w") as archive:
@@ -157,6 +148,6 @@ def join(chunks: Sequence[Chunk], file: Path, *, labelled: bool, facts: dict[str
                     name = f"{number[:5]}/img{number}.png"
                     archive.writestr(_entry(name), part.read(str(image.index)))
                     table.append([name, image.label])
-        labels = {"labels": table if labelled else None}
-        archive.writestr(_entry(LABELS), json.dumps(labels))
+        labels = table if facts["num_classes"] is not None else None
+        archive.writestr(_entry(LABELS), json.dumps({"labels": labels}))
         archive.comment = json.dumps(facts, sort_keys=True).encode()
