@@ -40,8 +40,9 @@ def prepare(config: DictConfig, target: Path) -> None:
     kind, count = type(source).__name__, len(source.class_names)
     classes = f"{count} classes" if count else "no classes"
     print(f"source      {config.source} ({kind}): {len(source):,} images, {classes}")
-    crop = OmegaConf.to_container(config.crop, resolve=True)
-    writer = ChunkWriter(source, config.resolution, config.channels, crop, config.background)
+    names = ["resolution", "channels", "crop", *(["background"] if config.background else [])]
+    settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, names), resolve=True)
+    writer = ChunkWriter(source, settings)
     parts = target.with_name(f".{target.name}.parts")
     files = writer.files(parts)
     digests = "".join(file.stem.partition("_")[2] for file in files)
@@ -54,7 +55,12 @@ def prepare(config: DictConfig, target: Path) -> None:
         chunks = list(writer.write_all(files, config.num_workers))
         facts = {"identity": identity, "num_classes": count or None}
         facts |= _summary(chunks, len(source), config.on_bad)
-        _write(chunks, facts, target, parts)
+        file, folder = target if config.to == "zip" else parts / "joined.zip", parts / "shards"
+        join(chunks, file, facts)
+        if config.to == "shards":
+            shards.write_shards(Archive(path=str(file), classes=count > 0), folder)
+            (folder / PREPARED).write_text(json.dumps(facts, sort_keys=True))
+            folder.replace(target)
     shutil.rmtree(parts, ignore_errors=True)
     _print_result(target, facts)
 
@@ -105,18 +111,6 @@ def detect_source(
     fits = bool(images.class_names) or not classes
     require(fits, expected, f"{got}, a set without", "leave classes=false")
     return images
-
-
-def _write(chunks: Sequence[Chunk], facts: dict[str, Any], target: Path, parts: Path) -> None:
-    """Join the chunks to a zip, at `target` or, for shards there, in `parts`."""
-    to_zip, folder = target.suffix == ".zip", parts / "shards"
-    file = target if to_zip else parts / "joined.zip"
-    join(chunks, file, facts)
-    if not to_zip:
-        labelled = facts["num_classes"] is not None
-        shards.write_shards(Archive(path=str(file), classes=labelled), folder)
-        (folder / PREPARED).write_text(json.dumps(facts, sort_keys=True))
-        folder.replace(target)
 
 
 def _summary(chunks: Sequence[Chunk], total: int, on_bad: str) -> dict[str, Any]:

@@ -8,23 +8,22 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import IO, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image as PILImage
 from PIL import ImageColor, ImageOps, features
+from PIL.Image import Image
 from torch import Tensor
 
 from consistency.data.source import require_existing
 from consistency.errors import UserError, require
 
 Mode: TypeAlias = Literal["L", "RGB"]
-"""Grey or colour, 8 bits a channel."""
-
 MODES: dict[int, Mode] = {1: "L", 3: "RGB"}
-"""By number of channels."""
+"""Grey or colour of 8 bits a channel, by number of channels."""
 
 MOST_PIXELS = 64 << 20
 MOST_BYTES = 64 << 20
@@ -43,8 +42,7 @@ UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, KeyError, zlib.error,
 
 GREY = ("1", "L", "LA", "La")
 COLOUR = ("RGB", "P", "PA", "RGBA", "RGBa", "CMYK", "YCbCr")
-PACKED = ("BGR;16", "RGB;16")
-"""Raw data of 16 bits a pixel: 5, 6 and 5 bits a channel."""
+PACKED = ("BGR;16", "RGB;16")  # raw data of 16 bits a pixel: 5, 6 and 5 bits a channel
 
 LEAST = dict.fromkeys([*range(0xE0, 0xF0), 0xFE], 1 << 17) | {0xE0: 16, 0xE1: 0, 0xEE: 14}
 """Bytes that JPEG's segments of metadata must have to be read: EXIF any, JFIF and Adobe their full length, others never."""
@@ -77,7 +75,7 @@ def require_size(size: int, most: int = MOST_BYTES) -> None:
         raise ValueError(f"{size:,} bytes, more than {most:,}")
 
 
-def read_picture(file: Path, mode: Mode, background: Colour | None = None) -> PILImage.Image:
+def read_picture(file: Path, mode: Mode, background: Colour | None = None) -> Image:
     """Return the image in a file as `mode`, by the rules of `decode`."""
     require_existing(file, f"an image file at {file}")
     return read_image(partial(read_bounded, file), str(file), mode, background)
@@ -85,7 +83,7 @@ def read_picture(file: Path, mode: Mode, background: Colour | None = None) -> PI
 
 def read_image(
     read: Callable[[], bytes], name: str, mode: Mode | None, background: Colour | None
-) -> PILImage.Image:
+) -> Image:
     """Return the image whose bytes `read` returns, by the rules of `decode`."""
     try:
         content = read()
@@ -94,12 +92,12 @@ def read_image(
     return decode(content, name, mode, background)
 
 
-def to_tensor(image: PILImage.Image) -> UInt8[Tensor, "c h w"]:
+def to_tensor(image: Image) -> UInt8[Tensor, "c h w"]:
     """Return the grey values of a grey or RGB image."""
     return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1).contiguous()
 
 
-def to_picture(pixels: UInt8[Tensor, "c h w"]) -> PILImage.Image:
+def to_picture(pixels: UInt8[Tensor, "c h w"]) -> Image:
     """Invert `to_tensor`."""
     rows = pixels.permute(1, 2, 0).numpy()
     return PILImage.fromarray(rows[..., 0] if len(pixels) == 1 else rows)
@@ -118,18 +116,16 @@ def colour_of(background: str | None) -> Colour | None:
     return cast(Colour, colour)
 
 
-def is_image(stream: io.IOBase) -> bool:
+def is_image(stream: IO[bytes]) -> bool:
     """Return whether a file begins as one of `FORMATS` does, under any name."""
     try:
-        with warnings.catch_warnings(action="ignore"), PILImage.open(stream, formats=FORMATS):  # type: ignore[arg-type]
+        with warnings.catch_warnings(action="ignore"), PILImage.open(stream, formats=FORMATS):
             return True
     except Exception:  # Pillow's decoders raise nearly anything on other files
         return False
 
 
-def decode(
-    content: bytes, name: str, mode: Mode | None, background: Colour | None = None
-) -> PILImage.Image:
+def decode(content: bytes, name: str, mode: Mode | None, background: Colour | None = None) -> Image:
     """Return the image in a file's bytes, upright, as `mode`; None keeps grey grey and colour colour.
 
     Raise `ImageError` for an image that cannot be used. Images other than plain 8-bit grey or RGB:
@@ -156,10 +152,8 @@ def decode(
     raise bad_image(name, reason)
 
 
-def _decode(
-    content: bytes, name: str, mode: Mode | None, background: Colour | None
-) -> PILImage.Image:
-    image: PILImage.Image = PILImage.open(io.BytesIO(content), formats=FORMATS)
+def _decode(content: bytes, name: str, mode: Mode | None, background: Colour | None) -> Image:
+    image: Image = PILImage.open(io.BytesIO(content), formats=FORMATS)
     if image.format == "PNG":
         image.verify()
         image = PILImage.open(io.BytesIO(content), formats=FORMATS)
@@ -198,7 +192,7 @@ def _reason(error: Exception, content: bytes) -> str:
     return f"a damaged file ({text})"
 
 
-def _objection(image: PILImage.Image, content: bytes) -> str:
+def _objection(image: Image, content: bytes) -> str:
     """Return why an image is refused before it is decoded, or nothing."""
     if image.width * image.height > MOST_PIXELS:
         return f"{image.width}x{image.height} pixels, more than {MOST_PIXELS:,}"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -16,9 +16,7 @@ from consistency.data.parallel import in_threads
 from consistency.data.source import Image, Source
 from consistency.errors import require
 
-OnBad: TypeAlias = Literal["stop", "skip"]
-MOST_LISTED = 20
-"""Unusable images that are named; the rest is counted."""
+MOST_LISTED = 20  # unusable images that are named; the rest is counted
 
 
 class Index(NamedTuple):
@@ -50,7 +48,7 @@ class ImageFiles(Source):
     channels: int | None = None
     crop: Crop = halving
     num_classes: int | None = None
-    on_bad: OnBad = "stop"
+    on_bad: Literal["stop", "skip"] = "stop"
     background: str | None = None
 
     def __post_init__(self) -> None:

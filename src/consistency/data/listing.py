@@ -2,7 +2,6 @@
 
 import heapq
 import os
-import posixpath
 import stat
 import zipfile
 from abc import ABC, abstractmethod
@@ -10,22 +9,19 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
-from io import FileIO, IOBase
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO
 
 import torch
-from jaxtyping import UInt8
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
 
 from consistency.data import decode
 from consistency.data.crop import fit
 from consistency.data.decode import EXTENSIONS, MOST_BYTES
 from consistency.data.image_files import Index, file_stamp
 from consistency.data.parallel import PerProcess
-from consistency.data.source import require_existing
+from consistency.data.source import Images, require_existing
 from consistency.errors import UserError, require
 from consistency.runtime.files import path_of
 
@@ -54,9 +50,6 @@ MOST_SHOWN = 6
 FOLDER, LINKED_FOLDER, LINKED_FILE = range(3)
 """The turns of a walk: of two ways to a file the one without links counts."""
 
-Children: TypeAlias = Callable[[str], tuple[list[str], bool]]
-"""Names of the folders in a folder, and whether images lie beside them."""
-
 
 def hidden(name: str) -> bool:
     """Return whether a file or folder of this name belongs to a system or a program."""
@@ -78,13 +71,7 @@ class Listing(ABC):
         self.repeated: list[str] = []  # links to what is listed already
 
     @abstractmethod
-    def open(self, name: str) -> IOBase: ...
-
-    @abstractmethod
-    def read(self, name: str, most: int = MOST_BYTES) -> bytes: ...
-
-    @abstractmethod
-    def stamp(self, name: str) -> bytes: ...
+    def open(self, name: str) -> IO[bytes]: ...
 
     def add(self, name: str) -> None:
         """Add a file, an image by its suffix or by how its content begins."""
@@ -101,15 +88,15 @@ class Listing(ABC):
         types = [_suffix(name) for name in self.others]
         unread = ", ".join(sorted(PICTURES.intersection(types)))
         note = f" ({unread} are pictures that cannot be read: save them as PNG)" if unread else ""
-        own = map(os.path.basename, self.hidden)
+        own = [os.path.basename(name) for name in self.hidden]
         kinds = ["._*" if name.startswith("._") else name for name in own]
         parts = [
-            f"{len(names):,} {what}: {shown}"
-            for names, what, shown in (
+            f"{len(names):,} {what}: {counts or ', '.join(sorted(names)[:MOST_SHOWN])}"
+            for names, what, counts in (
                 (self.others, "files of other types", _counts(types) + note),
                 (self.hidden, "hidden files and folders", _counts(kinds)),
-                (self.broken, "links or folders that cannot be followed", _first(self.broken)),
-                (self.repeated, "links to files listed already", _first(self.repeated)),
+                (self.broken, "links or folders that cannot be followed", ""),
+                (self.repeated, "links to files listed already", ""),
             )
             if names
         ]
@@ -196,8 +183,8 @@ class FolderFiles(Listing):
             elif entry.is_symlink():
                 self.broken.append(name)
 
-    def open(self, name: str) -> IOBase:
-        return FileIO(self.path / name)
+    def open(self, name: str) -> IO[bytes]:
+        return (self.path / name).open("rb", buffering=0)
 
     def read(self, name: str, most: int = MOST_BYTES) -> bytes:
         return decode.read_bounded(self.path / name, most)
@@ -211,11 +198,17 @@ class ZipFiles(Listing):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.zip = PerProcess(partial(_open_zip, path))
+        self.zip = PerProcess(partial(zipfile.ZipFile, path))
         self.entries: dict[str, str] = {}  # names that the zip itself gives
-        for entry in self.zip().infolist():
+        try:
+            entries = self.zip().infolist()
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+            got = f"a damaged, incomplete or other file ({error})"
+            remedy = "copy or download it again, or make it anew with prepare.py"
+            raise UserError(f"a zip file at {path}", got, remedy) from error
+        for entry in entries:
             parts = slashed(entry.filename).split("/")
-            *folders, name = accumulate(parts, posixpath.join)
+            *folders, name = accumulate(parts, os.path.join)
             is_folder = entry.filename.endswith(("/", "\\")) or not name
             if unseen := [p for p, own in zip([*folders, name], parts, strict=True) if hidden(own)]:
                 self.hidden += [] if is_folder else unseen[:1]
@@ -236,41 +229,32 @@ class ZipFiles(Listing):
         folders = [os.path.basename(n) for n in self.folders if n and os.path.dirname(n) == level]
         return folders, any(os.path.dirname(name) == level for name in self.names)
 
-    def _entry(self, name: str, most: int = MOST_BYTES) -> zipfile.ZipInfo:
+    def open(self, name: str, most: int = MOST_BYTES) -> IO[bytes]:
         entry = self.zip().getinfo(self.entries[name])
         decode.require_size(entry.file_size, most)
-        return entry
-
-    def open(self, name: str) -> IOBase:
-        return self.zip().open(self._entry(name))  # type: ignore[return-value]
+        return self.zip().open(entry)
 
     def read(self, name: str, most: int = MOST_BYTES) -> bytes:
-        return self.zip().read(self._entry(name, most))
+        with self.open(name, most) as stream:
+            return stream.read()
 
     def stamp(self, name: str) -> bytes:
         entry = self.zip().getinfo(self.entries[name])
         return f"{entry.CRC} {entry.file_size}".encode()
 
 
-def _open_zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        got = f"a damaged, incomplete or other file ({error})"
-        remedy = "copy or download it again, or make it anew with prepare.py"
-        raise UserError(f"a zip file at {path}", got, remedy) from error
-
-
 def children(folder: Path) -> tuple[list[str], bool]:
     """Return the names of the folders in a folder that are not hidden, and whether images lie beside them."""
-    entries = [entry for entry in os.scandir(folder) if not hidden(entry.name)]
-    folders = [entry.name for entry in entries if entry.is_dir()]
-    suffixes = {os.path.splitext(entry.name)[1].lower() for entry in entries if not entry.is_dir()}
-    return folders, not suffixes.isdisjoint(EXTENSIONS)
+    _, folders, files = next(os.walk(folder), ("", [], []))
+    suffixes = {os.path.splitext(name)[1].lower() for name in files if not hidden(name)}
+    return [name for name in folders if not hidden(name)], not suffixes.isdisjoint(EXTENSIONS)
 
 
-def single_folders(children: Children) -> Iterator[tuple[str, bool]]:
-    """Yield the top, the only folder in it, the only one in that and so on, and whether each has folders alone."""
+def _chain(children: Callable[[str], tuple[list[str], bool]]) -> Iterator[tuple[str, bool]]:
+    """Yield the top, the only folder in it, the only one in that and so on, and whether each has folders alone.
+
+    children: returns the names of the folders in a folder, and whether images lie beside them.
+    """
     name, folders, images = "", [""], False
     while not images and len(folders) == 1:
         name = f"{name}/{folders[0]}".lstrip("/")
@@ -280,13 +264,13 @@ def single_folders(children: Children) -> Iterator[tuple[str, bool]]:
 
 def has_labels(folder: Path) -> bool:
     """Return whether a file of labels lies in a folder, or in the only folder in it, and so on."""
-    above = single_folders(lambda name: children(folder / name))
-    return any((folder / name / LABELS).is_file() for name, _ in above)
+    chain = _chain(lambda name: children(folder / name))
+    return any((folder / name / LABELS).is_file() for name, _ in chain)
 
 
-def class_level(children: Children) -> str:
+def class_level(children: Callable[[str], tuple[list[str], bool]]) -> str:
     """Return the folder whose folders are the classes: the top, or below single folders of folders the last of these."""
-    return [name for name, of_folders in single_folders(children) if of_folders or not name][-1]
+    return [name for name, of_folders in _chain(children) if of_folders or not name][-1]
 
 
 def slashed(name: str) -> str:
@@ -296,10 +280,6 @@ def slashed(name: str) -> str:
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "without a suffix"
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(sorted(names)[:MOST_SHOWN])
 
 
 def _counts(kinds: Iterable[str]) -> str:
@@ -317,13 +297,9 @@ def files_at(path: str) -> list[Path]:
     return [file / name for name in FolderFiles(file).index().names] if file.is_dir() else [file]
 
 
-def read_images(
-    path: str, channels: int, size: int, background: str | None = None
-) -> UInt8[Tensor, "n c h w"]:
+def read_images(path: str, channels: int, size: int, background: str | None = None) -> Images:
     """Read the image or all images at a path, for a model of images of so many channels and pixels."""
-    require(
-        channels in decode.MODES, "a model of images of 1 or 3 channels", channels, "choose another"
-    )
+    require(channels in decode.MODES, "a model of 1 or 3 channels", channels, "choose another")
     mode, colour = decode.MODES[channels], decode.colour_of(background)
     pictures = (decode.read_picture(file, mode, colour) for file in files_at(path))
     return torch.stack([decode.to_tensor(fit(picture, size)) for picture in pictures])

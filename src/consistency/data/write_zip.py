@@ -65,16 +65,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkWriter:
-    """Images of a source, written as chunks with this resolution and these channels (None: the images' own).
-
-    crop: a configuration.
-    """
+    """Images of a source, written as chunks. settings: those of conf/prepare.yaml that change the images."""
 
     source: ImageFiles | InMemory
-    resolution: int | None
-    channels: int | None
-    crop: Any
-    background: str | None = None
+    settings: dict[str, Any]
 
     def files(self, folder: Path) -> dict[Path, range]:
         """Return the file of every chunk, named by its number and digest, with the numbers of its images."""
@@ -84,9 +78,7 @@ class ChunkWriter:
 
     def digest(self, span: range) -> str:
         """Return a digest of the settings and of each image's name, class and stamp."""
-        settings = {n: getattr(self, n) for n in ("resolution", "channels", "crop")}
-        settings |= {"background": self.background} if self.background else {}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
         for index in span:
             stamp, label = self.source.stamp(index), int(self.source.labels[index])
             head = f"{index} {self.source.name_of(index)} {label} {len(stamp)} "
@@ -95,7 +87,8 @@ class ChunkWriter:
 
     def write(self, span: range, file: Path) -> None:
         """Write one chunk, as PNG without compression, and its facts."""
-        crop: Crop = instantiate(self.crop)
+        channels, resolution = self.settings["channels"], self.settings["resolution"]
+        crop: Crop = instantiate(self.settings["crop"])
         images, bad = [], []
         with written_whole(file) as whole, zipfile.ZipFile(whole, "w") as archive:
             for index in span:
@@ -105,10 +98,10 @@ class ChunkWriter:
                     bad.append(f"{error.name}: {error.got}")
                     continue
                 image = to_picture(pixels)
-                if self.channels is not None:
-                    image = image.convert(MODES[self.channels])
-                if self.resolution is not None:
-                    image = crop(image, self.resolution)
+                if channels is not None:
+                    image = image.convert(MODES[channels])
+                if resolution is not None:
+                    image = crop(image, resolution)
                 with archive.open(_entry(str(index)), "w") as entry:
                     image.save(entry, format="PNG", compress_level=0, optimize=False)
                 name, means = self.source.name_of(index), ImageStat.Stat(image).mean

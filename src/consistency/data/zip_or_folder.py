@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from consistency.data.decode import UNREADABLE
 from consistency.data.image_files import ImageFiles, Index
-from consistency.data.listing import LABELS, FolderFiles, Listing, ZipFiles, slashed
+from consistency.data.listing import LABELS, FolderFiles, ZipFiles, slashed
 from consistency.data.source import required_path
 from consistency.errors import UserError, require
 
@@ -31,7 +31,7 @@ class Folder(ImageFiles):
         expected = f"a folder of images at data.path={path}"
         require(path.is_dir(), expected, "a file", "try data=zip")
         self.where = str(path)
-        self.files: Listing = FolderFiles(path, classes=self.classes)
+        self.files: FolderFiles | ZipFiles = FolderFiles(path, classes=self.classes)
         self.files.others += self.files.tables  # which data=zip reads
         return self.files.index(classes=self.classes)
 
@@ -99,10 +99,9 @@ class Archive(Folder):
         got = "" if len(table) == len(rows) else "two labels for one image"
         for name, label in table.items():
             if type(label) is not int or not 0 <= label < 2**31:
-                kind = (
-                    f"a vector of {len(label)} numbers," if isinstance(label, list) else "the label"
-                )
-                got = f"{kind} {str(label)[:40]}, for {name}"
+                is_list = isinstance(label, list)
+                got = f"a vector of {len(label)} numbers, " if is_list else "the label "
+                got += f"{str(label)[:40]}, for {name}"
                 break
         require(not got, expected, got, remedy)
         above = tables[0].removesuffix(LABELS)
