@@ -23,7 +23,7 @@ The shell stands in rooms:
                         pickle_calls, msgpack_reader, pretrained (published files), retention (last, previous, best)
     data                module (the LightningDataModule) batches (order by position, foreign loaders) source; memory: digits
                         mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; decode crop listing
-                        download parallel write_zip
+                        download parallel
     evaluation          metrics extractors reference classifier timing
     training            build (configuration -> parts) module (the LightningModule) arguments (of Lightning) nonfinite loggers lpips
                         lightning_patches io_errors; callbacks: schedules ema progressive_distillation

@@ -1,6 +1,7 @@
 """One reader for image files: from the bytes of a file to pixels, or one error that names the file."""
 
 import io
+import re
 import warnings
 import zipfile
 import zlib
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -19,14 +20,13 @@ from PIL.Image import Image
 from torch import Tensor
 
 from consistency.data.source import require_existing
-from consistency.errors import UserError, require
+from consistency.errors import UserError
 
 Mode: TypeAlias = Literal["L", "RGB"]
 MODES: dict[int, Mode] = {1: "L", 3: "RGB"}
 """Grey or colour of 8 bits a channel, by number of channels."""
 
-MOST_PIXELS = 64 << 20
-MOST_BYTES = 64 << 20
+MOST_PIXELS = MOST_BYTES = 64 << 20
 """Limits of an image and of its file; larger ones are refused before they are decoded."""
 
 FORMATS = (
@@ -107,19 +107,19 @@ def colour_of(background: str | None) -> Colour | None:
     """Return the colour of that name, or of that form #rrggbb, to put behind transparent images."""
     if background is None:
         return None
-    colour: tuple[int, ...] = ()
-    with suppress(ValueError):
-        colour = ImageColor.getrgb(str(background))
-    expected = "null, the name of a colour or #rrggbb at data.background (background when preparing and editing)"
-    remedy = "give white, for example; numbers need quotes, data.background='\"#f0f0f0\"'"
-    require(len(colour) == 3, expected, background, remedy)
-    return cast(Colour, colour)
+    try:
+        red, green, blue = ImageColor.getrgb(str(background))
+    except ValueError as error:
+        expected = "null, the name of a colour or #rrggbb at data.background (background when preparing and editing)"
+        remedy = "give white, for example; numbers need quotes, data.background='\"#f0f0f0\"'"
+        raise UserError(expected, background, remedy) from error
+    return red, green, blue
 
 
-def is_image(stream: IO[bytes]) -> bool:
+def is_image(stream: io.BufferedIOBase) -> bool:
     """Return whether a file begins as one of `FORMATS` does, under any name."""
     try:
-        with warnings.catch_warnings(action="ignore"), PILImage.open(stream, formats=FORMATS):
+        with warnings.catch_warnings(action="ignore"), PILImage.open(stream, formats=FORMATS):  # type: ignore[arg-type]
             return True
     except Exception:  # Pillow's decoders raise nearly anything on other files
         return False
@@ -219,13 +219,13 @@ def is_deep(codec: str, arguments: Any) -> bool:
 def _stored_deep(kind: str | None, content: bytes) -> bool:
     """Return whether a file has more than 8 bits a channel, in the formats that Pillow always turns into 8."""
     if kind == "AVIF":
-        at = content.find(b"av1C") + 6
-        return at >= 6 and bool(content[at : at + 1]) and bool(content[at] & 0x40)  # high_bitdepth
-    at = content.find(b"\xff\x4f\xff\x51") if kind == "JPEG2000" else -1
-    if at < 0:
-        return False
-    count = int.from_bytes(content[at + 40 : at + 42])
-    return any((bits & 0x7F) + 1 > 8 for bits in content[at + 42 : at + 42 + 3 * count : 3])
+        match = re.search(rb"av1C..(.)", content, re.DOTALL)
+        return match is not None and bool(match[1][0] & 0x40)  # high_bitdepth
+    match = (
+        re.search(rb"\xff\x4f\xff\x51.{36}(..)", content, re.DOTALL) if kind == "JPEG2000" else None
+    )
+    end, count = (match.end(), int.from_bytes(match[1])) if match else (0, 0)
+    return any((bits & 0x7F) >= 8 for bits in content[end : end + 3 * count : 3])
 
 
 def _without_metadata(content: bytes) -> bytes | None:

@@ -9,9 +9,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
+from io import BufferedIOBase
 from itertools import accumulate
 from pathlib import Path
-from typing import IO
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -71,7 +71,7 @@ class Listing(ABC):
         self.repeated: list[str] = []  # links to what is listed already
 
     @abstractmethod
-    def open(self, name: str) -> IO[bytes]: ...
+    def open(self, name: str) -> BufferedIOBase: ...
 
     def add(self, name: str) -> None:
         """Add a file, an image by its suffix or by how its content begins."""
@@ -183,8 +183,8 @@ class FolderFiles(Listing):
             elif entry.is_symlink():
                 self.broken.append(name)
 
-    def open(self, name: str) -> IO[bytes]:
-        return (self.path / name).open("rb", buffering=0)
+    def open(self, name: str) -> BufferedIOBase:
+        return (self.path / name).open("rb")
 
     def read(self, name: str, most: int = MOST_BYTES) -> bytes:
         return decode.read_bounded(self.path / name, most)
@@ -229,10 +229,10 @@ class ZipFiles(Listing):
         folders = [os.path.basename(n) for n in self.folders if n and os.path.dirname(n) == level]
         return folders, any(os.path.dirname(name) == level for name in self.names)
 
-    def open(self, name: str, most: int = MOST_BYTES) -> IO[bytes]:
+    def open(self, name: str, most: int = MOST_BYTES) -> BufferedIOBase:
         entry = self.zip().getinfo(self.entries[name])
         decode.require_size(entry.file_size, most)
-        return self.zip().open(entry)
+        return self.zip().open(entry)  # type: ignore[return-value]
 
     def read(self, name: str, most: int = MOST_BYTES) -> bytes:
         with self.open(name, most) as stream:
