@@ -51,8 +51,7 @@ def prepare(config: DictConfig, target: Path) -> None:
         config.source, split=config.split, classes=config.classes, background=config.background
     )
     kind, count = type(source).__name__, len(source.class_names)
-    classes = f"{count} classes" if count else "no classes"
-    print(f"source      {config.source} ({kind}): {len(source):,} images, {classes}")
+    print(f"source      {config.source} ({kind}): {len(source):,} images, {count or 'no'} classes")
     names = ["resolution", "channels", "crop", *(["background"] if config.background else [])]
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, names), resolve=True)
     writer = ChunkWriter(source, settings)
@@ -117,9 +116,8 @@ def detect_source(
         images = kind(path=source, split=split)  # type: ignore[arg-type]  # checked above
     else:
         images = Folder(path=source, classes=classes, background=background)
-    expected, got = f"classes in source={source}, for classes=true", type(images).__name__
-    fits = bool(images.class_names) or not classes
-    require(fits, expected, f"{got}, a set without", "leave classes=false")
+    fits, got = bool(images.class_names) or not classes, f"{type(images).__name__}, a set without"
+    require(fits, f"classes in source={source}, for classes=true", got, "leave classes=false")
     return images
 
 

@@ -108,7 +108,7 @@ def colour_of(background: str | None) -> Colour | None:
     if background is None:
         return None
     try:
-        red, green, blue = ImageColor.getrgb(str(background))
+        red, green, blue = ImageColor.getrgb(str(background))  # type: ignore[misc]  # of three or four
     except ValueError as error:
         expected = "null, the name of a colour or #rrggbb at data.background (background when preparing and editing)"
         remedy = "give white, for example; numbers need quotes, data.background='\"#f0f0f0\"'"
