@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import lmdb
 
 from consistency.data.crop import Crop, box
-from consistency.data.image_files import ImageFiles, Index
+from consistency.data.image_files import ImageFiles, Index, file_stamp
 from consistency.data.parallel import PerProcess
 from consistency.data.source import required_path
-from consistency.data.zip_or_folder import FolderFiles
 from consistency.errors import require
 
 FILE = "data.mdb"
@@ -23,7 +23,7 @@ class Database(ImageFiles):
 
     def open(self) -> Index:
         folder = required_path(self.path, "the folder of an LMDB")
-        self.where, self.files = str(folder), FolderFiles(folder)
+        self.where = str(folder)
         options = {"readonly": True, "lock": False, "readahead": False}
         self.environment = PerProcess(partial(lmdb.open, str(folder), **options))
         names, got = list[str](), "none"
@@ -44,7 +44,7 @@ class Database(ImageFiles):
             raise OSError(f"damaged entry, {error}") from error
 
     def stamp(self, index: int) -> bytes:
-        return self.files.stamp(FILE)
+        return file_stamp(Path(self.where) / FILE)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
