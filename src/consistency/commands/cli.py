@@ -158,7 +158,7 @@ def perform(verb: str, main: Main, config: DictConfig) -> Any:
         with rendezvous.joined(*_processes(config.trainer if option else config), option):
             rendezvous.current.cleanup = remove_unused
             require_agreement(config)
-            output = rendezvous.decided(lambda: str(output_path(config)))
+            output = rendezvous.current.decided(lambda: str(output_path(config)))
             return main(config, _settled(config, Path(output)))
     finally:
         remove_unused()
@@ -188,7 +188,7 @@ def require_agreement(config: DictConfig) -> None:
     A rank that was started from inside the job has the options of the first, resolved. Secrets are not compared.
     """
     settings = masked(OmegaConf.to_container(config, resolve=False))
-    first = rendezvous.decided(lambda: settings)
+    first = rendezvous.current.decided(lambda: settings)
     different = [] if is_started_here() else list(changes(first, settings))
     shown = ", ".join(option.lstrip("+") for option in different[:4])
     require(
