@@ -16,19 +16,15 @@ from typing import Any
 from consistency.errors import UserError
 from consistency.runtime.files import ROOT
 
-EDITING = ("mask", "task")
-"""Folders of conf/ that no run uses."""
-
+EDITING = ("mask", "task")  # folders of conf/ that no run uses
+# The parts of a configuration that write files, and their arguments that are paths.
 WRITERS = ("callbacks", "logger", "trainer", "mode.callbacks", "mode.logger", "mode.trainer")
 PATHS = (".default_root_dir", ".folder", ".metrics", ".path", ".picture")
-"""The parts of a configuration that write files, and their arguments that are paths."""
-
+# Arguments of writers that are paths to read, or to a cache that runs share.
 READERS = {
     "consistency.checkpoints.load.load_teacher": ("path",),
     "consistency.training.callbacks.evaluation.Evaluation": ("extractor", "reference", "cache"),
 }
-"""Arguments of writers that are paths to read, or to a cache that runs share."""
-
 MOST_BYTES = 1 << 18
 MOST_VALUES, MOST_LEVELS, MOST_CHARACTERS = 20_000, 16, 4096
 

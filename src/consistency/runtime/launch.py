@@ -27,9 +27,8 @@ from consistency.runtime.files import ROOT
 from consistency.runtime.ranks import PARENT, is_started_here, this_launch
 from consistency.runtime.rendezvous import GRACE, NOTICE, SILENT, EndedError, Guest
 
+# Launching ranks sets these variables, which the next job of a sweep must not inherit.
 VARIABLES = (PARENT, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Variables that launching ranks sets, and that the next job of a sweep must not inherit."""
-
 HANGS = "no answer within trainer.strategy.timeout"
 
 

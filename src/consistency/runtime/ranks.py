@@ -15,14 +15,11 @@ from consistency.errors import require
 
 T = TypeVar("T")
 
-PARENT = "_CONSISTENCY_PARENT"
-"""The variable with the id of the process that starts the other ranks of its machine."""
-
-NOT_SLURM = ("bash", "interactive")
-"""Names of SLURM jobs inside which Lightning ignores SLURM."""
-
+PARENT = (
+    "_CONSISTENCY_PARENT"  # the variable with the id of the process that starts its machine's ranks
+)
+NOT_SLURM = ("bash", "interactive")  # names of SLURM jobs inside which Lightning ignores SLURM
 JSRUN = {"LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK"}
-
 UNSET = "\n      or, for processes without SLURM: unset SLURM_NTASKS"
 
 VARIABLES = {
@@ -87,18 +84,15 @@ def this_launch() -> Launch:
     def number(names: str) -> int | None:
         return next((int(env[n]) for n in names.split() if env.get(n, "").isdigit()), None)
 
-    if PARENT in env:
-        launcher = ""
-    elif "TORCHELASTIC_RUN_ID" in env:
-        launcher = "torchrun"
-    elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in NOT_SLURM:
-        launcher = "srun"
-    elif set(env) >= JSRUN:
-        launcher = "jsrun"
-    elif (number(VARIABLES["mpirun"][1]) or 1) > 1:
-        launcher = "mpirun"
-    else:
-        launcher = "LOCAL_RANK" if "LOCAL_RANK" in env else ""
+    launchers = {
+        "": PARENT in env,
+        "torchrun": "TORCHELASTIC_RUN_ID" in env,
+        "srun": "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in NOT_SLURM,
+        "jsrun": set(env) >= JSRUN,
+        "mpirun": (number(VARIABLES["mpirun"][1]) or 1) > 1,
+        "LOCAL_RANK": "LOCAL_RANK" in env,
+    }
+    launcher = next((name for name, present in launchers.items() if present), "")
     rank, processes, nodes, node, local = map(number, VARIABLES[launcher])
     is_parent = env.get(PARENT) == str(os.getpid())
     return Launch(launcher, rank, processes, nodes, node or 0, 0 if is_parent else local or 0)

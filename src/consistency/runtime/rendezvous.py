@@ -26,19 +26,15 @@ from consistency.runtime.signals import STOPPED, Interrupted
 
 T = TypeVar("T")
 
+# The variable with address, port and token of the first process, for processes started from inside the job.
 ADDRESS = "_CONSISTENCY_RENDEZVOUS"
-"""The variable with address, port and token of the first process, for processes started from inside the job."""
-
+# A machine that is gone is noticed after two minutes; the kernel answers for a process that hangs.
+KEEP_ALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 # Seconds:
 NOTICE = 5.0  # until a process that has not noticed the end of its job is ended
 GRACE = 40.0  # until a process that has noticed it is ended; W&B may take most of them
 EARLY = 30.0  # that a process that fails before the rendezvous waits to report its error
 WAITING = 10.0  # until the first process prints that it waits
-
-# A machine that is gone is noticed after two minutes; the kernel answers for a process that hangs.
-KEEP_ALIVE = {"SO_KEEPALIVE": 1, "TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
-
-BYE = "bye"
 SILENT = """ended without a word, killed or lost
   do: look at its log and at the memory of its machine; resume= continues the last checkpoint"""
 
@@ -156,7 +152,7 @@ class Rendezvous:
     def close(self) -> None:
         """Leave: from now on the end of a process is no error."""
         self._closed = True
-        self._send(BYE)
+        self._send(None)
         if self._server is not None:
             with suppress(OSError):
                 self._server.shutdown(socket.SHUT_RDWR)  # ends `accept`
@@ -177,7 +173,7 @@ class Rendezvous:
 
     def _listen(self, name: str, link: Connection) -> None:
         try:
-            while not isinstance(message := link.recv(), EndedError) and message != BYE:
+            while (message := link.recv()) is not None and not isinstance(message, EndedError):
                 self._inbox.put(message)
         except (EOFError, OSError):
             message = EndedError(name, SILENT, 1)
