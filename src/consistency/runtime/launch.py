@@ -136,9 +136,7 @@ def one_job() -> Iterator[None]:
         launcher._hydra_subprocess_cmd = _rank_command  # type: ignore[attr-defined]
         launcher._launch_process_observer = ranks.watch  # type: ignore[attr-defined]
     if launches:
-        os.environ[PARENT] = str(os.getpid())
-    elif PARENT in os.environ:
-        signals.die_with(int(os.environ[PARENT]))
+        os.environ[PARENT] = str(os.getpid())  # a rank dies with it, from `signals.take_over` on
     try:
         yield
     except Exception as error:
