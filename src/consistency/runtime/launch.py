@@ -147,9 +147,7 @@ def one_job() -> Iterator[None]:
             raise
         if is_started_here():
             _leave_quietly()
-        job.ended.wait(
-            GRACE if isinstance(job, Guest) else NOTICE
-        )  # another rank may send the reason
+        job.ended.wait(GRACE if isinstance(job, Guest) else NOTICE)  # for the reason of another
         reason = job.end or ranks.lost(f"one that hangs, {HANGS}")
         job.failed(reason)
         raise reason from error
