@@ -119,7 +119,7 @@ def require_launched(devices: int | None, nodes: int, option: str = "") -> None:
         launch.launcher != "srun" or alone or not missing,
         "a process that srun has started with a number of tasks for each machine",
         f"SLURM_NTASKS={started}, but no {' and no '.join(missing)}",
-        f"srun {shlex.join(['python', *sys.argv])}, with --ntasks-per-node={each} after srun{UNSET}",
+        f"srun {shlex.join(['python', *sys.argv])}, with --ntasks-per-node={devices or each} after srun{UNSET}",
     )
     require(
         launch.launcher != "mpirun" or find_spec("mpi4py") is not None,
