@@ -201,7 +201,7 @@ class Rendezvous:
         if self.leaving.wait(NOTICE):
             time.sleep(GRACE)
         elif not is_started_here():
-            print(f"error: {self.end}", file=sys.stderr, flush=True)
+            print(f"\nerror: {self.end}", file=sys.stderr, flush=True)  # behind a progress bar
         self.cleanup()
         os._exit(self.end.status)
 
