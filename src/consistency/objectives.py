@@ -16,7 +16,7 @@ from consistency.errors import require
 from consistency.grids import KarrasGrid
 from consistency.pairs import Pairs, Times, require_scales
 from consistency.processes import variance_exploding
-from consistency.randomness import WHOLE, DropoutState, Share, replayed_dropout
+from consistency.randomness import WHOLE, DropoutState, Share
 from consistency.solvers import euler_step
 from consistency.steps import Step, Velocity
 from consistency.tangents import TangentLength, TangentMetric, derivative_along
@@ -114,9 +114,9 @@ class ConsistencyObjective(DrawnObjective):
         """The losses for given times and noise."""
         x_t = variance_exploding(x_0, z, t)
         x_r = self.step(x_0, z, x_t, t, r, label)
-        dropout = DropoutState.snapshot(x_0.device)
+        dropout = DropoutState(x_0.device)
         estimate = online(x_t, t, label)
-        with torch.set_grad_enabled(not self.stop_gradient), replayed_dropout(dropout):
+        with torch.set_grad_enabled(not self.stop_gradient), dropout.replayed():
             # The network has no value at time 0: those samples are evaluated at t and replaced.
             clean = r == 0
             reference = target(x_r, torch.where(clean, t, r), label)
@@ -169,9 +169,9 @@ class ContinuousObjective(DrawnObjective):
             f, g = derivative_along(online, x_t, t, v, label)
             return Losses(weight * self.tangent.length(f, g), t, t)
         assert isinstance(self.tangent, TangentMetric)
-        dropout = DropoutState.snapshot(x_0.device)
+        dropout = DropoutState(x_0.device)
         estimate = online(x_t, t, label)
-        with torch.no_grad(), replayed_dropout(dropout):
+        with torch.no_grad(), dropout.replayed():
             f, g = derivative_along(target, x_t, t, v, label)
         product = estimate * self.tangent.lowered(f.detach(), g.detach())
         return Losses(weight * product.sum(dim=(1, 2, 3)), t, t)

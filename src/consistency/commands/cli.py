@@ -143,7 +143,7 @@ def perform(verb: str, main: Main, config: DictConfig) -> Any:
         with job:
             rendezvous.current.cleanup = remove_unused
             require_agreement(config)
-            output = rendezvous.decided(lambda: output_path(config))
+            output = rendezvous.current.decided(lambda: output_path(config))
             runtime: Any = HydraConfig.get().runtime
             with read_write(runtime), open_dict(runtime):
                 config.output = runtime.output_dir = str(output)
@@ -180,7 +180,7 @@ def require_agreement(config: DictConfig) -> None:
     A rank that was started from inside the job has the options of the first, resolved. Secrets are not compared.
     """
     settings = masked(OmegaConf.to_container(config, resolve=False))
-    first = rendezvous.decided(lambda: settings)
+    first = rendezvous.current.decided(lambda: settings)
     different = [] if is_started_here() else list(changes(first, settings))
     shown = ", ".join(option.lstrip("+") for option in different[:4])
     require(

@@ -20,10 +20,9 @@ from consistency.commands import schema
 from consistency.commands.cli import AUTO, require_fresh
 from consistency.commands.overrides import given_options
 from consistency.errors import UserError, require
-from consistency.runtime import allowlist
+from consistency.runtime import allowlist, rendezvous
 from consistency.runtime.files import path_of, write_text
 from consistency.runtime.redaction import MASK, masked
-from consistency.runtime.rendezvous import decided
 
 CONFIG = "config.yaml"
 DEVICES = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
@@ -50,7 +49,7 @@ def begin(config: DictConfig, output: Path) -> RunStart:
 
     Raises `UserError` if the folder is not fresh, holds no run, or was begun with other settings.
     """
-    if (state := decided(lambda: _state(config, output))) is None:
+    if (state := rendezvous.current.decided(lambda: _state(config, output))) is None:
         return RunStart(config)
     return RunStart(resumed_config(config, output), resumed=True, **state)
 
