@@ -126,7 +126,7 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     """Return the path of a checkpoint: a file, a folder of diffusers or of ours, the last checkpoint of a run folder, or
     the downloaded file of a published name.
     """
-    if str(checkpoint).startswith(pretrained.PROGRAMS):
+    if str(checkpoint).startswith(tuple(pretrained.PROGRAMS)):
         return pretrained.fetch(str(checkpoint))
     path = Path(expanded(os.fspath(checkpoint)))
     if path.is_dir():
@@ -204,7 +204,7 @@ def read(checkpoint: str | os.PathLike[str], hints: Hints) -> Checkpoint:
                 fault = "a file whose content is no model of these formats"
                 raise ContentError(f"{fault}: {names} {anchors}")
         if published is not None:
-                        opened = replace(opened, card=opened.card.with_role(published.role, path))
+            opened = replace(opened, card=opened.card.with_role(published.role, path))
     for note in opened.notes:
         print(f"{path.name}: {note}", file=sys.stderr)
     return opened
