@@ -19,11 +19,6 @@ C_NOISE_OPENAI, C_NOISE_NVLABS = 250.0, 0.25
 PUBLISHED = Process(sigma_data=0.5, t_min=0.002, t_max=80.0, rho=7.0)
 """The noise process of EDM, which all published models have."""
 
-KNOWN = (
-    "a run folder or checkpoint of ours, an OpenAI .pt, an NVlabs .pkl, a flax file of the JAX code, "
-    "or a diffusers folder"
-)
-
 
 class ContentError(ValueError):
     """A file's content is not a checkpoint. The message describes the content."""
@@ -71,8 +66,12 @@ def checking(path: Path) -> Iterator[None]:
         if not isinstance(error, ContentError):
             line = (reason.splitlines() or [""])[0][:120]
             reason = f"content that makes no sense ({type(error).__name__}: {line})"
-        remedy = "check that the file is complete and is the one you mean, or take another"
-        raise UserError(f"a checkpoint at {path}: {KNOWN}", reason, remedy) from error
+        raise UserError(
+            f"a checkpoint at {path}: a run folder or checkpoint of ours, an OpenAI .pt, "
+            "an NVlabs .pkl, a flax file of the JAX code, or a diffusers folder",
+            reason,
+            "check that the file is complete and is the one you mean, or take another",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -108,12 +107,6 @@ class Checkpoint:
     sets: Mapping[str, Any]
     read: Callable[[Any], StateDict] = dict
     notes: Sequence[str] = ()
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the sets of weights, without `ema` if that stands for the first of several averages."""
-        averages = any(name.startswith("ema:") for name in self.sets)
-        return [name for name in self.sets if name != "ema" or not averages]
 
 
 def card_of(

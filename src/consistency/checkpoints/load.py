@@ -31,12 +31,6 @@ CHECKPOINTS = "checkpoints"
 NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
 """A run's checkpoints: the newest until it is renamed to `last`; the newest; the one before it."""
 
-SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors")
-"""Suffixes of files of weights in a snapshot of the Hugging Face cache."""
-
-ACCELERATE = ("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Weights in a folder of accelerate, besides `ours.SEALED`."""
-
 CONTAINERS: dict[bytes, Callable[[Path], Any]] = {
     rb"PK\x03\x04": read_zip,
     rb".{4}\0{4}\{": ours.read_sealed,
@@ -84,7 +78,9 @@ def load_sets(
 ) -> list[Model]:
     """Open several sets of weights of a checkpoint, all if `weights` is None. The file is read once."""
     content = read(checkpoint, Hints())
-    return [build_model(content, name, role) for name in weights or content.names]
+    averages = [name for name in content.sets if name.startswith("ema:")]
+    names = [name for name in content.sets if name != "ema" or not averages]
+    return [build_model(content, name, role) for name in weights or names]
 
 
 def load_teacher(path: str | None, *, weights: str) -> Denoiser:
@@ -105,9 +101,10 @@ def load_initial(
     """
     content = read(checkpoint, Hints(weights=weights))
     model = build_model(content, weights, content.card.role or "consistency")
-    initial, own = model.denoiser.network.state_dict(), network.state_dict()
+    initial = model.denoiser.network.state_dict()
+    shapes, own = ({k: v.shape for k, v in x.items()} for x in (initial, network.state_dict()))
     require(
-        {k: v.shape for k, v in initial.items()} == {k: v.shape for k, v in own.items()},
+        shapes == own,
         "initial weights of the same network as model=",
         f"{content.path}, of another network",
         "choose the model= that wrote them, or init=null",
@@ -145,8 +142,9 @@ def find_inside(folder: Path) -> Path:
     path = snapshot(folder)
     if path.is_file() or (path / ours.SEALED).is_file() or diffusers.is_diffusers(path):
         return path
+    accelerate = (f"{ours.SEALED}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     # A run that died while it renamed may have its newest checkpoint under the other name.
-    names = (*ACCELERATE, f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{NEXT}")
+    names = (*accelerate, f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{NEXT}")
     file = next((path / name for name in names if (path / name).is_file()), None)
     if file is None:
         expected = f"a run folder with checkpoints/last.ckpt at {path}, or a diffusers folder"
@@ -173,7 +171,8 @@ def snapshot(path: Path) -> Path:
     if revision is None:
         raise UserError(f"a snapshot in {path / 'snapshots'}", "none", "download the model again")
     print(f"{path.name}: takes the snapshot {revision.name}", file=sys.stderr)
-    weights = [p for p in revision.iterdir() if p.is_file() and p.suffix in SUFFIXES]
+    suffixes = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors")
+    weights = [p for p in revision.iterdir() if p.is_file() and p.suffix in suffixes]
     return weights[0] if len(weights) == 1 and not diffusers.is_diffusers(revision) else revision
 
 

@@ -28,9 +28,6 @@ from consistency.inference.card import ModelCard
 from consistency.runtime.files import verify_checksum, written_whole
 
 FORMAT = "ours"
-EMA_CALLBACK = "EvaluationEMA"
-"""The callback whose state in a run's checkpoint holds the averages of the network."""
-
 SEALED = "model.safetensors"
 """The weights in a folder that we wrote."""
 
@@ -51,7 +48,7 @@ def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
         network = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         if network:
             sets[role] = network
-    averages = content.get("callbacks", {}).get(EMA_CALLBACK, {}).get("averages", {})
+    averages = content.get("callbacks", {}).get("EvaluationEMA", {}).get("averages", {})
     for decay, average in averages.items():
         sets.setdefault("ema", average)
         sets[f"ema:{decay}"] = average
@@ -116,9 +113,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         return weights
     same = digest(metadata[CARD], weights) == metadata.get(DIGEST)
     check(same, "a file that has changed since it was written, by its own checksum")
-    card = json.loads(metadata[CARD])
-    check(isinstance(card, dict), "a card that is not one")
-    return {"card": card, "weights": weights}
+    return {"card": json.loads(metadata[CARD]), "weights": weights}
 
 
 def read_card(path: Path) -> dict[str, Any] | None:

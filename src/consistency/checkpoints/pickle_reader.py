@@ -104,16 +104,14 @@ def _number_type(code: object, *_: object) -> Object:
     text = code.decode("latin1") if isinstance(code, bytes) else code
     if not isinstance(text, str) or text.lstrip("<>=|") not in NUMBERS:
         raise ContentError(f"a number of type {brief(code)}")
-    return Object("numpy.dtype", text.lstrip("<=|"))
+    return Object("numpy.dtype", np.dtype(text))
 
 
-def _numbers(kind: Any, content: object) -> np.ndarray[Any, np.dtype[Any]]:
+def _numbers(kind: Any, content: Any) -> np.ndarray[Any, np.dtype[Any]]:
     """Return the numbers in bytes, in this machine's order; Python 2 wrote bytes as text."""
     stored = content.encode("latin1") if isinstance(content, str) else content
-    typed = isinstance(kind, Object) and kind.kind == "numpy.dtype"
-    check(typed and isinstance(stored, bytes | bytearray), "a number without a type")
-    dtype = np.dtype(kind.state)
-    return np.frombuffer(stored, dtype=dtype).astype(dtype.newbyteorder("="))  # type: ignore[call-overload]
+    check(isinstance(kind.state, np.dtype), "a number without a type")
+    return np.frombuffer(stored, kind.state).astype(kind.state.newbyteorder("="))
 
 
 def _array(shape: Any, kind: object, by_column: object, content: object) -> Tensor:
@@ -300,9 +298,7 @@ class Machine(Unpickler):
         state, target = self.stack.pop(), self.stack[-1]
         kind = target.kind if isinstance(target, Object) else None
         if kind == "numpy.dtype":
-            check(state[1] in tuple("<|>="), "a number whose bytes stand in no order")
-            target.state = target.state.lstrip(">")
-            target.state = f">{target.state}" if state[1] == ">" else target.state
+            target.state = target.state.newbyteorder(state[1])
         elif kind == ARRAY:
             check(isinstance(state, tuple) and len(state) == 5, "an array without a description")
             self.count_copy(state[4])

@@ -9,8 +9,6 @@ from consistency.checkpoints.load import LAST, NEXT, PREVIOUS
 from consistency.errors import require
 from consistency.runtime import files
 
-DAMAGED = "damaged.ckpt"
-
 
 def promote(folder: Path) -> None:
     """Rename next to last, and last to previous; a second call completes an interrupted first."""
@@ -48,7 +46,7 @@ def settle(start: Path) -> None:
         promote(folder)
     if start.name == PREVIOUS and (folder / LAST).is_file():
         # The damaged last must not become the previous of the next one, in the place of a whole checkpoint.
-        (folder / LAST).replace(folder / DAMAGED)
+        (folder / LAST).replace(folder / "damaged.ckpt")
         files.checksum_path(folder / LAST).unlink(missing_ok=True)
     for file in (folder / LAST, folder / PREVIOUS):
         if file.is_file() and not files.checksum_path(file).is_file():

@@ -41,7 +41,6 @@ NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|loops|grads?$|rng|opt_state|hyp
 AVERAGE = re.compile(
     r"(^|[._])(ema|average[ds]?|avg|shadow|swa|polyak)|(ema|shadow|avg|averaged)($|[._\d])"
 )
-KINDS = {"online": "online", "student": "online", "target": "target", "teacher": "teacher"}
 NO_AVERAGE = re.compile(r"no(n|t|t_in)?_?ema")
 
 
@@ -70,9 +69,8 @@ class Location:
         for word in words[::-1]:
             if AVERAGE.search(word) and not NO_AVERAGE.search(word):
                 return "ema"
-            for name, kind in KINDS.items():
-                if name in word:
-                    return kind
+            if kind := re.search("online|student|target|teacher", word):
+                return kind[0].replace("student", "online")
         return "online" if words else None
 
 
@@ -147,15 +145,15 @@ def first_names(content: object, count: int = 4) -> str:
 def _dictionaries(content: object) -> Iterator[tuple[Keys, dict[Any, Any]]]:
     """Yield all dictionaries of a file with their keys, the outer ones first; each with dictionaries inside once."""
     seen: set[int] = set()
-    waiting: list[tuple[Keys, object]] = [((), content)]
-    for keys, value in waiting:  # grows while it is walked
-        if isinstance(value, list | tuple) and 0 < len(value) <= MOST_LISTED:
-            value = dict(enumerate(value))
-        if not isinstance(value, dict) or id(value) in seen:
+    waiting: list[tuple[Keys, Any]] = [((), content)]
+    for keys, container in waiting:  # grows while it is walked
+        listed = isinstance(container, list | tuple) and 0 < len(container) <= MOST_LISTED
+        value = dict(enumerate(container)) if listed else container
+        if not isinstance(value, dict) or id(container) in seen:
             continue
         inside = {k: v for k, v in value.items() if isinstance(v, dict | list | tuple)}
         if inside:
-            seen.add(id(value))
+            seen.add(id(container))
         yield keys, value
         if len(keys) < MOST_LEVELS and len(waiting) < MOST_PARTS:
             waiting += [

@@ -21,11 +21,6 @@ Role: TypeAlias = Literal["teacher", "consistency"]
 LARGEST, MOST_LISTED, MOST_CHARACTERS = 1 << 20, 64, 256
 """Bounds of numbers, lists and texts in a card from elsewhere."""
 
-SCALINGS = {
-    "teacher": "consistency.preconditioning.EDM",
-    "consistency": "consistency.preconditioning.Boundary",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
@@ -138,8 +133,9 @@ class ModelCard:
             )
         if "_target_" in self.preconditioning:
             return replace(self, role=known)
-        boundary = {"t_min": self.process.t_min} if known == "consistency" else {}
-        scalings = {"_target_": SCALINGS[known], **boundary, **self.preconditioning}
+        boundary = {"_target_": "consistency.preconditioning.Boundary", "t_min": self.process.t_min}
+        edm = {"_target_": "consistency.preconditioning.EDM"}
+        scalings = (edm if known == "teacher" else boundary) | self.preconditioning
         return replace(self, role=known, preconditioning=scalings)
 
     @property
