@@ -127,7 +127,18 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
         return pretrained.fetch(str(checkpoint))
     path = Path(expanded(os.fspath(checkpoint)))
     if path.is_dir():
-        path = find_inside(path)
+        path = snapshot(path)
+    if path.is_dir() and not ((path / ours.SEALED).is_file() or diffusers.is_diffusers(path)):
+        weights = "pytorch_model.bin"
+        accelerate = (f"{ours.SEALED}.index.json", weights, f"{weights}.index.json")
+        # A run that died while it renamed may have its newest checkpoint under the other name.
+        names = (*accelerate, f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{NEXT}")
+        file = next((path / name for name in names if (path / name).is_file()), None)
+        if file is None:
+            expected = f"a run folder with checkpoints/last.ckpt at {path}, or a diffusers folder"
+            remedy = "give a run folder that has trained, or a checkpoint file"
+            raise UserError(expected, "a folder that is neither", remedy)
+        path = file
     require(
         path.exists(),
         f"a run folder or a checkpoint file at {path}",
@@ -137,27 +148,8 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     return diffusers.folder_of(path) if path.name.startswith(diffusers.WEIGHTS) else path
 
 
-def find_inside(folder: Path) -> Path:
-    """Return the checkpoint in a folder, or the folder if it is a checkpoint itself."""
-    path = snapshot(folder)
-    if path.is_file() or (path / ours.SEALED).is_file() or diffusers.is_diffusers(path):
-        return path
-    accelerate = (f"{ours.SEALED}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    # A run that died while it renamed may have its newest checkpoint under the other name.
-    names = (*accelerate, f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{NEXT}")
-    file = next((path / name for name in names if (path / name).is_file()), None)
-    if file is None:
-        expected = f"a run folder with checkpoints/last.ckpt at {path}, or a diffusers folder"
-        remedy = "give a run folder that has trained, or a checkpoint file"
-        raise UserError(expected, "a folder that is neither", remedy)
-    return file
-
-
 def snapshot(path: Path) -> Path:
-    """Return the newest revision in a folder of the Hugging Face cache (`models--...`), or its file if it is a single one.
-
-    Return other folders as they are.
-    """
+    """Return the newest revision in a folder of the Hugging Face cache, or its single file; other folders as they are."""
     cached = (path / "refs").is_dir() or (path / "blobs").is_dir()
     if not cached or not (path / "snapshots").is_dir():
         return path

@@ -16,9 +16,6 @@ from consistency.checkpoints.contents import ContentError, check
 MOST_ITEMS = 100_000
 """Items of a list or a map, of which no checkpoint has as many."""
 
-EXTENSIONS = (1, 3)
-"""Types of flax's arrays and scalars, which are stored alike."""
-
 DTYPES: dict[bytes, torch.dtype] = {
     name.encode(): getattr(torch, name)
     for name in "float32 float64 float16 bfloat16 int8 int16 int32 int64 uint8 uint32 bool".split()
@@ -49,10 +46,10 @@ def _mapping(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
 
 
 def _array(kind: int, content: bytes) -> Tensor:
-    """Return an array of flax: (shape, name of its type, bytes), itself in MessagePack."""
+    """Return an array (kind 1) or a scalar (3) of flax: (shape, name of its type, bytes), itself in MessagePack."""
     import msgpack
 
-    check(kind in EXTENSIONS, "a value that is no array")
+    check(kind in (1, 3), "a value that is no array")
     shape, name, values = msgpack.unpackb(content, raw=True)
     sides = shape if isinstance(shape, list) and len(shape) <= 8 else [None]
     possible = all(isinstance(n, int) and 0 <= n < 2**40 for n in sides)

@@ -2,15 +2,7 @@
 
 A run's checkpoint (`.ckpt`) is what Lightning saves, with `card` beside it; other torch files have `card` and `weights`. A
 converted model is a safetensors file, whose metadata hold the card as JSON and a SHA-256 over card and weights: a file
-that changed is recognised wherever it is copied to. The card is the saved form of a `ModelCard`:
-
-    role                consistency (f, samples in one step) or teacher (a denoiser D)
-    network             `_target_` and arguments of the network
-    preconditioning     `_target_` and arguments of the preconditioning
-    process             sigma_data, t_min, t_max, rho, and `times`, the points of two-step sampling
-    image               channels, size
-    num_classes         number of classes or null
-    class_names         their names, if the data has any
+that changed is recognised wherever it is copied to. The card is what `ModelCard.saved` returns.
 """
 
 import hashlib

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import pickle
-import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
@@ -125,8 +124,7 @@ def _array(shape: Any, kind: object, by_column: object, content: object) -> Tens
 
 
 TENSORS: dict[str, Callable[..., Tensor]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
+    **{f"torch._utils._rebuild_{name}": _tensor for name in ("tensor", "tensor_v2")},
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
 }
@@ -161,7 +159,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 }
 """Functions that stand for those which checkpoints call; a persistent object's source, beside its state, is not read."""
 
-DICTIONARIES = ("EasyDict", "AttrDict", "AttributeDict", "Namespace")
+DICTIONARIES = (".EasyDict", ".AttrDict", ".AttributeDict", ".Namespace")
 """Classes, wherever they come from, that are dictionaries with their keys as attributes."""
 
 SETTINGS = ("omegaconf.", "typing.", "pathlib.")
@@ -174,28 +172,25 @@ KNOWN = {
 }
 """Names that a pickle may hold; those that are not called stand for themselves."""
 
-OPCODES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-REFUSED = (
-    "PERSID INST OBJ DICT NEWOBJ_EX EXT1 EXT2 EXT4 FROZENSET NEXT_BUFFER READONLY_BUFFER".split()
-)
+REFUSED = "persid inst obj dict newobj_ex ext1 ext2 ext4 frozenset next_buffer readonly_buffer"
 """Instructions that no checkpoint needs."""
 
+Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
-class Instructions(dict[int, Callable[[Any], None]]):
-    """The instructions of one pickle by their codes, counted as they are looked up."""
+
+class Instructions:
+    """The methods of `Machine` by the codes of instructions, counted as they are looked up."""
 
     count = 0
 
     def __getitem__(self, code: int) -> Callable[[Any], None]:
         self.count += 1
         check(self.count <= MAX_INSTRUCTIONS, "a pickle of more parts than any checkpoint has")
-        return super().__getitem__(code)
-
-    def __missing__(self, code: int) -> Callable[[Any], None]:
-        raise ContentError(f"a pickle with the instruction {OPCODES.get(code, code)}")
-
-
-Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+        method = Unpickler.dispatch[code].__name__
+        name = method.removeprefix("load_")
+        if name in REFUSED.split():
+            raise ContentError(f"a pickle with the instruction {name.upper()}")
+        return getattr(Machine, method)
 
 
 class Machine(Unpickler):
@@ -211,11 +206,7 @@ class Machine(Unpickler):
     ) -> None:
         self.make_storage, self.storages = make_storage, dict[str, Tensor]()
         self.odd_keys, self.to_copy = 0, 2 * total
-        self.dispatch = Instructions(
-            (code, getattr(Machine, method.__name__))
-            for code, method in Unpickler.dispatch.items()
-            if OPCODES[code] not in REFUSED
-        )
+        self.dispatch = Instructions()
 
     def run(self, program: bytes | io.BufferedIOBase) -> Any:
         """Return the value of a pickle: bytes, or a stream that stands at its beginning."""
@@ -243,7 +234,7 @@ class Machine(Unpickler):
         """Return a name, if it is one of those that checkpoints are made of."""
         path = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
         path = path.replace("__builtin__.", "builtins.")
-        known = path in KNOWN or path.startswith(SETTINGS) or _is_dictionary(path)
+        known = path in KNOWN or path.startswith(SETTINGS) or path.endswith(DICTIONARIES)
         check(known, f"a pickle that asks for {path[:120]}, which no checkpoint needs")
         return Name(path)
 
@@ -276,7 +267,7 @@ class Machine(Unpickler):
         path = function.path if isinstance(function, Name) else ""
         if path.startswith(SETTINGS):
             self.stack.append(Object(path))
-        elif _is_dictionary(path) and arguments == ():
+        elif path.endswith(DICTIONARIES) and arguments == ():
             self.stack.append({})
         else:
             if path not in CALLS:
@@ -307,11 +298,6 @@ class Machine(Unpickler):
             target.state = state
         elif not isinstance(target, dict):
             raise ContentError(f"a pickle that changes an object of {brief(target)}")
-
-
-def _is_dictionary(path: str) -> bool:
-    """Return whether a class is a dictionary under another name."""
-    return path.rpartition(".")[2] in DICTIONARIES
 
 
 def _fill_tensor(tensor: Tensor, stream: Any) -> None:
@@ -357,8 +343,8 @@ def read_older(stream: io.BufferedIOBase, total: int) -> Any:
     """Return the content of a file of `total` bytes in the form of torch before 1.6: pickles, then storages."""
     for expected in (MAGIC, PROTOCOL):
         check(Machine(total).run(stream) == expected, "a pickle that is no checkpoint")
-    system = Machine(total).run(stream)
-    check(system["little_endian"] is True, "a torch file with its bytes in reverse")
+    little = Machine(total).run(stream)["little_endian"] is True
+    check(little, "a torch file with its bytes in reverse")
     taken = 0
 
     def storage(key: str, dtype: torch.dtype, length: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The checkpoints that a run keeps: next, last and previous. A whole one exists at whatever moment the process dies."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,9 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     paths = [folder / name for name in (NEXT, LAST, PREVIOUS) if (folder / name).is_file()]
     for path in paths:
-        try:
+        with suppress(Exception):  # a damaged file can fail in any way
             files.verify_checksum(path)
             return path, torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception:  # a damaged file can fail in any way
-            continue
     require(
         not paths,
         f"a checkpoint in {folder} as it was written",

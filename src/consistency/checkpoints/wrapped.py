@@ -80,10 +80,10 @@ def open_sets(content: object, path: Path, hints: Hints, form: Any) -> Checkpoin
     form: a module with FORMAT, ANCHORS (parameters that every network of the format has) and `open_state`, which takes a
         state dict and hints and returns a card, assumptions, and the renaming of any set of weights into our names.
     """
-    locations = find(content, form.ANCHORS)
-    if not locations:
+    sets = find(content, form.ANCHORS)
+    if not sets:
         return None
-    candidates = (locations.get(hints.weights), *locations.values())
+    candidates = (sets.get(hints.weights), *sets.values())
     first = next(location for location in candidates if location and not location.fault)
     card, notes, renamed = form.open_state(first.weights, hints)
 
@@ -92,10 +92,8 @@ def open_sets(content: object, path: Path, hints: Hints, form: Any) -> Checkpoin
         state: StateDict = renamed(location.weights)
         return state
 
-    notes = [note for note in (origins(locations), *notes) if note]
-    return Checkpoint(
-        path=path, format=form.FORMAT, card=card, sets=locations, read=read, notes=notes
-    )
+    notes = [note for note in (origins(sets), *notes) if note]
+    return Checkpoint(path=path, format=form.FORMAT, card=card, sets=sets, read=read, notes=notes)
 
 
 def origins(locations: dict[str, Location]) -> str:
