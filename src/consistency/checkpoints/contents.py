@@ -117,10 +117,7 @@ def card_of(
     process: Process = PUBLISHED,
     second_time: float = 0.821,
 ) -> ModelCard:
-    """Return the card of a network; without a role its scalings stay open until `with_role`.
-
-    second_time: the second time point of two-step sampling.
-    """
+    """Return the card of a network; `second_time` is that of two-step sampling. Without a role its scalings stay open."""
     card = ModelCard(
         role=None,
         network=network,

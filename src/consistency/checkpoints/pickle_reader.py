@@ -199,11 +199,7 @@ class Machine(Unpickler):
     make_storage: makes a storage of a torch file, a tensor of one axis, by key, type and length.
     """
 
-    stack: list[Any]
-
-    def __init__(
-        self, total: int, make_storage: Callable[[str, torch.dtype, int], Tensor] | None = None
-    ) -> None:
+    def __init__(self, total: int, make_storage: Callable[..., Tensor] | None = None) -> None:
         self.make_storage, self.storages = make_storage, dict[str, Tensor]()
         self.odd_keys, self.to_copy = 0, 2 * total
         self.dispatch = Instructions()
@@ -311,11 +307,10 @@ def read_zip(path: Path) -> Any:
 
     Every record used is checked by its CRC.
     """
-    total = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: record for record in archive.infolist()}
         stored = all(r.compress_type == zipfile.ZIP_STORED for r in records.values())
-        inside = sum(r.file_size for r in records.values()) <= total
+        inside = sum(r.file_size for r in records.values()) <= path.stat().st_size
         check(stored and inside, "a zip archive that is compressed, which torch never writes")
         programs = [name for name in records if name.endswith("data.pkl")]
         check(len(programs) == 1, "a zip archive that torch did not write")

@@ -58,11 +58,6 @@ class Location:
     fault: str = ""
 
     @property
-    def label(self) -> str:
-        """The keys as a person would write them; empty for weights at the top of the file."""
-        return ".".join(self.keys)
-
-    @property
     def kind(self) -> str | None:
         """ema, online, target or teacher, by the innermost key that names one; None without such a key."""
         words = [key.lower() for key in self.keys if key not in NEUTRAL]
@@ -88,7 +83,8 @@ def open_sets(content: object, path: Path, hints: Hints, form: Any) -> Checkpoin
     card, notes, renamed = form.open_state(first.weights, hints)
 
     def read(location: Location) -> StateDict:
-        check(not location.fault, f"{location.label}: {location.fault}; weights= chooses others")
+        label = ".".join(location.keys)
+        check(not location.fault, f"{label}: {location.fault}; weights= chooses others")
         state: StateDict = renamed(location.weights)
         return state
 
@@ -98,7 +94,7 @@ def open_sets(content: object, path: Path, hints: Hints, form: Any) -> Checkpoin
 
 def origins(locations: dict[str, Location]) -> str:
     """Return a note on the keys of the sets and the tensors left out; empty for one set at the top of the file."""
-    labels = {name: location.label[:80] for name, location in locations.items()}
+    labels = {name: ".".join(location.keys)[:80] for name, location in locations.items()}
     sets = [f"weights={n}{f' below {label}' if label else ''}" for n, label in labels.items()]
     parts = [] if [*labels.values()] == [""] else [f"takes {', '.join(sets)}"]
     others = next((location.others for location in locations.values() if location.others), ())

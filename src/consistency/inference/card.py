@@ -114,10 +114,7 @@ class ModelCard:
         } | ({"class_names": list(self.class_names)} if self.class_names else {})
 
     def with_role(self, role: Role | None, origin: object) -> "ModelCard":
-        """Return the card with its role settled; `role` counts only if the file does not record one.
-
-        Raise `UserError` if both are known and differ, or neither is.
-        """
+        """Return the card with its role, or else `role`. Raise `UserError` if they differ or neither is known."""
         require(
             role is None or self.role in (None, role),
             f"a {role} checkpoint",
