@@ -154,7 +154,7 @@ def snapshot(path: Path) -> Path:
     if not cached or not (path / "snapshots").is_dir():
         return path
     files = filter(Path.is_file, (path / "refs").rglob("*"))
-    refs = {file.name: file.read_text()[:100].strip() for file in files}
+    refs = {str(p.relative_to(path / "refs")): p.read_text()[:100].strip() for p in files}
     revision = max(
         filter(Path.is_dir, (path / "snapshots").iterdir()),
         key=lambda p: (p.name == refs.get("main"), p.name in refs.values(), os.path.getmtime(p)),
