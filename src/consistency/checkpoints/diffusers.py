@@ -16,7 +16,7 @@ from torch import Tensor
 
 from consistency.checkpoints import contents, wrapped
 from consistency.checkpoints import diffusers_time_embedding as time_embedding
-from consistency.checkpoints.contents import Hints, StateDict, card_of, check
+from consistency.checkpoints.contents import Hints, StateDict, brief, card_of, check
 from consistency.checkpoints.diffusers_unet import (
     UNET,
     VERSION,
@@ -26,9 +26,8 @@ from consistency.checkpoints.diffusers_unet import (
     their_weights,
     unet_settings,
 )
-from consistency.checkpoints.pickle_calls import brief
+from consistency.checkpoints.ours import read_card, read_sealed, write_sealed
 from consistency.checkpoints.pickle_reader import read_pickle, read_zip
-from consistency.checkpoints.safetensors import read_card, read_sealed, write_sealed
 from consistency.inference.card import ModelCard, Process
 from consistency.runtime.files import write_text
 
@@ -109,8 +108,7 @@ def open_path(path: Path, hints: Hints) -> contents.Checkpoint:
         check(same, f"a {UNET} with other settings than that of {unet.name}")
         return ours
 
-    sets = contents.Lazy(files, weights)
-    return contents.Checkpoint(path=path, format=FORMAT, card=card, weights=sets)
+    return contents.Checkpoint(path=path, format=FORMAT, card=card, sets=files, read=weights)
 
 
 def checked(card: ModelCard, weights: StateDict, unet: Path, pipeline: Path) -> StateDict:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from consistency.checkpoints import contents
 from consistency.checkpoints import diffusers_time_embedding as time_embedding
-from consistency.checkpoints.contents import ContentError, Hints, StateDict, assumes, check
+from consistency.checkpoints.contents import ContentError, Hints, StateDict, assumes, brief, check
 from consistency.checkpoints.openai import ADM
-from consistency.checkpoints.pickle_calls import brief
 from consistency.errors import require
 from consistency.inference.card import ModelCard
 

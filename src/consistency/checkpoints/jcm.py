@@ -34,8 +34,8 @@ def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None
     trees = {name: content[key] for name, key in PARAMETERS.items() if key in content}
     network, notes = settings(flattened(trees["ema"]), hints)
     card = contents.card_of(network, contents.C_NOISE_NVLABS, second_time=0.58535)
-    sets = contents.Lazy(trees, partial(_weights, network))
-    return Checkpoint(path=path, format=FORMAT, card=card, weights=sets, notes=tuple(notes))
+    read = partial(_weights, network)
+    return Checkpoint(path=path, format=FORMAT, card=card, sets=trees, read=read, notes=notes)
 
 
 def flattened(tree: object, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:

@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from consistency.checkpoints import contents, wrapped
-from consistency.checkpoints.contents import Hints, StateDict, card_of, check
-from consistency.checkpoints.pickle_calls import Object, brief
+from consistency.checkpoints.contents import Hints, Object, StateDict, brief, card_of, check
 from consistency.inference.card import ModelCard, Role
 from consistency.networks.unet import fir_filter
 
@@ -73,8 +72,8 @@ def open_content(content: Any, path: Path, hints: Hints) -> contents.Checkpoint 
     if not models:
         return None
     card = card_of_module(models.get(hints.weights) or next(iter(models.values())))
-    sets = contents.Lazy(models, partial(module_weights, card.network))
-    return contents.Checkpoint(path=path, format=FORMAT, card=card, weights=sets)
+    read = partial(module_weights, card.network)
+    return contents.Checkpoint(path=path, format=FORMAT, card=card, sets=models, read=read)
 
 
 def card_of_module(module: Object) -> ModelCard:

@@ -12,7 +12,7 @@ from consistency.checkpoints import ours
 from consistency.checkpoints.diffusers import write_diffusers
 from consistency.checkpoints.load import load
 from consistency.checkpoints.openai import require_openai, write_openai
-from consistency.checkpoints.safetensors import SEALED, write_sealed
+from consistency.checkpoints.ours import SEALED, write_sealed
 from consistency.commands.cli import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.errors import require
