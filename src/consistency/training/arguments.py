@@ -52,30 +52,25 @@ def require_taken(trainer: DictConfig) -> None:
         got = f"trainer.{name}={trainer.get(name)}"
         expected = f"no trainer.{name}, which the run sets itself"
         require(trainer.get(name) is None, expected, got, f"say {remedy}")
-    for variable in sorted(name for name in os.environ if name.startswith("PL_TRAINER_")):
+    for variable, value in sorted(os.environ.items()):
         name = variable.removeprefix("PL_TRAINER_").lower()
-        require(
-            not os.environ[variable],
-            "Lightning's arguments as options of the command, which config.yaml records",
-            f"{variable}={os.environ[variable]} in the environment",
-            f"unset {variable}; say {REFUSED.get(name, f'trainer.{name}=<value>')}",
-        )
+        expected = "Lightning's arguments as options of the command, which config.yaml records"
+        remedy = f"unset {variable}; say {REFUSED.get(name, f'trainer.{name}=<value>')}"
+        wrong = variable.startswith("PL_TRAINER_") and value
+        require(not wrong, expected, f"{variable}={value} in the environment", remedy)
     strategy = trainer.get("strategy")
     if isinstance(strategy, DictConfig):
         require_whole(instantiate(strategy, _convert_="all"))
     else:
         names = f"trainer.strategy among {', '.join(STRATEGIES)}"
         require(strategy in STRATEGIES, names, f"trainer.strategy={strategy}", DDP)
-    steps = trainer.get("log_every_n_steps")
+    steps, clip = trainer.get("log_every_n_steps"), trainer.get("gradient_clip_val")
+    remedy = "give the number of optimizer steps between two rows; logger=none logs nothing"
+    positive = isinstance(steps, int) and steps >= 1
+    require(positive, "trainer.log_every_n_steps >= 1", steps, remedy)
+    algorithm = trainer.get("gradient_clip_algorithm")
     require(
-        isinstance(steps, int) and steps >= 1,
-        "trainer.log_every_n_steps >= 1",
-        steps,
-        "give the number of optimizer steps between two rows; logger=none logs nothing",
-    )
-    clip, algorithm = trainer.get("gradient_clip_val"), trainer.get("gradient_clip_algorithm")
-    require(
-        (clip is None or clip >= 0) and (clip is not None or algorithm is None),
+        algorithm is None if clip is None else clip >= 0,
         "trainer.gradient_clip_val >= 0 with trainer.gradient_clip_algorithm, or null without",
         f"trainer.gradient_clip_val={clip} and trainer.gradient_clip_algorithm={algorithm}",
         "give trainer.gradient_clip_val=<largest norm of a gradient>, or neither",
@@ -96,13 +91,12 @@ def plugins_of(trainer: DictConfig) -> list[Any]:
     given = trainer.get("plugins")
     nodes = given if isinstance(given, ListConfig) else [given] if given else []
     plugins = [instantiate(p, _convert_="all") if isinstance(p, DictConfig) else p for p in nodes]
-    for plugin in plugins:
-        require(
-            not isinstance(plugin, CheckpointIO),
-            "trainer.plugins without one that writes checkpoints",
-            type(plugin).__name__,
-            "leave it out: the run writes whole checkpoints, with a checksum, and keeps the one before",
-        )
+    writers = [type(plugin).__name__ for plugin in plugins if isinstance(plugin, CheckpointIO)]
+    expected = "trainer.plugins without one that writes checkpoints"
+    remedy = (
+        "leave it out: the run writes whole checkpoints, with a checksum, and keeps the one before"
+    )
+    require(not writers, expected, ", ".join(writers), remedy)
     return plugins
 
 

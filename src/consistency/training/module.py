@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from consistency.data.batches import unpack_batch
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
-from consistency.errors import UserError, require
+from consistency.errors import require
 from consistency.inference.card import ModelCard
 from consistency.inference.generate import Request
 from consistency.objectives import Losses
@@ -31,11 +31,10 @@ OBJECTIVE = "objective."
 class ConsistencyModule(L.LightningModule):
     """Trains `online` with `objective`, on a `DataModule` or on any loader of (images, labels) (`consistency.data.batches`).
 
-    online: the network under its training preconditioning.
-    optimizer: parameters -> optimizer.
-    card, config: the description of the denoiser and the resolved plain configuration, part of every checkpoint.
+    online: the network under its training preconditioning; optimizer: parameters -> optimizer.
+    card, config, sources: the description of the denoiser, the resolved plain configuration, and path, weights and SHA-256
+    of the teacher and of the initial weights, part of every checkpoint.
     on_nonfinite: policy of `NonfiniteGuard`.
-    sources: path, weights and SHA-256 of the teacher and of the initial weights.
     callbacks: builds the callbacks of the method, for a trainer that has none of their kind.
 
     k counts the optimizer steps that were taken, `k_before` those before this batch; under a gradient scaler
@@ -126,12 +125,11 @@ class ConsistencyModule(L.LightningModule):
         self, batch: Any, draw: torch.Generator, **part: Share
     ) -> tuple[Data, Label]:
         """Return the images in [-1, 1] and the labels of a batch."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data, card = self.trainer.datamodule, self.card  # type: ignore[attr-defined]
         if isinstance(data, DataModule):
-            images, classes = batch
-            label = None if data.num_classes is None else classes
-            return data.augmented(images, draw, **part), label
-        card = self.card
+            images, label = batch
+            images = data.augmented(images, draw, **part)
+            return images, None if data.num_classes is None else label
         shape, classes = (None, None) if card is None else (card.shape, card.num_classes)
         x_0, label = unpack_batch(batch, shape=shape, num_classes=classes)
         if not self._range_checked and self.global_rank == 0 and float(x_0.min()) >= 0:
@@ -183,13 +181,13 @@ class ConsistencyModule(L.LightningModule):
     @property
     def data(self) -> DataModule:
         """The data module of the run; raises `UserError` if the run trains on a loader."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, DataModule):
-            raise UserError(
-                "the data module of a run, for a callback that looks at the training images",
-                "a loader" if data is None else type(data).__name__,
-                "fit(module, datamodule=consistency.training.build.build_data(config)), or leave the callback out",
-            )
+        data: DataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        require(
+            isinstance(data, DataModule),
+            "the data module of a run, for a callback that looks at the training images",
+            "a loader" if data is None else type(data).__name__,
+            "fit(module, datamodule=consistency.training.build.build_data(config)), or leave the callback out",
+        )
         return data
 
     @contextmanager
@@ -200,8 +198,7 @@ class ConsistencyModule(L.LightningModule):
             networks["target"] = self.target.network
         if self.averages:
             networks["ema"] = next(iter(self.averages.values()))
-        expected = f"weights among {sorted(networks)}"
-        require(weights in networks, expected, weights, "choose one of them")
+        require(weights in networks, f"weights among {sorted(networks)}", weights, "choose one")
         network, card = networks[weights], self.card
         before = network.training
         assert card is not None
@@ -218,8 +215,7 @@ class ConsistencyModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add card, config, k and sources; remove teacher and perceptual weights, which have files of their own."""
         checkpoint["card"] = {} if self.card is None else self.card.saved()
-        checkpoint["config"], checkpoint["k"] = self.config, self.k
-        checkpoint["sources"] = self.sources
+        checkpoint |= {"config": self.config, "k": self.k, "sources": self.sources}
         checkpoint["left_out_in_a_row"] = self.guard.in_a_row
         checkpoint["overflows"] = [self.guard.overflows, self.guard.overflows_in_a_row]
         state = checkpoint["state_dict"].items()
@@ -230,5 +226,4 @@ class ConsistencyModule(L.LightningModule):
         self.guard.in_a_row = checkpoint["left_out_in_a_row"]
         # Older checkpoints have no such counts.
         self.guard.overflows, self.guard.overflows_in_a_row = checkpoint.get("overflows", (0, 0))
-        own = {f"{OBJECTIVE}{name}": v for name, v in self.objective.state_dict().items()}
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}
+        checkpoint["state_dict"] |= self.objective.state_dict(prefix=OBJECTIVE)

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from consistency.checkpoints import retention
 from consistency.checkpoints.load import LAST, NEXT
-from consistency.errors import UserError
+from consistency.errors import require
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import Periodic, callback_of
 from consistency.training.io_errors import warn
@@ -20,13 +20,12 @@ from consistency.training.module import ConsistencyModule
 
 
 class RunCheckpoints(Periodic, Checkpoint):
-    """Writes `last.ckpt` every n optimizer steps and at the end, with the one before as `previous.ckpt`, and the one with
-    the lowest `monitor` as `best.ckpt`.
+    """Writes `last.ckpt` every n optimizer steps and at the end, the one before as `previous.ckpt`, the best as `best.ckpt`.
 
     If a write fails, the files of before stay, and the next occasion tries again; at the end of the run it is a
     `UserError`. If a step that is not finite stops the run, the state before that step is saved first.
 
-    monitor: a metric, "auto" for the metric of the run's evaluation, if it has one, or None for no best.ckpt.
+    monitor: the metric of which best.ckpt has the lowest value, "auto" for that of the run's evaluation, or None.
     """
 
     def __init__(self, *, folder: str, every_n_train_steps: int, monitor: str | None) -> None:
@@ -52,47 +51,40 @@ class RunCheckpoints(Periodic, Checkpoint):
         """Move the files of the run that is resumed: every process has read its checkpoint by now."""
         if self.monitor == "auto":
             evaluation = callback_of(trainer, Evaluation)
-            self.monitor = evaluation.monitor if evaluation is not None else None
+            self.monitor = evaluation and evaluation.monitor
         if trainer.is_global_zero and trainer.ckpt_path is not None:
             retention.settle(Path(trainer.ckpt_path))
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         """Save when the next step begins: only then do the metrics have the row of the last one."""
-        if self._due:
-            self._due = False
-            self._try_last(trainer, module)
+        if self._due and (reason := self.keep_last(trainer)):
+            warn(f"the checkpoint of step k={module.k} could not be written: {reason}")
+        self._due = False
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         self._save_best(trainer)
         super().on_train_batch_end(trainer, module)
         # Weights that are not finite themselves are not worth saving.
         if module.guard.verdict and all(bool(p.isfinite().all()) for p in module.parameters()):
-            self._try_last(trainer, module)
+            self._due = True
+            self.on_train_batch_start(trainer, module)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Save before the next step; the end of the run saves by itself."""
-        self._due = trainer.global_step < trainer.max_steps
+        """Have the checkpoint saved before the next step."""
+        self._due = True
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         self._save_best(trainer)
-        if (reason := self.keep_last(trainer)) is not None:
-            raise UserError(
-                f"to write the last checkpoint of the run, {self.last}",
-                reason,
-                "make room or repair the folder; resume= continues the checkpoint before, which is still there",
-            )
+        expected = f"to write the last checkpoint of the run, {self.last}"
+        remedy = "make room or repair the folder; resume= continues the checkpoint before, which is still there"
+        require((reason := self.keep_last(trainer)) is None, expected, reason, remedy)
 
     def keep_last(self, trainer: L.Trainer) -> str | None:
         """Write `last.ckpt`; return on every rank why that failed, with the old one still there, or None."""
         return _written(trainer, self.folder / NEXT, lambda: retention.promote(self.folder))
 
-    def _try_last(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        if reason := self.keep_last(trainer):
-            warn(f"the checkpoint of step k={module.k} could not be written: {reason}")
-
     def _save_best(self, trainer: L.Trainer) -> None:
-        metric = trainer.callback_metrics.get(self.monitor) if self.monitor else None
-        value = math.inf if metric is None else float(metric)
+        value = float(trainer.callback_metrics.get(self.monitor or "", math.inf))
         # After a failed write the same value is not tried again at every step until the next measurement.
         if not math.isfinite(value) or value >= self.best_value or value == self._tried:
             return

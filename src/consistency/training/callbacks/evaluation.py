@@ -30,11 +30,7 @@ class Evaluation(Periodic):
     """Measures samples of each sampler and each set of weights every n steps, and at the end for evaluation.json.
 
     A metric is called <metric>/<sampler>/<weights>. If the reference is held out, the final results have those of the
-    training images and of noise beside them.
-
-    num_samples: None for as many as the reference has images.
-    seeds: sampling seeds: the first one during the run, the mean over all at the end.
-    batch_size, extractor, reference, reference_features, cache: see `consistency.evaluation.metrics.Settings`.
+    training images and of noise beside them. conf/evaluation and conf/metrics explain the arguments.
     """
 
     def __init__(
@@ -68,11 +64,12 @@ class Evaluation(Periodic):
         return f"{metric}/{next(iter(self.samplers))}/{self.weights[0]}"
 
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        data = module.data
-        held_out, workers = data.held_out, data.num_workers
-        builder = None if held_out is None else lambda: held_out
+        data, held_out = module.data, module.data.held_out
         self.measure: Measure = self.settings.prepare(
-            module.device, train=lambda: data.train_source, held_out=builder, num_workers=workers
+            module.device,
+            train=lambda: data.train_source,
+            held_out=None if held_out is None else lambda: held_out,
+            num_workers=data.num_workers,
         )
         self.count = self.measure.count(self.num_samples)
 
@@ -83,9 +80,8 @@ class Evaluation(Periodic):
                 pass
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Measure with the first seed; the end of the run has a measurement of its own."""
-        if trainer.global_step < trainer.max_steps:
-            self._measure_all(module, self.seeds[:1])
+        """Measure with the first seed."""
+        self._measure_all(module, self.seeds[:1])
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         self.report = self._bounds(module) | self._measure_all(module, self.seeds)
@@ -98,37 +94,34 @@ class Evaluation(Periodic):
     def table(self) -> str:
         """Return the final values as text."""
         extractor, reference = self.measure.extractor, self.measure.reference
-        first, *names = next(iter(self.report.values()))
-        shown = [name for name in (first, *names) if "_std" not in name]
+        shown = [name for name in next(iter(self.report.values())) if "_std" not in name]
         title = f"{self.count} samples against {reference.count} images"
         if extractor.name != INCEPTION:
             title += f" in the features of {extractor.name}: not FID"
-        bound = self.report.get("train_images", {}).get(first)
+        bound = self.report.get("train_images", {}).get(shown[0])
         times = f"{'x train':>9}" if bound else ""
         lines = [title, f"{'':<24}{times}" + "".join(f"{name:>{len(name) + 2}}" for name in shown)]
         for title, values in self.report.items():
-            times = f"{values[first] / bound:>9.2f}" if bound else ""
+            times = f"{values[shown[0]] / bound:>9.2f}" if bound else ""
             cells = "".join(f"{values[name]:>{len(name) + 2}.4g}" for name in shown)
             lines.append(f"{title:<24}{times}{cells}")
         return "\n".join(lines)
 
     def _measure_all(self, module: ConsistencyModule, seeds: Sequence[int]) -> Values:
         """Measure every sampler and set of weights, and log the means over the seeds and the time."""
-        began = time.perf_counter()
-        trainer, results = module.trainer, {}
+        trainer, results, began = module.trainer, {}, time.perf_counter()
         for weights in self.weights:
             for name, sampler in self.samplers.items():
                 runs = []
                 for seed in seeds:
                     with module.sampling(weights, seed) as request:
-                        numbers = batches(self.count, self.batch_size)
-                        images = generate(request, sampler, numbers)
+                        images = generate(request, sampler, batches(self.count, self.batch_size))
                         runs.append(self.measure(images, self.count))
                 means = {metric: sum(run[metric] for run in runs) / len(runs) for metric in runs[0]}
                 results[f"{name}/{weights}"] = means
         seconds = time.perf_counter() - began
-        count = self.count * len(results) * len(seeds)
-        print_once(f"Evaluation at step {module.k}: {count:,} samples in {seconds:.1f} s")
+        drawn = self.count * len(results) * len(seeds)
+        print_once(f"Evaluation at step {module.k}: {drawn:,} samples in {seconds:.1f} s")
         values = {f"{m}/{title}": v for title, means in results.items() for m, v in means.items()}
         values["evaluation_seconds"] = seconds
         # `module.log` would repeat the values in every later row.
@@ -141,10 +134,12 @@ class Evaluation(Periodic):
         """Measure the training images, which bound the samples, and noise; nothing if they are the reference."""
         if self.measure.reference.protocol["reference"].get("set") != "held_out":
             return {}
-        train, workers = module.data.train_source, module.data.num_workers
-        images = images_of(train, self.batch_size, workers, "Train images")
-        bounds = {"train_images": self.measure(images, len(train))}
-        return bounds | {"noise": self.measure(self._noise(module), self.count)}
+        train = module.data.train_source
+        images = images_of(train, self.batch_size, module.data.num_workers, "Train images")
+        return {
+            "train_images": self.measure(images, len(train)),
+            "noise": self.measure(self._noise(module), self.count),
+        }
 
     def _noise(self, module: ConsistencyModule) -> Iterator[Numbered]:
         assert module.card is not None

@@ -13,7 +13,7 @@ Kind = TypeVar("Kind", bound=Callback)
 
 
 class Periodic(Callback):
-    """Calls `at_step` once after every n optimizer steps that are taken, also under accumulation."""
+    """Calls `at_step` once after every n optimizer steps that are taken, except the last one of the run."""
 
     def __init__(self, every_n_train_steps: int) -> None:
         expected = f"every_n_train_steps >= 1 for {type(self).__name__}"
@@ -22,11 +22,12 @@ class Periodic(Callback):
         self.every = every_n_train_steps
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
-        if module.k != module.k_before and module.k % self.every == 0:
+        due = module.k != module.k_before and module.k % self.every == 0
+        if due and trainer.global_step != trainer.max_steps:
             self.at_step(trainer, module)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Act, every n steps."""
+        """Act, every n steps; the hooks at the end of a run act by themselves."""
         raise NotImplementedError
 
 

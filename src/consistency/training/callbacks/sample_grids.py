@@ -33,13 +33,14 @@ class SampleGrids(Periodic):
         seed: int,
     ) -> None:
         super().__init__(every_n_train_steps)
-        expected = "callbacks.samples.num_samples and batch_size of at least 1"
-        numbers = (num_samples, batch_size)
+        expected, numbers = (
+            "callbacks.samples.num_samples and batch_size >= 1",
+            (num_samples, batch_size),
+        )
         require(min(numbers) >= 1, expected, numbers, "give positive numbers")
         self.folder, self.samplers, self.weights = Path(folder), samplers, weights
         self.newest = self.folder / "latest.png"
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self._last_k = -1
 
     def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Refuse unknown weights before the first step."""
@@ -47,13 +48,11 @@ class SampleGrids(Periodic):
             pass
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        if module.k != self._last_k:
-            self.at_step(trainer, module)
+        self.at_step(trainer, module)
 
     @torch.no_grad()
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Draw the samples."""
-        self._last_k = module.k
         if not trainer.is_global_zero:
             return
         assert module.card is not None
@@ -73,8 +72,7 @@ class SampleGrids(Periodic):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [sheet], step=module.k)
-            if isinstance(logger, PatientTensorBoardLogger):
-                # At the step of its metrics, which a resumed run keeps.
+            if isinstance(logger, PatientTensorBoardLogger):  # at the step of its metrics
                 logger.log_image("samples", [sheet], step=trainer.global_step - 1)
 
 
