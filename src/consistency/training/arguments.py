@@ -14,11 +14,15 @@ from consistency.errors import require
 LENGTH = "trainer.max_steps=<optimizer steps>: a run has one length, and no epochs"
 MEASURED = "callbacks.evaluation.every_n_train_steps: samples are measured, there is no validation"
 
+# The arguments that the run sets itself or has no use for, with the alternative.
 REFUSED = {
+    **dict.fromkeys(("limit_train_batches", "max_epochs", "min_epochs", "min_steps"), LENGTH),
+    **dict.fromkeys(
+        ("check_val_every_n_epoch", "num_sanity_val_steps", "val_check_interval"), MEASURED
+    ),
     "accumulate_grad_batches": "data.device_batch_size=<images that a device holds at once>",
     "barebones": "python src/benchmark.py part=train, which measures the speed of the training",
     "callbacks": "+callbacks.<name>={_target_: ...}",
-    "check_val_every_n_epoch": MEASURED,
     "enable_autolog_hparams": "nothing: loggers get the run's configuration; logger=none has none",
     "enable_checkpointing": "callbacks.checkpoint=null for a run without checkpoints",
     "enable_progress_bar": "callbacks.progress=null for a run without a bar",
@@ -26,21 +30,14 @@ REFUSED = {
     "inference_mode": "nothing: " + MEASURED,
     "limit_predict_batches": "num_samples= of sample.py",
     "limit_test_batches": "num_samples= of evaluate.py",
-    "limit_train_batches": LENGTH,
     "limit_val_batches": "callbacks.evaluation.num_samples=<samples>",
     "logger": "logger=csv, wandb, tensorboard or none, or +logger.<name>={_target_: ...}",
-    "max_epochs": LENGTH,
     "max_time": "trainer.max_steps, or `timeout <time> python src/train.py ...`: its SIGTERM keeps last.ckpt",
-    "min_epochs": LENGTH,
-    "min_steps": LENGTH,
     "model_registry": "nothing: checkpoints are files below output=",
-    "num_sanity_val_steps": MEASURED,
     "overfit_batches": "a small data set, for example data=folder data.path=<a few images>",
     "reload_dataloaders_every_n_epochs": "nothing: the images have one order, that of data.* and seed=",
     "use_distributed_sampler": "nothing: every process gets its share of each batch of data.batch_size",
-    "val_check_interval": MEASURED,
 }
-"""The arguments that the run sets itself or has no use for, with the alternative."""
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
 DDP = "say trainer=ddp, whose arguments are trainer.strategy.<name>, or one of those names"

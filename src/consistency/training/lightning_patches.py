@@ -1,4 +1,4 @@
-"""All that this project reads or replaces inside of Lightning, but for `loggers` and `runtime/launch`."""
+"""All that this project reads or replaces inside of Lightning, except in `loggers` and `runtime/launch`."""
 
 from collections.abc import Callable
 from pathlib import Path

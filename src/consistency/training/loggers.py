@@ -168,7 +168,7 @@ class PatientWandbLogger(WandbLogger):
     def experiment(self) -> Any:
         """The W&B run, or None once W&B has failed."""
         if self._experiment is None and rank_zero_only.rank == 0:
-            if not (file := Path(self.save_dir) / "wandb_id.txt").is_file():
+            if not (file := Path(str(self.save_dir)) / "wandb_id.txt").is_file():
                 write_text(file, f"{secrets.token_hex(4)}\n")
             self._id = self._wandb_init["id"] = file.read_text().strip()
         return WandbLogger.experiment.fget(self)
@@ -197,6 +197,7 @@ class PatientTensorBoardLogger(TensorBoardLogger):
     service, failed = "TensorBoard", False
     log_metrics = patient(TensorBoardLogger.log_metrics)
     finalize = patient(TensorBoardLogger.finalize)
+    save = patient(lambda self: self.experiment.flush())  # Lightning's also writes hparams.yaml
 
     def __init__(self, *, folder: str) -> None:
         package = "the package tensorboard for logger=tensorboard"
@@ -230,8 +231,3 @@ class PatientTensorBoardLogger(TensorBoardLogger):
         """Log images."""
         for image in images:
             self.experiment.add_image(key, np.asarray(image), step, dataformats="HWC")
-
-    @patient
-    def save(self) -> None:
-        """Write all events."""
-        self.experiment.flush()

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -53,7 +52,7 @@ class ConsistencyModule(L.LightningModule):
         seed: int,
         on_nonfinite: str,
         sources: dict[str, dict[str, str]],
-        callbacks: Callable[[], Sequence[Callback]] = tuple,
+        callbacks: Callable[[], Sequence[L.Callback]] = tuple,
     ) -> None:
         super().__init__()
         self.online, self.objective = online, objective.requires_grad_(False)
@@ -68,7 +67,7 @@ class ConsistencyModule(L.LightningModule):
         self._range_checked = False
         self._step_hooks: list[RemovableHandle] = []
 
-    def configure_callbacks(self) -> list[Callback]:
+    def configure_callbacks(self) -> list[L.Callback]:
         """Return the callbacks of the method, except kinds that the trainer has already."""
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [callback for callback in self.make_callbacks() if type(callback) not in present]

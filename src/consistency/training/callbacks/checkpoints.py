@@ -1,5 +1,4 @@
 """The checkpoints of a run: last, previous and best."""
-# mypy: disable-error-code="override"
 
 import math
 from collections.abc import Callable
@@ -51,7 +50,7 @@ class RunCheckpoints(Periodic, Checkpoint):
         """Move the files of the run that is resumed: every process has read its checkpoint by now."""
         if self.monitor == "auto":
             evaluation = callback_of(trainer, Evaluation)
-            self.monitor = evaluation and evaluation.monitor
+            self.monitor = evaluation.monitor if evaluation is not None else None
         if trainer.is_global_zero and trainer.ckpt_path is not None:
             retention.settle(Path(trainer.ckpt_path))
 

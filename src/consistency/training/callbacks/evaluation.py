@@ -1,5 +1,4 @@
 """Sample quality during a run and at its end."""
-# mypy: disable-error-code="override"
 
 import json
 import time

@@ -1,18 +1,16 @@
 """Every n optimizer steps; and how callbacks find each other."""
-# mypy: disable-error-code="override"
 
 from typing import Any, TypeVar
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
 from consistency.errors import require
 from consistency.training.module import ConsistencyModule
 
-Kind = TypeVar("Kind", bound=Callback)
+Kind = TypeVar("Kind", bound=L.Callback)
 
 
-class Periodic(Callback):
+class Periodic(L.Callback):
     """Calls `at_step` once after every n optimizer steps that are taken, except the last one of the run."""
 
     def __init__(self, every_n_train_steps: int) -> None:
@@ -33,5 +31,5 @@ class Periodic(Callback):
 
 def callback_of(trainer: L.Trainer, kind: type[Kind]) -> Kind | None:
     """Return the first callback of a kind in a run, or None."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)

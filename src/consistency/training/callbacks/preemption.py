@@ -1,5 +1,4 @@
 """Signals that end a run: SIGTERM and SIGUSR1, as schedulers send them before they take a machine away, and Ctrl-C."""
-# mypy: disable-error-code="override"
 
 import signal
 import threading
@@ -8,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 
 from consistency.runtime import rendezvous, signals
 from consistency.training.callbacks.checkpoints import RunCheckpoints
@@ -18,18 +16,14 @@ from consistency.training.lightning_patches import take_signals
 from consistency.training.module import ConsistencyModule
 
 
-class Preempted(SystemExit):
-    """The end of a run by a signal. Status: 128 + its number (SIGTERM 143, SIGUSR1 138, Ctrl-C 130)."""
+class Preemption(L.Callback):
+    """On a signal to any rank: completes the optimizer step, writes `last.ckpt`, and ends every rank.
 
-
-class Preemption(Callback):
-    """On a signal to any rank: completes the optimizer step, writes `last.ckpt`, and ends every rank with `Preempted`.
-
-    Under SLURM with requeueing, Lightning's own handler has the job queued again afterwards.
+    The status is 128 + the signal's number: SIGTERM 143, SIGUSR1 138, Ctrl-C 130. Under SLURM with requeueing, Lightning's
+    own handler has the job queued again afterwards.
     """
 
-    def __init__(self) -> None:
-        self._received = (0, 0)  # the signal, and whether the job is queued again
+    _received = (0, 0)  # the signal, and whether the job is queued again
 
     def setup(self, trainer: L.Trainer, module: ConsistencyModule, stage: str) -> None:
         self._requeue = take_signals(trainer, self._note)
@@ -74,4 +68,4 @@ class Preemption(Callback):
         warn(f"{signal.Signals(number).name}: stopped after step k={module.k}; {saved}")
         if requeue:
             self._requeue(number, None)
-        raise Preempted(128 + number)
+        raise SystemExit(128 + number)

@@ -1,11 +1,9 @@
 """The stages of progressive distillation: functions of the step k."""
-# mypy: disable-error-code="override"
 
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
 from consistency.averaging import frozen_copy, update_average
 from consistency.denoiser import Denoiser
@@ -13,7 +11,7 @@ from consistency.errors import require
 from consistency.training.module import ConsistencyModule
 
 
-class DistillationStages(Callback):
+class DistillationStages(L.Callback):
     """Sets the module's `target` to the teacher of the stage; a new stage begins when N(k) changes.
 
     The teacher then takes the student's weights, the optimizer forgets its moments, and the evaluation averages restart

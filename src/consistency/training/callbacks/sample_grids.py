@@ -1,5 +1,4 @@
 """Pictures of a run: samples from fixed noise, and curves of its metrics."""
-# mypy: disable-error-code="override"
 
 from collections.abc import Mapping
 from pathlib import Path
