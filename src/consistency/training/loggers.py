@@ -26,11 +26,10 @@ from consistency.training.io_errors import warn
 
 
 class MetricsFile(Logger):
-    """All metrics of a run in one CSV, one row an optimizer step.
+    """All metrics of a run in one CSV, one row an optimizer step; later metrics of the last step are added to its row.
 
-    A new metric gets a new column; metrics that come later for the last row are added to it. Rows that cannot be written,
-    on a full disk for example, wait for the next one that can; a warning is printed once. (Lightning's CSVLogger writes
-    several rows a step and deletes the file of a run that is resumed.)
+    Rows that cannot be written, as on a full disk, wait for the next one that can; a warning is printed once. (Lightning's
+    CSVLogger writes several rows a step and deletes the file of a run that is resumed.)
     """
 
     name, version = "metrics.csv", ""
@@ -228,6 +227,5 @@ class PatientTensorBoardLogger(TensorBoardLogger):
 
     @patient
     def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
-        """Log images."""
         for image in images:
             self.experiment.add_image(key, np.asarray(image), step, dataformats="HWC")

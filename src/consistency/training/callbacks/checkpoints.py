@@ -40,11 +40,8 @@ class RunCheckpoints(Periodic, Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_value = state_dict["best_value"]
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        steps = trainer.global_step
-        set_counters(checkpoint, steps=steps, batches=steps * trainer.accumulate_grad_batches)
+    def on_save_checkpoint(self, trainer: L.Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
+        set_counters(trainer, checkpoint)
 
     def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Move the files of the run that is resumed: every process has read its checkpoint by now."""
@@ -69,7 +66,6 @@ class RunCheckpoints(Periodic, Checkpoint):
             self.on_train_batch_start(trainer, module)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Have the checkpoint saved before the next step."""
         self._due = True
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:

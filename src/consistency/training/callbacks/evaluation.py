@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import lightning as L
@@ -79,7 +80,6 @@ class Evaluation(Periodic):
                 pass
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Measure with the first seed."""
         self._measure_all(module, self.seeds[:1])
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
@@ -109,15 +109,14 @@ class Evaluation(Periodic):
     def _measure_all(self, module: ConsistencyModule, seeds: Sequence[int]) -> Values:
         """Measure every sampler and set of weights, and log the means over the seeds and the time."""
         trainer, results, began = module.trainer, {}, time.perf_counter()
-        for weights in self.weights:
-            for name, sampler in self.samplers.items():
-                runs = []
-                for seed in seeds:
-                    with module.sampling(weights, seed) as request:
-                        images = generate(request, sampler, batches(self.count, self.batch_size))
-                        runs.append(self.measure(images, self.count))
-                means = {metric: sum(run[metric] for run in runs) / len(runs) for metric in runs[0]}
-                results[f"{name}/{weights}"] = means
+        for weights, (name, sampler) in product(self.weights, self.samplers.items()):
+            runs = []
+            for seed in seeds:
+                with module.sampling(weights, seed) as request:
+                    images = generate(request, sampler, batches(self.count, self.batch_size))
+                    runs.append(self.measure(images, self.count))
+            means = {metric: sum(run[metric] for run in runs) / len(runs) for metric in runs[0]}
+            results[f"{name}/{weights}"] = means
         seconds = time.perf_counter() - began
         drawn = self.count * len(results) * len(seeds)
         print_once(f"Evaluation at step {module.k}: {drawn:,} samples in {seconds:.1f} s")

@@ -2,7 +2,6 @@
 
 import signal
 import threading
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -12,7 +11,7 @@ from consistency.runtime import rendezvous, signals
 from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.callbacks.periodic import callback_of
 from consistency.training.io_errors import warn
-from consistency.training.lightning_patches import take_signals
+from consistency.training.lightning_patches import batches_before, take_signals
 from consistency.training.module import ConsistencyModule
 
 
@@ -30,7 +29,7 @@ class Preemption(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Handle SIGUSR1 if nothing else does (Lightning restores all handlers at the end), and the first Ctrl-C."""
-        signals.call_instead(partial(self._note, signal.SIGINT))
+        signals.call_instead(lambda: self._note(signal.SIGINT))
         free = signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
         if free and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, lambda number, _: self._note(number))
@@ -38,11 +37,10 @@ class Preemption(L.Callback):
     def _note(self, number: int, *, requeue: bool = False) -> None:
         self._received = (number, int(requeue))
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: ConsistencyModule, batch: Any, index: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         """Leave before a step: the one before is complete and its metrics are logged."""
-        if index > 0 and index % trainer.accumulate_grad_batches == 0:
+        before = batches_before(trainer)
+        if before > 0 and before % trainer.accumulate_grad_batches == 0:
             self._leave(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:

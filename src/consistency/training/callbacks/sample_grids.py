@@ -51,7 +51,6 @@ class SampleGrids(Periodic):
 
     @torch.no_grad()
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Draw the samples."""
         if not trainer.is_global_zero:
             return
         assert module.card is not None
@@ -86,7 +85,6 @@ class Curves(Periodic):
         self.at_step(trainer, module)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Draw the curves."""
         for logger in trainer.loggers:
             logger.save()
         if trainer.is_global_zero and self.metrics.is_file():
