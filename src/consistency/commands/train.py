@@ -26,8 +26,7 @@ from consistency.training import build
 from consistency.training.arguments import require_taken
 from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
-from consistency.training.callbacks.periodic import callback_of
-from consistency.training.callbacks.sample_grids import SampleGrids
+from consistency.training.callbacks.periodic import Periodic, callback_of
 from consistency.training.io_errors import as_user_error
 from consistency.training.loggers import MetricsFile, PatientTensorBoardLogger, PatientWandbLogger
 from consistency.training.module import ConsistencyModule
@@ -127,12 +126,8 @@ def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:
     if left_out := trainer.datamodule.train_source.left_out:  # type: ignore[attr-defined]
         print(f"Left out:   {left_out:,} images that cannot be used, named at the start")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, RunCheckpoints):
-            print(f"Checkpoint: {callback.last}")
-        if isinstance(callback, SampleGrids):
-            print(f"Samples:    {callback.newest}")
-        if isinstance(callback, Evaluation):
-            print(callback.table())
+        if isinstance(callback, Periodic) and callback.summary:
+            print(callback.summary)
     for logger in trainer.loggers:
         if isinstance(logger, PatientWandbLogger) and logger.offline_folders:
             sync = [sys.executable, "-m", "wandb", "sync", *map(str, logger.offline_folders)]

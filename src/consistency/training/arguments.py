@@ -17,9 +17,8 @@ MEASURED = "callbacks.evaluation.every_n_train_steps: samples are measured, ther
 # The arguments that the run sets itself or has no use for, with the alternative.
 REFUSED = {
     **dict.fromkeys(("limit_train_batches", "max_epochs", "min_epochs", "min_steps"), LENGTH),
-    **dict.fromkeys(
-        ("check_val_every_n_epoch", "num_sanity_val_steps", "val_check_interval"), MEASURED
-    ),
+    **dict.fromkeys(("check_val_every_n_epoch", "inference_mode"), MEASURED),
+    **dict.fromkeys(("num_sanity_val_steps", "val_check_interval"), MEASURED),
     "accumulate_grad_batches": "data.device_batch_size=<images that a device holds at once>",
     "barebones": "python src/benchmark.py part=train, which measures the speed of the training",
     "callbacks": "+callbacks.<name>={_target_: ...}",
@@ -27,7 +26,6 @@ REFUSED = {
     "enable_checkpointing": "callbacks.checkpoint=null for a run without checkpoints",
     "enable_progress_bar": "callbacks.progress=null for a run without a bar",
     "fast_dev_run": "trainer.max_steps=1",
-    "inference_mode": "nothing: " + MEASURED,
     "limit_predict_batches": "num_samples= of sample.py",
     "limit_test_batches": "num_samples= of evaluate.py",
     "limit_val_batches": "callbacks.evaluation.num_samples=<samples>",
@@ -66,20 +64,16 @@ def require_taken(trainer: DictConfig) -> None:
     positive = isinstance(steps, int) and steps >= 1
     require(positive, "trainer.log_every_n_steps >= 1", steps, remedy)
     algorithm = trainer.get("gradient_clip_algorithm")
-    require(
-        algorithm is None if clip is None else clip >= 0,
-        "trainer.gradient_clip_val >= 0 with trainer.gradient_clip_algorithm, or null without",
-        f"trainer.gradient_clip_val={clip} and trainer.gradient_clip_algorithm={algorithm}",
-        "give trainer.gradient_clip_val=<largest norm of a gradient>, or neither",
-    )
+    expected = "trainer.gradient_clip_val >= 0 with trainer.gradient_clip_algorithm, or neither"
+    got = f"trainer.gradient_clip_val={clip} and trainer.gradient_clip_algorithm={algorithm}"
+    remedy = "give trainer.gradient_clip_val=<largest norm of a gradient>, or neither"
+    require(algorithm is None if clip is None else clip >= 0, expected, got, remedy)
     precision, accelerator = str(trainer.get("precision")), trainer.get("accelerator")
     cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
-    require(
-        not cpu or precision not in ("16-mixed", "16-true", "16"),
-        "trainer.precision=32-true or bf16-mixed on a CPU",
-        f"trainer.precision={precision}, which a CPU run would silently replace",
-        "change trainer.precision",
-    )
+    expected = "trainer.precision=32-true or bf16-mixed on a CPU"
+    got = f"trainer.precision={precision}, which a CPU run would silently replace"
+    half = precision in ("16-mixed", "16-true", "16")
+    require(not (cpu and half), expected, got, "change trainer.precision")
     plugins_of(trainer)
 
 
@@ -102,9 +96,9 @@ def require_whole(strategy: strategies.Strategy) -> None:
     start = getattr(strategy, "_start_method", None) or "popen"
     whole = isinstance(strategy, strategies.DDPStrategy | strategies.SingleDeviceStrategy)
     shards = isinstance(strategy, strategies.DeepSpeedStrategy | strategies.XLAStrategy)
-    require(
-        whole and not shards and start == "popen",
-        "processes that each hold the whole network and are started by the command, Lightning's DDPStrategy",
-        type(strategy).__name__ + ("" if start == "popen" else f" with start_method={start}"),
-        f"{DDP}; in a notebook trainer.devices=1",
+    expected = (
+        "processes with the whole network each, started by the command: Lightning's DDPStrategy"
     )
+    got = type(strategy).__name__ + ("" if start == "popen" else f" with start_method={start}")
+    remedy = f"{DDP}; in a notebook trainer.devices=1"
+    require(whole and not shards and start == "popen", expected, got, remedy)

@@ -125,9 +125,7 @@ def _require_fit(config: DictConfig) -> None:
             got = f"one that returns shape {tuple(shape)}"
         except (ValueError, RuntimeError) as error:
             got = str(error)
-    expected = (
-        f"a network model= for data of shape {image[1:]} with {data.num_classes or 'no'} classes"
-    )
+    expected = f"a network for data of shape {image[1:]} with {data.num_classes or 'no'} classes"
     remedy = "choose another model=, or set data.image_size, data.channels, data.num_classes"
     require(shape == image, expected, got, remedy)
 

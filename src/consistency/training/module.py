@@ -112,7 +112,7 @@ class ConsistencyModule(L.LightningModule):
         share = Share(micro * ranks + self.global_rank, accumulated * ranks)
         # An objective without a `share` argument is enough for whole batches.
         part = {} if share == WHOLE else {"share": share}
-        data = self._images_and_labels(batch, draw, **part)
+        data = self._unpacked(batch, draw, **part)
         target = self.target or self.online
         losses: Losses = self.objective(self.online, target, *data, self.num_scales, draw, **part)
         loss = losses.loss.mean()
@@ -120,9 +120,7 @@ class ConsistencyModule(L.LightningModule):
         self._log_losses(losses, loss.detach())
         return loss
 
-    def _images_and_labels(
-        self, batch: Any, draw: torch.Generator, **part: Share
-    ) -> tuple[Data, Label]:
+    def _unpacked(self, batch: Any, draw: torch.Generator, **part: Share) -> tuple[Data, Label]:
         """Return the images in [-1, 1] and the labels of a batch."""
         data, card = self.trainer.datamodule, self.card  # type: ignore[attr-defined]
         if isinstance(data, DataModule):
@@ -132,10 +130,8 @@ class ConsistencyModule(L.LightningModule):
         shape, classes = (None, None) if card is None else (card.shape, card.num_classes)
         x_0, label = unpack_batch(batch, shape=shape, num_classes=classes)
         if not self._range_checked and self.global_rank == 0 and float(x_0.min()) >= 0:
-            warn(
-                "the first images lie between 0 and 1 and are taken as they are; the range is -1 to 1, "
-                "so if 0 is black scale them: 2 * x - 1"
-            )
+            text = "the first images lie between 0 and 1 and are taken as they are; the range is -1 to 1"
+            warn(f"{text}, so if 0 is black scale them: 2 * x - 1")
         self._range_checked = True
         return x_0, label
 

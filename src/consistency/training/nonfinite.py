@@ -78,16 +78,13 @@ class NonfiniteGuard:
         self.overflows += 1
         self.overflows_in_a_row += 1
         if self.overflows == 1:
-            warn(
-                f"gradients overflowed half precision {step}: the scaler skips the step and continues with scale "
-                f"{scale():g}; the number of skipped steps follows at the end"
-            )
+            skips = f"the scaler skips the step and continues with scale {scale():g}"
+            end = "the number of skipped steps follows at the end"
+            warn(f"gradients overflowed half precision {step}: {skips}; {end}")
         if self.overflows_in_a_row >= OVERFLOWS:
             in_a_row = f"the last of {self.overflows_in_a_row} in a row, down to scale {scale():g}"
             got = f"an overflow {step}, {_span(self._last_times)}, {in_a_row}"
-            self.verdict = UserError(
-                "gradients that half precision holds at some scale", got, REMEDY
-            )
+            self.verdict = UserError("gradients that fit half precision at some scale", got, REMEDY)
 
     def report_overflows(self) -> None:
         """Print how many steps the scaler has skipped, if more than the reported first."""

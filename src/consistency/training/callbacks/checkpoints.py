@@ -31,6 +31,7 @@ class RunCheckpoints(Periodic, Checkpoint):
         super().__init__(every_n_train_steps)
         self.folder, self.monitor = Path(folder), monitor
         self.last = self.folder / LAST
+        self.summary = f"Checkpoint: {self.last}"
         self.best_value = self._tried = math.inf
         self._due = False
 

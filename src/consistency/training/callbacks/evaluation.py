@@ -55,7 +55,6 @@ class Evaluation(Periodic):
         self.samplers, self.weights, self.seeds = samplers, list(weights), list(seeds)
         self.num_samples, self.batch_size = num_samples, batch_size
         self.settings = Settings(extractor, reference, reference_features, cache, batch_size)
-        self.report: Values = {}
 
     @property
     def monitor(self) -> str:
@@ -83,24 +82,24 @@ class Evaluation(Periodic):
         self._measure_all(module, self.seeds[:1])
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        self.report = self._bounds(module) | self._measure_all(module, self.seeds)
+        results = self._bounds(module) | self._measure_all(module, self.seeds)
+        self.summary = self._table(results)
         if trainer.is_global_zero:
             protocol = self.measure.protocol(self.count)
-            content = dict(protocol=protocol, seeds=self.seeds, k=module.k, results=self.report)
+            content = dict(protocol=protocol, seeds=self.seeds, k=module.k, results=results)
             with tolerate_write_errors(str(self.file)):
                 write_text(self.file, json.dumps(content, indent=2) + "\n")
 
-    def table(self) -> str:
-        """Return the final values as text."""
+    def _table(self, results: Values) -> str:
         extractor, reference = self.measure.extractor, self.measure.reference
-        shown = [name for name in next(iter(self.report.values())) if "_std" not in name]
+        shown = [name for name in next(iter(results.values())) if "_std" not in name]
         title = f"{self.count} samples against {reference.count} images"
         if extractor.name != INCEPTION:
             title += f" in the features of {extractor.name}: not FID"
-        bound = self.report.get("train_images", {}).get(shown[0])
+        bound = results.get("train_images", {}).get(shown[0])
         times = f"{'x train':>9}" if bound else ""
         lines = [title, f"{'':<24}{times}" + "".join(f"{name:>{len(name) + 2}}" for name in shown)]
-        for title, values in self.report.items():
+        for title, values in results.items():
             times = f"{values[shown[0]] / bound:>9.2f}" if bound else ""
             cells = "".join(f"{values[name]:>{len(name) + 2}.4g}" for name in shown)
             lines.append(f"{title:<24}{times}{cells}")

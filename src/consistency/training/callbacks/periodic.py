@@ -11,7 +11,12 @@ Kind = TypeVar("Kind", bound=L.Callback)
 
 
 class Periodic(L.Callback):
-    """Calls `at_step` once after every n optimizer steps that are taken, except the last one of the run."""
+    """Calls `at_step` once after every n optimizer steps that are taken, except the last one of the run.
+
+    summary: what the command prints about it at the end of a run.
+    """
+
+    summary = ""
 
     def __init__(self, every_n_train_steps: int) -> None:
         expected = f"every_n_train_steps >= 1 for {type(self).__name__}"

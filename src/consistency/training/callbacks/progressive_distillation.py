@@ -25,12 +25,9 @@ class DistillationStages(L.Callback):
     def setup(self, trainer: L.Trainer, module: ConsistencyModule, stage: str) -> None:
         states = (denoiser.network.state_dict() for denoiser in (self.teacher, module.online))
         teacher, student = ({name: v.shape for name, v in state.items()} for state in states)
-        require(
-            teacher == student,
-            "a teacher of the same network as model=, because the student will replace it",
-            "a teacher of another network",
-            "choose the model= of the teacher",
-        )
+        expected = "a teacher of the same network as model=, because the student will replace it"
+        remedy = "choose the model= of the teacher"
+        require(teacher == student, expected, "a teacher of another network", remedy)
         module.target = frozen_copy(self.teacher)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:

@@ -32,13 +32,10 @@ class SampleGrids(Periodic):
         seed: int,
     ) -> None:
         super().__init__(every_n_train_steps)
-        expected, numbers = (
-            "callbacks.samples.num_samples and batch_size >= 1",
-            (num_samples, batch_size),
-        )
-        require(min(numbers) >= 1, expected, numbers, "give positive numbers")
+        expected = "callbacks.samples.num_samples and batch_size >= 1"
+        require(min(num_samples, batch_size) >= 1, expected, (num_samples, batch_size), "give more")
         self.folder, self.samplers, self.weights = Path(folder), samplers, weights
-        self.newest = self.folder / "latest.png"
+        self.summary = f"Samples:    {self.folder / 'latest.png'}"
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
 
     def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
@@ -66,7 +63,7 @@ class SampleGrids(Periodic):
         with tolerate_write_errors(f"the picture of step k={module.k}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             sheet.save(self.folder / f"step_{module.k:08d}.png")
-            sheet.save(self.newest)
+            sheet.save(self.folder / "latest.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [sheet], step=module.k)
