@@ -7,14 +7,17 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from consistency.checkpoints import ours
+from consistency.checkpoints import ours, retention
+from consistency.checkpoints.load import NEXT
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's writer of checkpoints, replaced: a whole file or none, with its checksum beside it."""
+    """Lightning's writer of checkpoints, replaced: a whole file or none, with its checksum; next.ckpt becomes last.ckpt."""
 
     def save_checkpoint(self, content: Any, path: Any, storage_options: Any = None) -> None:
         ours.write(content, Path(path))
+        if Path(path).name == NEXT:
+            retention.promote(Path(path).parent)
 
 
 def batches_before(trainer: L.Trainer) -> int:

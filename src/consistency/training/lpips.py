@@ -87,7 +87,11 @@ def load_lpips(*, backbone: BackboneName, variant: Variant) -> LPIPS:
         require(value in known, f"an LPIPS {name} among {', '.join(known)}", value, "choose one")
     layers = empty_features(backbone)
     layers.load_state_dict(_imagenet_weights(backbone), assign=True)
-    features, weights = assemble(layers, backbone, variant), _linear_weights(backbone)
+    folder = files("torchmetrics") / "functional" / "image" / "lpips_models"  # of LPIPS version 0.1
+    with as_file(folder / LINEAR_FILES[backbone]) as path:
+        linear = torch.load(path, map_location="cpu", weights_only=True)
+    weights = [linear[f"lin{i}.model.1.weight"].flatten() for i in range(len(TAPS[backbone]))]
+    features = assemble(layers, backbone, variant)
     return LPIPS(features=features, weights=weights, resize=RESIZING[variant]).requires_grad_(False)
 
 
@@ -104,11 +108,3 @@ def _imagenet_weights(backbone: BackboneName) -> dict[str, Tensor]:
         remedy = f"fetch {url} elsewhere and put the file there (TORCH_HOME moves the folder), or choose another distance"
         raise UserError(expected, got, remedy) from error
     return {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
-
-
-def _linear_weights(backbone: BackboneName) -> list[Float[Tensor, "_c"]]:
-    """Read w_l of LPIPS version 0.1 from the files of torchmetrics."""
-    folder = files("torchmetrics") / "functional" / "image" / "lpips_models"
-    with as_file(folder / LINEAR_FILES[backbone]) as path:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    return [state[f"lin{tap}.model.1.weight"].flatten() for tap in range(len(TAPS[backbone]))]

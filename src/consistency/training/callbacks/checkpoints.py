@@ -1,7 +1,6 @@
 """The checkpoints of a run: last, previous and best."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ class RunCheckpoints(Periodic, Checkpoint):
 
     def keep_last(self, trainer: L.Trainer) -> str | None:
         """Write `last.ckpt`; return on every rank why that failed, with the old one still there, or None."""
-        return _written(trainer, self.folder / NEXT, lambda: retention.promote(self.folder))
+        return _written(trainer, self.folder / NEXT)
 
     def _save_best(self, trainer: L.Trainer) -> None:
         value = float(trainer.callback_metrics.get(self.monitor or "", math.inf))
@@ -90,16 +89,12 @@ class RunCheckpoints(Periodic, Checkpoint):
             warn(f"the best checkpoint so far could not be written: {reason}")
 
 
-def _written(trainer: L.Trainer, path: Path, then: Callable[[], None] = lambda: None) -> str | None:
-    """Write a checkpoint, do `then` on the rank that writes, and return on every rank why that failed, or None."""
-    reason, saved = None, False
+def _written(trainer: L.Trainer, path: Path) -> str | None:
+    """Write a checkpoint; return on every rank why that failed, or None."""
+    reason = None
     try:
         trainer.save_checkpoint(path, weights_only=False)
-        saved = True
-        if trainer.is_global_zero:
-            then()
     except OSError as error:
         reason = str(error)
-        if not saved:
-            trainer.strategy.barrier()  # at the end of `save_checkpoint`, where the other ranks wait
+        trainer.strategy.barrier()  # at the end of `save_checkpoint`, where the other ranks wait
     return trainer.strategy.broadcast(reason)
