@@ -4,7 +4,6 @@ They are one network under the settings `FIXED`. q, k and v are three linear map
 our qkv.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from consistency.checkpoints.openai import ADM
 from consistency.checkpoints.pickle_calls import brief
 from consistency.errors import require
 from consistency.inference.card import ModelCard
+from consistency.networks import adm
 
 UNET = "UNet2DModel"
 VERSION = "0.35.0"
@@ -38,15 +38,25 @@ FIXED: dict[str, Any] = {
 }
 """Settings of `UNet2DModel` with one value in an ADM, which is also their default."""
 
-RESIDUAL = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
+PARTS = {
+    **{"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj"},
+    **{"out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"},
+    **{"norm": "group_norm", "qkv": "to_qkv", "proj_out": "to_out.0", "op": "conv"},
 }
-ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0", "qkv": "to_qkv"}
+"""Parts of our blocks and their names in diffusers."""
+
+OUTSIDE = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb": "class_embedding",
+    "input_blocks.0.0": "conv_in",
+    "middle_block.0": "mid_block.resnets.0",
+    "middle_block.1": "mid_block.attentions.0",
+    "middle_block.2": "mid_block.resnets.1",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+"""Modules outside the levels and their names in diffusers."""
 
 
 def block_type(way: str, attention: bool, in_blocks: bool) -> str:
@@ -71,24 +81,6 @@ def block_settings(
     }
 
 
-DEFAULTS: dict[str, Any] = {
-    **block_settings([False, True, True, True], False, False, 32),
-    **{"sample_size": None, "in_channels": 3, "out_channels": 3, "num_class_embeds": None},
-    **{"block_out_channels": [224, 448, 672, 896], "layers_per_block": 2, "dropout": 0.0},
-    **{"attention_head_dim": 8, "time_embedding_dim": None},
-}
-"""Defaults of the settings that are not in `FIXED`."""
-
-COUNTS = {
-    **{"in_channels": "a whole number", "out_channels": "a whole number"},
-    **{"layers_per_block": "a whole number", "norm_num_groups": "a whole number"},
-    **dict.fromkeys(("num_class_embeds", "attention_head_dim"), "a whole number or null"),
-}
-CHOICES = {
-    "resnet_time_scale_shift": ("default", "scale_shift"),
-    "downsample_type": ("conv", "resnet"),
-    "upsample_type": ("conv", "resnet"),
-}
 ABSENT = dict.fromkeys(
     (
         *("cross_attention_dim", "encoder_hid_dim", "addition_embed_type", "time_cond_proj_dim"),
@@ -97,9 +89,29 @@ ABSENT = dict.fromkeys(
 )
 """Settings of other networks of diffusers, which none that we know has."""
 
+DEFAULTS: dict[str, Any] = {
+    **FIXED,
+    **ABSENT,
+    **block_settings([False, True, True, True], False, False, 32),
+    **{"sample_size": None, "in_channels": 3, "out_channels": 3, "num_class_embeds": None},
+    **{"block_out_channels": [224, 448, 672, 896], "layers_per_block": 2, "dropout": 0.0},
+    **{"attention_head_dim": 8, "time_embedding_dim": None},
+}
+COUNTS = {
+    **dict.fromkeys(("in_channels", "layers_per_block", "norm_num_groups"), "a whole number"),
+    **dict.fromkeys(("num_class_embeds", "attention_head_dim"), "a whole number or null"),
+}
+CHOICES = {
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
+}
+
 
 def our_weights(network: dict[str, Any], theirs: StateDict) -> StateDict:
     """Return the weights of a `UNet2DModel` under the names of `ADM`. Linear maps of attention become 1x1."""
+    levels, blocks = len(network["channel_mult"]), network["num_res_blocks"]
+    check(1 <= blocks <= len(theirs) / levels, "a network with more blocks than it has weights")
     rest, ours = dict(theirs), {}
     for name, sources in parameters(network):
         missing = [source for source in sources if source not in rest]
@@ -123,78 +135,42 @@ def their_weights(network: dict[str, Any], ours: StateDict) -> dict[str, Tensor]
     return theirs
 
 
-def parameters(network: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def parameters(settings: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield our name of each parameter, and its name in diffusers or, for qkv, its three names."""
-    for ours, theirs, kind in modules(network):
-        names = {"residual": RESIDUAL, "attention": ATTENTION}.get(kind, {"": ""})
-        for old, new in names.items():
-            if old == "skip_connection" and not ours.endswith("*"):
+    with torch.device("meta"):
+        network = adm.ADM(**{key: value for key, value in settings.items() if key != "_target_"})
+    modules = dict(OUTSIDE)
+    for half, way in (("input", "down"), ("output", "up")):
+        level = number = 0
+        for index, stage in enumerate(network.get_submodule(f"{half}_blocks").children()):
+            if way == "down" and index == 0:  # the first convolution
                 continue
-            a, b = f"{ours.removesuffix('*')}.{old}".strip("."), f"{theirs}.{new}".strip(".")
-            for part in ("weight",) if kind == "embedding" else ("weight", "bias"):
-                three = tuple(b.replace("to_qkv", f"to_{letter}") for letter in "qkv")
-                yield f"{a}.{part}", tuple(f"{n}.{part}" for n in dict.fromkeys(three))
-
-
-def modules(network: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield our name, diffusers' name and the kind of every module.
-
-    Our name of a residual block with a projection ends in `*`.
-    """
-    sides = [network["image_size"] >> k for k in range(len(network["channel_mult"]))]
-    attention = [side in network["attention_resolutions"] for side in sides]
-    widths = [int(mult * network["model_channels"]) for mult in network["channel_mult"]]
-    blocks, last, in_blocks = network["num_res_blocks"], len(widths) - 1, network["resblock_updown"]
-    change = ("", "", "residual") if in_blocks else (".op", ".conv", "plain")
-
-    def residual(ours: str, theirs: str, channels: int, out: int) -> tuple[str, str, str]:
-        return ours + ("*" if channels != out else ""), theirs, "residual"
-
-    yield "time_embed.0", "time_embedding.linear_1", "plain"
-    yield "time_embed.2", "time_embedding.linear_2", "plain"
-    if network.get("num_classes") is not None:
-        yield "label_emb", "class_embedding", "embedding"
-    yield "input_blocks.0.0", "conv_in", "plain"
-    index, width, skips = 1, widths[0], [widths[0]]
-    for level, out in enumerate(widths):
-        block = f"down_blocks.{level}"
-        for i in range(blocks):
-            yield residual(f"input_blocks.{index}.0", f"{block}.resnets.{i}", width, out)
-            if attention[level]:
-                yield f"input_blocks.{index}.1", f"{block}.attentions.{i}", "attention"
-            index, width = index + 1, out
-            skips.append(out)
-        if level < last:
-            ours, theirs, kind = change
-            yield f"input_blocks.{index}.0{ours}", f"{block}.downsamplers.0{theirs}", kind
-            index += 1
-            skips.append(out)
-    yield "middle_block.0", "mid_block.resnets.0", "residual"
-    yield "middle_block.1", "mid_block.attentions.0", "attention"
-    yield "middle_block.2", "mid_block.resnets.1", "residual"
-    for index in range((last + 1) * (blocks + 1)):
-        level, i = last - index // (blocks + 1), index % (blocks + 1)
-        block, channels = f"up_blocks.{last - level}", width + skips.pop()
-        width = widths[level]
-        yield residual(f"output_blocks.{index}.0", f"{block}.resnets.{i}", channels, width)
-        if attention[level]:
-            yield f"output_blocks.{index}.1", f"{block}.attentions.{i}", "attention"
-        if level > 0 and i == blocks:
-            ours = f"output_blocks.{index}.{2 if attention[level] else 1}"
-            _, theirs, kind = change
-            yield f"{ours}{theirs}", f"{block}.upsamplers.0{theirs}", kind
-    yield "out.0", "conv_norm_out", "plain"
-    yield "out.2", "conv_out", "plain"
+            place, changes = f"{way}_blocks.{level}", False
+            for position, layer in enumerate(stage.children()):
+                kind = "attentions" if isinstance(layer, adm.AttentionBlock) else "resnets"
+                theirs = f"{place}.{kind}.{number}"
+                if isinstance(getattr(layer, "resample", layer), adm.Downsample | adm.Upsample):
+                    theirs, changes = f"{place}.{way}samplers.0", True
+                modules[f"{half}_blocks.{index}.{position}"] = theirs
+            level, number = (level + 1, 0) if changes else (level, number + 1)
+    for ours in network.state_dict():
+        module = next(name for name in modules if ours.startswith(f"{name}."))
+        part, _, kind = ours.removeprefix(f"{module}.").rpartition(".")
+        theirs = ".".join(filter(None, (modules[module], PARTS.get(part, part), kind)))
+        split = "qkv" if part == "qkv" else "q"
+        yield ours, tuple(theirs.replace("to_qkv", f"to_{letter}") for letter in split)
 
 
 def settings(config: dict[str, Any], hints: Hints) -> dict[str, Any]:
     """Return the arguments of `ADM` from those of `UNet2DModel`."""
     theirs = known_settings(config)
+    resblock_updown = in_blocks(theirs)
     widths, size = theirs["block_out_channels"], theirs["sample_size"]
     sides = set(size) if isinstance(size, list) else {size}
     side = hints.image_size or (sides.pop() if len(sides) == 1 else None)
-    if type(side) is not int or side < 1:
-        raise unlike(theirs, "sample_size", "one side of the images (image_size= sets it)")
+    known = type(side) is int and side >= 1
+    expect(theirs, "sample_size", known, "one side of the images (image_size= sets it)")
+    assert side is not None
     attention = ["Attn" in kind for kind in theirs["down_block_types"]]
     return {
         "_target_": ADM,
@@ -210,7 +186,7 @@ def settings(config: dict[str, Any], hints: Hints) -> dict[str, Any]:
         "num_heads": 1,
         "num_head_channels": theirs["attention_head_dim"],
         "use_scale_shift_norm": theirs["resnet_time_scale_shift"] == "scale_shift",
-        "resblock_updown": in_blocks(theirs),
+        "resblock_updown": resblock_updown,
         "conv_resample": True,
         "num_groups": theirs["norm_num_groups"],
     }
@@ -221,69 +197,58 @@ def known_settings(config: dict[str, Any]) -> dict[str, Any]:
     kind = config.get("_class_name")
     check(kind == UNET, f"a diffusers model of class {brief(kind)}, not {UNET}")
     theirs = DEFAULTS | config
-
-    def expect(name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise unlike(theirs, name, expected)
-
     for name, value in (FIXED | ABSENT).items():
-        expect(name, theirs.get(name, value) == value, f"{value}, as an ADM has")
+        expect(theirs, name, theirs[name] == value, f"{value}, as an ADM has")
     for name, kinds in COUNTS.items():
         count = theirs[name]
         whole = type(count) is int and 1 <= count <= 1 << 20
-        expect(name, whole or (count is None and "null" in kinds), kinds)
+        expect(theirs, name, whole or (count is None and "null" in kinds), kinds)
     for name, choices in CHOICES.items():
-        expect(name, theirs[name] in choices, " or ".join(choices))
+        expect(theirs, name, theirs[name] in choices, " or ".join(choices))
     channels, widths = theirs["in_channels"], theirs["block_out_channels"]
     same = theirs["out_channels"] == channels
-    expect("out_channels", same, f"in_channels={channels}, as a consistency model has")
+    expect(theirs, "out_channels", same, f"in_channels={channels}, as a consistency model has")
     numbers = isinstance(widths, list) and all(type(n) is int and n > 0 for n in widths)
-    expect("block_out_channels", numbers, "a list of whole numbers")
+    expect(theirs, "block_out_channels", numbers, "a list of whole numbers")
     groups, in_attention = theirs["norm_num_groups"], theirs["attn_norm_num_groups"]
     default = in_attention is None and theirs["resnet_time_scale_shift"] == "default"
-    expect("attn_norm_num_groups", default or in_attention == groups, f"norm_num_groups={groups}")
+    expected = f"norm_num_groups={groups}"
+    expect(theirs, "attn_norm_num_groups", default or in_attention == groups, expected)
     embedding = theirs["time_embedding_dim"] in (None, 4 * widths[0])
-    expect("time_embedding_dim", embedding, f"4 x {widths[0]}")
-    for name in ("down_block_types", "up_block_types"):
-        listed = isinstance(theirs[name], list) and len(theirs[name]) == len(widths)
-        expect(name, listed, f"{len(widths)} blocks, as block_out_channels has")
+    expect(theirs, "time_embedding_dim", embedding, f"4 x {widths[0]}")
     return theirs
 
 
 def in_blocks(theirs: dict[str, Any]) -> bool:
     """Return whether residual blocks change the resolution, else convolutions. Refuse unknown and mixed blocks."""
-    attention, changes = [], []
+    attention, changes, levels = [], set(), len(theirs["block_out_channels"])
     for way in ("Down", "Up"):
         name, setting = f"{way.lower()}_block_types", theirs[f"{way.lower()}sample_type"]
-        kinds = {
-            block_type(way, False, False): "conv",
-            block_type(way, False, True): "resnet",
-            block_type(way, True, False): setting,
-        }
-        for kind in theirs[name]:
-            known = isinstance(kind, str) and kind in kinds
-            check(known, f"a {UNET} with a block of kind {brief(kind)} in {name}")
-        attention.append([kind.startswith("Attn") for kind in theirs[name]])
-        changes += [kinds[kind] for kind in theirs[name][:-1]]  # the last block changes nothing
+        kinds, known = theirs[name], {block_type(way, True, False): setting}
+        known |= {block_type(way, False, False): "conv", block_type(way, False, True): "resnet"}
+        listed = isinstance(kinds, list) and len(kinds) == levels and {*kinds} <= known.keys()
+        expect(theirs, name, listed, f"{levels} blocks of {', '.join(known)}")
+        attention.append([kind.startswith("Attn") for kind in kinds])
+        changes |= {known[kind] for kind in kinds[:-1]}  # the last block changes nothing
     mirrored = attention[0] == attention[1][::-1]
     check(mirrored, f"a {UNET} whose halves do not mirror each other (up_block_types)")
     names = "down_block_types, up_block_types"
-    check(len({*changes}) <= 1, f"a {UNET} that changes resolution in several ways ({names})")
-    return {*changes} != {"conv"}
+    check(len(changes) <= 1, f"a {UNET} that changes resolution in several ways ({names})")
+    return changes != {"conv"}
 
 
-def unlike(config: dict[str, Any], name: str, expected: str) -> ContentError:
-    """Return the refusal of a setting, by name and value."""
-    value = config.get(name)
+def expect(theirs: dict[str, Any], name: str, holds: bool, expected: str) -> None:
+    """Refuse a setting, by name and value, unless it `holds`."""
+    value = theirs[name]
     plain = isinstance(value, int | float | str | list | None) and len(str(value)) < 200
     shown = value if plain else brief(value)
-    return ContentError(f"a {UNET} with {name}={shown}, where {expected} is known")
+    check(holds, f"a {UNET} with {name}={shown}, where {expected} is known")
 
 
 def settings_of(theirs: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str]]:
     """Return the settings of `UNet2DModel` for these weights, and the assumptions made."""
-    numbers = {int(name.split(".")[1]) for name in theirs if re.match(r"down_blocks\.\d+\.", name)}
-    blocks = [f"down_blocks.{k}" for k in range(len(numbers))]
+    levels = {name.split(".")[1] for name in theirs if name.startswith("down_blocks.")}
+    blocks = [f"down_blocks.{k}" for k in range(len(levels))]
     firsts = [f"{block}.resnets.0.conv1.weight" for block in blocks]
     known = firsts and all(name in theirs for name in firsts)
     check(known, f"weights of a model of diffusers other than {UNET}")
@@ -300,14 +265,14 @@ def settings_of(theirs: StateDict, hints: Hints) -> tuple[dict[str, Any], list[s
     if head is None:
         head = DEFAULTS["attention_head_dim"]
         notes.append(assumes(f"attention heads of {head} channels", "num_head_channels="))
-    layer = re.compile(r"down_blocks\.0\.resnets\.\d+\.conv1\.weight")
+    layers = {n.split(".")[3] for n in theirs if n.startswith("down_blocks.0.resnets.")}
     config = {
         "_class_name": UNET,
         "sample_size": size,
         "in_channels": theirs["conv_in.weight"].shape[1],
         "out_channels": theirs["conv_out.weight"].shape[0],
         "block_out_channels": widths,
-        "layers_per_block": sum(bool(layer.fullmatch(name)) for name in theirs),
+        "layers_per_block": len(layers),
         "attention_head_dim": head,
         **block_settings(attention, resnet, shift, DEFAULTS["norm_num_groups"]),
         "num_class_embeds": None if classes is None else classes.shape[0],
@@ -319,25 +284,22 @@ def unet_settings(card: ModelCard, weights: StateDict) -> dict[str, Any]:
     """Return the settings of `UNet2DModel` for our model. Refuse one that it cannot be."""
     require_expressible(card)
     network, size = card.network, card.image_size
-    shift = network["use_scale_shift_norm"]
+    rewritten = time_embedding.needs_rewriting(card)
     widths = [int(m * network["model_channels"]) for m in network["channel_mult"]]
     attention = [size >> k in network["attention_resolutions"] for k in range(len(widths))]
+    shift, groups = network["use_scale_shift_norm"], network.get("num_groups", 32)
     return {
         "_class_name": UNET,
         "_diffusers_version": VERSION,
         **FIXED,
-        "time_embedding_dim": time_embedding.width(card)
-        if time_embedding.needs_rewriting(card)
-        else None,
+        "time_embedding_dim": time_embedding.width(card) if rewritten else None,
         "sample_size": size,
         "in_channels": network["in_channels"],
         "out_channels": network.get("out_channels") or network["in_channels"],
         "block_out_channels": widths,
         "layers_per_block": network["num_res_blocks"],
         "attention_head_dim": head_channels(network, weights),
-        **block_settings(
-            attention, network["resblock_updown"], shift, network.get("num_groups", 32)
-        ),
+        **block_settings(attention, network["resblock_updown"], shift, groups),
         "num_class_embeds": network.get("num_classes"),
         "dropout": float(network.get("dropout", 0.0)),
     }
@@ -345,26 +307,31 @@ def unet_settings(card: ModelCard, weights: StateDict) -> dict[str, Any]:
 
 def require_expressible(card: ModelCard) -> None:
     """Refuse a model that diffusers cannot express."""
-    network, scalings = card.network, card.preconditioning
-    _require(network["_target_"] == ADM, "a network other than ADM", "it is one of its own")
-    scale, student = scalings.get("c_noise_scale"), card.role == "consistency"
-    _require(
-        scale == contents.C_NOISE_OPENAI or (student and scale is not None),
-        f"a time input of {scale or 'another kind than'} ln t, where a UNet alone gets 250 ln t",
-        "train it with model.c_noise_scale=250",
-    )
-    _require(
-        not student or "t_min" in scalings,
-        "a consistency model without the boundary scalings, which the pipeline always applies",
-        "train it with mode=ct, ict, ect or cd",
-    )
-    mult = network["channel_mult"]
-    _require(mult[0] == 1, f"channel_mult={mult}", "begin channel_mult with 1")
-    _require(
-        network["resblock_updown"] or network.get("conv_resample", True),
-        "pooling layers between the resolutions",
-        "train it with model.network.resblock_updown=true",
-    )
+    network, student, scalings = card.network, card.role == "consistency", card.preconditioning
+    scale, mult = scalings.get("c_noise_scale"), network.get("channel_mult", [1])
+    time_input = f"a time input of {scale or 'another kind than'} ln t"
+    boundary = "a consistency model without the boundary scalings"
+    layers = not network.get("resblock_updown") and not network.get("conv_resample", True)
+    for fault, got, remedy in (
+        (network["_target_"] != ADM, "a network other than ADM", "it is one of its own"),
+        (
+            scale is None or not (student or scale == contents.C_NOISE_OPENAI),
+            f"{time_input}, where a UNet alone gets 250 ln t",
+            "train it with model.c_noise_scale=250",
+        ),
+        (
+            student and "t_min" not in scalings,
+            f"{boundary}, which the pipeline always applies",
+            "train it with mode=ct, ict, ect or cd",
+        ),
+        (mult[0] != 1, f"channel_mult={mult}", "begin channel_mult with 1"),
+        (
+            layers,
+            "pooling layers between the resolutions",
+            "train it with model.network.resblock_updown=true",
+        ),
+    ):
+        _require(not fault, got, remedy)
 
 
 def head_channels(network: dict[str, Any], weights: StateDict) -> int | None:
