@@ -7,22 +7,21 @@ always applies the boundary scalings, so it is a consistency model; a UNet alone
 import json
 import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from consistency.checkpoints import contents, wrapped
+from consistency.checkpoints import contents, openai, wrapped
 from consistency.checkpoints import diffusers_time_embedding as time_embedding
-from consistency.checkpoints.contents import Hints, StateDict, card_of, check
+from consistency.checkpoints.contents import Hints, StateDict, assumes, card_of, check
 from consistency.checkpoints.diffusers_unet import (
+    DEFAULTS,
     UNET,
     VERSION,
     our_weights,
     settings,
-    settings_of,
     their_weights,
     unet_settings,
 )
@@ -102,7 +101,7 @@ def open_path(path: Path, hints: Hints) -> contents.Checkpoint:
 
     def weights(file: Path) -> StateDict:
         theirs, own = read_weights(file)
-        ours = our_weights(card.network, theirs)
+        ours = our_weights(theirs)
         if own is not None:
             return checked(card, ours, file.parent, pipeline)
         same = saved is not None or settings_in(file.parent, hints) == card.network
@@ -248,9 +247,13 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
 def open_state(theirs: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
     """Return the card and assumptions for a state dict without settings."""
-    config, notes = settings_of(theirs, hints)
-    network = settings(config, hints)
-    return card_of(network, contents.C_NOISE_OPENAI), notes, partial(our_weights, network)
+    heads, note = hints.num_head_channels, []
+    if heads is None:
+        heads = DEFAULTS["attention_head_dim"]
+        note = [assumes(f"attention heads of {heads} channels", "num_head_channels=")]
+    hints = replace(hints, num_head_channels=heads)
+    network, notes = openai.settings(our_weights(theirs), hints)
+    return card_of(network, contents.C_NOISE_OPENAI), notes + note, our_weights
 
 
 def write_diffusers(folder: Path, card: ModelCard, weights: StateDict) -> None:

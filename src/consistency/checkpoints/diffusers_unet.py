@@ -4,7 +4,6 @@ They are one network under the settings `FIXED`. q, k and v are three linear map
 our qkv.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,12 +11,11 @@ from torch import Tensor
 
 from consistency.checkpoints import contents
 from consistency.checkpoints import diffusers_time_embedding as time_embedding
-from consistency.checkpoints.contents import ContentError, Hints, StateDict, assumes, check
+from consistency.checkpoints.contents import Hints, StateDict, check
 from consistency.checkpoints.openai import ADM
 from consistency.checkpoints.pickle_calls import brief
 from consistency.errors import require
 from consistency.inference.card import ModelCard
-from consistency.networks import adm
 
 UNET = "UNet2DModel"
 VERSION = "0.35.0"
@@ -39,24 +37,24 @@ FIXED: dict[str, Any] = {
 """Settings of `UNet2DModel` with one value in an ADM, which is also their default."""
 
 PARTS = {
-    **{"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj"},
-    **{"out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"},
-    **{"norm": "group_norm", "qkv": "to_qkv", "proj_out": "to_out.0", "op": "conv"},
+    **{"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"},
+    **{"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"},
+    **{"group_norm": "norm", "to_q": "qkv", "to_out.0": "proj_out"},
 }
-"""Parts of our blocks and their names in diffusers."""
+"""Parts of blocks in diffusers, and ours. Its to_k and to_v are in our qkv, too."""
 
 OUTSIDE = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb": "class_embedding",
-    "input_blocks.0.0": "conv_in",
-    "middle_block.0": "mid_block.resnets.0",
-    "middle_block.1": "mid_block.attentions.0",
-    "middle_block.2": "mid_block.resnets.1",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "class_embedding": "label_emb",
 }
-"""Modules outside the levels and their names in diffusers."""
+"""Modules outside the levels, and ours."""
 
 
 def block_type(way: str, attention: bool, in_blocks: bool) -> str:
@@ -108,57 +106,73 @@ CHOICES = {
 }
 
 
-def our_weights(network: dict[str, Any], theirs: StateDict) -> StateDict:
+def our_weights(theirs: StateDict) -> StateDict:
     """Return the weights of a `UNet2DModel` under the names of `ADM`. Linear maps of attention become 1x1."""
-    levels, blocks = len(network["channel_mult"]), network["num_res_blocks"]
-    check(1 <= blocks <= len(theirs) / levels, "a network with more blocks than it has weights")
-    rest, ours = dict(theirs), {}
-    for name, sources in parameters(network):
-        missing = [source for source in sources if source not in rest]
-        if missing:
-            raise ContentError(f"a {UNET} without {missing[0]}")
-        value = torch.cat([rest.pop(source) for source in sources])
-        linear = ".attentions." in sources[0] and value.ndim == 2
-        ours[name] = value[:, :, None, None] if linear else value
-    if rest:
-        raise ContentError(f"weights without a counterpart in {UNET}, such as {min(rest)[:80]}")
+    needed = (f"{name}.{kind}" for name in ("conv_in", "conv_out") for kind in ("weight", "bias"))
+    missing = [name for name in needed if name not in theirs]
+    check(not missing, f"a {UNET} without {', '.join(missing)}")
+    levels, blocks = numbers(theirs, "down_blocks."), numbers(theirs, "down_blocks.0.resnets.")
+    attention = [f"up_blocks.{k}.attentions.0.to_q.weight" in theirs for k in range(levels)]
+    ours, modules = {}, names(blocks, attention)
+    for name, value in theirs.items():
+        if ".to_k." in name or ".to_v." in name:
+            continue
+        if ".to_q." in name:
+            value = torch.cat([theirs[name.replace("to_q", f"to_{letter}")] for letter in "qkv"])
+        linear = ".attentions." in name and value.ndim == 2
+        ours[renamed(name, modules, PARTS)] = value[:, :, None, None] if linear else value
     return ours
 
 
 def their_weights(network: dict[str, Any], ours: StateDict) -> dict[str, Tensor]:
     """Return the inverse of `our_weights`."""
+    levels, blocks = len(network["channel_mult"]), network["num_res_blocks"]
+    lowest = [f"output_blocks.{k * (blocks + 1)}.1.qkv.weight" in ours for k in range(levels)]
+    modules = {our: their for their, our in names(blocks, lowest).items()}
+    parts = {our: their for their, our in PARTS.items()}
     theirs: dict[str, Tensor] = {}
-    for name, targets in parameters(network):
-        value = ours[name]
-        flat = value[:, :, 0, 0] if ".attentions." in targets[0] and value.ndim == 4 else value
+    for name, value in ours.items():
+        new = renamed(name, modules, parts)
+        flat = value[:, :, 0, 0] if ".attentions." in new and value.ndim == 4 else value
+        targets = [new.replace("to_q", f"to_{c}") for c in ("qkv" if ".to_q." in new else "q")]
         theirs |= dict(zip(targets, flat.chunk(len(targets)), strict=True))
     return theirs
 
 
-def parameters(settings: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield our name of each parameter, and its name in diffusers or, for qkv, its three names."""
-    with torch.device("meta"):
-        network = adm.ADM(**{key: value for key, value in settings.items() if key != "_target_"})
+def numbers(weights: StateDict, prefix: str) -> int:
+    """Return how many numbers follow the prefix in names."""
+    return len({n.removeprefix(prefix).split(".")[0] for n in weights if n.startswith(prefix)})
+
+
+def names(blocks: int, attention: list[bool]) -> dict[str, str]:
+    """Return the modules that a `UNet2DModel` can have, and ours; the last name of two with the same is the right one.
+
+    blocks: residual blocks of a level of the encoder, one fewer than of the decoder.
+    attention: whether a level of the decoder has attention, the lowest first.
+    """
     modules = dict(OUTSIDE)
-    for half, way in (("input", "down"), ("output", "up")):
-        level = number = 0
-        for index, stage in enumerate(network.get_submodule(f"{half}_blocks").children()):
-            if way == "down" and index == 0:  # the first convolution
-                continue
-            place, changes = f"{way}_blocks.{level}", False
-            for position, layer in enumerate(stage.children()):
-                kind = "attentions" if isinstance(layer, adm.AttentionBlock) else "resnets"
-                theirs = f"{place}.{kind}.{number}"
-                if isinstance(getattr(layer, "resample", layer), adm.Downsample | adm.Upsample):
-                    theirs, changes = f"{place}.{way}samplers.0", True
-                modules[f"{half}_blocks.{index}.{position}"] = theirs
-            level, number = (level + 1, 0) if changes else (level, number + 1)
-    for ours in network.state_dict():
-        module = next(name for name in modules if ours.startswith(f"{name}."))
-        part, _, kind = ours.removeprefix(f"{module}.").rpartition(".")
-        theirs = ".".join(filter(None, (modules[module], PARTS.get(part, part), kind)))
-        split = "qkv" if part == "qkv" else "q"
-        yield ours, tuple(theirs.replace("to_qkv", f"to_{letter}") for letter in split)
+    for level, has_attention in enumerate(attention):
+        for number in range(blocks + 1):
+            index = level * (blocks + 1) + number
+            for theirs, ours in (
+                ("down", f"input_blocks.{index + 1}"),
+                ("up", f"output_blocks.{index}"),
+            ):
+                modules[f"{theirs}_blocks.{level}.resnets.{number}"] = f"{ours}.0"
+                modules[f"{theirs}_blocks.{level}.attentions.{number}"] = f"{ours}.1"
+        modules[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{index + 1}.0.op"
+        modules[f"down_blocks.{level}.downsamplers.0"] = f"input_blocks.{index + 1}.0"
+        modules[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{index}.{1 + has_attention}"
+    return modules
+
+
+def renamed(name: str, modules: dict[str, str], parts: dict[str, str]) -> str:
+    """Return the name of a parameter with its module and its part of a block exchanged; others as they are."""
+    module = max((m for m in modules if name.startswith(f"{m}.")), key=len, default=None)
+    if module is None:
+        return name
+    part, _, kind = name.removeprefix(f"{module}.").rpartition(".")
+    return ".".join(filter(None, (modules[module], parts.get(part, part), kind)))
 
 
 def settings(config: dict[str, Any], hints: Hints) -> dict[str, Any]:
@@ -243,41 +257,6 @@ def expect(theirs: dict[str, Any], name: str, holds: bool, expected: str) -> Non
     plain = isinstance(value, int | float | str | list | None) and len(str(value)) < 200
     shown = value if plain else brief(value)
     check(holds, f"a {UNET} with {name}={shown}, where {expected} is known")
-
-
-def settings_of(theirs: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings of `UNet2DModel` for these weights, and the assumptions made."""
-    levels = {name.split(".")[1] for name in theirs if name.startswith("down_blocks.")}
-    blocks = [f"down_blocks.{k}" for k in range(len(levels))]
-    firsts = [f"{block}.resnets.0.conv1.weight" for block in blocks]
-    known = firsts and all(name in theirs for name in firsts)
-    check(known, f"weights of a model of diffusers other than {UNET}")
-    widths = [theirs[name].shape[0] for name in firsts]
-    attention = [f"{block}.attentions.0.to_q.weight" in theirs for block in blocks]
-    resnet = any(f"{block}.downsamplers.0.conv1.weight" in theirs for block in blocks)
-    shift = theirs["down_blocks.0.resnets.0.time_emb_proj.weight"].shape[0] == 2 * widths[0]
-    classes = theirs.get("class_embedding.weight")
-    size, head = hints.image_size, hints.num_head_channels
-    notes = []
-    if size is None:
-        size = 32 << next((k for k, has in enumerate(attention) if has), 1)
-        notes.append(assumes(f"images of {size} x {size}", "image_size="))
-    if head is None:
-        head = DEFAULTS["attention_head_dim"]
-        notes.append(assumes(f"attention heads of {head} channels", "num_head_channels="))
-    layers = {n.split(".")[3] for n in theirs if n.startswith("down_blocks.0.resnets.")}
-    config = {
-        "_class_name": UNET,
-        "sample_size": size,
-        "in_channels": theirs["conv_in.weight"].shape[1],
-        "out_channels": theirs["conv_out.weight"].shape[0],
-        "block_out_channels": widths,
-        "layers_per_block": len(layers),
-        "attention_head_dim": head,
-        **block_settings(attention, resnet, shift, DEFAULTS["norm_num_groups"]),
-        "num_class_embeds": None if classes is None else classes.shape[0],
-    }
-    return config, notes
 
 
 def unet_settings(card: ModelCard, weights: StateDict) -> dict[str, Any]:
