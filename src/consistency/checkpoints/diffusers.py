@@ -13,18 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.checkpoints import contents, openai, wrapped
+from consistency.checkpoints import contents, diffusers_unet, openai, wrapped
 from consistency.checkpoints import diffusers_time_embedding as time_embedding
 from consistency.checkpoints.contents import Hints, StateDict, assumes, card_of, check
-from consistency.checkpoints.diffusers_unet import (
-    DEFAULTS,
-    UNET,
-    VERSION,
-    our_weights,
-    settings,
-    their_weights,
-    unet_settings,
-)
+from consistency.checkpoints.diffusers_unet import UNET, VERSION, our_weights, their_weights
 from consistency.checkpoints.pickle_calls import brief
 from consistency.checkpoints.pickle_reader import read_pickle, read_zip
 from consistency.checkpoints.safetensors import read_card, read_sealed, write_sealed
@@ -32,16 +24,16 @@ from consistency.inference.card import ModelCard, Process
 from consistency.runtime.files import write_text
 
 FORMAT = "diffusers"
-PIPELINE = "ConsistencyModelPipeline"
-SCHEDULER, SCHEDULER_FILE = "CMStochasticIterativeScheduler", "scheduler_config.json"
+ANCHORS = ("time_embedding.linear_1.weight", "conv_in.weight")
+"""Two parameters that every network has."""
+
+PIPELINE, SCHEDULER = "ConsistencyModelPipeline", "CMStochasticIterativeScheduler"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model"
 """Beginning of the names of files of weights."""
 
 TIME_EMBEDDING = "time_embedding.safetensors"
 """The original layers of a rewritten time embedding, see `diffusers_time_embedding`."""
-
-ANCHORS = ("time_embedding.linear_1.weight", "conv_in.weight")
-"""Two parameters that every network has."""
 
 UNETS = {"online": "unet/", "ema": "unet_ema/"}
 """Folders of the UNet in a pipeline, and of the two that accelerate keeps in training."""
@@ -51,6 +43,10 @@ PREFERRED = ("", "fp32", "bf16", "fp16")
 
 VARIANTS = {"non_ema": "online", "ema": "ema"}
 """Variants whose name is that of a set of weights; others keep their own."""
+
+NOISE = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
+UNUSED: dict[str, Any] = {"s_noise": 1, "prediction_type": None, "timestep_type": None}
+"""Settings of the scheduler and their defaults: of its noise process, and those with one value."""
 
 SHARD = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
 
@@ -78,16 +74,12 @@ def folder_of(file: Path) -> Path:
 
 def open_path(path: Path, hints: Hints) -> contents.Checkpoint:
     """Return the model in a folder of a pipeline, of a UNet or of accelerate, or in one file of weights of such."""
-    if path.is_dir():
-        require_pipeline(path)
-        files = sets_in(path)
-    else:
-        kind = variant(path.name)
-        files = {VARIANTS.get(kind, kind or "ema"): path}
+    for folder in (path, *path.parents[:2]):
+        require_pipeline(folder)
+    kind = variant(path.name)
+    files = sets_in(path) if path.is_dir() else {VARIANTS.get(kind, kind or "ema"): path}
     first = files.get(hints.weights) or files.get("ema") or next(iter(files.values()))
     unet = first.parent
-    for folder in (unet.parent, unet.parent.parent):
-        require_pipeline(folder)
     pipeline = path if path.is_dir() else unet.parent
     saved = read_card(first) if first.suffix == ".safetensors" else None
     if saved is not None:
@@ -95,7 +87,7 @@ def open_path(path: Path, hints: Hints) -> contents.Checkpoint:
     else:
         known: dict[str, Any] = {}
         if is_pipeline(pipeline):
-            process = scheduled(read_json(pipeline / "scheduler" / SCHEDULER_FILE))
+            process = scheduled(read_json(pipeline / SCHEDULER_FILE))
             known = {"role": "consistency", "process": process}
         card = card_of(settings_in(unet, hints), contents.C_NOISE_OPENAI, **known)
 
@@ -119,9 +111,9 @@ def checked(card: ModelCard, weights: StateDict, unet: Path, pipeline: Path) -> 
         same = ModelCard.parse(layers.get("card", {}), unet) == card
         check(same, f"a {TIME_EMBEDDING} that was not written with its weights")
         weights = time_embedding.restored(weights, layers["weights"])
-    pairs = [(unet_settings(card, weights), read_json(unet / "config.json"))]
+    pairs = [(diffusers_unet.unet_settings(card, weights), read_json(unet / "config.json"))]
     if is_pipeline(pipeline):
-        pairs.append((scheduler_settings(card), read_json(pipeline / "scheduler" / SCHEDULER_FILE)))
+        pairs.append((scheduler_settings(card), read_json(pipeline / SCHEDULER_FILE)))
     same = all(now.get(k) == v for written, now in pairs for k, v in written.items() if k[0] != "_")
     check(same, "settings that are not those which its weights were written with")
     return weights
@@ -137,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def settings_in(unet: Path, hints: Hints) -> dict[str, Any]:
-    return settings(read_json(unet / "config.json"), hints)
+    return diffusers_unet.settings(read_json(unet / "config.json"), hints)
 
 
 def require_pipeline(folder: Path) -> None:
@@ -155,13 +147,10 @@ def variant(name: str) -> str:
 
 def weight_files(unet: Path) -> dict[str, Path]:
     """Return the file of weights of every variant in a model's folder: safetensors before bin, whole before an index."""
+    paths = [path for path in unet.glob(f"{WEIGHTS}*") if "-of-" not in path.name]
     files: dict[str, Path] = {}
-    for path in sorted(
-        unet.glob(f"{WEIGHTS}*"),
-        key=lambda p: (".safetensors" not in p.name, p.suffix == ".json", p),
-    ):
-        if "-of-" not in path.name:
-            files.setdefault(variant(path.name), path)
+    for path in sorted(paths, key=lambda p: (".safetensors" not in p.name, p.suffix == ".json", p)):
+        files.setdefault(variant(path.name), path)
     return files
 
 
@@ -196,15 +185,14 @@ def scheduled(config: dict[str, Any]) -> Process:
     """Return the noise process of a scheduler; the second time point is that of the pipeline's own two steps."""
     kind = config.get("_class_name")
     check(kind == SCHEDULER, f"a scheduler of class {brief(kind)}, not {SCHEDULER}")
-    noise: dict[str, Any] = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
-    for name in noise:
-        value = noise[name] = config.get(name, noise[name])
-        level = type(value) in (int, float) and 0 < value < 1e6
-        check(level, f"a {SCHEDULER} with {name}={brief(value)}, which is no noise level")
-    for name, only in {"s_noise": 1, "prediction_type": None, "timestep_type": None}.items():
-        value = config.get(name, only)
-        check(value == only, f"a {SCHEDULER} with {name}={brief(value)}, where {only} is known")
-    t_min, t_max, sigma_data, rho = map(float, noise.values())
+    theirs = NOISE | UNUSED | config
+    for name in NOISE:
+        level = type(theirs[name]) in (int, float) and 0 < theirs[name] < 1e6
+        check(level, f"a {SCHEDULER} with {name}={brief(theirs[name])}, which is no noise level")
+    for name, only in UNUSED.items():
+        shown = f"{name}={brief(theirs[name])}, where {only} is known"
+        check(theirs[name] == only, f"a {SCHEDULER} with {shown}")
+    t_min, t_max, sigma_data, rho = (float(theirs[name]) for name in NOISE)
     points = config.get("num_train_timesteps", 40)
     grid = f"num_train_timesteps={brief(points)} from sigma_max={t_max} to sigma_min={t_min}"
     increasing = type(points) is int and points >= 2 and t_min < t_max
@@ -249,7 +237,7 @@ def open_state(theirs: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
     """Return the card and assumptions for a state dict without settings."""
     heads, note = hints.num_head_channels, []
     if heads is None:
-        heads = DEFAULTS["attention_head_dim"]
+        heads = diffusers_unet.DEFAULTS["attention_head_dim"]
         note = [assumes(f"attention heads of {heads} channels", "num_head_channels=")]
     hints = replace(hints, num_head_channels=heads)
     network, notes = openai.settings(our_weights(theirs), hints)
@@ -258,19 +246,18 @@ def open_state(theirs: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
 
 def write_diffusers(folder: Path, card: ModelCard, weights: StateDict) -> None:
     """Write a pipeline for a consistency model, a UNet alone for a teacher, which has no pipeline in diffusers."""
-    config = unet_settings(card, weights)
+    config = diffusers_unet.unet_settings(card, weights)
     student = card.role == "consistency"
     unet = folder / "unet" if student else folder
     if time_embedding.needs_rewriting(card):
-        write_sealed(
-            unet / TIME_EMBEDDING, card, {name: weights[name] for name in time_embedding.LAYERS}
-        )
+        layers = {name: weights[name] for name in time_embedding.LAYERS}
+        write_sealed(unet / TIME_EMBEDDING, card, layers)
         weights = time_embedding.rewritten(weights, card)
     if student:
         index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": VERSION}
         index |= {"scheduler": ["diffusers", SCHEDULER], "unet": ["diffusers", UNET]}
         _write_json(folder / "model_index.json", index)
-        _write_json(folder / "scheduler" / SCHEDULER_FILE, scheduler_settings(card))
+        _write_json(folder / SCHEDULER_FILE, scheduler_settings(card))
     _write_json(unet / "config.json", config)
     write_sealed(unet / f"{WEIGHTS}.safetensors", card, their_weights(card.network, weights))
 
@@ -281,14 +268,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def scheduler_settings(card: ModelCard) -> dict[str, Any]:
     """Return the settings of the pipeline's scheduler."""
+    scalings, process = card.preconditioning, card.process
     return {
-        "_class_name": SCHEDULER,
-        "_diffusers_version": VERSION,
-        "num_train_timesteps": time_embedding.POINTS,
-        "sigma_min": card.preconditioning["t_min"],
-        "sigma_max": card.process.t_max,
-        "sigma_data": card.preconditioning["sigma_data"],
-        "rho": card.process.rho,
-        "s_noise": 1.0,
-        "clip_denoised": True,
+        **{"_class_name": SCHEDULER, "_diffusers_version": VERSION},
+        **{"sigma_min": scalings["t_min"], "sigma_max": process.t_max, "rho": process.rho},
+        **{"sigma_data": scalings["sigma_data"], "num_train_timesteps": time_embedding.POINTS},
+        **{"s_noise": 1.0, "clip_denoised": True},
     }

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.checkpoints import contents
 from consistency.checkpoints import diffusers_time_embedding as time_embedding
-from consistency.checkpoints.contents import Hints, StateDict, check
+from consistency.checkpoints.contents import C_NOISE_OPENAI, Hints, StateDict, check
 from consistency.checkpoints.openai import ADM
 from consistency.checkpoints.pickle_calls import brief
 from consistency.errors import require
@@ -22,43 +21,52 @@ VERSION = "0.35.0"
 """The version of diffusers that our folders are written for; it is only a note in them."""
 
 FIXED: dict[str, Any] = {
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
-    "mid_block_type": "UNetMidBlock2D",
-    "mid_block_scale_factor": 1,
-    "downsample_padding": 1,
-    "act_fn": "silu",
-    "norm_eps": 1e-5,
-    "add_attention": True,
+    **{"center_input_sample": False, "time_embedding_type": "positional", "freq_shift": 0},
+    **{"flip_sin_to_cos": True, "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1},
+    **{"downsample_padding": 1, "act_fn": "silu", "norm_eps": 1e-5, "add_attention": True},
     "class_embed_type": None,
 }
 """Settings of `UNet2DModel` with one value in an ADM, which is also their default."""
+
+ABSENT = dict.fromkeys(
+    (
+        *("cross_attention_dim", "encoder_hid_dim", "addition_embed_type", "time_cond_proj_dim"),
+        *("projection_class_embeddings_input_dim", "prediction_type"),
+    )
+)
+"""Settings of other networks of diffusers, which none that we know has."""
+
+SAME = {
+    **{"in_channels": "in_channels", "out_channels": "out_channels", "dropout": "dropout"},
+    **{"layers_per_block": "num_res_blocks", "num_class_embeds": "num_classes"},
+    **{"attention_head_dim": "num_head_channels", "norm_num_groups": "num_groups"},
+}
+"""Settings with the same values in an ADM, and their names there."""
+
+OPTIONAL = {
+    **{"out_channels": None, "num_classes": None, "dropout": 0.0, "num_groups": 32},
+    **{"num_heads": 1, "num_heads_upsample": None, "conv_resample": True},
+}
+"""Arguments of `ADM` that a card may lack, and their defaults."""
+
+OUTSIDE = {
+    **{"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"},
+    **{"class_embedding": "label_emb", "conv_in": "input_blocks.0.0"},
+    **{"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1"},
+    **{"mid_block.resnets.1": "middle_block.2", "conv_norm_out": "out.0", "conv_out": "out.2"},
+}
+"""Modules outside the levels, and ours."""
 
 PARTS = {
     **{"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"},
     **{"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"},
     **{"group_norm": "norm", "to_q": "qkv", "to_out.0": "proj_out"},
 }
-"""Parts of blocks in diffusers, and ours. Its to_k and to_v are in our qkv, too."""
-
-OUTSIDE = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "class_embedding": "label_emb",
-}
-"""Modules outside the levels, and ours."""
+"""Parts of blocks, and ours; to_k and to_v are in our qkv, too."""
 
 
 def block_type(way: str, attention: bool, in_blocks: bool) -> str:
-    """Return the class of a block; way: Down or Up; in_blocks: whether residual blocks change the resolution."""
+    """Return the class of a block; way: Down or Up; in_blocks: residual blocks change the resolution."""
     if attention:
         return f"Attn{way}Block2D"
     return f"Resnet{way}sampleBlock2D" if in_blocks else f"{way}Block2D"
@@ -79,14 +87,6 @@ def block_settings(
     }
 
 
-ABSENT = dict.fromkeys(
-    (
-        *("cross_attention_dim", "encoder_hid_dim", "addition_embed_type", "time_cond_proj_dim"),
-        *("projection_class_embeddings_input_dim", "prediction_type"),
-    )
-)
-"""Settings of other networks of diffusers, which none that we know has."""
-
 DEFAULTS: dict[str, Any] = {
     **FIXED,
     **ABSENT,
@@ -101,8 +101,7 @@ COUNTS = {
 }
 CHOICES = {
     "resnet_time_scale_shift": ("default", "scale_shift"),
-    "downsample_type": ("conv", "resnet"),
-    "upsample_type": ("conv", "resnet"),
+    **dict.fromkeys(("downsample_type", "upsample_type"), ("conv", "resnet")),
 }
 
 
@@ -112,6 +111,7 @@ def our_weights(theirs: StateDict) -> StateDict:
     missing = [name for name in needed if name not in theirs]
     check(not missing, f"a {UNET} without {', '.join(missing)}")
     levels, blocks = numbers(theirs, "down_blocks."), numbers(theirs, "down_blocks.0.resnets.")
+    check(levels * blocks <= len(theirs), f"weights of another network than {UNET}")
     attention = [f"up_blocks.{k}.attentions.0.to_q.weight" in theirs for k in range(levels)]
     ours, modules = {}, names(blocks, attention)
     for name, value in theirs.items():
@@ -154,23 +154,23 @@ def names(blocks: int, attention: list[bool]) -> dict[str, str]:
     for level, has_attention in enumerate(attention):
         for number in range(blocks + 1):
             index = level * (blocks + 1) + number
-            for theirs, ours in (
-                ("down", f"input_blocks.{index + 1}"),
-                ("up", f"output_blocks.{index}"),
-            ):
-                modules[f"{theirs}_blocks.{level}.resnets.{number}"] = f"{ours}.0"
-                modules[f"{theirs}_blocks.{level}.attentions.{number}"] = f"{ours}.1"
-        modules[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{index + 1}.0.op"
-        modules[f"down_blocks.{level}.downsamplers.0"] = f"input_blocks.{index + 1}.0"
-        modules[f"up_blocks.{level}.upsamplers.0"] = f"output_blocks.{index}.{1 + has_attention}"
+            down, up = f"input_blocks.{index + 1}", f"output_blocks.{index}"
+            for way, ours in (("down", down), ("up", up)):
+                modules[f"{way}_blocks.{level}.resnets.{number}"] = f"{ours}.0"
+                modules[f"{way}_blocks.{level}.attentions.{number}"] = f"{ours}.1"
+        modules[f"down_blocks.{level}.downsamplers.0"] = f"{down}.0"
+        modules[f"down_blocks.{level}.downsamplers.0.conv"] = f"{down}.0.op"
+        modules[f"up_blocks.{level}.upsamplers.0"] = f"{up}.{1 + has_attention}"
     return modules
 
 
 def renamed(name: str, modules: dict[str, str], parts: dict[str, str]) -> str:
     """Return the name of a parameter with its module and its part of a block exchanged; others as they are."""
-    module = max((m for m in modules if name.startswith(f"{m}.")), key=len, default=None)
-    if module is None:
-        return name
+    module = name
+    while module not in modules:
+        if not module:
+            return name
+        module = module.rpartition(".")[0]
     part, _, kind = name.removeprefix(f"{module}.").rpartition(".")
     return ".".join(filter(None, (modules[module], parts.get(part, part), kind)))
 
@@ -189,20 +189,15 @@ def settings(config: dict[str, Any], hints: Hints) -> dict[str, Any]:
     return {
         "_target_": ADM,
         "image_size": side,
-        "in_channels": theirs["in_channels"],
-        "out_channels": theirs["out_channels"],
+        **{ours: theirs[name] for name, ours in SAME.items()},
         "model_channels": widths[0],
-        "num_res_blocks": theirs["layers_per_block"],
         "attention_resolutions": [side >> k for k, has in enumerate(attention) if has],
         "channel_mult": [n // widths[0] if n % widths[0] == 0 else n / widths[0] for n in widths],
-        "num_classes": theirs["num_class_embeds"],
         "dropout": float(theirs["dropout"]),
         "num_heads": 1,
-        "num_head_channels": theirs["attention_head_dim"],
         "use_scale_shift_norm": theirs["resnet_time_scale_shift"] == "scale_shift",
         "resblock_updown": resblock_updown,
         "conv_resample": True,
-        "num_groups": theirs["norm_num_groups"],
     }
 
 
@@ -222,8 +217,8 @@ def known_settings(config: dict[str, Any]) -> dict[str, Any]:
     channels, widths = theirs["in_channels"], theirs["block_out_channels"]
     same = theirs["out_channels"] == channels
     expect(theirs, "out_channels", same, f"in_channels={channels}, as a consistency model has")
-    numbers = isinstance(widths, list) and all(type(n) is int and n > 0 for n in widths)
-    expect(theirs, "block_out_channels", numbers, "a list of whole numbers")
+    listed = isinstance(widths, list) and all(type(n) is int and n > 0 for n in widths)
+    expect(theirs, "block_out_channels", listed, "a list of whole numbers")
     groups, in_attention = theirs["norm_num_groups"], theirs["attn_norm_num_groups"]
     default = in_attention is None and theirs["resnet_time_scale_shift"] == "default"
     expected = f"norm_num_groups={groups}"
@@ -244,80 +239,65 @@ def in_blocks(theirs: dict[str, Any]) -> bool:
         expect(theirs, name, listed, f"{levels} blocks of {', '.join(known)}")
         attention.append([kind.startswith("Attn") for kind in kinds])
         changes |= {known[kind] for kind in kinds[:-1]}  # the last block changes nothing
-    mirrored = attention[0] == attention[1][::-1]
-    check(mirrored, f"a {UNET} whose halves do not mirror each other (up_block_types)")
-    names = "down_block_types, up_block_types"
-    check(len(changes) <= 1, f"a {UNET} that changes resolution in several ways ({names})")
+    one = attention[0] == attention[1][::-1] and len(changes) <= 1
+    fault = "whose halves do not mirror each other, or change resolution in several ways"
+    check(one, f"a {UNET} {fault} (down_block_types, up_block_types)")
     return changes != {"conv"}
 
 
 def expect(theirs: dict[str, Any], name: str, holds: bool, expected: str) -> None:
     """Refuse a setting, by name and value, unless it `holds`."""
-    value = theirs[name]
-    plain = isinstance(value, int | float | str | list | None) and len(str(value)) < 200
-    shown = value if plain else brief(value)
-    check(holds, f"a {UNET} with {name}={shown}, where {expected} is known")
+    check(holds, f"a {UNET} with {name}={str(theirs[name])[:200]}, where {expected} is known")
 
 
 def unet_settings(card: ModelCard, weights: StateDict) -> dict[str, Any]:
     """Return the settings of `UNet2DModel` for our model. Refuse one that it cannot be."""
     require_expressible(card)
-    network, size = card.network, card.image_size
+    network, size = OPTIONAL | card.network, card.image_size
     rewritten = time_embedding.needs_rewriting(card)
     widths = [int(m * network["model_channels"]) for m in network["channel_mult"]]
     attention = [size >> k in network["attention_resolutions"] for k in range(len(widths))]
-    shift, groups = network["use_scale_shift_norm"], network.get("num_groups", 32)
+    shift, groups = network["use_scale_shift_norm"], network["num_groups"]
     return {
         "_class_name": UNET,
         "_diffusers_version": VERSION,
         **FIXED,
+        **{name: network[ours] for name, ours in SAME.items()},
+        **block_settings(attention, network["resblock_updown"], shift, groups),
         "time_embedding_dim": time_embedding.width(card) if rewritten else None,
         "sample_size": size,
-        "in_channels": network["in_channels"],
-        "out_channels": network.get("out_channels") or network["in_channels"],
+        "out_channels": network["out_channels"] or network["in_channels"],
         "block_out_channels": widths,
-        "layers_per_block": network["num_res_blocks"],
         "attention_head_dim": head_channels(network, weights),
-        **block_settings(attention, network["resblock_updown"], shift, groups),
-        "num_class_embeds": network.get("num_classes"),
-        "dropout": float(network.get("dropout", 0.0)),
+        "dropout": float(network["dropout"]),
     }
 
 
 def require_expressible(card: ModelCard) -> None:
     """Refuse a model that diffusers cannot express."""
-    network, student, scalings = card.network, card.role == "consistency", card.preconditioning
-    scale, mult = scalings.get("c_noise_scale"), network.get("channel_mult", [1])
-    time_input = f"a time input of {scale or 'another kind than'} ln t"
-    boundary = "a consistency model without the boundary scalings"
-    layers = not network.get("resblock_updown") and not network.get("conv_resample", True)
+    network, scalings = OPTIONAL | card.network, card.preconditioning
+    scale, student = scalings.get("c_noise_scale"), card.role == "consistency"
+    mult, other_time = network.get("channel_mult", [1]), not student and scale != C_NOISE_OPENAI
+    time_input = f"a time input of {scale or 'another kind than'} ln t, where a UNet gets 250 ln t"
+    boundary = (
+        "a consistency model without the boundary scalings, which the pipeline always applies"
+    )
+    pooling = not network.get("resblock_updown") and not network["conv_resample"]
     for fault, got, remedy in (
         (network["_target_"] != ADM, "a network other than ADM", "it is one of its own"),
-        (
-            scale is None or not (student or scale == contents.C_NOISE_OPENAI),
-            f"{time_input}, where a UNet alone gets 250 ln t",
-            "train it with model.c_noise_scale=250",
-        ),
-        (
-            student and "t_min" not in scalings,
-            f"{boundary}, which the pipeline always applies",
-            "train it with mode=ct, ict, ect or cd",
-        ),
+        (other_time or scale is None, time_input, "train it with model.c_noise_scale=250"),
+        (student and "t_min" not in scalings, boundary, "train it with mode=ct, ict, ect or cd"),
         (mult[0] != 1, f"channel_mult={mult}", "begin channel_mult with 1"),
-        (
-            layers,
-            "pooling layers between the resolutions",
-            "train it with model.network.resblock_updown=true",
-        ),
+        (pooling, "pooling layers between the resolutions", "train with resblock_updown=true"),
     ):
         _require(not fault, got, remedy)
 
 
 def head_channels(network: dict[str, Any], weights: StateDict) -> int | None:
     """Return the width of an attention head, of which diffusers has one; None is one head of all channels."""
-    if network.get("num_head_channels") is not None:
+    heads, upsample = network["num_heads"], network["num_heads_upsample"]
+    if network["num_head_channels"] is not None:
         return int(network["num_head_channels"])
-    heads, upsample = network.get("num_heads", 1), network.get("num_heads_upsample")
     remedy = "train it with model.network.num_head_channels=32"
     got = f"{upsample} attention heads on the way up for {heads} on the way down"
     _require(upsample in (None, -1, heads), got, remedy)

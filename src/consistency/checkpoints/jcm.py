@@ -31,6 +31,7 @@ WEIGHTS = ("kernel", "scale", "weight")
 """Names of the weight of a layer in the JAX code."""
 
 NCSNPP = {
+    "_target_": "consistency.networks.song.SongUNet",
     **{"num_classes": None, "augment_dim": 0, "dropout": 0.0, "fourier_scale": 16.0},
     **{"residual_input": True, "skip_output": False, "channel_mult_noise": 2},
     **{"channel_mult_emb": 4, "resample_filter": TAPS},
@@ -82,16 +83,13 @@ def settings(params: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str]
     if hints.image_size is None and (width, tops) != (128, TOPS):
         notes.append(assumes(f"images of {size} x {size}", "image_size="))
     network = {
-        "_target_": "consistency.networks.song.SongUNet",
-        "image_size": size,
+        **{"image_size": size, "model_channels": width, "num_res_blocks": each},
         "in_channels": params["Conv_0.kernel"].shape[2],
         "out_channels": params["Conv_1.kernel"].shape[3],
-        "model_channels": width,
-        "num_res_blocks": each,
         "attention_resolutions": sides,
         "channel_mult": [top // width for top in tops],
     }
-    return network | NCSNPP, notes
+    return NCSNPP | network, notes
 
 
 def attention_sides(
