@@ -235,13 +235,11 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
 def open_state(theirs: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
     """Return the card and assumptions for a state dict without settings."""
-    heads, note = hints.num_head_channels, []
-    if heads is None:
-        heads = diffusers_unet.DEFAULTS["attention_head_dim"]
-        note = [assumes(f"attention heads of {heads} channels", "num_head_channels=")]
-    hints = replace(hints, num_head_channels=heads)
-    network, notes = openai.settings(our_weights(theirs), hints)
-    return card_of(network, contents.C_NOISE_OPENAI), notes + note, our_weights
+    heads = hints.num_head_channels or diffusers_unet.DEFAULTS["attention_head_dim"]
+    network, notes = openai.settings(our_weights(theirs), replace(hints, num_head_channels=heads))
+    if hints.num_head_channels is None:
+        notes.append(assumes(f"attention heads of {heads} channels", "num_head_channels="))
+    return card_of(network, contents.C_NOISE_OPENAI), notes, our_weights
 
 
 def write_diffusers(folder: Path, card: ModelCard, weights: StateDict) -> None:
@@ -253,17 +251,15 @@ def write_diffusers(folder: Path, card: ModelCard, weights: StateDict) -> None:
         layers = {name: weights[name] for name in time_embedding.LAYERS}
         write_sealed(unet / TIME_EMBEDDING, card, layers)
         weights = time_embedding.rewritten(weights, card)
+    files = {unet / "config.json": config}
     if student:
         index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": VERSION}
         index |= {"scheduler": ["diffusers", SCHEDULER], "unet": ["diffusers", UNET]}
-        _write_json(folder / "model_index.json", index)
-        _write_json(folder / SCHEDULER_FILE, scheduler_settings(card))
-    _write_json(unet / "config.json", config)
+        files[folder / "model_index.json"] = index
+        files[folder / SCHEDULER_FILE] = scheduler_settings(card)
+    for path, content in files.items():
+        write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
     write_sealed(unet / f"{WEIGHTS}.safetensors", card, their_weights(card.network, weights))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def scheduler_settings(card: ModelCard) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """openai/consistency_models_cifar10: the training state of the JAX code, written by flax, read without JAX.
 
-The network is NCSN++, under the names of `SongUNet` here, with c_noise = 0.25 ln t. Convolutions are stored
-(h, w, in, out), linear maps (in, out), and queries, keys and values apart. The file does not record whether it is a
-denoiser or a consistency model, nor which feature maps have attention if all have the same width.
+The network is NCSN++, our `SongUNet`, with c_noise = 0.25 ln t. Convolutions are stored (h, w, in, out), linear maps
+(in, out), and q, k and v apart. The file does not record its role, nor the levels with attention if all are equally wide.
 """
 
 from functools import partial

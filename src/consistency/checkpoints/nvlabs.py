@@ -1,8 +1,8 @@
 """NVlabs/edm and codes that grew from it (ECT): a pickle of whole modules with their settings and their source.
 
-The source is not read. Names are those of our `SongUNet` and `DhariwalUNet`, c_noise = 0.25 ln t, and qkv stands in the
-order (head, dim, three), as in ours. Augmentation layers are left out: without augmentation labels they add nothing.
-`network-snapshot-*.pkl` holds the average of the weights, `training-state-*.pt` the weights in training.
+The source is not read. Names and rows of qkv are those of our networks, and c_noise = 0.25 ln t. Augmentation layers are
+left out: without augmentation labels they add nothing. `network-snapshot-*.pkl` holds the average, `training-state-*.pt`
+the weights in training.
 """
 
 import re
@@ -56,12 +56,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"attn_resolutions": [32, 16, 8]},
     },
 }
-KINDS = {
-    "embedding_type": ("positional", "fourier"),
-    "encoder_type": ("standard", "residual"),
-    "decoder_type": ("standard", "skip"),
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "embedding_type": ("fourier_scale", {"positional": None, "fourier": 16.0}),
+    "encoder_type": ("residual_input", {"standard": False, "residual": True}),
+    "decoder_type": ("skip_output", {"standard": False, "skip": True}),
 }
-"""The kinds of a SongUNet that we have."""
+"""Kinds of a SongUNet that we have: their argument and ours, their values and ours."""
 
 
 def open_content(content: Any, path: Path, hints: Hints) -> contents.Checkpoint | None:
@@ -112,9 +112,7 @@ def module_weights(network: dict[str, Any], module: Object) -> StateDict:
         check(new, "modules that contain each other")
         seen.add(id(inner))
         tensors = _part(inner, "_parameters") | _part(inner, "_buffers")
-        weights |= {
-            f"{prefix}{name}": value for name, value in tensors.items() if value is not None
-        }
+        weights |= {f"{prefix}{name}": v for name, v in tensors.items() if v is not None}
         modules = _part(inner, "_modules").items()
         waiting += [(f"{prefix}{name}.", m) for name, m in modules if isinstance(m, Object)]
     return renamed(network, weights)
@@ -144,12 +142,10 @@ def settings(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
     ours |= {name: theirs[argument] for argument, name in OTHER.items()}
     ours |= {name: theirs[name] for name in SAME if name in theirs}
     if kind == "SongUNet":
-        for name, kinds in KINDS.items():
+        for name, (own, kinds) in KINDS.items():
             shown = f"{name}={brief(theirs[name])}, which is not one of {', '.join(kinds)}"
             check(theirs[name] in kinds, f"a SongUNet with {shown}")
-        ours["fourier_scale"] = 16.0 if theirs["embedding_type"] == "fourier" else None
-        ours["residual_input"] = theirs["encoder_type"] == "residual"
-        ours["skip_output"] = theirs["decoder_type"] == "skip"
+            ours[own] = kinds[theirs[name]]
     return ours
 
 
@@ -167,11 +163,8 @@ def open_state(weights: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
 
 def settings_of(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str]]:
     """Return the arguments of our network, read off names (with the sides of feature maps) and shapes; and assumptions."""
-    blocks = {
-        (int(side), int(number))
-        for side, number in re.findall(r"^enc\.(\d+)x\d+_block(\d+)\.", "\n".join(weights), re.M)
-    }
-    sides = sorted({side for side, _ in blocks}, reverse=True)
+    blocks = {*re.findall(r"^enc\.(\d+)x\d+_block(\d+)\.", "\n".join(weights), re.M)}
+    sides = sorted({int(side) for side, _ in blocks}, reverse=True)
     halved = sides and sides == [sides[0] >> level for level in range(len(sides))]
     check(halved, "weights of another network than SongUNet and DhariwalUNet")
     top = f"{sides[0]}x{sides[0]}"

@@ -48,9 +48,7 @@ def settings(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str
     levels, blocks, between = layout(weights)
     channels, out = weights["input_blocks.0.0.weight"].shape[1], weights["out.2.weight"].shape[0]
     counts = f"{out} output channels (out.2.weight) for {channels} of the image"
-    check(
-        out == channels, f"a UNetModel with {counts}, as learn_sigma=True or a condition makes them"
-    )
+    check(out == channels, f"a UNetModel with {counts}, as learn_sigma or a condition makes them")
     width = weights["time_embed.0.weight"].shape[1]
     firsts = [f"input_blocks.{1 + k * blocks}" for k in range(levels)]
     tops = [weights[f"{name}.0.out_layers.3.weight"].shape[0] for name in firsts]
@@ -122,12 +120,9 @@ def require_openai(card: ModelCard) -> None:
         "groups of another number than 32": network.get("num_groups", 32) != 32,
         "another sigma_data than 0.5": scalings.get("sigma_data") != 0.5,
     }
-    require(
-        not any(reasons.values()),
-        "a model that the published UNetModel can be",
-        ", ".join(reason for reason, holds in reasons.items() if holds),
-        "convert to=ours, or train with model=adm_imagenet64 or adm_lsun256 (any size)",
-    )
+    got = ", ".join(reason for reason, holds in reasons.items() if holds)
+    remedy = "convert to=ours, or train with model=adm_imagenet64 or adm_lsun256 (any size)"
+    require(not got, "a model that the published UNetModel can be", got, remedy)
     if scalings.get("t_min", 0.002) != 0.002:
         note = f"give the published code sigma_min={scalings['t_min']} for this model"
         print(note, file=sys.stderr)
