@@ -25,30 +25,19 @@ from consistency.runtime.files import write_text
 
 FORMAT = "diffusers"
 ANCHORS = ("time_embedding.linear_1.weight", "conv_in.weight")
-"""Two parameters that every network has."""
-
 PIPELINE, SCHEDULER = "ConsistencyModelPipeline", "CMStochasticIterativeScheduler"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
-WEIGHTS = "diffusion_pytorch_model"
-"""Beginning of the names of files of weights."""
+TIME_EMBEDDING = "time_embedding.safetensors"  # original layers, see `diffusers_time_embedding`
+UNETS = {"online": "unet/", "ema": "unet_ema/"}  # in a pipeline; accelerate keeps both
 
-TIME_EMBEDDING = "time_embedding.safetensors"
-"""The original layers of a rewritten time embedding, see `diffusers_time_embedding`."""
-
-UNETS = {"online": "unet/", "ema": "unet_ema/"}
-"""Folders of the UNet in a pipeline, and of the two that accelerate keeps in training."""
-
-PREFERRED = ("", "fp32", "bf16", "fp16")
-"""Variants in the order of preference."""
-
-VARIANTS = {"non_ema": "online", "ema": "ema"}
-"""Variants whose name is that of a set of weights; others keep their own."""
+WEIGHTS = "diffusion_pytorch_model"  # files of weights begin so
+SHARD = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
+PREFERRED = ("", "fp32", "bf16", "fp16")  # variants of weights, the best first
+VARIANTS = {"non_ema": "online", "ema": "ema"}  # names of sets; other variants keep their own
 
 NOISE = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
 UNUSED: dict[str, Any] = {"s_noise": 1, "prediction_type": None, "timestep_type": None}
 """Settings of the scheduler and their defaults: of its noise process, and those with one value."""
-
-SHARD = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
 
 
 def is_diffusers(folder: Path) -> bool:
@@ -74,8 +63,13 @@ def folder_of(file: Path) -> Path:
 
 def open_path(path: Path, hints: Hints) -> contents.Checkpoint:
     """Return the model in a folder of a pipeline, of a UNet or of accelerate, or in one file of weights of such."""
-    for folder in (path, *path.parents[:2]):
-        require_pipeline(folder)
+
+    def network(unet: Path) -> dict[str, Any]:
+        return diffusers_unet.settings(read_json(unet / "config.json"), hints)
+
+    for folder in filter(is_pipeline, (path, *path.parents[:2])):
+        kind = read_json(folder / "model_index.json").get("_class_name")
+        check(kind == PIPELINE, f"a diffusers pipeline of class {brief(kind)}, not {PIPELINE}")
     kind = variant(path.name)
     files = sets_in(path) if path.is_dir() else {VARIANTS.get(kind, kind or "ema"): path}
     first = files.get(hints.weights) or files.get("ema") or next(iter(files.values()))
@@ -89,14 +83,14 @@ def open_path(path: Path, hints: Hints) -> contents.Checkpoint:
         if is_pipeline(pipeline):
             process = scheduled(read_json(pipeline / SCHEDULER_FILE))
             known = {"role": "consistency", "process": process}
-        card = card_of(settings_in(unet, hints), contents.C_NOISE_OPENAI, **known)
+        card = card_of(network(unet), contents.C_NOISE_OPENAI, **known)
 
     def weights(file: Path) -> StateDict:
         theirs, own = read_weights(file)
         ours = our_weights(theirs)
         if own is not None:
             return checked(card, ours, file.parent, pipeline)
-        same = saved is not None or settings_in(file.parent, hints) == card.network
+        same = saved is not None or network(file.parent) == card.network
         check(same, f"a {UNET} with other settings than that of {unet.name}")
         return ours
 
@@ -128,17 +122,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def settings_in(unet: Path, hints: Hints) -> dict[str, Any]:
-    return diffusers_unet.settings(read_json(unet / "config.json"), hints)
-
-
-def require_pipeline(folder: Path) -> None:
-    """Refuse a pipeline of another kind: its network was trained for other inputs and another output."""
-    if is_pipeline(folder):
-        kind = read_json(folder / "model_index.json").get("_class_name")
-        check(kind == PIPELINE, f"a diffusers pipeline of class {brief(kind)}, not {PIPELINE}")
-
-
 def variant(name: str) -> str:
     """Return the variant of a file of weights, `fp16` or `non_ema`; empty for the usual one."""
     parts = name.removeprefix(WEIGHTS).split(".")
@@ -155,10 +138,9 @@ def weight_files(unet: Path) -> dict[str, Path]:
 
 
 def sets_in(folder: Path) -> dict[str, Path]:
-    """Return the files of the sets of weights in a folder by the names that `weights=` takes.
+    """Return the files of the sets of weights in a folder by the names that `weights=` takes; variants by their own, too.
 
-    The usual file holds the average, unless there is a `unet_ema` or a variant of that name. Every variant also has its own
-    name.
+    The usual file holds the average, unless there is a `unet_ema` or a variant of that name.
     """
     alone = (folder / "config.json").is_file() and not is_pipeline(folder)
     unets = {"": folder} if alone else {name: folder / unet for name, unet in UNETS.items()}

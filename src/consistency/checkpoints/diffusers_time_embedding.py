@@ -17,15 +17,10 @@ from consistency.inference.card import ModelCard
 from consistency.networks.layers import sinusoidal_features
 from consistency.randomness import generator
 
-POINTS = 40
-"""Points of our pipelines' grids, as in the released distilled models."""
-
+POINTS = 40  # of our pipelines' grids, as in the released distilled models
 LAYERS = ("time_embed.0.weight", "time_embed.0.bias", "time_embed.2.weight", "time_embed.2.bias")
-READERS = (".emb_layers.1.weight", "label_emb.weight")
-"""Ends of the names of the weights that read the embedding."""
-
-SPREAD = 3.0
-"""Standard deviation of the random features before their nonlinearity: N of them are then independent."""
+READERS = (".emb_layers.1.weight", "label_emb.weight")  # ends of weights that read the embedding
+SPREAD = 3.0  # deviation of the features before their nonlinearity: N of them are then independent
 
 
 def needs_rewriting(card: ModelCard) -> bool:

@@ -17,8 +17,7 @@ from consistency.errors import require
 from consistency.inference.card import ModelCard
 
 UNET = "UNet2DModel"
-VERSION = "0.35.0"
-"""The version of diffusers that our folders are written for; it is only a note in them."""
+VERSION = "0.35.0"  # of diffusers, a mere note in the folders that we write
 
 FIXED: dict[str, Any] = {
     **{"center_input_sample": False, "time_embedding_type": "positional", "freq_shift": 0},
@@ -65,22 +64,20 @@ PARTS = {
 """Parts of blocks, and ours; to_k and to_v are in our qkv, too."""
 
 
-def block_type(way: str, attention: bool, in_blocks: bool) -> str:
-    """Return the class of a block; way: Down or Up; in_blocks: residual blocks change the resolution."""
+def block_type(way: str, attention: bool, inside: bool) -> str:
+    """Return the class of a block; way: Down or Up; inside: residual blocks change the resolution."""
     if attention:
         return f"Attn{way}Block2D"
-    return f"Resnet{way}sampleBlock2D" if in_blocks else f"{way}Block2D"
+    return f"Resnet{way}sampleBlock2D" if inside else f"{way}Block2D"
 
 
-def block_settings(
-    attention: list[bool], in_blocks: bool, shift: bool, groups: int
-) -> dict[str, Any]:
+def block_settings(attention: list[bool], inside: bool, shift: bool, groups: int) -> dict[str, Any]:
     """Return the settings of the blocks, given which levels have attention."""
     return {
-        "down_block_types": [block_type("Down", has, in_blocks) for has in attention],
-        "up_block_types": [block_type("Up", has, in_blocks) for has in attention[::-1]],
-        "downsample_type": "resnet" if in_blocks else "conv",
-        "upsample_type": "resnet" if in_blocks else "conv",
+        "down_block_types": [block_type("Down", has, inside) for has in attention],
+        "up_block_types": [block_type("Up", has, inside) for has in attention[::-1]],
+        "downsample_type": "resnet" if inside else "conv",
+        "upsample_type": "resnet" if inside else "conv",
         "resnet_time_scale_shift": "scale_shift" if shift else "default",
         "norm_num_groups": groups,
         "attn_norm_num_groups": groups if shift else None,
@@ -145,10 +142,9 @@ def numbers(weights: StateDict, prefix: str) -> int:
 
 
 def names(blocks: int, attention: list[bool]) -> dict[str, str]:
-    """Return the modules that a `UNet2DModel` can have, and ours; the last name of two with the same is the right one.
+    """Return the modules that a `UNet2DModel` can have, and ours; of two names for one of ours the last is right.
 
-    blocks: residual blocks of a level of the encoder, one fewer than of the decoder.
-    attention: whether a level of the decoder has attention, the lowest first.
+    blocks: residual blocks of a level of the encoder; attention: whether levels have it, the lowest first.
     """
     modules = dict(OUTSIDE)
     for level, has_attention in enumerate(attention):
@@ -180,11 +176,10 @@ def settings(config: dict[str, Any], hints: Hints) -> dict[str, Any]:
     theirs = known_settings(config)
     resblock_updown = in_blocks(theirs)
     widths, size = theirs["block_out_channels"], theirs["sample_size"]
-    sides = set(size) if isinstance(size, list) else {size}
-    side = hints.image_size or (sides.pop() if len(sides) == 1 else None)
+    square = isinstance(size, list) and len({*size}) == 1
+    side: Any = hints.image_size or (size[0] if square else size)
     known = type(side) is int and side >= 1
     expect(theirs, "sample_size", known, "one side of the images (image_size= sets it)")
-    assert side is not None
     attention = ["Attn" in kind for kind in theirs["down_block_types"]]
     return {
         "_target_": ADM,
@@ -219,10 +214,9 @@ def known_settings(config: dict[str, Any]) -> dict[str, Any]:
     expect(theirs, "out_channels", same, f"in_channels={channels}, as a consistency model has")
     listed = isinstance(widths, list) and all(type(n) is int and n > 0 for n in widths)
     expect(theirs, "block_out_channels", listed, "a list of whole numbers")
-    groups, in_attention = theirs["norm_num_groups"], theirs["attn_norm_num_groups"]
-    default = in_attention is None and theirs["resnet_time_scale_shift"] == "default"
-    expected = f"norm_num_groups={groups}"
-    expect(theirs, "attn_norm_num_groups", default or in_attention == groups, expected)
+    groups, name = theirs["norm_num_groups"], "attn_norm_num_groups"
+    default = theirs[name] is None and theirs["resnet_time_scale_shift"] == "default"
+    expect(theirs, name, default or theirs[name] == groups, f"norm_num_groups={groups}")
     embedding = theirs["time_embedding_dim"] in (None, 4 * widths[0])
     expect(theirs, "time_embedding_dim", embedding, f"4 x {widths[0]}")
     return theirs

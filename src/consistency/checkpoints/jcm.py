@@ -4,7 +4,6 @@ The network is NCSN++, our `SongUNet`, with c_noise = 0.25 ln t. Convolutions ar
 (in, out), and q, k and v apart. The file does not record its role, nor the levels with attention if all are equally wide.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,9 @@ from consistency.networks.unet import UNetBlock, fir_filter
 FORMAT = "JAX (flax)"
 PARAMETERS = {"ema": "params_ema", "online": "params", "target": "target_params"}
 OTHER = "parameters of a JAX network other than the released NCSN++"
+SIZE, TOPS = 32, [256, 256, 256]  # of the images and of the levels of every released file
+
 TAPS = [1, 3, 3, 1]
-BLOCK = {
-    **{"norm0": "GroupNorm_0", "conv0": "Conv_0", "affine": "Dense_0"},
-    **{"norm1": "GroupNorm_1", "conv1": "Conv_1", "skip": "Conv_2"},
-}
-"""Layers of our residual blocks and their names in the JAX code."""
-
-WEIGHTS = ("kernel", "scale", "weight")
-"""Names of the weight of a layer in the JAX code."""
-
 NCSNPP = {
     "_target_": "consistency.networks.song.SongUNet",
     **{"num_classes": None, "augment_dim": 0, "dropout": 0.0, "fourier_scale": 16.0},
@@ -37,8 +29,12 @@ NCSNPP = {
 }
 """Arguments of `SongUNet` that every such network has."""
 
-SIZE, TOPS = 32, [256, 256, 256]
-"""Side of the images, and widths of the levels, of every released file."""
+WEIGHTS = ("kernel", "scale", "weight")
+BLOCK = {
+    **{"norm0": "GroupNorm_0", "conv0": "Conv_0", "affine": "Dense_0"},
+    **{"norm1": "GroupNorm_1", "conv1": "Conv_1", "skip": "Conv_2"},
+}
+"""Names in the JAX code of the weight of a layer, and of the layers of our residual blocks."""
 
 
 def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
@@ -49,7 +45,9 @@ def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
     trees = {name: content[key] for name, key in PARAMETERS.items() if key in content}
     network, notes = settings(flattened(trees["ema"]), hints)
     card = contents.card_of(network, contents.C_NOISE_NVLABS, second_time=0.58535)
-    sets = contents.Lazy(trees, partial(_weights, network))
+    with torch.device("meta"):
+        song = SongUNet(**{key: value for key, value in network.items() if key != "_target_"})
+    sets = contents.Lazy(trees, lambda tree: song_weights(flattened(tree), song))
     return Checkpoint(path=path, format=FORMAT, card=card, weights=sets, notes=tuple(notes))
 
 
@@ -112,12 +110,6 @@ def attention_sides(
 
 def _count(params: StateDict, prefix: str) -> int:
     return len({name.split(".")[0] for name in params if name.startswith(prefix)})
-
-
-def _weights(settings: dict[str, Any], tree: object) -> StateDict:
-    with torch.device("meta"):
-        network = SongUNet(**{key: value for key, value in settings.items() if key != "_target_"})
-    return song_weights(flattened(tree), network)
 
 
 def song_weights(params: StateDict, network: SongUNet) -> StateDict:

@@ -21,13 +21,9 @@ from consistency.networks.unet import fir_filter
 
 FORMAT = "NVlabs"
 ANCHORS = ("map_layer0.weight", "map_layer1.weight")
-"""Two parameters that every network has."""
-
+SETS = {"ema": "ema", "net": "online"}  # keys of a snapshot and of a training state
 ROLES: dict[str, Role] = {"EDMPrecond": "teacher", "ECMPrecond": "consistency"}
 """The preconditioning classes whose scalings we have: EDM's, and ECT's with the boundary condition."""
-
-SETS = {"ema": "ema", "net": "online"}
-"""Keys of a snapshot and of a training state -> names of the sets of weights."""
 
 TARGETS = {
     "SongUNet": "consistency.networks.song.SongUNet",
@@ -195,8 +191,5 @@ def settings_of(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[
     taps = next((v.shape[-1] for n, v in weights.items() if n.endswith("resample_filter")), None)
     wide = ours["residual_input"] if taps is None else taps == 4
     ours["resample_filter"] = [1, 3, 3, 1] if wide else [1, 1]
-    if taps is not None or len(sides) == 1:
-        return ours, []
-    return ours, [
-        f"assumes resample_filter={ours['resample_filter']} (the file does not record it)"
-    ]
+    note = f"assumes resample_filter={ours['resample_filter']} (the file does not record it)"
+    return ours, [note] if taps is None and len(sides) > 1 else []

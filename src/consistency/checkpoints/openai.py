@@ -22,12 +22,8 @@ from consistency.runtime.files import written_whole
 
 FORMAT = OPENAI
 ANCHORS = ("time_embed.0.weight", "input_blocks.0.0.weight")
-"""Two parameters that every network has."""
-
 ADM = "consistency.networks.adm.ADM"
-HEAD_CHANNELS = (64, 32, 16)
-"""Widths of a head that the published attention accepts, the released one first."""
-
+HEAD_CHANNELS = (64, 32, 16)  # that the published attention accepts, the released one first
 RELEASED: dict[tuple[int, tuple[int | float, ...]], tuple[int, float]] = {
     (192, (1, 2, 3, 4)): (64, 1.38237),
     (256, (1, 1, 2, 2, 4, 4)): (256, 4.36556),
