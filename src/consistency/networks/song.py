@@ -156,11 +156,11 @@ class SongUNet(UNet):
         return functional.silu(self.map_layer1(functional.silu(self.map_layer0(features))))
 
     def _image(self, stages: Stages) -> layers.Maps:
-        image = None
-        for name, h in stages:
-            if f"{name}_aux_norm" in self.dec:
-                normed = functional.silu(self.dec[f"{name}_aux_norm"](h))
-                own = self.dec[f"{name}_aux_conv"](normed)
-                image = own if image is None else self.dec[f"{name}_aux_up"](image) + own
-        assert image is not None
+        shown = [(name, h) for name, h in stages if f"{name}_aux_norm" in self.dec]
+        image = self._shown(*shown[0])
+        for name, h in shown[1:]:
+            image = self.dec[f"{name}_aux_up"](image) + self._shown(name, h)
         return image
+
+    def _shown(self, name: str, h: layers.Maps) -> layers.Maps:
+        return self.dec[f"{name}_aux_conv"](functional.silu(self.dec[f"{name}_aux_norm"](h)))
