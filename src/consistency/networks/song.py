@@ -162,5 +162,5 @@ class SongUNet(UNet):
             image = self.dec[f"{name}_aux_up"](image) + self._shown(name, h)
         return image
 
-    def _shown(self, name: str, h: layers.Maps) -> layers.Maps:
+    def _shown(self, name: str, h: layers.Maps) -> layers.NewMaps:
         return self.dec[f"{name}_aux_conv"](functional.silu(self.dec[f"{name}_aux_norm"](h)))
