@@ -121,7 +121,7 @@ def test_every_sampler_builds_for_a_checkpoint(sampler: str, trained: dict[str, 
     from consistency.inference.options import fill_process
 
     config = composed("sample", f"sampler={sampler}", f"checkpoint={trained['ect']}")
-    fill_process(config, config.sampler, load(trained["ect"]), shell_line)
+    fill_process(config, config.sampler, load(trained["ect"]))
     assert callable(instantiate(config.sampler, _convert_="all"))
     listed = composed("evaluate", f"samplers=[{sampler}]")
     assert list(listed.samplers) == [sampler]
