@@ -14,7 +14,6 @@ import originals
 from configurations import composed, options
 from conftest import ROOT
 from consistency.checkpoints.load import NETWORKS, PRECONDITIONING, build
-from consistency.commands.overrides import shell_line
 from consistency.errors import UserError
 from consistency.training import build as training
 

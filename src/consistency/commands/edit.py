@@ -1,9 +1,10 @@
 """The command `edit`, and its two kinds of task: zero-shot edits and interpolation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -60,19 +61,8 @@ class EditRequest(Request):
     options: DictConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class Edited:
-    """The outcome of a task: a row of results for every input.
-
-    panels: captions and pictures, shown before the results.
-    findings: numbers to print, by name.
-    moving: whether a row of results is an animation.
-    """
-
-    results: UInt8[Tensor, "n m c h w"]
-    panels: Sequence[tuple[str, Tensor]]
-    findings: dict[str, float]
-    moving: bool = False
+Edited: TypeAlias = tuple[UInt8[Tensor, "n m c h w"], list[tuple[str, Tensor]]]
+"""A row of results for every input, and captions and pictures to show before them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +79,7 @@ class ZeroShot:
     num_scales: int
     start: editing.Start
     clip: bool
+    moving: ClassVar[bool] = False
 
     def __call__(self, request: EditRequest) -> Edited:
         if request.images is None:
@@ -106,15 +97,14 @@ class ZeroShot:
         x_0 = edits(request, loop, y, outputs=count, batch_size=request.options.batch_size)
         each, a = y.repeat_interleave(count, 0), task.transform
         known = (task.omega == 0).expand_as(a(each))
-        panels, findings = [("input", request.images)], {}
+        panels = [("input", request.images)]
         if known.any():
             if isinstance(a, editing.Pixels):
                 panels.append(("free", to_uint8(2 * task.omega.expand_as(y) - 1)))
             panels.append(("known", to_uint8(task.reference(y))))
             change = (a(x_0) - a(each)).abs()[known].max()
-            findings["largest change of the known part"] = float(change)
-        results = to_uint8(x_0).unflatten(0, (len(y), count))
-        return Edited(results=results, panels=panels, findings=findings)
+            print(f"largest change of the known part: {change:.3g}")
+        return to_uint8(x_0).unflatten(0, (len(y), count)), panels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +118,7 @@ class Interpolation:
     frames: int
     steps: int
     clip: bool
+    moving: ClassVar[bool] = True
 
     def __call__(self, request: EditRequest) -> Edited:
         options, images, card = request.options, request.images, request.card
@@ -136,12 +127,11 @@ class Interpolation:
         numbers = range(options.outputs if images is None else len(images))
         label = card.labels(request.labels, request.seed, numbers)
         panels: list[tuple[str, Tensor]] = []
-        findings: dict[str, float] = {}
         if images is None:
             z = SampleNoise(request.seed, range(2 * options.outputs), card.shape)()
             ends = [z[::2], z[1::2], label, label]
         else:
-            z, findings = self.inverted(request, images, label)
+            z = self.inverted(request, images, label)
             panels = [("from", images[:-1]), ("to", images[1:])]
             ends = [z[:-1], z[1:], *((None, None) if label is None else (label[:-1], label[1:]))]
         t_max, frames = request.grid.t_max, self.frames
@@ -150,20 +140,17 @@ class Interpolation:
         )
         size = options.batch_size
         (shown,) = by_batch(lambda *x: (draw(*x).transpose(0, 1),), request, size, *ends)
-        results = to_uint8(shown.flatten(0, 1)).unflatten(0, shown.shape[:2])
-        return Edited(results=results, panels=panels, findings=findings, moving=True)
+        return to_uint8(shown.flatten(0, 1)).unflatten(0, shown.shape[:2]), panels
 
     def inverted(
         self, request: EditRequest, images: UInt8[Tensor, "n c h w"], label: Label
-    ) -> tuple[Data, dict[str, float]]:
-        """Return the noise of every image, and how far from it teacher and model end that start at this noise."""
+    ) -> Data:
+        """Return the noise of every image; print how far from the images teacher and model end that start at the noise."""
         teacher, grid, y = request.teacher, request.grid, to_unit(images)
         if teacher is None:
-            raise UserError(
-                "a denoiser whose PF-ODE turns the images into noise",
-                "teacher=null",
-                "add teacher=<run or file of mode=edm>, or leave input= out to interpolate random noise",
-            )
+            expected = "a denoiser whose PF-ODE turns the images into noise"
+            remedy = "add teacher=<run or file of mode=edm>, or leave out input= for random noise"
+            raise UserError(expected, "teacher=null", remedy)
         remedy = "give input= a folder with two or more"
         require(len(y) >= 2, "at least two images to interpolate", len(y), remedy)
 
@@ -173,10 +160,10 @@ class Interpolation:
             return z, back, request.denoise(grid.t_max * z, at(grid.t_max, z), label)
 
         z, back, once = by_batch(round_trip, request, request.options.batch_size, y, label)
-        return z, {
-            f"round trip {name}, root mean square": float(editing.difference(x, y).mean())
-            for name, x in (("of the teacher", back), ("through the model", once))
-        }
+        for name, x in (("of the teacher", back), ("through the model", once)):
+            error = editing.difference(x, y).mean()
+            print(f"round trip {name}, root mean square: {error:.3g}")
+        return z
 
 
 def edit(config: DictConfig, output: Path) -> None:
@@ -198,32 +185,29 @@ def edit(config: DictConfig, output: Path) -> None:
         suits = not each.card.is_trigflow and each.shape == model.shape
         require(suits, wanted, got, "choose another checkpoint, or the teacher of this model")
     fill_process(config, config.task, model)
-    task: Callable[[EditRequest], Edited] = instantiate(config.task, _convert_="all")
-    images = None
-    if config.input is not None:
-        images = read_images(config.input, *model.shape[:2], config.background)
+    task: ZeroShot | Interpolation = instantiate(config.task, _convert_="all")
+    path, (channels, side, _) = config.input, model.shape
+    images = None if path is None else read_images(path, channels, side, config.background)
     grid = KarrasGrid(**{name: config.process[name] for name in ("t_min", "t_max", "rho")})
     request = vars(request_of(config, model))
     edited = task(EditRequest(**request, grid=grid, images=images, teacher=teacher, options=config))
-    write(edited, output, single=config.images)
+    write(edited, output, moving=task.moving, single=config.images)
     OmegaConf.save(config, output / "edit.yaml", resolve=True)
-    for name, value in edited.findings.items():
-        print(f"{name}: {value:.3g}")
-    count = edited.results.shape[0] * edited.results.shape[1]
-    print(f"{count} images of {model.path} ({model.weights}): {output / 'grid.png'}")
+    rows, columns = edited[0].shape[:2]
+    print(f"{rows * columns} images of {model.path} ({model.weights}): {output / 'grid.png'}")
 
 
-def write(edited: Edited, output: Path, *, single: bool) -> None:
-    """Write a sheet to look at, arrays, a GIF of animations, and one PNG a result if `single`."""
+def write(edited: Edited, output: Path, *, moving: bool, single: bool) -> None:
+    """Write a sheet to look at, arrays, a GIF if rows of results are animations, and one PNG a result if `single`."""
     output.mkdir(parents=True, exist_ok=True)
-    results = edited.results
-    panels = [(caption, plots.grid(images, 1)) for caption, images in edited.panels]
-    caption = "between" if edited.moving else "after"
-    panels.append((caption, plots.grid(results.flatten(0, 1), results.shape[1])))
-    plots.side_by_side(panels).save(output / "grid.png")
+    results, panels = edited
+    shown = [(caption, plots.grid(images, 1)) for caption, images in panels]
+    sheet = plots.grid(results.flatten(0, 1), results.shape[1])
+    shown.append(("between" if moving else "after", sheet))
+    plots.side_by_side(shown).save(output / "grid.png")
     with written_whole(output / "edited.npz") as file:
         np.savez(file, allow_pickle=False, arr_0=results.movedim(2, -1).numpy())
-    if edited.moving:
+    if moving:
         there_and_back = torch.cat([results, results.flip(1)[:, 1:-1]], 1)
         plots.animation(there_and_back, output / "grid.gif")
     if single:

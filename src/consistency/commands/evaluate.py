@@ -31,7 +31,7 @@ from consistency.inference.options import fill_process, request_of, require_suit
 from consistency.runtime.devices import chosen_device, require_devices, share_threads
 from consistency.runtime.files import fingerprint, path_of, write_text
 from consistency.runtime.launch import one_job
-from consistency.runtime.ranks import batches, is_first, rank_and_size
+from consistency.runtime.ranks import batches, is_first, print_once, rank_and_size
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
 from consistency.training.build import build_loggers, quiet
@@ -81,8 +81,8 @@ def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> "
                     return request.denoise(x_t, t, label)  # noqa: B023
 
             samples = generate(replace(request, denoise=counted), sampler, shares)
-            bar, quiet = f"{title}, {model.weights}", not report.is_writer
-            shown = tqdm(samples, bar, len(shares), unit="batch", disable=quiet)
+            bar, hidden = f"{title}, {model.weights}", not report.is_writer
+            shown = tqdm(samples, bar, len(shares), unit="batch", disable=hidden)
             values = report.measure(iter(shown), config.num_samples)
             nfe = sum(evaluations) / sum(map(len, shares))
             report.write({"sampler": title, "weights": model.weights, "nfe": nfe}, values)
@@ -155,8 +155,8 @@ def given_samples(
     expected = f"samples of the shape of the data, {tuple(shape)}"
     got = f"samples={path} of shape {' and '.join(map(str, sorted(shapes)[:2]))}"
     require(shapes == {tuple(shape)}, expected, got, remedy)
-    if total > count and rank_and_size()[0] == 0:
-        print(f"samples={path} holds {total:,} images: the first {count:,} are measured")
+    if total > count:
+        print_once(f"samples={path} holds {total:,} images: the first {count:,} are measured")
     return images[:count] if isinstance(images, Tensor) else torch.stack(images)
 
 
@@ -219,12 +219,9 @@ class Report:
         write_text(self.output / "evaluation.json", text + "\n")
         write_text(self.output / "evaluation.md", self.table())
         total, network, extractor = (seconds.get(n, 0) for n in ("total", "network", "extractor"))
+        parts = f"{network:.1f} s drawing network, {extractor:.1f} s extractor"
         rest = total - network - extractor
-        print(
-            f"{total:.1f} s: {network:.1f} s drawing network, {extractor:.1f} s extractor, "
-            f"{rest:.1f} s ({rest / total:.1%}) all else",
-            flush=True,
-        )
+        print(f"{total:.1f} s: {parts}, {rest:.1f} s ({rest / total:.1%}) all else", flush=True)
         title = "/".join(str(names[n]) for n in ("sampler", "weights") if n in names) or "samples"
         for logger in self.loggers:
             logger.log_metrics({f"{name}/{title}": v for name, v in values.items()}, 0)

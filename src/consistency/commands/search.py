@@ -29,9 +29,6 @@ from consistency.samplers import multistep
 SIGNS = {"frechet": 1, "kernel": 1, "class_score": -1, "precision": -1, "recall": -1}
 """The metrics, each with the sign under which the smallest value is the best."""
 
-SETTINGS = ("weights", "metric", "seed", "num_scales", "num_samples", "evaluation")
-"""Options on which measured values depend, besides the checkpoint."""
-
 
 def search(config: DictConfig, output: Path) -> float:
     """Search config.points time points below t_max for a checkpoint of a run, each with the ones before it in place.
@@ -40,14 +37,15 @@ def search(config: DictConfig, output: Path) -> float:
     sampler=searched. A stopped search goes on. Returns the metric at the time points.
     """
     require(config.metric in SIGNS, f"metric among {', '.join(SIGNS)}", config.metric, "choose one")
-    grid = f"a grid of num_scales >= points + 2 = {config.points + 2}"
-    finer = "give more scales or search fewer points"
-    require(config.num_scales >= config.points + 2, grid, config.num_scales, finer)
+    fewest, finer = config.points + 2, "give more scales or search fewer points"
+    grid = f"a grid of num_scales >= points + 2 = {fewest}"
+    require(config.num_scales >= fewest, grid, config.num_scales, finer)
     require_devices(chosen_device(config.device), config.devices)
     path = find(config.checkpoint)
     model = load(path, weights=config.weights, role="consistency")
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    settings = {name: plain[name] for name in SETTINGS} | {"checkpoint": fingerprint(path)}
+    names = ("weights", "metric", "seed", "num_scales", "num_samples", "evaluation")
+    settings = {name: plain[name] for name in names} | {"checkpoint": fingerprint(path)}
     log = Log(output, settings)
     measure, process, devices = measure_of(config, path), model.card.process, config.devices
     count, metric = measure.count(config.num_samples), measure.extractor.named(config.metric)

@@ -28,14 +28,10 @@ from consistency.runtime import signals
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Denoise, Label, sent
 
+# Numbers of samples, batch by batch; numbers with their samples; and (sampler, batches) -> the samples of each in turn.
 Batches: TypeAlias = Iterable[Sequence[int]]
-"""Numbers of samples, batch by batch."""
-
 Numbered: TypeAlias = tuple[Sequence[int], UInt8[Tensor, "_b _c _h _w"]]
-"""Numbers of some samples, and the samples."""
-
 Draw: TypeAlias = Callable[[Sampler, Batches], Iterator[Numbered]]
-"""(sampler, batches) -> the samples of every batch in turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,16 +116,12 @@ def drawing(prepare: Callable[[int, int], Request], processes: int) -> Iterator[
     ranks = context.SimpleQueue()
     for rank in range(processes):
         ranks.put(rank)
-    given = (os.getpid(), prepare, ranks, processes)
-    pool = ProcessPoolExecutor(processes, context, _start, given)
+    pool = ProcessPoolExecutor(processes, context, _start, (os.getpid(), prepare, ranks, processes))
     try:
         yield partial(_generate_on, pool, 2 * processes)
     except BrokenProcessPool as error:
-        raise UserError(
-            "processes that draw to the end",
-            "one that was killed",
-            "look at the memory of the machine; the same command again goes on",
-        ) from error
+        remedy = "look at the memory of the machine; the same command again goes on"
+        raise UserError("processes that draw to the end", "one that was killed", remedy) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

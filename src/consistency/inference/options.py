@@ -4,7 +4,6 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,15 +13,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.checkpoints.load import load
-from consistency.errors import require
+from consistency.errors import UserError, require
 from consistency.inference.generate import Request
 from consistency.inference.model import Model
 from consistency.runtime.devices import chosen_device, in_precision, share_threads
 from consistency.runtime.files import ROOT, fingerprint
 from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
-
-SEARCHED = "${process.searched}"
-"""`times` of a sampler that evaluates at searched time points."""
 
 
 def request_of(
@@ -55,7 +51,7 @@ def fill_process(config: DictConfig, sampler: DictConfig, model: Model) -> None:
         if config.process[name] is None:
             config.process[name] = value
     node: Any = OmegaConf.to_container(sampler, resolve=False)
-    if node.get("times") == SEARCHED and config.process.searched is None:
+    if node.get("times") == "${process.searched}" and config.process.searched is None:
         config.process.searched = searched_times(model, config.checkpoint)
 
 
@@ -71,19 +67,19 @@ def searched_times(model: Model, checkpoint: str) -> list[float]:
     line += [] if weights == "ema" else [f"weights={weights}"]
     remedy = f"choose sampler=multistep, or run\n      {shlex.join(line)}"
     require(path.is_file(), f"time points that a search found, in {path}", "no such file", remedy)
-    content: Any = None
-    with suppress(ValueError):
-        content = json.loads(path.read_text())
-    times: Any = content.get("times") if isinstance(content, dict) else None
-    numbers = isinstance(times, list) and all(type(t) in (int, float) for t in times)
-    require(numbers, f"time points in {path}", str(times)[:80], f"delete it, and {remedy}")
+    try:
+        content: Any = json.loads(path.read_text())
+        times = [float(t) for t in content["times"]]
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        expected, remedy = f"time points in {path}", f"delete it, and {remedy}"
+        raise UserError(expected, str(error)[:80], remedy) from error
     digest, named = content.get("checkpoint"), content.get("weights")
     same, other = digest == fingerprint(model.path), "weights that it does not name"
     if digest:
         other = f"weights={str(named)[:80]}" if same else "weights of another training step or file"
     expected = f"time points found for weights={weights} of {model.path} as it is now"
     require(same and named == weights, expected, f"{path}, found for {other}", remedy)
-    return [float(t) for t in times]
+    return times
 
 
 def require_suited(sampler: Sampler, model: Model, *, force: bool) -> None:
@@ -103,10 +99,7 @@ def require_suited(sampler: Sampler, model: Model, *, force: bool) -> None:
 
 
 def record_of(file: Path, settings: dict[str, Any], work: str) -> dict[str, Any]:
-    """Return the record of the work in a folder; empty if there is none. Refuse to go on with other settings.
-
-    work: the samples, or the search.
-    """
+    """Return the record of the work in a folder; empty if there is none. Refuse to go on with other settings."""
     if not file.is_file():
         return {}
     record: dict[str, Any] = json.loads(file.read_text())

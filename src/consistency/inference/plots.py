@@ -44,13 +44,8 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 
 
 def below_each_other(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Put pictures in one column, each under its caption."""
-    parts = [np.asarray(side_by_side([panel])) for panel in panels]
-    right = max(part.shape[1] for part in parts)
-    rows = [
-        np.pad(p, ((0, 0), (0, right - p.shape[1]), (0, 0)), constant_values=255) for p in parts
-    ]
-    return Image.fromarray(np.vstack(rows))
+    """Put pictures of one width in one column, each under its caption."""
+    return Image.fromarray(np.vstack([np.asarray(side_by_side([panel])) for panel in panels]))
 
 
 def animation(frames: UInt8[Tensor, "n f c h w"], file: Path, milliseconds: int = 120) -> None:
