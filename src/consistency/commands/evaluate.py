@@ -70,8 +70,9 @@ def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> "
     samplers = [samplers_of(config, model) for model in models]
     report = Report(config, measure_of(config, models[0].shape, device), output)
     clock, shares = report.measure.clock, batches(config.num_samples, config.batch_size)
+    options: Any = {**config, "device": str(device)}
     for model, named in zip(models, samplers, strict=True):
-        request = request_of(config, model, device=device)
+        request = request_of(options, model)
         for title, sampler in named.items():
             evaluations = list[int]()
 

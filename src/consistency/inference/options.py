@@ -4,7 +4,6 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,13 @@ from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
 
 
 def request_of(
-    options: Mapping[str, Any],
-    model: Model | None,
-    rank: int = 0,
-    processes: int = 1,
-    device: torch.device | None = None,
+    options: Mapping[str, Any], model: Model | None, rank: int = 0, processes: int = 1
 ) -> Request:
     """Put a model on the device of one of several processes, and return a request with the labels and seed of the options.
 
-    model: None loads it. device: None is that of the options, for the first process.
+    model: None loads it.
     """
-    role, device = options.get("role"), device or chosen_device(options["device"])
+    role, device = options.get("role"), chosen_device(options["device"])
     model = model or load(options["checkpoint"], role, weights=options["weights"])
     if processes > 1:
         share_threads(device, processes)
@@ -47,7 +42,7 @@ def request_of(
 
 def fill_process(config: DictConfig, sampler: DictConfig, model: Model) -> None:
     """Replace null in `process` by the model's time range and points, searched ones too if the sampler takes them."""
-    for name, value in asdict(model.card.process).items():
+    for name, value in vars(model.card.process).items():
         if config.process[name] is None:
             config.process[name] = value
     node: Any = OmegaConf.to_container(sampler, resolve=False)
