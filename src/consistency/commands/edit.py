@@ -83,8 +83,7 @@ class ZeroShot:
 
     def __call__(self, request: EditRequest) -> Edited:
         if request.images is None:
-            remedy = "add input=<file or folder>"
-            raise UserError("an image or a folder of images to edit", "none", remedy)
+            raise UserError("images to edit", "none", "add input=<file or folder>")
         y, count, times = to_unit(request.images), request.options.outputs, self.times
         grid, start = request.grid, request.options.start or self.start
         if times is None and self.indices is not None:
@@ -173,17 +172,16 @@ def edit(config: DictConfig, output: Path) -> None:
     masked, remedy = "mask" in config.task.get("pairing", {}), "choose task=inpaint, or no mask"
     require(masked or not config.mask, "no mask for a task without one", "mask=", remedy)
     require_fresh(output)
-    device = chosen_device(config.device)
     model, teacher = load(config.checkpoint, config.role, weights=config.weights), None
     if config.teacher is not None:
         teacher = load(config.teacher, "teacher", weights=config.weights)
-        teacher.denoiser.to(device)
+        teacher.denoiser.to(chosen_device(config.device))
+    wanted = f"a model of the variance-exploding process and of shape {model.shape}"
+    remedy = "choose another checkpoint, or the teacher of this model"
     for each in filter(None, (model, teacher)):
-        kind = "TrigFlow" if each.card.is_trigflow else "that process"
-        wanted = f"a model of the variance-exploding process and of shape {model.shape}"
-        got = f"{each.path}, of {kind} and of shape {each.shape}"
-        suits = not each.card.is_trigflow and each.shape == model.shape
-        require(suits, wanted, got, "choose another checkpoint, or the teacher of this model")
+        other = each.card.is_trigflow
+        got = f"{each.path}, of {'TrigFlow' if other else 'that process'} and shape {each.shape}"
+        require(not other and each.shape == model.shape, wanted, got, remedy)
     fill_process(config, config.task, model)
     task: ZeroShot | Interpolation = instantiate(config.task, _convert_="all")
     path, (channels, side, _) = config.input, model.shape

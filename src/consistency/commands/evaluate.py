@@ -176,13 +176,10 @@ def _stored_samples(file: Path) -> UInt8[Tensor, "n c h w"]:
         got += f", from {pixels.min():.3g} to {pixels.max():.3g}"
     is_images = pixels.dtype == np.uint8 and pixels.ndim == 4
     last = is_images and pixels.shape[3] in MODES
-    require(
-        last or (is_images and pixels.shape[1] in MODES),
-        f"an .npz with arr_0, uint8 of shape (n, h, w, 1 or 3), in samples={file}",
-        got,
-        "write samples as src/sample.py does: np.savez(file, images); values from 0 to 1 become "
-        "(255 * x).round().astype(np.uint8)",
-    )
+    expected = f"an .npz with arr_0, uint8 of shape (n, h, w, 1 or 3), in samples={file}"
+    scaled = "(255 * x).round().astype(np.uint8), if x is from 0 to 1"
+    remedy = f"write samples as src/sample.py does, np.savez(file, images) of {scaled}"
+    require(last or (is_images and pixels.shape[1] in MODES), expected, got, remedy)
     images = torch.from_numpy(pixels)
     return images.permute(0, 3, 1, 2) if last else images
 
@@ -193,9 +190,7 @@ class Report:
     def __init__(self, config: DictConfig, measure: Measure, output: Path) -> None:
         self.measure, self.output, self.is_writer = measure, output, rank_and_size()[0] == 0
         self.head: dict[str, Any] = {"seed": config.seed, "precision": config.precision}
-        self.results: list[dict[str, Any]] = []
-        self.values: list[float] = []
-        self.loggers: list[Any] = []
+        self.results, self.values, self.loggers = list[dict[str, Any]](), list[float](), list[Any]()
         measure.clock.read()
         if not self.is_writer:
             return

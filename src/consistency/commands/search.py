@@ -139,12 +139,9 @@ def ternary_search(measure: Callable[[int], float], first: int, last: int) -> di
 
 
 class Log:
-    """The measured values of a search: in measured.json, in curve.png and on the screen. It goes on with earlier ones.
+    """The measured values of a search: in measured.json, in curve.png and on the screen. It goes on with earlier ones."""
 
-    value: time points -> the metric.
-    """
-
-    value: Callable[[Sequence[float]], float]
+    value: Callable[[Sequence[float]], float]  # time points -> the metric
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.file, self.picture = folder / "measured.json", folder / "curve.png"
@@ -172,10 +169,8 @@ class Log:
                 print(f"  no better than without this point ({self.sign * before:.4f})")
             if not is_unimodal(values):
                 self.unimodal = False
-                print(
-                    f"  the {len(values)} values have several minima: there may be a better point. "
-                    "More samples make them smoother; curve.png shows them"
-                )
+                print(f"  the {len(values)} values have several minima: a better point may exist.")
+                print("  More samples make them smoother; curve.png shows them")
             first, before = index + 1, best
         return times
 
