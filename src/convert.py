@@ -1,6 +1,4 @@
-"""Convert a checkpoint or check one: `python src/convert.py source=<file> to=ours output=<path>`; conf/convert.yaml
-has the options.
-"""
+"""Convert or check a checkpoint: `python src/convert.py source=<file> output=<path>`; conf/convert.yaml has the options."""
 
 from consistency.commands import start
 

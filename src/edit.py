@@ -1,6 +1,4 @@
-"""Edit images: `python src/edit.py task=inpaint input=<image or folder> checkpoint=<run or file>`; conf/edit.yaml has
-the options.
-"""
+"""Edit images: `python src/edit.py task=inpaint input=<images> checkpoint=<run or file>`; conf/edit.yaml has the options."""
 
 from consistency.commands import start
 

@@ -1,6 +1,4 @@
-"""Search the time points of multi-step sampling: `python src/search.py checkpoint=<run> points=1`; conf/search.yaml has
-the options.
-"""
+"""Search time points of sampling: `python src/search.py checkpoint=<run> points=1`; conf/search.yaml has the options."""
 
 from consistency.commands import start
 

@@ -18,19 +18,18 @@ The shell stands in rooms:
     runtime             devices files ranks rendezvous (of the processes of a job) launch signals redaction (of secrets)
                         allowlist (of what a configuration from elsewhere may name)
     inference           card (what a model is) model (what `load` returns) generate (numbered samples) options plots
-    checkpoints         load detect contents; ours safetensors openai nvlabs jcm diffusers (folders; diffusers_unet,
+    checkpoints         load contents; ours openai nvlabs jcm diffusers (folders; diffusers_unet,
                         diffusers_time_embedding); wrapped (state dicts below any keys), pickle_reader,
-                        pickle_calls, msgpack_reader, pretrained (published files), retention (last, previous, best)
-    data                module (the LightningDataModule) batches (order by position, foreign loaders) source; memory: digits
-                        mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; decode crop listing detect
-                        download parallel write_zip
-    evaluation          metrics extractors reference classifier timing
-    training            build (configuration -> parts) module (the LightningModule) arguments (of Lightning) nonfinite loggers lpips
-                        lightning_patches io_errors; callbacks: schedules ema progressive_distillation
-                        periodic checkpoints preemption evaluation sample_grids progress
-    commands            cli schema overrides python resume, and one file a verb, which src/<verb>.py starts:
-                        train.py sample.py evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py
-                        benchmark.py
+                        msgpack_reader, pretrained (published files), retention (last, previous, best)
+    data                module (the LightningDataModule, order by position, foreign loaders) source; memory: digits
+                        mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; decode crop listing
+                        download parallel
+    evaluation          metrics extractors (with the small classifier) reference timing
+    training            build (configuration -> parts) module (the LightningModule) arguments (of Lightning) nonfinite loggers
+                        lpips lightning_patches io_errors; callbacks: schedules ema progressive_distillation periodic
+                        checkpoints preemption evaluation sample_grids progress
+    commands            cli schema overrides resume, and one file a verb, which src/<verb>.py starts: train.py sample.py
+                        evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py benchmark.py
 """
 
 from __future__ import annotations
@@ -41,34 +40,21 @@ from typing import TYPE_CHECKING
 from consistency.runtime.files import settle_caches
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from omegaconf import DictConfig
 
     from consistency.checkpoints.load import load as load
+    from consistency.commands.cli import compose as compose
     from consistency.inference.model import Model as Model
 
 settle_caches()  # before a library that has one is imported
 
 
 def __getattr__(name: str) -> object:
-    """Import torch only with the first use of `load` or `Model`."""
-    homes = {"load": "consistency.checkpoints.load", "Model": "consistency.inference.model"}
+    """Import torch only with the first use of `load`, `compose` or `Model`."""
+    homes = {"load": "checkpoints.load", "compose": "commands.cli", "Model": "inference.model"}
     if name not in homes:
         raise AttributeError(f"module 'consistency' has no attribute {name!r}")
-    return getattr(import_module(homes[name]), name)
-
-
-def compose(overrides: Sequence[str] = (), verb: str = "train") -> DictConfig:
-    """Return the checked configuration of src/<verb>.py with these options, written as on its command line.
-
-    config = compose(["mode=ct", "data=digits", "trainer.max_steps=100"])
-    config.optimizer.lr = 1e-3
-    train(config)
-    """
-    from consistency.commands.python import composed
-
-    return composed(overrides, verb)
+    return getattr(import_module(f"consistency.{homes[name]}"), name)
 
 
 def train(config: DictConfig) -> float:
@@ -78,6 +64,6 @@ def train(config: DictConfig) -> float:
     the run's evaluation; without an evaluation, the mean of the last 100 losses.
     """
     from consistency.commands import train as command
-    from consistency.commands.python import called
+    from consistency.commands.cli import called
 
     return called(command.train, config, "train")

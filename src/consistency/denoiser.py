@@ -19,7 +19,5 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Data, t: Time, label: Label = None) -> Data:
         c = self.preconditioning(t)
-        raw = self.network(broadcast_time(c.c_in, x_t) * x_t, c.c_noise, label)
-        return broadcast_time(c.c_skip, x_t) * x_t + broadcast_time(c.c_out, x_t) * raw.to(
-            x_t.dtype
-        )
+        raw = self.network(broadcast_time(c.c_in, x_t) * x_t, c.c_noise, label).to(x_t.dtype)
+        return broadcast_time(c.c_skip, x_t) * x_t + broadcast_time(c.c_out, x_t) * raw

@@ -75,8 +75,7 @@ class L2At32(nn.Module):
         self.resize, self.l2 = Resize(size=32, only_below=None, antialias=False), L2()
 
     def forward(self, x: Data, y: Data) -> PerSample:
-        distance: PerSample = self.l2(self.resize(x), self.resize(y))
-        return distance
+        return self.l2(self.resize(x), self.resize(y))
 
 
 class PseudoHuber(nn.Module):
@@ -99,8 +98,7 @@ class PseudoHuber(nn.Module):
         c = self.constant(x)
         if c == 0:
             # Its own gradient is 0 at 0; that of sqrt(0 + 0) would be infinite.
-            norm: PerSample = vector_norm((x - y).flatten(1), dim=1)
-            return norm
+            return vector_norm((x - y).flatten(1), dim=1)
         return ((x - y).square().sum(dim=(1, 2, 3)) + c**2).sqrt() - c
 
 
@@ -125,12 +123,11 @@ class LPIPS(nn.Module):
         """The summand of every layer, in the precision of the images even where the rest runs in half."""
         with torch.autocast(x.device.type, enabled=False):
             both = zip(self.features(self.resize(x)), self.features(self.resize(y)), strict=True)
-            return torch.stack(
-                [
-                    (w[:, None, None] * (_unit(phi_x) - _unit(phi_y)).square()).sum(1).mean((1, 2))
-                    for w, (phi_x, phi_y) in zip(self.weights, both, strict=True)
-                ]
-            )
+            layers = [
+                (w[:, None, None] * (_unit(phi_x) - _unit(phi_y)).square()).sum(1).mean((1, 2))
+                for w, (phi_x, phi_y) in zip(self.weights, both, strict=True)
+            ]
+            return torch.stack(layers)
 
 
 def _unit(phi: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

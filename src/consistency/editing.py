@@ -9,7 +9,6 @@ Inpainting knows pixels, colorization the brightness, super-resolution the means
 it free the loop is SDEdit's guidance by strokes. Interpolation walks on the sphere between two noises.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
@@ -22,7 +21,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from consistency.errors import require
 from consistency.grids import KarrasGrid
 from consistency.processes import variance_exploding
-from consistency.samplers import Noise, at, bounded, refined, require_falling
+from consistency.samplers import Noise, at, bounded, followed, refined, require_falling
 from consistency.solvers import heun_step
 from consistency.tensors import Data, Denoise, Label, PerSample, Time
 
@@ -63,8 +62,7 @@ def orthonormal_basis(first: Sequence[float]) -> Float[Tensor, "n n"]:
 
     The other columns are the unit vectors e_2, e_3, ..., made orthogonal to those before them (by QR).
     """
-    size = len(first)
-    columns = torch.eye(size, dtype=torch.float64)
+    columns = torch.eye(len(first), dtype=torch.float64)
     columns[:, 0] = torch.tensor(first, dtype=torch.float64)
     q, r = torch.linalg.qr(columns)
     return q * r[0, 0].sign()
@@ -143,12 +141,10 @@ class Box:
     def __call__(self, height: int, width: int, draw: Generator) -> Float[Tensor, "h w"]:
         fits = len(self.box) == 4 and all(isinstance(n, int) for n in self.box)
         x, y, w, h = self.box if fits else (0, 0, 0, 0)
-        require(
-            fits and min(x, y) >= 0 and min(w, h) >= 1 and x + w <= width and y + h <= height,
-            f"mask.box=[x,y,w,h], a box inside {width}x{height} pixels",
-            list(self.box),
-            f"for example mask.box=[0,0,{max(1, width // 2)},{height}]",
-        )
+        fits = fits and min(x, y) >= 0 and min(w, h) >= 1 and x + w <= width and y + h <= height
+        expected = f"mask.box=[x,y,w,h], a box inside {width}x{height} pixels"
+        example = f"for example mask.box=[0,0,{max(1, width // 2)},{height}]"
+        require(fits, expected, list(self.box), example)
         omega = torch.zeros(height, width)
         omega[y : y + h, x : x + w] = 1
         return omega
@@ -162,12 +158,9 @@ class Center:
 
     def __call__(self, height: int, width: int, draw: Generator) -> Float[Tensor, "h w"]:
         side = max(1, min(height, width) // 2) if self.size is None else self.size
-        require(
-            1 <= side <= min(height, width),
-            f"mask.size of 1 to {min(height, width)} pixels",
-            side,
-            "choose a square that fits into the image",
-        )
+        most = min(height, width)
+        expected = f"mask.size of 1 to {most} pixels"
+        require(1 <= side <= most, expected, side, "choose a square that fits into the image")
         box = [(width - side) // 2, (height - side) // 2, side, side]
         return Box(box=box)(height, width, draw)
 
@@ -200,25 +193,18 @@ def inpaint(shape: tuple[int, int, int], draw: Generator, *, mask: Mask) -> Task
 
 def colorize(shape: tuple[int, int, int], draw: Generator) -> Task:
     """The brightness is known, both other components of the colour are free."""
-    require(
-        shape[0] == 3,
-        "a model of images with 3 channels to colorize with",
-        f"one with {shape[0]}",
-        "choose another task= or a model of colour images",
-    )
+    expected = "a model of images with 3 channels to colorize with"
+    remedy = "choose another task= or a model of colour images"
+    require(shape[0] == 3, expected, f"one with {shape[0]}", remedy)
     return Task(ColourBasis(), torch.tensor([0.0, 1.0, 1.0])[None, :, None, None])
 
 
 def superres(shape: tuple[int, int, int], draw: Generator, *, patch: int) -> Task:
     """The mean of every patch x patch pixels is known."""
     channels, height, width = shape
-    divides = patch >= 2 and height % patch == 0 and width % patch == 0
-    require(
-        divides,
-        f"a patch of at least 2 pixels that divides the {width}x{height} pixels of the images",
-        patch,
-        "set task.pairing.patch, for example to 2",
-    )
+    divides = patch >= 2 and height % patch == width % patch == 0
+    expected = f"a patch of at least 2 pixels that divides the images' {width}x{height}"
+    require(divides, expected, patch, "set task.pairing.patch, for example to 2")
     omega = torch.ones(channels, patch**2)
     omega[:, 0] = 0
     return Task(PatchBasis(patch), omega.view(1, -1, 1, 1))
@@ -285,10 +271,7 @@ def invert(
     NFE 2 steps - 2; x_0 stands for x at t_min, the lower end of the grid with `steps` points.
     """
     points = grid.points(steps).flip(0).tolist()
-    x = x_0
-    for r, t in itertools.pairwise(points):
-        x = heun_step(denoise, x, at(r, x), at(t, x), label)
-    return x / grid.t_max
+    return followed(heun_step, denoise, x_0, points, label) / grid.t_max
 
 
 def interpolate(

@@ -5,7 +5,7 @@ optimizer step's batch: times and noise are drawn for all of it, and the rows of
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -16,7 +16,7 @@ from consistency.errors import require
 from consistency.grids import KarrasGrid
 from consistency.pairs import Pairs, Times, require_scales
 from consistency.processes import variance_exploding
-from consistency.randomness import WHOLE, DropoutState, Share, replayed_dropout
+from consistency.randomness import WHOLE, DropoutState, Share
 from consistency.solvers import euler_step
 from consistency.steps import Step, Velocity
 from consistency.tangents import TangentLength, TangentMetric, derivative_along
@@ -32,31 +32,19 @@ class Losses(NamedTuple):
     r: Time
 
 
-@runtime_checkable
-class Objective(Protocol):
-    """(online, target, x_0, label, N(k), generator, share) -> losses of the batch."""
+class Objective(nn.Module):
+    """(online, target, x_0, label, N(k), generator, share) -> losses of the batch.
 
-    def __call__(
-        self,
-        online: Denoise,
-        target: Denoise,
-        x_0: Data,
-        label: Label,
-        num_scales: int,
-        generator: Generator,
-        share: Share = WHOLE,
-    ) -> Losses: ...
-
-
-class DrawnObjective(nn.Module):
-    """An objective that draws times and unit normal noise z, and whose losses for them are `losses_at`."""
+    Draws times and unit normal noise z; the losses for them are `losses_at`.
+    """
 
     losses_at: Callable[..., Losses]
+    times: Times
     needs_target: ClassVar[bool] = True
 
     def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
-        """Return the arguments of `losses_at` between label and noise."""
-        raise NotImplementedError
+        """Return the arguments of `losses_at` between label and noise: times alone, unless a method draws more."""
+        return (self.times(batch, generator),)
 
     def forward(
         self,
@@ -77,7 +65,7 @@ class DrawnObjective(nn.Module):
         return self.losses_at(*networks, x_0, label, *drawn, z)
 
 
-class ConsistencyObjective(DrawnObjective):
+class ConsistencyObjective(Objective):
     """lambda(t, r) d(f_theta(x_t, t), stopgrad f_theta-(x_r, r)) [Song et al. 2023, arXiv:2303.01469, Eq. 7 and 10].
 
     Where r = 0 the target is the clean image, the limit of the boundary condition [Geng et al. 2024,
@@ -102,21 +90,14 @@ class ConsistencyObjective(DrawnObjective):
         return self.pairs(batch, num_scales, generator)
 
     def losses_at(
-        self,
-        online: Denoise,
-        target: Denoise,
-        x_0: Data,
-        label: Label,
-        t: Time,
-        r: Time,
-        z: Data,
+        self, online: Denoise, target: Denoise, x_0: Data, label: Label, t: Time, r: Time, z: Data
     ) -> Losses:
         """The losses for given times and noise."""
         x_t = variance_exploding(x_0, z, t)
         x_r = self.step(x_0, z, x_t, t, r, label)
-        dropout = DropoutState.snapshot(x_0.device)
+        dropout = DropoutState(x_0.device)
         estimate = online(x_t, t, label)
-        with torch.set_grad_enabled(not self.stop_gradient), replayed_dropout(dropout):
+        with torch.set_grad_enabled(not self.stop_gradient), dropout.replayed():
             # The network has no value at time 0: those samples are evaluated at t and replaced.
             clean = r == 0
             reference = target(x_r, torch.where(clean, t, r), label)
@@ -124,7 +105,7 @@ class ConsistencyObjective(DrawnObjective):
         return Losses(self.weighting(t, r) * self.distance(estimate, reference), t, r)
 
 
-class ContinuousObjective(DrawnObjective):
+class ContinuousObjective(Objective):
     """The limit r -> t of the consistency loss [Song et al. 2023, arXiv:2303.01469, Appendix B].
 
     With g = d/dt f(x_t, t) along the velocity of the PF-ODE, by a forward-mode derivative:
@@ -146,17 +127,12 @@ class ContinuousObjective(DrawnObjective):
         stop_gradient: bool,
     ) -> None:
         super().__init__()
-        require(
-            not stop_gradient or isinstance(tangent, TangentMetric),
-            "with stop_gradient=true a tangent with a metric tensor, L2Tangent or HessianTangent",
-            type(tangent).__name__,
-            "set mode.objective.stop_gradient=false, or choose one of those as mode.objective.tangent",
-        )
+        holds = not stop_gradient or isinstance(tangent, TangentMetric)
+        expected = "for stop_gradient=true a metric tensor: L2Tangent or HessianTangent"
+        remedy = "set mode.objective.stop_gradient=false, or one of those as mode.objective.tangent"
+        require(holds, expected, type(tangent).__name__, remedy)
         self.times, self.velocity, self.tangent = times, velocity, tangent
         self.weighting, self.stop_gradient = weighting, stop_gradient
-
-    def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
-        return (self.times(batch, generator),)
 
     def losses_at(
         self, online: Denoise, target: Denoise, x_0: Data, label: Label, t: Time, z: Data
@@ -169,15 +145,15 @@ class ContinuousObjective(DrawnObjective):
             f, g = derivative_along(online, x_t, t, v, label)
             return Losses(weight * self.tangent.length(f, g), t, t)
         assert isinstance(self.tangent, TangentMetric)
-        dropout = DropoutState.snapshot(x_0.device)
+        dropout = DropoutState(x_0.device)
         estimate = online(x_t, t, label)
-        with torch.no_grad(), replayed_dropout(dropout):
+        with torch.no_grad(), dropout.replayed():
             f, g = derivative_along(target, x_t, t, v, label)
         product = estimate * self.tangent.lowered(f.detach(), g.detach())
         return Losses(weight * product.sum(dim=(1, 2, 3)), t, t)
 
 
-class ProgressiveObjective(DrawnObjective):
+class ProgressiveObjective(Objective):
     """lambda(t) d(D_theta(x_t, t), x^): one Euler step of the student lands where two of the teacher do.
 
     x^ = x_t - t (x_r - x_t) / (r - t), where the teacher's steps lead from x_t at t = t_i over t_{i+1/2} to x_r at
@@ -217,7 +193,7 @@ class ProgressiveObjective(DrawnObjective):
         return Losses(self.weighting(t, r) * self.distance(estimate, reference), t, r)
 
 
-class DenoisingObjective(DrawnObjective):
+class DenoisingObjective(Objective):
     """lambda(t) d(D_theta(x_0 + t z, t), x_0) [Karras et al. 2022, arXiv:2206.00364, Eq. 2]."""
 
     needs_target = False
@@ -225,9 +201,6 @@ class DenoisingObjective(DrawnObjective):
     def __init__(self, *, times: Times, distance: Distance, weighting: Weighting) -> None:
         super().__init__()
         self.times, self.distance, self.weighting = times, distance, weighting
-
-    def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
-        return (self.times(batch, generator),)
 
     def losses_at(self, online: Denoise, x_0: Data, label: Label, t: Time, z: Data) -> Losses:
         """The losses for given times and noise."""

@@ -130,9 +130,7 @@ class LognormalTimes(Lognormal):
 
     even: bool = False
 
-    def at(self, n: Float[Tensor, "b"]) -> Time:
-        """t of standard normal draws n."""
-        return self.level(n)
+    at = Lognormal.level
 
     def spread(self, u: Float[Tensor, "b"]) -> Time:
         """t of draws u uniform on [0, 1), sample j taken from the interval [j, j + 1) / batch of probability."""
@@ -145,10 +143,9 @@ class LognormalTimes(Lognormal):
         return self.at(torch.special.ndtri(p))
 
     def __call__(self, batch: int, generator: Generator) -> Time:
-        device = generator.device
-        if self.even:
-            return self.spread(torch.rand(batch, generator=generator, device=device))
-        return self.at(torch.randn(batch, generator=generator, device=device))
+        draw = torch.rand if self.even else torch.randn
+        draws = draw(batch, generator=generator, device=generator.device)
+        return self.spread(draws) if self.even else self.at(draws)
 
 
 @dataclass(frozen=True, kw_only=True)

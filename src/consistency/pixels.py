@@ -6,6 +6,9 @@ from torch import Tensor
 
 from consistency.tensors import Data
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the channels in ImageNet, black 0 and white 1."""
+
 
 def to_unit(images: UInt8[Tensor, "b c h w"]) -> Data:
     """Scale 0 ... 255 to [-1, 1]."""

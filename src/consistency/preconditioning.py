@@ -31,13 +31,16 @@ class Preconditioning(Protocol):
     def __call__(self, t: Time) -> Scalings: ...
 
 
-def _require_positive(**values: float) -> None:
-    for name, value in values.items():
-        require(value > 0 and math.isfinite(value), f"a finite {name} > 0", value, "set it so")
+class _Positive:
+    """Scalings whose constants are finite and above 0."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            require(value > 0 and math.isfinite(value), f"a finite {name} > 0", value, "set it so")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDM:
+class EDM(_Positive):
     """Scalings of a denoiser [Karras et al. 2022, Table 1, column "Ours"].
 
     sigma_data: standard deviation of the data; c_noise_scale: c_noise = c_noise_scale ln t, 0.25 for networks of the
@@ -46,9 +49,6 @@ class EDM:
 
     sigma_data: float
     c_noise_scale: float
-
-    def __post_init__(self) -> None:
-        _require_positive(sigma_data=self.sigma_data, c_noise_scale=self.c_noise_scale)
 
     def __call__(self, t: Time) -> Scalings:
         variance = t**2 + self.sigma_data**2
@@ -61,7 +61,7 @@ class EDM:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Boundary:
+class Boundary(_Positive):
     """Scalings of a consistency function: c_skip(t_min) = 1 and c_out(t_min) = 0 [Song et al. 2023, Appendix C].
 
     sigma_data and c_noise_scale as for `EDM`; t_min: the time at which f is the identity.
@@ -70,11 +70,6 @@ class Boundary:
     sigma_data: float
     t_min: float
     c_noise_scale: float
-
-    def __post_init__(self) -> None:
-        _require_positive(
-            sigma_data=self.sigma_data, t_min=self.t_min, c_noise_scale=self.c_noise_scale
-        )
 
     def __call__(self, t: Time) -> Scalings:
         gap = t - self.t_min
@@ -88,7 +83,7 @@ class Boundary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrigFlow:
+class TrigFlow(_Positive):
     """Scalings of f = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t), the identity at t = 0.
 
     [Lu and Song 2024, arXiv:2410.11081, Eq. 4 and 5], for the process `consistency.processes.trigflow`. The network
@@ -96,9 +91,6 @@ class TrigFlow:
     """
 
     sigma_data: float
-
-    def __post_init__(self) -> None:
-        _require_positive(sigma_data=self.sigma_data)
 
     def __call__(self, t: Time) -> Scalings:
         return Scalings(

@@ -66,37 +66,23 @@ class SampleNoise:
         return sent(torch.stack(draws), self.device)
 
 
-@contextmanager
-def replayed_dropout(state: "DropoutState") -> Iterator[None]:
-    """Run the body with the random state `state`; restore the present one afterwards."""
-    now = DropoutState.snapshot(state.device)
-    state.restore()
-    try:
-        yield
-    finally:
-        now.restore()
-
-
 class DropoutState:
-    """The state of the global generator that dropout on `device` draws from.
+    """The present state of the global generator that dropout on `device` draws from.
 
     Both passes of a consistency loss must drop the same units; saving only the CPU state, as the released code does,
     leaves the masks on a GPU different.
     """
 
-    def __init__(self, device: torch.device, state: torch.Tensor) -> None:
-        self.device, self.state = device, state
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.cuda = device, device.type == "cuda"
+        self.state = torch.cuda.get_rng_state(device) if self.cuda else torch.get_rng_state()
 
-    @classmethod
-    def snapshot(cls, device: torch.device) -> "DropoutState":
-        """Return the present state."""
-        if device.type == "cuda":
-            return cls(device, torch.cuda.get_rng_state(device))
-        return cls(device, torch.get_rng_state())
-
-    def restore(self) -> None:
-        """Set this state."""
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(self.state, self.device)
-        else:
-            torch.set_rng_state(self.state)
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Run the body with this state, and restore the one before it afterwards."""
+        with torch.random.fork_rng([self.device] if self.cuda else []):
+            if self.cuda:
+                torch.cuda.set_rng_state(self.state, self.device)
+            else:
+                torch.set_rng_state(self.state)
+            yield

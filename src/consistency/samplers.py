@@ -20,7 +20,7 @@ from torch import Tensor
 from consistency.errors import require
 from consistency.grids import KarrasGrid
 from consistency.processes import trigflow, variance_exploding
-from consistency.solvers import euler_step, heun_step, midpoint_step, pf_ode
+from consistency.solvers import Solver, euler_step, heun_step, midpoint_step, pf_ode
 from consistency.tensors import Data, Denoise, Label, Time
 
 Noise = Callable[[], Data]
@@ -76,13 +76,18 @@ def multistep(
     if indices is not None:
         times = indexed_times(indices, num_scales, KarrasGrid(t_min=t_min, t_max=t_max, rho=rho))
     require_falling(times, t_min)
-    require(
-        times[0] == t_max,
-        f"time points that begin with t_max={t_max}",
-        list(times),
-        f"for example sampler.times=[{t_max},0.821]",
-    )
+    expected = f"time points that begin with t_max={t_max}"
+    require(times[0] == t_max, expected, list(times), f"for example sampler.times=[{t_max},0.821]")
     return refined(bounded(denoise, clip), times[0] * noise(), noise, label, times, t_min)
+
+
+def followed(
+    step: Solver, estimate: Denoise, x: Data, points: Sequence[float], label: Label
+) -> Data:
+    """Walk from point to point by steps of the PF-ODE."""
+    for t, r in itertools.pairwise(points):
+        x = step(estimate, x, at(t, x), at(r, x), label)
+    return x
 
 
 def refined(
@@ -103,32 +108,24 @@ def indexed_times(
 
     Index 0 is t_max and N - 1 is t_min, the end: no noise is added there and the model is not evaluated.
     """
-    require(
-        num_scales is not None and num_scales >= 2,
-        "the number of points of the grid that the indices count, N >= 2",
-        num_scales,
-        "add num_scales=40 or the N of the model's training beside the indices",
-    )
+    expected = "the number of points of the grid that the indices count, N >= 2"
+    remedy = "add num_scales=40 or the N of the model's training beside the indices"
+    require(num_scales is not None and num_scales >= 2, expected, num_scales, remedy)
     assert num_scales is not None
-    rising = all(i < j for i, j in itertools.pairwise(indices))
-    require(
-        len(indices) >= 2 and indices[0] == 0 and indices[-1] == num_scales - 1 and rising,
-        f"rising indices that start at 0 (t_max) and end at num_scales - 1 = {num_scales - 1} (t_min)",
-        list(indices),
-        f"for example [0,{num_scales // 2},{num_scales - 1}]: an output whose list ends before keeps noise",
-    )
+    last, rising = num_scales - 1, all(i < j for i, j in itertools.pairwise(indices))
+    expected = f"rising indices that start at 0 (t_max) and end at num_scales - 1 = {last} (t_min)"
+    remedy = f"for example [0,{num_scales // 2},{last}]: a list that ends before leaves noise"
+    ends = len(indices) >= 2 and (indices[0], indices[-1]) == (0, last)
+    require(ends and rising, expected, list(indices), remedy)
     return grid.at(torch.tensor(indices[:-1]), num_scales).tolist()
 
 
 def require_falling(times: Sequence[float], t_min: float) -> None:
     """Refuse time points that do not fall, or that go below t_min."""
-    falling = all(t > r for t, r in itertools.pairwise(times))
-    require(
-        bool(times) and falling and times[-1] >= t_min,
-        f"time points that fall and stay at or above t_min={t_min}",
-        list(times),
-        "list them from the noisiest on, for example [80.0,0.821]",
-    )
+    falling = bool(times) and all(t > r for t, r in itertools.pairwise(times))
+    expected = f"time points that fall and stay at or above t_min={t_min}"
+    remedy = "list them from the noisiest on, for example [80.0,0.821]"
+    require(falling and times[-1] >= t_min, expected, list(times), remedy)
 
 
 def trigflow_onestep(
@@ -162,12 +159,9 @@ def trigflow_multistep(
     NFE len(times) [Lu and Song 2024, arXiv:2410.11081]. The first point is that of pure noise, where x_0 counts as 0.
     """
     require_falling(times, 0.0)
-    require(
-        times[0] <= math.pi / 2,
-        "time points of TrigFlow, angles of at most pi/2",
-        list(times),
-        "arctan(t / sigma_data) is the angle of the noise level t; for example [1.5646,1.1]",
-    )
+    expected = "time points of TrigFlow, angles of at most pi/2"
+    remedy = "arctan(t / sigma_data) is the angle of the noise level t; for example [1.5646,1.1]"
+    require(times[0] <= math.pi / 2, expected, list(times), remedy)
     estimate = bounded(denoise, clip)
     z = noise()
     x_0 = torch.zeros_like(z)
@@ -239,7 +233,8 @@ def euler(
     denoise: Denoise, noise: Noise, label: Label = None, *, grid: KarrasGrid, steps: int, clip: bool
 ) -> Data:
     """Euler's method down to 0; NFE steps [Karras et al. 2022, Algorithm 1 without lines 6 to 8]."""
-    return _euler(denoise, noise, label, _points(grid, steps), clip)
+    points = _points(grid, steps)
+    return followed(euler_step, bounded(denoise, clip), points[0] * noise(), points, label)
 
 
 def progressive(
@@ -251,7 +246,8 @@ def progressive(
     `steps` is the N of the last stage, on a grid of steps + 1 points.
     """
     require(steps >= 1, "at least 1 step of the student", steps, "give the N of its last stage")
-    return _euler(denoise, noise, label, _points(grid, steps + 1, to_zero=False), clip)
+    points = _points(grid, steps + 1, to_zero=False)
+    return followed(euler_step, bounded(denoise, clip), points[0] * noise(), points, label)
 
 
 def euler_ancestral(
@@ -262,26 +258,35 @@ def euler_ancestral(
     The ancestral sampling of [Song et al. 2021, arXiv:2011.13456, Appendix F] in terms of noise levels; the last
     step, to 0, adds no noise.
     """
-    estimate, points = bounded(denoise, clip), _points(grid, steps)
-    x = points[0] * noise()
-    for t, r in itertools.pairwise(points):
-        down, up = _ancestral_floats(t, r)
-        x = euler_step(estimate, x, at(t, x), at(down, x), label)
-        x = variance_exploding(x, noise(), at(up, x))
-    return x
+    estimate = bounded(denoise, clip)
+
+    def lowered(x: Data, t: float, down: float) -> Data:
+        return euler_step(estimate, x, at(t, x), at(down, x), label)
+
+    return _renewed(lowered, noise, _points(grid, steps))
 
 
 def midpoint_ancestral(
     denoise: Denoise, noise: Noise, label: Label = None, *, grid: KarrasGrid, steps: int, clip: bool
 ) -> Data:
     """As `euler_ancestral`, with the midpoint method of order 2 for the way down; NFE 2 steps."""
-    estimate, points = bounded(denoise, clip), _points(grid, steps)
+    slope = partial(pf_ode, bounded(denoise, clip))
+
+    def lowered(x: Data, t: float, down: float) -> Data:
+        return midpoint_step(slope, x, at(t, x), at((t + down) / 2, x), at(down, x), label)
+
+    return _renewed(lowered, noise, _points(grid, steps))
+
+
+def _renewed(
+    lowered: Callable[[Data, float, float], Data], noise: Noise, points: Sequence[float]
+) -> Data:
+    """From point to point: down by `lowered` of x, t and the lower level, and up again by new noise."""
     x = points[0] * noise()
-    for t, r in itertools.pairwise(points):
-        down, up = _ancestral_floats(t, r)
-        slope = partial(pf_ode, estimate)
-        x = midpoint_step(slope, x, at(t, x), at((t + down) / 2, x), at(down, x), label)
-        x = variance_exploding(x, noise(), at(up, x))
+    for levels in itertools.pairwise(points):
+        down, up = ancestral_levels(*torch.tensor(levels, dtype=torch.float64))
+        x = lowered(x, levels[0], float(down))
+        x = variance_exploding(x, noise(), at(float(up), x))
     return x
 
 
@@ -293,21 +298,6 @@ def ancestral_levels(
     `up` is the deviation of x_r given x_t and x_0, and down^2 + up^2 = r^2.
     """
     return r**2 / t, r * (1 - (r / t) ** 2).sqrt()
-
-
-def _ancestral_floats(t: float, r: float) -> tuple[float, float]:
-    down, up = ancestral_levels(*torch.tensor([t, r], dtype=torch.float64))
-    return float(down), float(up)
-
-
-def _euler(
-    denoise: Denoise, noise: Noise, label: Label, points: Sequence[float], clip: bool
-) -> Data:
-    estimate = bounded(denoise, clip)
-    x = points[0] * noise()
-    for t, r in itertools.pairwise(points):
-        x = euler_step(estimate, x, at(t, x), at(r, x), label)
-    return x
 
 
 def _points(grid: KarrasGrid, steps: int, *, to_zero: bool = True) -> list[float]:
@@ -327,11 +317,6 @@ UNDER_TRIGFLOW: tuple[Callable[..., Data], ...] = (trigflow_onestep, trigflow_mu
 """The samplers of the TrigFlow process; the others are of the variance-exploding one."""
 
 NEED_DENOISER: tuple[Callable[..., Data], ...] = (
-    heun,
-    dpm_solver_2,
-    euler,
-    progressive,
-    euler_ancestral,
-    midpoint_ancestral,
+    *(heun, dpm_solver_2, euler, progressive, euler_ancestral, midpoint_ancestral),
 )
 """The samplers that follow the PF-ODE: the slope of a consistency function's estimate is not that ODE's."""

@@ -35,12 +35,9 @@ def doubling(k: int, *, s_0: int, s_1: int, total_steps: int) -> int:
 
 def doubling_stage_steps(*, s_0: int, s_1: int, total_steps: int) -> int:
     """K' of `doubling`, at least 1."""
-    require(
-        1 <= s_0 <= s_1,
-        "1 <= s_0 <= s_1 for scales that double from s_0 to s_1",
-        f"s_0={s_0}, s_1={s_1}",
-        "the published values are 10 and 1280",
-    )
+    expected = "1 <= s_0 <= s_1 for scales that double from s_0 to s_1"
+    got = f"s_0={s_0}, s_1={s_1}"
+    require(1 <= s_0 <= s_1, expected, got, "the published values are 10 and 1280")
     return max(math.floor(total_steps / (math.log2(s_1 // s_0) + 1)), 1)
 
 

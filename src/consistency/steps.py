@@ -41,7 +41,7 @@ class DataVelocity:
 class Frozen(nn.Module):
     """A teacher denoiser that stays in eval mode and without gradient."""
 
-    def __init__(self, teacher: Denoise) -> None:
+    def __init__(self, *, teacher: Denoise) -> None:
         super().__init__()
         self.teacher = teacher
         self.requires_grad_(False)
@@ -55,7 +55,7 @@ class TeacherStep(Frozen):
     """One step of the PF-ODE of a teacher denoiser [Song et al. 2023, Algorithm 2]."""
 
     def __init__(self, *, teacher: Denoise, solver: Solver) -> None:
-        super().__init__(teacher)
+        super().__init__(teacher=teacher)
         self.solver = solver
 
     @torch.no_grad()
@@ -65,9 +65,6 @@ class TeacherStep(Frozen):
 
 class TeacherVelocity(Frozen):
     """dx/dt = (x - D(x, t)) / t of a teacher denoiser D [Song et al. 2023, Appendix B]."""
-
-    def __init__(self, *, teacher: Denoise) -> None:
-        super().__init__(teacher)
 
     @torch.no_grad()
     def forward(self, x_0: Data, z: Data, x_t: Data, t: Time, label: Label) -> Data:

@@ -59,8 +59,7 @@ class L2Tangent(nn.Module):
     """||g||, not squared, and H = 1 [released CIFAR-10 code, `l2`]."""
 
     def length(self, f: Data, g: Data) -> PerSample:
-        norm: PerSample = vector_norm(g.flatten(1), dim=1)
-        return norm
+        return vector_norm(g.flatten(1), dim=1)
 
     def lowered(self, f: Data, g: Data) -> Data:
         return g

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from consistency.checkpoints import ours, safetensors
+from consistency.checkpoints import ours
 from tiny_models import tiny, tiny_adm
 
 
 def write(kind: str, folder: Path) -> Path:
     """The checkpoint of a run, as far as `load` reads it, or a converted model."""
     if kind == "model.safetensors":
-        safetensors.write_sealed(folder / kind, tiny(), tiny_adm())
+        ours.write_sealed(folder / kind, tiny(), tiny_adm())
         return folder / kind
     online = {f"online.network.{name}": value for name, value in tiny_adm().items()}
     averages = {"EvaluationEMA": {"averages": {"0.99": tiny_adm()}}}

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 import consistency
 import foreign
 from consistency.checkpoints import load, nvlabs
-from consistency.checkpoints.contents import ContentError
-from consistency.checkpoints.pickle_calls import Object
+from consistency.checkpoints.contents import ContentError, Object
 from consistency.checkpoints.pickle_reader import Machine
 from consistency.errors import UserError
 from golden_harness import FOLDER, read_json

@@ -14,7 +14,6 @@ import originals
 from configurations import composed, options
 from conftest import ROOT
 from consistency.checkpoints.load import NETWORKS, PRECONDITIONING, build
-from consistency.commands.overrides import shell_line
 from consistency.errors import UserError
 from consistency.training import build as training
 
@@ -121,7 +120,7 @@ def test_every_sampler_builds_for_a_checkpoint(sampler: str, trained: dict[str, 
     from consistency.inference.options import fill_process
 
     config = composed("sample", f"sampler={sampler}", f"checkpoint={trained['ect']}")
-    fill_process(config, config.sampler, load(trained["ect"]), shell_line)
+    fill_process(config, config.sampler, load(trained["ect"]))
     assert callable(instantiate(config.sampler, _convert_="all"))
     listed = composed("evaluate", f"samplers=[{sampler}]")
     assert list(listed.samplers) == [sampler]

@@ -17,13 +17,13 @@ def test_runs_of_one_second_get_folders_of_their_own(
     runtime = SimpleNamespace(cwd=str(tmp_path), output_dir=str(tmp_path))
     job = SimpleNamespace(mode=RunMode.RUN, runtime=runtime)
     monkeypatch.setattr(cli.HydraConfig, "get", staticmethod(lambda: job))
-    cli._dated.add("runs/now")
-    config = OmegaConf.create({"output": "runs/now"})
-    found = [cli.output_path(config) for _ in range(3)]
-    assert [path.name for path in found] == ["now", "now_2", "now_3"]
-    (found[1] / "config.yaml").touch()
+    config = OmegaConf.create({"output": "${dated:runs}"})
+    made = [cli.output_path(config) for _ in range(3)]
+    assert made[0].parent == tmp_path / "runs"
+    assert [path.name for path in made[1:]] == [f"{made[0].name}_2", f"{made[0].name}_3"]
+    (made[1] / "config.yaml").touch()
     cli.remove_unused()
-    assert list(tmp_path.rglob("now*")) == [found[1]]
+    assert list((tmp_path / "runs").iterdir()) == [made[1]]
     named = OmegaConf.create({"output": "runs/given"})
     assert cli.output_path(named) == tmp_path / "runs" / "given"
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import consistency
 from conftest import ROOT, TINY, Run
-from consistency.commands import python, train
+from consistency.commands import cli, train
 from consistency.errors import UserError
 from consistency.runtime import launch
 
@@ -127,7 +127,7 @@ def test_further_processes_are_told_what_was_changed(
         commands.append(launch._rank_command(1)[0])
 
     for each in (config, deepcopy(config)):
-        python.called(main, each, "train")
+        cli.called(main, each, "train")
         script, _, name, *options = commands[-1][1:]
         assert (Path(script), name) == (ROOT / "src" / "train.py", "train")
         assert f"hydra.run.dir='{here}/it\\'s'" in options

@@ -95,18 +95,18 @@ def test_every_job_that_fails_is_told(verb: Run, tmp_path: Path) -> None:
 
 
 def test_a_failure_is_told_with_its_cause(capfd: pytest.CaptureFixture[str]) -> None:
-    run = SimpleNamespace(job=SimpleNamespace(num=3, override_dirname="seed=1"))
+    job = SimpleNamespace(num=3, override_dirname="seed=1")
     try:
         try:
             raise ValueError("the true cause")
         finally:
             raise RuntimeError("what came of it")
     except RuntimeError as error:
-        cli._print_failure(run, error)
+        cli._print_failure(job, error)
     told = capfd.readouterr().err
     assert "job 3 of the sweep (seed=1)" in told
     assert "the true cause" in told and "what came of it" in told
-    cli._print_failure(run, UserError("expected x\n  got: y"))
+    cli._print_failure(job, UserError("expected x\n  got: y"))
     assert "Traceback" not in capfd.readouterr().err
 
 

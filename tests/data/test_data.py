@@ -9,23 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from consistency.data.batches import PositionedBatches
 from consistency.data.digits import Digits
 from consistency.data.lsun import LSUN
 from consistency.data.memory import InMemory, load_into_memory
-from consistency.data.module import DataModule
+from consistency.data.module import BatchSplit, DataModule, PositionedBatches
 from consistency.data.source import Source
 from consistency.data.zip_or_folder import Folder
 from consistency.errors import UserError
 from consistency.pixels import to_uint8, to_unit
 
 
-def batches(**changes: int) -> PositionedBatches:
-    settings = dict(
-        size=103, batch_size=12, accumulate=1, rank=0, world_size=1, seed=0, start=0, total=20,
-        order=lambda draw: torch.randperm(103, generator=draw),
-    )  # fmt: skip
-    return PositionedBatches(**{**settings, **changes})
+def batches(*, world_size: int = 1, accumulate: int = 1, **changes: int) -> PositionedBatches:
+    source = InMemory(torch.zeros(103, 1, 1, 1, dtype=torch.uint8), torch.zeros(103).long())
+    split = BatchSplit(world_size, 12 // (world_size * accumulate), accumulate)
+    return PositionedBatches(
+        source, split, **{**dict(rank=0, seed=0, start=0, total=20), **changes}
+    )
 
 
 def test_an_epoch_shows_every_image_at_most_once() -> None:
@@ -163,7 +162,7 @@ def test_a_batch_is_cut_by_the_largest_divisor_that_fits(
 ) -> None:
     module = digits(batch_size=batch, device_batch_size=at_most)
     assert module.split(devices) == expected
-    assert module.accumulation(devices) == expected[2]
+    assert module.split(devices).accumulated == expected[2]
     line = module.summary(devices).splitlines()[0]
     assert line.startswith(f"Batch: {batch} = {devices} device")
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import originals
 from conftest import TINY, Run
-from consistency.data.detect import detect_source
+from consistency.commands.prepare import detect_source
 from consistency.data.image_files import ImageFiles
 from consistency.data.zip_or_folder import Archive, Folder
 from consistency.errors import UserError

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from conftest import REPORT
-from consistency.data.batches import PositionedBatches
 from consistency.data.digits import Digits
-from consistency.data.module import DataModule
+from consistency.data.module import DataModule, PositionedBatches
 from consistency.data.shards import Stream, count_images, write_shards
 from consistency.errors import UserError
 from consistency.randomness import generator

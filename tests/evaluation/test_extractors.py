@@ -12,7 +12,7 @@ from consistency.errors import UserError
 from consistency.evaluation import extractors
 from consistency.evaluation.extractors import extractor_of, inception_file, small_classifier
 from consistency.evaluation.metrics import available
-from consistency.training import lpips
+from consistency.pixels import IMAGENET_MEAN, IMAGENET_STD
 from inception import write_random_inception
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -117,7 +117,7 @@ def test_dinov2_comes_from_torch_hub(tmp_path: Path) -> None:
     features, logits = extractor(images())
     assert logits is None
     mean = images().float().mean((2, 3)) / 255
-    expected = (mean - torch.tensor(lpips.IMAGENET_MEAN)) / torch.tensor(lpips.IMAGENET_STD)
+    expected = (mean - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     torch.testing.assert_close(features, expected, atol=0.02, rtol=0)
 
 

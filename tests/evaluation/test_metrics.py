@@ -11,9 +11,14 @@ from scipy.linalg import sqrtm
 from conftest import REPORT
 from consistency.data.digits import Digits
 from consistency.errors import UserError
-from consistency.evaluation.classifier import SmallClassifier, train_classifier
-from consistency.evaluation.extractors import Extracted, Extractor, small_classifier
-from consistency.evaluation.metrics import FrechetDistance, Measure, Settings
+from consistency.evaluation.extractors import (
+    Extracted,
+    Extractor,
+    SmallClassifier,
+    small_classifier,
+    train_classifier,
+)
+from consistency.evaluation.metrics import FrechetDistance, Measure, measure_against
 from consistency.evaluation.reference import Reference
 
 
@@ -24,17 +29,15 @@ def extractor() -> Extractor:
 
 @pytest.fixture(scope="module")
 def measure(extractor: Extractor, tmp_path_factory: pytest.TempPathFactory) -> Measure:
-    settings = Settings(
+    return measure_against(
+        lambda: Digits(split="train"),
+        lambda: Digits(split="held_out"),
+        "cpu",
         extractor="classifier",
         reference=None,
         reference_features=50_000,
         cache=str(tmp_path_factory.mktemp("cache")),
         batch_size=100,
-    )
-    return settings.prepare(
-        "cpu",
-        train=lambda: Digits(split="train"),
-        held_out=lambda: Digits(split="held_out"),
         num_workers=0,
     )
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from consistency.randomness import DropoutState, SampleNoise, generator, key, replayed_dropout
+from consistency.randomness import DropoutState, SampleNoise, generator, key
 
 DEVICES = [
     "cpu",
@@ -42,9 +42,9 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_both_passes_drop_the_same_units(device: str) -> None:
     dropout, ones = nn.Dropout(0.5), torch.ones(1000, device=device)
-    state = DropoutState.snapshot(ones.device)
+    state = DropoutState(ones.device)
     first = dropout(ones)
-    with replayed_dropout(state):
+    with state.replayed():
         second = dropout(ones)
     assert torch.equal(first, second)
     assert not torch.equal(first, dropout(ones))
@@ -56,10 +56,10 @@ def test_a_replay_leaves_the_present_state_as_it_was(device: str) -> None:
 
     def after(replay: bool) -> torch.Tensor:
         torch.manual_seed(0)
-        state = DropoutState.snapshot(ones.device)
+        state = DropoutState(ones.device)
         dropout(ones)
         if replay:
-            with pytest.raises(RuntimeError, match="inside"), replayed_dropout(state):
+            with pytest.raises(RuntimeError, match="inside"), state.replayed():
                 dropout(ones)
                 raise RuntimeError("inside")
         return dropout(ones)

@@ -15,7 +15,7 @@ UNCOUNTED = (
 )
 """The parts that are built, and the guards `require` and `check`."""
 
-INTERPRETER = ("consistency.checkpoints.pickle_reader", "consistency.checkpoints.pickle_calls")
+INTERPRETER = "consistency.checkpoints.pickle_reader"
 """The pickle reader counts as one function, its entry `read_zip`."""
 
 
@@ -31,7 +31,7 @@ def entered(path: str) -> set[str]:
         written = Path(code.co_filename).is_file() and (
             not code.co_name.startswith("<") or code.co_name == "<lambda>"
         )
-        inside = module in INTERPRETER and above != "consistency.checkpoints.detect"
+        inside = module == INTERPRETER and above != "consistency.checkpoints.load"
         name = f"{module}.{code.co_qualname}"
         if ours and written and not inside and not name.startswith(UNCOUNTED):
             names.add(name)

@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import Callback
 
 from consistency.commands import cli
 from consistency.commands import train as run
-from consistency.evaluation.classifier import digits_classifier
+from consistency.evaluation.extractors import digits_classifier
 from consistency.inference import plots
 from consistency.training.callbacks import evaluation, sample_grids
 

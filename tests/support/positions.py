@@ -114,7 +114,7 @@ def run(
         enable_model_summary=False,
         callbacks=[SaveAt(save_at, output)],
     )
-    trainer.accumulate_grad_batches = module_data.accumulation(trainer.world_size)
+    trainer.accumulate_grad_batches = module_data.split(trainer.world_size).accumulated
     trainer.fit(module, datamodule=module_data, ckpt_path=resume)
     (output / f"{name}_rank_{trainer.global_rank}.json").write_text(json.dumps(module.seen))
 

@@ -11,7 +11,6 @@ from torch import Tensor
 import foreign
 from consistency.checkpoints import load as checkpoint
 from consistency.checkpoints import nvlabs, openai, ours
-from consistency.checkpoints import safetensors as sealed
 from consistency.checkpoints.diffusers import write_diffusers
 from consistency.inference.card import ModelCard
 from consistency.runtime.files import checksum_path
@@ -100,7 +99,7 @@ def write_files(folder: Path) -> dict[str, Path]:
     }
     ours.write({"card": card.saved(), "weights": weights}, files["ours"])
     checksum_path(files["ours"]).unlink()
-    sealed.write_sealed(files["sealed"], card, weights)
+    ours.write_sealed(files["sealed"], card, weights)
     openai.write_openai(files["openai_card"], card, weights)
     write_diffusers(files["diffusers"], card, weights)
     write_diffusers(files["unet"].parent, card, weights)

@@ -1,7 +1,7 @@
 """The content of a checkpoint, as every reader of a format returns it."""
 
-from collections import UserDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,11 +19,6 @@ C_NOISE_OPENAI, C_NOISE_NVLABS = 250.0, 0.25
 PUBLISHED = Process(sigma_data=0.5, t_min=0.002, t_max=80.0, rho=7.0)
 """The noise process of EDM, which all published models have."""
 
-KNOWN = (
-    "a run folder or checkpoint of ours, an OpenAI .pt, an NVlabs .pkl, a flax file of the JAX code, "
-    "or a diffusers folder"
-)
-
 
 class ContentError(ValueError):
     """A file's content is not a checkpoint. The message describes the content."""
@@ -35,14 +30,48 @@ def check(holds: object, fault: str) -> None:
         raise ContentError(fault)
 
 
-def unreadable(path: Path, error: Exception) -> UserError:
-    """Return the error for a checkpoint that cannot be used, whatever failed."""
-    reason = str(error)
-    if not isinstance(error, ContentError):
-        line = (reason.splitlines() or [""])[0][:120]
-        reason = f"content that makes no sense ({type(error).__name__}: {line})"
-    remedy = "check that the file is complete and is the one you mean, or take another"
-    return UserError(f"a checkpoint at {path}: {KNOWN}", reason, remedy)
+@dataclass(frozen=True)
+class Name:
+    """A class or function that a pickle names."""
+
+    path: str
+
+
+@dataclass
+class Object:
+    """An object of a class that a pickle names; its class is not looked up and its state stays as it is stored."""
+
+    kind: str
+    state: Any = None
+
+
+def brief(value: object) -> str:
+    """Return a value from a file, short enough for a message; never a container, which could be endless."""
+    if isinstance(value, Name):
+        return value.path
+    if isinstance(value, str):
+        return repr(value[:80])
+    return str(value)[:80] if isinstance(value, int | float | None) else type(value).__name__
+
+
+@contextmanager
+def checking(path: Path) -> Iterator[None]:
+    """Turn every failure of the body into a `UserError`: a damaged or hostile file can fail in any way."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error)
+        if not isinstance(error, ContentError):
+            line = (reason.splitlines() or [""])[0][:120]
+            reason = f"content that makes no sense ({type(error).__name__}: {line})"
+        raise UserError(
+            f"a checkpoint at {path}: a run folder or checkpoint of ours, an OpenAI .pt, "
+            "an NVlabs .pkl, a flax file of the JAX code, or a diffusers folder",
+            reason,
+            "check that the file is complete and is the one you mean, or take another",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -52,7 +81,6 @@ class Hints:
     attention_resolutions: sides of the feature maps with attention.
     num_heads: attention heads; counts only without num_head_channels.
     num_heads_upsample: attention heads of the decoder, if their number differs.
-    role: role of a published file.
     weights: the set of weights whose settings are taken, if a file holds networks of several sizes.
     """
 
@@ -61,19 +89,7 @@ class Hints:
     attention_resolutions: Sequence[int] | None = None
     num_heads: int | None = None
     num_heads_upsample: int | None = None
-    role: Role | None = None
     weights: str = "ema"
-
-
-class Lazy(UserDict[str, Any]):
-    """Sets of weights by name, each made by `read` of its entry when it is looked up."""
-
-    def __init__(self, entries: Mapping[str, Any], read: Callable[[Any], StateDict]) -> None:
-        super().__init__(entries)
-        self.read = read
-
-    def __getitem__(self, name: str) -> StateDict:
-        return self.read(self.data[name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,22 +97,16 @@ class Checkpoint:
     """A checkpoint of any format.
 
     card: without a role if the file does not record one.
-    weights: the sets of weights by name, state dicts under our names of the parameters. They are not typed as such, because
-        a check of types at run time would build a lazy set.
+    sets: the sets of weights by name, as the file holds them; `read` turns one into a state dict under our names.
     notes: assumptions that the file leaves open.
     """
 
     path: Path
     format: str
     card: ModelCard
-    weights: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the sets of weights, without `ema` if that stands for the first of several averages."""
-        averages = any(name.startswith(("ema:", "power:")) for name in self.weights)
-        return [name for name in self.weights if name != "ema" or not averages]
+    sets: Mapping[str, Any]
+    read: Callable[[Any], StateDict] = dict
+    notes: Sequence[str] = ()
 
 
 def card_of(
@@ -107,10 +117,7 @@ def card_of(
     process: Process = PUBLISHED,
     second_time: float = 0.821,
 ) -> ModelCard:
-    """Return the card of a network; without a role its scalings stay open until `with_role`.
-
-    second_time: the second time point of two-step sampling.
-    """
+    """Return the card of a network; `second_time` is that of two-step sampling. Without a role its scalings stay open."""
     card = ModelCard(
         role=None,
         network=network,

@@ -7,53 +7,36 @@ always applies the boundary scalings, so it is a consistency model; a UNet alone
 import json
 import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from consistency.checkpoints import contents, wrapped
+from consistency.checkpoints import contents, diffusers_unet, openai, wrapped
 from consistency.checkpoints import diffusers_time_embedding as time_embedding
-from consistency.checkpoints.contents import Hints, StateDict, card_of, check
-from consistency.checkpoints.diffusers_unet import (
-    UNET,
-    VERSION,
-    our_weights,
-    settings,
-    settings_of,
-    their_weights,
-    unet_settings,
-)
-from consistency.checkpoints.pickle_calls import brief
+from consistency.checkpoints.contents import Hints, StateDict, assumes, brief, card_of, check
+from consistency.checkpoints.diffusers_unet import UNET, VERSION, our_weights, their_weights
+from consistency.checkpoints.ours import read_card, read_sealed, write_sealed
 from consistency.checkpoints.pickle_reader import read_pickle, read_zip
-from consistency.checkpoints.safetensors import read_card, read_sealed, write_sealed
 from consistency.inference.card import ModelCard, Process
 from consistency.runtime.files import write_text
 
 FORMAT = "diffusers"
-PIPELINE = "ConsistencyModelPipeline"
-SCHEDULER, SCHEDULER_FILE = "CMStochasticIterativeScheduler", "scheduler_config.json"
-WEIGHTS = "diffusion_pytorch_model"
-"""Beginning of the names of files of weights."""
-
-TIME_EMBEDDING = "time_embedding.safetensors"
-"""The original layers of a rewritten time embedding, see `diffusers_time_embedding`."""
-
 ANCHORS = ("time_embedding.linear_1.weight", "conv_in.weight")
-"""Two parameters that every network has."""
+PIPELINE, SCHEDULER = "ConsistencyModelPipeline", "CMStochasticIterativeScheduler"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+TIME_EMBEDDING = "time_embedding.safetensors"  # original layers, see `diffusers_time_embedding`
+UNETS = {"online": "unet/", "ema": "unet_ema/"}  # in a pipeline; accelerate keeps both
 
-UNETS = {"online": "unet/", "ema": "unet_ema/"}
-"""Folders of the UNet in a pipeline, and of the two that accelerate keeps in training."""
-
-PREFERRED = ("", "fp32", "bf16", "fp16")
-"""Variants in the order of preference."""
-
-VARIANTS = {"non_ema": "online", "ema": "ema"}
-"""Variants whose name is that of a set of weights; others keep their own."""
-
+WEIGHTS = "diffusion_pytorch_model"  # files of weights begin so
 SHARD = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
+PREFERRED = ("", "fp32", "bf16", "fp16")  # variants of weights, the best first
+VARIANTS = {"non_ema": "online", "ema": "ema"}  # names of sets; other variants keep their own
+
+NOISE = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
+UNUSED: dict[str, Any] = {"s_noise": 1, "prediction_type": None, "timestep_type": None}
+"""Settings of the scheduler and their defaults: of its noise process, and those with one value."""
 
 
 def is_diffusers(folder: Path) -> bool:
@@ -79,16 +62,17 @@ def folder_of(file: Path) -> Path:
 
 def open_path(path: Path, hints: Hints) -> contents.Checkpoint:
     """Return the model in a folder of a pipeline, of a UNet or of accelerate, or in one file of weights of such."""
-    if path.is_dir():
-        require_pipeline(path)
-        files = sets_in(path)
-    else:
-        kind = variant(path.name)
-        files = {VARIANTS.get(kind, kind or "ema"): path}
+
+    def network(unet: Path) -> dict[str, Any]:
+        return diffusers_unet.settings(read_json(unet / "config.json"), hints)
+
+    for folder in filter(is_pipeline, (path, *path.parents[:2])):
+        kind = read_json(folder / "model_index.json").get("_class_name")
+        check(kind == PIPELINE, f"a diffusers pipeline of class {brief(kind)}, not {PIPELINE}")
+    kind = variant(path.name)
+    files = sets_in(path) if path.is_dir() else {VARIANTS.get(kind, kind or "ema"): path}
     first = files.get(hints.weights) or files.get("ema") or next(iter(files.values()))
     unet = first.parent
-    for folder in (unet.parent, unet.parent.parent):
-        require_pipeline(folder)
     pipeline = path if path.is_dir() else unet.parent
     saved = read_card(first) if first.suffix == ".safetensors" else None
     if saved is not None:
@@ -96,21 +80,20 @@ def open_path(path: Path, hints: Hints) -> contents.Checkpoint:
     else:
         known: dict[str, Any] = {}
         if is_pipeline(pipeline):
-            process = scheduled(read_json(pipeline / "scheduler" / SCHEDULER_FILE))
-            known = {"role": "consistency", "process": process}
-        card = card_of(settings_in(unet, hints), contents.C_NOISE_OPENAI, **known)
+            process = scheduled(read_json(pipeline / SCHEDULER_FILE))
+            known = {"role": "consistency", "process": process, "second_time": process.times[1]}
+        card = card_of(network(unet), contents.C_NOISE_OPENAI, **known)
 
     def weights(file: Path) -> StateDict:
         theirs, own = read_weights(file)
-        ours = our_weights(card.network, theirs)
+        ours = our_weights(theirs)
         if own is not None:
             return checked(card, ours, file.parent, pipeline)
-        same = saved is not None or settings_in(file.parent, hints) == card.network
+        same = saved is not None or network(file.parent) == card.network
         check(same, f"a {UNET} with other settings than that of {unet.name}")
         return ours
 
-    sets = contents.Lazy(files, weights)
-    return contents.Checkpoint(path=path, format=FORMAT, card=card, weights=sets)
+    return contents.Checkpoint(path=path, format=FORMAT, card=card, sets=files, read=weights)
 
 
 def checked(card: ModelCard, weights: StateDict, unet: Path, pipeline: Path) -> StateDict:
@@ -120,9 +103,9 @@ def checked(card: ModelCard, weights: StateDict, unet: Path, pipeline: Path) -> 
         same = ModelCard.parse(layers.get("card", {}), unet) == card
         check(same, f"a {TIME_EMBEDDING} that was not written with its weights")
         weights = time_embedding.restored(weights, layers["weights"])
-    pairs = [(unet_settings(card, weights), read_json(unet / "config.json"))]
+    pairs = [(diffusers_unet.unet_settings(card, weights), read_json(unet / "config.json"))]
     if is_pipeline(pipeline):
-        pairs.append((scheduler_settings(card), read_json(pipeline / "scheduler" / SCHEDULER_FILE)))
+        pairs.append((scheduler_settings(card), read_json(pipeline / SCHEDULER_FILE)))
     same = all(now.get(k) == v for written, now in pairs for k, v in written.items() if k[0] != "_")
     check(same, "settings that are not those which its weights were written with")
     return weights
@@ -137,17 +120,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def settings_in(unet: Path, hints: Hints) -> dict[str, Any]:
-    return settings(read_json(unet / "config.json"), hints)
-
-
-def require_pipeline(folder: Path) -> None:
-    """Refuse a pipeline of another kind: its network was trained for other inputs and another output."""
-    if is_pipeline(folder):
-        kind = read_json(folder / "model_index.json").get("_class_name")
-        check(kind == PIPELINE, f"a diffusers pipeline of class {brief(kind)}, not {PIPELINE}")
-
-
 def variant(name: str) -> str:
     """Return the variant of a file of weights, `fp16` or `non_ema`; empty for the usual one."""
     parts = name.removeprefix(WEIGHTS).split(".")
@@ -156,21 +128,17 @@ def variant(name: str) -> str:
 
 def weight_files(unet: Path) -> dict[str, Path]:
     """Return the file of weights of every variant in a model's folder: safetensors before bin, whole before an index."""
+    paths = [path for path in unet.glob(f"{WEIGHTS}*") if "-of-" not in path.name]
     files: dict[str, Path] = {}
-    for path in sorted(
-        unet.glob(f"{WEIGHTS}*"),
-        key=lambda p: (".safetensors" not in p.name, p.suffix == ".json", p),
-    ):
-        if "-of-" not in path.name:
-            files.setdefault(variant(path.name), path)
+    for path in sorted(paths, key=lambda p: (".safetensors" not in p.name, p.suffix == ".json", p)):
+        files.setdefault(variant(path.name), path)
     return files
 
 
 def sets_in(folder: Path) -> dict[str, Path]:
-    """Return the files of the sets of weights in a folder by the names that `weights=` takes.
+    """Return the files of the sets of weights in a folder by the names that `weights=` takes; variants by their own, too.
 
-    The usual file holds the average, unless there is a `unet_ema` or a variant of that name. Every variant also has its own
-    name.
+    The usual file holds the average, unless there is a `unet_ema` or a variant of that name.
     """
     alone = (folder / "config.json").is_file() and not is_pipeline(folder)
     unets = {"": folder} if alone else {name: folder / unet for name, unet in UNETS.items()}
@@ -197,15 +165,14 @@ def scheduled(config: dict[str, Any]) -> Process:
     """Return the noise process of a scheduler; the second time point is that of the pipeline's own two steps."""
     kind = config.get("_class_name")
     check(kind == SCHEDULER, f"a scheduler of class {brief(kind)}, not {SCHEDULER}")
-    noise: dict[str, Any] = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
-    for name in noise:
-        value = noise[name] = config.get(name, noise[name])
-        level = type(value) in (int, float) and 0 < value < 1e6
-        check(level, f"a {SCHEDULER} with {name}={brief(value)}, which is no noise level")
-    for name, only in {"s_noise": 1, "prediction_type": None, "timestep_type": None}.items():
-        value = config.get(name, only)
-        check(value == only, f"a {SCHEDULER} with {name}={brief(value)}, where {only} is known")
-    t_min, t_max, sigma_data, rho = map(float, noise.values())
+    theirs = NOISE | UNUSED | config
+    for name in NOISE:
+        level = type(theirs[name]) in (int, float) and 0 < theirs[name] < 1e6
+        check(level, f"a {SCHEDULER} with {name}={brief(theirs[name])}, which is no noise level")
+    for name, only in UNUSED.items():
+        shown = f"{name}={brief(theirs[name])}, where {only} is known"
+        check(theirs[name] == only, f"a {SCHEDULER} with {shown}")
+    t_min, t_max, sigma_data, rho = (float(theirs[name]) for name in NOISE)
     points = config.get("num_train_timesteps", 40)
     grid = f"num_train_timesteps={brief(points)} from sigma_max={t_max} to sigma_min={t_min}"
     increasing = type(points) is int and points >= 2 and t_min < t_max
@@ -248,44 +215,39 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 
 def open_state(theirs: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
     """Return the card and assumptions for a state dict without settings."""
-    config, notes = settings_of(theirs, hints)
-    network = settings(config, hints)
-    return card_of(network, contents.C_NOISE_OPENAI), notes, partial(our_weights, network)
+    heads = hints.num_head_channels or diffusers_unet.DEFAULTS["attention_head_dim"]
+    network, notes = openai.settings(our_weights(theirs), replace(hints, num_head_channels=heads))
+    if hints.num_head_channels is None:
+        notes.append(assumes(f"attention heads of {heads} channels", "num_head_channels="))
+    return card_of(network, contents.C_NOISE_OPENAI), notes, our_weights
 
 
 def write_diffusers(folder: Path, card: ModelCard, weights: StateDict) -> None:
     """Write a pipeline for a consistency model, a UNet alone for a teacher, which has no pipeline in diffusers."""
-    config = unet_settings(card, weights)
+    config = diffusers_unet.unet_settings(card, weights)
     student = card.role == "consistency"
     unet = folder / "unet" if student else folder
     if time_embedding.needs_rewriting(card):
-        write_sealed(
-            unet / TIME_EMBEDDING, card, {name: weights[name] for name in time_embedding.LAYERS}
-        )
+        layers = {name: weights[name] for name in time_embedding.LAYERS}
+        write_sealed(unet / TIME_EMBEDDING, card, layers)
         weights = time_embedding.rewritten(weights, card)
+    files = {unet / "config.json": config}
     if student:
         index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": VERSION}
         index |= {"scheduler": ["diffusers", SCHEDULER], "unet": ["diffusers", UNET]}
-        _write_json(folder / "model_index.json", index)
-        _write_json(folder / "scheduler" / SCHEDULER_FILE, scheduler_settings(card))
-    _write_json(unet / "config.json", config)
+        files[folder / "model_index.json"] = index
+        files[folder / SCHEDULER_FILE] = scheduler_settings(card)
+    for path, content in files.items():
+        write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
     write_sealed(unet / f"{WEIGHTS}.safetensors", card, their_weights(card.network, weights))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def scheduler_settings(card: ModelCard) -> dict[str, Any]:
     """Return the settings of the pipeline's scheduler."""
+    scalings, process = card.preconditioning, card.process
     return {
-        "_class_name": SCHEDULER,
-        "_diffusers_version": VERSION,
-        "num_train_timesteps": time_embedding.POINTS,
-        "sigma_min": card.preconditioning["t_min"],
-        "sigma_max": card.process.t_max,
-        "sigma_data": card.preconditioning["sigma_data"],
-        "rho": card.process.rho,
-        "s_noise": 1.0,
-        "clip_denoised": True,
+        **{"_class_name": SCHEDULER, "_diffusers_version": VERSION},
+        **{"sigma_min": scalings["t_min"], "sigma_max": process.t_max, "rho": process.rho},
+        **{"sigma_data": scalings["sigma_data"], "num_train_timesteps": time_embedding.POINTS},
+        **{"s_noise": 1.0, "clip_denoised": True},
     }

@@ -17,15 +17,10 @@ from consistency.inference.card import ModelCard
 from consistency.networks.layers import sinusoidal_features
 from consistency.randomness import generator
 
-POINTS = 40
-"""Points of our pipelines' grids, as in the released distilled models."""
-
+POINTS = 40  # of our pipelines' grids, as in the released distilled models
 LAYERS = ("time_embed.0.weight", "time_embed.0.bias", "time_embed.2.weight", "time_embed.2.bias")
-READERS = (".emb_layers.1.weight", "label_emb.weight")
-"""Ends of the names of the weights that read the embedding."""
-
-SPREAD = 3.0
-"""Standard deviation of the random features before their nonlinearity: N of them are then independent."""
+READERS = (".emb_layers.1.weight", "label_emb.weight")  # ends of weights that read the embedding
+SPREAD = 3.0  # deviation of the features before their nonlinearity: N of them are then independent
 
 
 def needs_rewriting(card: ModelCard) -> bool:
@@ -47,27 +42,22 @@ def rewritten(weights: StateDict, card: ModelCard) -> dict[str, Tensor]:
     values = functional.silu(own @ first.T + first_bias) @ second.T + second_bias
     wide = width(card)
     values = functional.pad(values, (0, wide - values.shape[1]))
-
     features = sinusoidal_features((C_NOISE_OPENAI * times.log()).float(), channels).double()
     noise = generator(0, "timetable", channels, POINTS)
     mix = torch.randn(wide, channels, generator=noise, dtype=torch.float64)
     mix = (mix * SPREAD * (2 / channels) ** 0.5).float()
     hidden = functional.silu(features @ mix.double().T)
     exact = torch.linalg.lstsq(hidden, values, driver="gelsd").solution
-
-    widened = {
-        name: functional.pad(value, (0, wide - value.shape[1])) if name.endswith(READERS) else value
-        for name, value in weights.items()
-    }
+    readers = {k: v for k, v in weights.items() if k.endswith(READERS)}
+    widened = {k: functional.pad(v, (0, wide - v.shape[1])) for k, v in readers.items()}
     zero = torch.zeros(wide)
-    return widened | dict(zip(LAYERS, (mix, zero, exact.T.float(), zero), strict=True))
+    return {**weights, **widened} | dict(
+        zip(LAYERS, (mix, zero, exact.T.float(), zero), strict=True)
+    )
 
 
 def restored(weights: StateDict, layers: StateDict) -> dict[str, Tensor]:
     """Return the inverse of `rewritten`, from the original layers."""
     narrow = layers[LAYERS[0]].shape[0]
-    narrowed = {
-        name: value[:, :narrow] if name.endswith(READERS) else value
-        for name, value in weights.items()
-    }
-    return narrowed | {name: layers[name] for name in LAYERS}
+    narrowed = {k: v[:, :narrow] for k, v in weights.items() if k.endswith(READERS)}
+    return {**weights, **narrowed, **{name: layers[name] for name in LAYERS}}

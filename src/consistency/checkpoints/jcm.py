@@ -1,16 +1,14 @@
 """openai/consistency_models_cifar10: the training state of the JAX code, written by flax, read without JAX.
 
-The network is NCSN++, under the names of `SongUNet` here, with c_noise = 0.25 ln t. Convolutions are stored
-(h, w, in, out), linear maps (in, out), and queries, keys and values apart. The file does not record whether it is a
-denoiser or a consistency model, nor which feature maps have attention if all have the same width.
+The network is NCSN++, our `SongUNet`, with c_noise = 0.25 ln t. Convolutions are stored (h, w, in, out), linear maps
+(in, out), and q, k and v apart. The file does not record its role, nor the levels with attention if all are equally wide.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from consistency.checkpoints import contents
 from consistency.checkpoints.contents import Checkpoint, Hints, StateDict, assumes, check
@@ -20,30 +18,47 @@ from consistency.networks.unet import UNetBlock, fir_filter
 FORMAT = "JAX (flax)"
 PARAMETERS = {"ema": "params_ema", "online": "params", "target": "target_params"}
 OTHER = "parameters of a JAX network other than the released NCSN++"
+SIZE, TOPS = 32, [256, 256, 256]  # of the images and of the levels of every released file
+
 TAPS = [1, 3, 3, 1]
-SIZE, TOPS = 32, [256, 256, 256]
-"""Side of the images, and widths of the levels, of every released file."""
+NCSNPP = {
+    "_target_": "consistency.networks.song.SongUNet",
+    **{"num_classes": None, "augment_dim": 0, "dropout": 0.0, "fourier_scale": 16.0},
+    **{"residual_input": True, "skip_output": False, "channel_mult_noise": 2},
+    **{"channel_mult_emb": 4, "resample_filter": TAPS},
+}
+"""Arguments of `SongUNet` that every such network has."""
+
+WEIGHTS = ("kernel", "scale", "weight")
+BLOCK = {
+    **{"norm0": "GroupNorm_0", "conv0": "Conv_0", "affine": "Dense_0"},
+    **{"norm1": "GroupNorm_1", "conv1": "Conv_1", "skip": "Conv_2"},
+}
+"""Names in the JAX code of the weight of a layer, and of the layers of our residual blocks."""
 
 
-def open_content(content: object, path: Path, hints: Hints) -> Checkpoint | None:
+def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
     """Return the averaged (`ema`), online and target parameters of a training state; None for any other content."""
     average = content.get("params_ema") if isinstance(content, dict) else None
     if not isinstance(average, dict) or any(isinstance(v, Tensor) for v in average.values()):
         return None  # other programs keep flat state dicts under this key
-    assert isinstance(content, dict)
     trees = {name: content[key] for name, key in PARAMETERS.items() if key in content}
     network, notes = settings(flattened(trees["ema"]), hints)
     card = contents.card_of(network, contents.C_NOISE_NVLABS, second_time=0.58535)
-    sets = contents.Lazy(trees, partial(_weights, network))
-    return Checkpoint(path=path, format=FORMAT, card=card, weights=sets, notes=tuple(notes))
+    with torch.device("meta"):
+        song = SongUNet(**{key: value for key, value in network.items() if key != "_target_"})
+
+    def read(tree: Any) -> StateDict:
+        return song_weights(flattened(tree), song)
+
+    return Checkpoint(path=path, format=FORMAT, card=card, sets=trees, read=read, notes=notes)
 
 
-def flattened(tree: object, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
+def flattened(tree: Any, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
     """Return the arrays of a nested dictionary by their dotted names."""
     if isinstance(tree, Tensor):
         return {prefix.removesuffix("."): tree}
-    if not isinstance(tree, dict) or depth > 4:
-        raise contents.ContentError("parameters that are no arrays")
+    check(isinstance(tree, dict) and depth <= 4, "parameters that are no arrays")
     flat: dict[str, Tensor] = {}
     for name, branch in tree.items():
         flat |= flattened(branch, f"{prefix}{name}.", depth + 1)
@@ -68,25 +83,13 @@ def settings(params: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str]
     if hints.image_size is None and (width, tops) != (128, TOPS):
         notes.append(assumes(f"images of {size} x {size}", "image_size="))
     network = {
-        "_target_": "consistency.networks.song.SongUNet",
-        "image_size": size,
+        **{"image_size": size, "model_channels": width, "num_res_blocks": each},
         "in_channels": params["Conv_0.kernel"].shape[2],
         "out_channels": params["Conv_1.kernel"].shape[3],
-        "model_channels": width,
-        "num_res_blocks": each,
         "attention_resolutions": sides,
         "channel_mult": [top // width for top in tops],
-        "num_classes": None,
-        "augment_dim": 0,
-        "dropout": 0.0,
-        "fourier_scale": 16.0,
-        "residual_input": True,
-        "skip_output": False,
-        "channel_mult_noise": 2,
-        "channel_mult_emb": 4,
-        "resample_filter": TAPS,
     }
-    return network, notes
+    return NCSNPP | network, notes
 
 
 def attention_sides(
@@ -109,56 +112,37 @@ def attention_sides(
 
 
 def _count(params: StateDict, prefix: str) -> int:
-    """Return the number of modules with a name of this prefix and a number."""
     return len({name.split(".")[0] for name in params if name.startswith(prefix)})
-
-
-def _weights(settings: dict[str, Any], tree: object) -> StateDict:
-    with torch.device("meta"):
-        network = SongUNet(**{key: value for key, value in settings.items() if key != "_target_"})
-    return song_weights(flattened(tree), network)
 
 
 def song_weights(params: StateDict, network: SongUNet) -> StateDict:
     """Return the parameters of the JAX NCSN++ under the names of `SongUNet`, whose blocks have the same order."""
-    rest = dict(params)
+    rest, own = dict(params), network.state_dict()
+    blocks = {n: m for n, m in network.named_modules() if isinstance(m, UNetBlock)}
+    attentions = [name for name, block in blocks.items() if block.heads]
+    side, *lower = (f"{side}x{side}" for side in network.sides)
+    names = {"map_layer0": "Dense_0", "map_layer1": "Dense_1", f"enc.{side}_conv": "Conv_0"}
+    names |= {f"dec.{side}_aux_norm": "GroupNorm_0", f"dec.{side}_aux_conv": "Conv_1"}
+    names |= {f"enc.{n}_aux_residual": f"Downsample_{i}.Conv2d_0" for i, n in enumerate(lower)}
+    for i, name in enumerate(blocks):
+        for our, their in BLOCK.items():
+            names[f"{name}.{our}"] = f"ResnetBlockBigGANpp_{i}.{their}"
+    names |= {f"{name}.norm2": f"AttnBlockpp_{i}.GroupNorm_0" for i, name in enumerate(attentions)}
     ours = {"map_noise.freqs": rest.pop("GaussianFourierProjection_0.W")}
-
-    def move(theirs: str, name: str, weight: str = "kernel") -> None:
-        value = rest.pop(f"{theirs}.{weight}")
+    for name, theirs in names.items():
+        if f"{name}.weight" not in own:  # a block without a projection of its input
+            continue
+        kind = next((kind for kind in WEIGHTS if f"{theirs}.{kind}" in rest), WEIGHTS[0])
+        value = rest.pop(f"{theirs}.{kind}")
         if value.ndim > 1:
             value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
         ours[f"{name}.weight"], ours[f"{name}.bias"] = value, rest.pop(f"{theirs}.bias")
-
-    side = f"{network.sides[0]}x{network.sides[0]}"
-    move("Dense_0", "map_layer0")
-    move("Dense_1", "map_layer1")
-    move("Conv_0", f"enc.{side}_conv")
-    move("GroupNorm_0", f"dec.{side}_aux_norm", "scale")
-    move("Conv_1", f"dec.{side}_aux_conv")
-    for i, lower in enumerate(network.sides[1:]):
-        move(f"Downsample_{i}.Conv2d_0", f"enc.{lower}x{lower}_aux_residual", "weight")
-    blocks = [(n, m) for n, m in network.named_modules() if isinstance(m, UNetBlock)]
-    for i, (name, block) in enumerate(blocks):
-        theirs = f"ResnetBlockBigGANpp_{i}"
-        move(f"{theirs}.GroupNorm_0", f"{name}.norm0", "scale")
-        move(f"{theirs}.Conv_0", f"{name}.conv0")
-        move(f"{theirs}.Dense_0", f"{name}.affine")
-        move(f"{theirs}.GroupNorm_1", f"{name}.norm1", "scale")
-        move(f"{theirs}.Conv_1", f"{name}.conv1")
-        if not isinstance(block.skip, nn.Identity):
-            move(f"{theirs}.Conv_2", f"{name}.skip")
-    for i, name in enumerate(name for name, block in blocks if block.heads):
-        theirs = f"AttnBlockpp_{i}"
-        move(f"{theirs}.GroupNorm_0", f"{name}.norm2", "scale")
-        weight = [rest.pop(f"{theirs}.NIN_{j}.W").T[:, :, None, None] for j in range(4)]
-        bias = [rest.pop(f"{theirs}.NIN_{j}.b") for j in range(4)]
-        for kind, (*qkv, proj) in (("weight", weight), ("bias", bias)):
+    for i, name in enumerate(attentions):
+        weights = [rest.pop(f"AttnBlockpp_{i}.NIN_{j}.W").T[:, :, None, None] for j in range(4)]
+        biases = [rest.pop(f"AttnBlockpp_{i}.NIN_{j}.b") for j in range(4)]
+        for kind, (*qkv, proj) in (("weight", weights), ("bias", biases)):
             ours[f"{name}.qkv.{kind}"] = torch.stack(qkv, dim=1).flatten(0, 1)
             ours[f"{name}.proj.{kind}"] = proj
-    if rest:
-        raise contents.ContentError(
-            f"parameters without a counterpart in NCSN++, such as {min(rest)[:80]}"
-        )
-    constants = (name for name in network.state_dict() if name.endswith("resample_filter"))
-    return ours | {name: fir_filter(TAPS) for name in constants}
+    check(not rest, f"{OTHER}, such as {min(rest, default='')[:80]}")
+    filters = (name for name in own if name.endswith("resample_filter"))
+    return ours | {name: fir_filter(TAPS) for name in filters}

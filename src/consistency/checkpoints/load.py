@@ -1,25 +1,28 @@
 """Checkpoints of any format -> models: find the file, verify and read it, build the denoiser."""
 
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib import import_module
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from consistency.checkpoints import diffusers, pretrained
-from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, unreadable
-from consistency.checkpoints.detect import read_checkpoint
-from consistency.checkpoints.safetensors import SEALED
+from consistency.checkpoints import diffusers, jcm, nvlabs, openai, ours, pretrained, wrapped
+from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, check, checking
+from consistency.checkpoints.msgpack_reader import read_messagepack
+from consistency.checkpoints.pickle_reader import read_pickle, read_zip
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import LARGEST, MOST_CHARACTERS, MOST_LISTED, Role
 from consistency.inference.model import Model
-from consistency.runtime.files import expanded
+from consistency.runtime.files import expanded, verify_checksum
 
 NETWORKS = "consistency.networks."
 PRECONDITIONING = "consistency.preconditioning."
@@ -28,11 +31,17 @@ CHECKPOINTS = "checkpoints"
 NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
 """A run's checkpoints: the newest until it is renamed to `last`; the newest; the one before it."""
 
-SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors")
-"""Suffixes of files of weights in a snapshot of the Hugging Face cache."""
+CONTAINERS: dict[bytes, Callable[[Path], Any]] = {
+    rb"PK\x03\x04": read_zip,
+    rb".{4}\0{4}\{": ours.read_sealed,
+    rb"\x80[\x02-\x05]": read_pickle,
+    rb"\{": diffusers.read_shards,
+    rb"[\x81-\x8f\xde\xdf]": read_messagepack,
+}
+"""First bytes of a file -> the reader of its container. A safetensors file begins with a length and a brace."""
 
-ACCELERATE = ("model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Weights in a folder of accelerate, besides `SEALED`."""
+STATE_DICTS = (nvlabs, openai, diffusers)
+"""Formats of state dicts, in the order in which a content is offered to them."""
 
 
 def load(
@@ -61,29 +70,25 @@ def load(
     of another role or no checkpoint.
     """
     heads = (num_head_channels, attention_resolutions, num_heads, num_heads_upsample)
-    published = pretrained.RELEASED.get(str(checkpoint))
-    hints = Hints(image_size, *heads, published.role if published else None, weights)
-    return build_model(read_checkpoint(find(checkpoint), hints), weights, role)
+    return build_model(read(checkpoint, Hints(image_size, *heads, weights)), weights, role)
 
 
 def load_sets(
     checkpoint: str | os.PathLike[str], weights: Sequence[str] | None, *, role: Role | None = None
 ) -> list[Model]:
     """Open several sets of weights of a checkpoint, all if `weights` is None. The file is read once."""
-    published = pretrained.RELEASED.get(str(checkpoint))
-    content = read_checkpoint(find(checkpoint), Hints(role=published.role if published else None))
-    return [build_model(content, name, role) for name in weights or content.names]
+    content = read(checkpoint, Hints())
+    averages = [name for name in content.sets if name.startswith(("ema:", "power:"))]
+    names = [name for name in content.sets if name != "ema" or not averages]
+    return [build_model(content, name, role) for name in weights or names]
 
 
 def load_teacher(path: str | None, *, weights: str) -> Denoiser:
     """Load the teacher of a distillation, `teacher=`."""
-    require(
-        path is not None,
-        "a teacher to distil, teacher=<run folder or checkpoint>",
-        "teacher=null",
-        "train one on the same data with mode=edm and give its run folder",
-    )
-    assert path is not None
+    if path is None:
+        expected = "a teacher to distil, teacher=<run folder or checkpoint>"
+        remedy = "train one on the same data with mode=edm and give its run folder"
+        raise UserError(expected, "teacher=null", remedy)
     return load(path, "teacher", weights=weights).denoiser
 
 
@@ -94,11 +99,12 @@ def load_initial(
 
     c_noise_scale: that of `network`; weights trained with another time input would load and be meaningless.
     """
-    content = read_checkpoint(find(checkpoint), Hints(weights=weights))
+    content = read(checkpoint, Hints(weights=weights))
     model = build_model(content, weights, content.card.role or "consistency")
-    initial, own = model.denoiser.network.state_dict(), network.state_dict()
+    initial = model.denoiser.network.state_dict()
+    shapes, own = ({k: v.shape for k, v in x.items()} for x in (initial, network.state_dict()))
     require(
-        {k: v.shape for k, v in initial.items()} == {k: v.shape for k, v in own.items()},
+        shapes == own,
         "initial weights of the same network as model=",
         f"{content.path}, of another network",
         "choose the model= that wrote them, or init=null",
@@ -117,11 +123,22 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     """Return the path of a checkpoint: a file, a folder of diffusers or of ours, the last checkpoint of a run folder, or
     the downloaded file of a published name.
     """
-    if str(checkpoint).startswith(pretrained.PROGRAMS):
+    if str(checkpoint).startswith(tuple(pretrained.PROGRAMS)):
         return pretrained.fetch(str(checkpoint))
     path = Path(expanded(os.fspath(checkpoint)))
     if path.is_dir():
-        path = find_inside(path)
+        path = snapshot(path)
+    if path.is_dir() and not ((path / ours.SEALED).is_file() or diffusers.is_diffusers(path)):
+        weights = "pytorch_model.bin"
+        accelerate = (f"{ours.SEALED}.index.json", weights, f"{weights}.index.json")
+        # A run that died while it renamed may have its newest checkpoint under the other name.
+        names = (*accelerate, f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{NEXT}")
+        file = next((path / name for name in names if (path / name).is_file()), None)
+        if file is None:
+            expected = f"a run folder with checkpoints/last.ckpt at {path}, or a diffusers folder"
+            remedy = "give a run folder that has trained, or a checkpoint file"
+            raise UserError(expected, "a folder that is neither", remedy)
+        path = file
     require(
         path.exists(),
         f"a run folder or a checkpoint file at {path}",
@@ -131,43 +148,57 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
     return diffusers.folder_of(path) if path.name.startswith(diffusers.WEIGHTS) else path
 
 
-def find_inside(folder: Path) -> Path:
-    """Return the checkpoint in a folder, or the folder if it is a checkpoint itself."""
-    path = snapshot(folder)
-    if path.is_file() or (path / SEALED).is_file() or diffusers.is_diffusers(path):
-        return path
-    # A run that died while it renamed may have its newest checkpoint under the other name.
-    names = (*ACCELERATE, f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{NEXT}")
-    file = next((path / name for name in names if (path / name).is_file()), None)
-    if file is None:
-        raise UserError(
-            f"a run folder with checkpoints/last.ckpt at {path}, or a diffusers folder",
-            "a folder that is neither",
-            "give a run folder that has trained, or a checkpoint file",
-        )
-    return file
-
-
 def snapshot(path: Path) -> Path:
-    """Return the newest revision in a folder of the Hugging Face cache (`models--...`), or its file if it is a single one.
-
-    Return other folders as they are.
-    """
+    """Return the newest revision in a folder of the Hugging Face cache, or its single file; other folders as they are."""
     cached = (path / "refs").is_dir() or (path / "blobs").is_dir()
     if not cached or not (path / "snapshots").is_dir():
         return path
-    folders = filter(Path.is_dir, (path / "snapshots").iterdir())
-    revisions = {folder.name: folder for folder in sorted(folders, key=os.path.getmtime)}
-    refs = sorted(filter(Path.is_file, (path / "refs").rglob("*")), key=os.path.getmtime)[::-1]
-    refs.sort(key=lambda ref: ref != path / "refs" / "main")
-    hashes = [ref.read_text()[:100].strip() for ref in refs]
-    name = next((name for name in (*hashes, *reversed(revisions)) if name in revisions), None)
-    if name is None:
+    files = filter(Path.is_file, (path / "refs").rglob("*"))
+    refs = {str(p.relative_to(path / "refs")): p.read_text()[:100].strip() for p in files}
+    revision = max(
+        filter(Path.is_dir, (path / "snapshots").iterdir()),
+        key=lambda p: (p.name == refs.get("main"), p.name in refs.values(), os.path.getmtime(p)),
+        default=None,
+    )
+    if revision is None:
         raise UserError(f"a snapshot in {path / 'snapshots'}", "none", "download the model again")
-    print(f"{path.name}: takes the snapshot {name}", file=sys.stderr)
-    revision = revisions[name]
-    files = [p for p in revision.iterdir() if p.is_file() and p.suffix in SUFFIXES]
-    return files[0] if len(files) == 1 and not diffusers.is_diffusers(revision) else revision
+    print(f"{path.name}: takes the snapshot {revision.name}", file=sys.stderr)
+    suffixes = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors")
+    weights = [p for p in revision.iterdir() if p.is_file() and p.suffix in suffixes]
+    return weights[0] if len(weights) == 1 and not diffusers.is_diffusers(revision) else revision
+
+
+def read(checkpoint: str | os.PathLike[str], hints: Hints) -> Checkpoint:
+    """Find a checkpoint, detect its format by its content, never by its name, open it, and print its notes."""
+    path, published = find(checkpoint), pretrained.RELEASED.get(str(checkpoint))
+    file = path / ours.SEALED if (path / ours.SEALED).is_file() else path
+    beside_settings = (file.parent / "config.json").is_file()
+    with checking(path):
+        verify_checksum(path)
+        if file.is_dir() or (beside_settings and file.name.startswith(diffusers.WEIGHTS)):
+            opened: Any = diffusers.open_path(file, hints)
+        else:
+            with file.open("rb") as stream:
+                first = stream.read(16)
+            readers = (r for mark, r in CONTAINERS.items() if re.match(mark, first, re.DOTALL))
+            reader = next(readers, None)
+            if reader is None:
+                start = f"a file that begins with {first!r}" if first else "an empty file"
+                raise ContentError(start)
+            content = reader(file)
+            whole = (form.open_content(content, path, hints) for form in (ours, jcm, nvlabs))
+            states = (wrapped.open_sets(content, path, hints, form) for form in STATE_DICTS)
+            opened = next(filter(None, chain(whole, states)), None)
+            if opened is None:
+                anchors = " or ".join(form.ANCHORS[0] for form in STATE_DICTS)
+                names = f"{wrapped.first_names(content)}, where a state dict of ours would have"
+                fault = "a file whose content is no model of these formats"
+                raise ContentError(f"{fault}: {names} {anchors}")
+        if published is not None:
+            opened = replace(opened, card=opened.card.with_role(published.role, path))
+    for note in opened.notes:
+        print(f"{path.name}: {note}", file=sys.stderr)
+    return opened
 
 
 def build_model(checkpoint: Checkpoint, weights: str, role: Role | None) -> Model:
@@ -176,39 +207,34 @@ def build_model(checkpoint: Checkpoint, weights: str, role: Role | None) -> Mode
     The weights must be complete, of the right shapes and finite. The network is built without memory first: settings of
     any size cost nothing until the weights agree with them.
     """
-    card, sets = checkpoint.card, checkpoint.weights
+    card, sets = checkpoint.card, checkpoint.sets
     if card.role is None or role not in (None, card.role):
         card = card.with_role(role, checkpoint.path)
     name = next(iter(sets)) if weights == "ema" and len(sets) == 1 else weights
     known = f"weights among {', '.join(sets)}"
     require(name in sets, known, weights, "choose one of those that this checkpoint holds")
-    try:
-        state, settings = sets[name], card.network
+    with checking(checkpoint.path):
+        state, settings = checkpoint.read(sets[name]), card.network
         for key, value in state.items():
             numbers = isinstance(value, Tensor) and value.is_floating_point()
-            if not numbers or not value.isfinite().all():
-                raise ContentError(f"weights {key[:80]} that are not all finite floating numbers")
-        if max(settings.get("num_res_blocks", 0), settings.get("depth", 0)) > len(state):
-            raise ContentError("a network with more blocks than it has weights")
+            finite = numbers and bool(value.isfinite().all())
+            check(finite, f"weights {key[:80]} that are not all finite floating numbers")
+        deep = max(settings.get("num_res_blocks", 0), settings.get("depth", 0)) > len(state)
+        check(not deep, "a network with more blocks than it has weights")
         with torch.device("meta"):
             network: nn.Module = build(settings, NETWORKS, nn.Module)
         needs, has = (
             {k: tuple(v.shape) for k, v in x.items()} for x in (network.state_dict(), state)
         )
         for key in [*needs, *has]:
-            if needs.get(key) != has.get(key):
-                shapes = f"{has.get(key, ())}, where its network has {needs.get(key, ())}"
-                raise ContentError(f"weights {key[:80]} of shape {shapes}")
+            shapes = f"{has.get(key, ())}, where its network has {needs.get(key, ())}"
+            check(needs.get(key) == has.get(key), f"weights {key[:80]} of shape {shapes}")
         channels, out = settings.get("in_channels"), settings.get("out_channels")
-        if out not in (None, channels):
-            raise ContentError(f"a network with out_channels={out} for in_channels={channels}")
+        image = out in (None, channels)
+        check(image, f"a network with out_channels={out} for in_channels={channels}")
         own = {key: value.detach().float().contiguous() for key, value in state.items()}
         network.load_state_dict(own, assign=True)
         denoiser = Denoiser(network, build(card.preconditioning, PRECONDITIONING, object))
-    except UserError:
-        raise
-    except Exception as error:  # a damaged or hostile file can fail in any way
-        raise unreadable(checkpoint.path, error) from error
     denoiser.eval().requires_grad_(False)
     return Model(denoiser, card, checkpoint.path, weights, checkpoint.format)
 
@@ -217,18 +243,17 @@ def build(node: dict[str, Any], package: str, base: type) -> Any:
     """Build a node of a card: a class `base` that is defined in `package`, with plain arguments. Refuse all else."""
     arguments = dict(node)
     target = arguments.pop("_target_", None)
-    module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
-    part = None
-    if f"{module}.".startswith(package):
-        with suppress(ImportError):
-            part = getattr(import_module(module), name, None)
+    part: Any = None
+    with suppress(ImportError, AttributeError, ValueError):
+        if isinstance(target, str) and target.startswith(package):
+            part = resolve_name(target)
     lists = [v if isinstance(v, list | tuple) else [v] for v in arguments.values()]
     values = [value for listed in lists for value in listed]
     texts = [value for value in values if isinstance(value, str)]
     require(
         isinstance(part, type)
         and issubclass(part, base)
-        and part.__module__ == module
+        and f"{part.__module__}.{part.__qualname__}" == target
         and all(len(listed) <= MOST_LISTED for listed in lists)
         and all(isinstance(value, int | float | str | None) for value in values)
         and all(abs(value) <= LARGEST for value in values if isinstance(value, int | float))
@@ -237,5 +262,4 @@ def build(node: dict[str, Any], package: str, base: type) -> Any:
         str(target)[:120] if isinstance(target, str) else type(target).__name__,
         "do not use this file unless you know who wrote it",
     )
-    assert callable(part)
     return part(**arguments)

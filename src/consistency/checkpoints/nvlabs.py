@@ -1,8 +1,8 @@
 """NVlabs/edm and codes that grew from it (ECT): a pickle of whole modules with their settings and their source.
 
-The source is not read. Names are those of our `SongUNet` and `DhariwalUNet`, c_noise = 0.25 ln t, and qkv stands in the
-order (head, dim, three), as in ours. Augmentation layers are left out: without augmentation labels they add nothing.
-`network-snapshot-*.pkl` holds the average of the weights, `training-state-*.pt` the weights in training.
+The source is not read. Names and rows of qkv are those of our networks, and c_noise = 0.25 ln t. Augmentation layers are
+left out: without augmentation labels they add nothing. `network-snapshot-*.pkl` holds the average, `training-state-*.pt`
+the weights in training.
 """
 
 import re
@@ -14,12 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from consistency.checkpoints import contents, wrapped
-from consistency.checkpoints.contents import Hints, StateDict, card_of, check
-from consistency.checkpoints.pickle_calls import Object, brief
+from consistency.checkpoints.contents import Hints, Object, StateDict, brief, check
 from consistency.inference.card import ModelCard, Role
 from consistency.networks.unet import fir_filter
 
 FORMAT = "NVlabs"
+ANCHORS = ("map_layer0.weight", "map_layer1.weight")
+SETS = {"ema": "ema", "net": "online"}  # keys of a snapshot and of a training state
 ROLES: dict[str, Role] = {"EDMPrecond": "teacher", "ECMPrecond": "consistency"}
 """The preconditioning classes whose scalings we have: EDM's, and ECT's with the boundary condition."""
 
@@ -27,22 +28,18 @@ TARGETS = {
     "SongUNet": "consistency.networks.song.SongUNet",
     "DhariwalUNet": "consistency.networks.dhariwal.DhariwalUNet",
 }
-SETS = {"ema": "ema", "net": "online"}
-"""Keys of a snapshot and of a training state -> names of the sets of weights."""
 
-ANCHORS = ("map_layer0.weight", "map_layer1.weight")
-"""Two parameters that every network has."""
-
-SHARED = ("in_channels", "out_channels", "model_channels", "channel_mult", "channel_mult_emb", "dropout")  # fmt: skip
-RENAMED = {
-    "img_resolution": "image_size",
-    "num_blocks": "num_res_blocks",
+SAME = (
+    *("in_channels", "out_channels", "model_channels", "channel_mult", "channel_mult_emb"),
+    *("dropout", "channel_mult_noise", "resample_filter"),
+)
+OTHER = {
+    **{"img_resolution": "image_size", "num_blocks": "num_res_blocks"},
     "attn_resolutions": "attention_resolutions",
 }
-SONG = ("channel_mult_noise", "resample_filter")
-"""Arguments of the published constructors that ours have, under the same or another name; those of `SongUNet` alone."""
+"""Arguments of the published constructors that ours have: under the same name, and theirs and ours."""
 
-COMMON = {"label_dim": 0, "augment_dim": 0, "channel_mult_emb": 4, "dropout": 0.1}
+COMMON = {"label_dim": 0, "channel_mult_emb": 4, "dropout": 0.1}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "SongUNet": {
         **{"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4},
@@ -54,12 +51,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"attn_resolutions": [32, 16, 8]},
     },
 }
-KINDS = {
-    "embedding_type": ("positional", "fourier"),
-    "encoder_type": ("standard", "residual"),
-    "decoder_type": ("standard", "skip"),
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "embedding_type": ("fourier_scale", {"positional": None, "fourier": 16.0}),
+    "encoder_type": ("residual_input", {"standard": False, "residual": True}),
+    "decoder_type": ("skip_output", {"standard": False, "skip": True}),
 }
-"""The kinds of a SongUNet that we have."""
+"""Kinds of a SongUNet that we have: their argument and ours, their values and ours."""
 
 
 def open_content(content: Any, path: Path, hints: Hints) -> contents.Checkpoint | None:
@@ -73,46 +70,53 @@ def open_content(content: Any, path: Path, hints: Hints) -> contents.Checkpoint 
     if not models:
         return None
     card = card_of_module(models.get(hints.weights) or next(iter(models.values())))
-    sets = contents.Lazy(models, partial(module_weights, card.network))
-    return contents.Checkpoint(path=path, format=FORMAT, card=card, weights=sets)
+    read = partial(module_weights, card.network)
+    return contents.Checkpoint(path=path, format=FORMAT, card=card, sets=models, read=read)
 
 
 def card_of_module(module: Object) -> ModelCard:
     """Return the card of a preconditioned network."""
-    edm2 = module.kind == "Precond"
-    check(not edm2, "a model of class Precond, a network of EDM2, which is not built here")
+    edm2 = ", a network of EDM2, which is not built here" if module.kind == "Precond" else ""
     known = f"whose preconditioning is not one of {', '.join(ROLES)}"
-    check(module.kind in ROLES, f"a model of class {module.kind}, {known}")
+    check(module.kind in ROLES, f"a model of class {module.kind}{edm2 or f', {known}'}")
     inner: Any = _part(module, "_modules").get("model")
     kind = inner.kind if isinstance(inner, Object) else brief(inner)
-    ours = isinstance(inner, Object) and kind in DEFAULTS
-    check(ours, f"a network of class {kind}, which is not one of {', '.join(DEFAULTS)}")
+    check(kind in DEFAULTS, f"a network of class {kind}, which is not one of {', '.join(DEFAULTS)}")
     arguments = inner.state.get("_init_kwargs")
     check(isinstance(arguments, dict), "a network without its settings")
     role = ROLES[module.kind]
     process = replace(contents.PUBLISHED, sigma_data=float(module.state["sigma_data"]))
     if role == "consistency":
         process = replace(process, t_min=float(module.state["sigma_min"]))
-    network = settings(kind, arguments)
-    second, scale = second_time(network), contents.C_NOISE_NVLABS
-    return card_of(network, scale, role=role, process=process, second_time=second)
+    return card_of(settings(kind, arguments), role=role, process=process)
 
 
-def second_time(network: dict[str, Any]) -> float:
-    """Return the second time point of two-step sampling, published for 64 x 64 and for CIFAR-10."""
-    return 1.526 if network["image_size"] == 64 else 0.821
+def card_of(network: dict[str, Any], **known: Any) -> ModelCard:
+    """Return the card of a network; the second time point is that published for 64 x 64 or for CIFAR-10."""
+    second = 1.526 if network["image_size"] == 64 else 0.821
+    return contents.card_of(network, contents.C_NOISE_NVLABS, second_time=second, **known)
 
 
 def module_weights(network: dict[str, Any], module: Object) -> StateDict:
-    """Return the parameters and buffers of a preconditioned network."""
-    weights = {
-        f"{prefix}{name}": value
-        for prefix, inner in modules(_part(module, "_modules")["model"]).items()
-        for part in ("_parameters", "_buffers")
-        for name, value in _part(inner, part).items()
-        if value is not None
-    }
+    """Return the parameters and buffers of a preconditioned network. Refuse a module that stands in two places."""
+    weights: dict[str, Any] = {}
+    seen: set[int] = set()
+    waiting = [("", _part(module, "_modules")["model"])]
+    for prefix, inner in waiting:  # grows while it is walked
+        new = id(inner) not in seen and prefix.count(".") <= 8
+        check(new, "modules that contain each other")
+        seen.add(id(inner))
+        tensors = _part(inner, "_parameters") | _part(inner, "_buffers")
+        weights |= {f"{prefix}{name}": v for name, v in tensors.items() if v is not None}
+        modules = _part(inner, "_modules").items()
+        waiting += [(f"{prefix}{name}.", m) for name, m in modules if isinstance(m, Object)]
     return renamed(network, weights)
+
+
+def _part(module: Object, name: str) -> dict[str, Any]:
+    part: dict[str, Any] = module.state.get(name)
+    check(isinstance(part, dict), f"a module without its {name}")
+    return part
 
 
 def renamed(network: dict[str, Any], weights: StateDict) -> StateDict:
@@ -129,17 +133,14 @@ def settings(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the node of our network from the arguments of theirs."""
     theirs = COMMON | DEFAULTS[kind] | arguments
     require_images(kind, theirs["in_channels"], theirs["out_channels"])
-    ours: dict[str, Any] = {"_target_": TARGETS[kind]}
-    ours |= {name: theirs[argument] for argument, name in RENAMED.items()}
-    ours |= {name: theirs[name] for name in SHARED + (SONG if kind == "SongUNet" else ())}
-    ours |= {"num_classes": theirs["label_dim"] or None, "augment_dim": 0}
+    ours = {"_target_": TARGETS[kind], "num_classes": theirs["label_dim"] or None, "augment_dim": 0}
+    ours |= {name: theirs[argument] for argument, name in OTHER.items()}
+    ours |= {name: theirs[name] for name in SAME if name in theirs}
     if kind == "SongUNet":
-        for name, kinds in KINDS.items():
-            known = f"which is not one of {', '.join(kinds)}"
-            check(theirs[name] in kinds, f"a SongUNet with {name}={brief(theirs[name])}, {known}")
-        ours["fourier_scale"] = 16.0 if theirs["embedding_type"] == "fourier" else None
-        ours["residual_input"] = theirs["encoder_type"] == "residual"
-        ours["skip_output"] = theirs["decoder_type"] == "skip"
+        for name, (own, kinds) in KINDS.items():
+            shown = f"{name}={brief(theirs[name])}, which is not one of {', '.join(kinds)}"
+            check(theirs[name] in kinds, f"a SongUNet with {shown}")
+            ours[own] = kinds[theirs[name]]
     return ours
 
 
@@ -152,17 +153,13 @@ def require_images(kind: str, channels: object, out: object) -> None:
 def open_state(weights: dict[str, Tensor], hints: Hints) -> wrapped.OpenedState:
     """Return the card of a state dict, with EDM's noise process; it does not record which scalings belong to it."""
     network, notes = settings_of(weights, hints)
-    card = card_of(network, contents.C_NOISE_NVLABS, second_time=second_time(network))
-    return card, notes, partial(renamed, network)
+    return card_of(network), notes, partial(renamed, network)
 
 
 def settings_of(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str]]:
     """Return the arguments of our network, read off names (with the sides of feature maps) and shapes; and assumptions."""
-    blocks = {
-        (int(side), int(number))
-        for side, number in re.findall(r"^enc\.(\d+)x\d+_block(\d+)\.", "\n".join(weights), re.M)
-    }
-    sides = sorted({side for side, _ in blocks}, reverse=True)
+    blocks = {*re.findall(r"^enc\.(\d+)x\d+_block(\d+)\.", "\n".join(weights), re.M)}
+    sides = sorted({int(side) for side, _ in blocks}, reverse=True)
     halved = sides and sides == [sides[0] >> level for level in range(len(sides))]
     check(halved, "weights of another network than SongUNet and DhariwalUNet")
     top = f"{sides[0]}x{sides[0]}"
@@ -175,18 +172,14 @@ def settings_of(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[
     label = weights.get("map_label.weight")
     firsts = {side: f"enc.{side}x{side}_block0" for side in sides}
     ours: dict[str, Any] = {
-        "_target_": TARGETS[kind],
-        "image_size": sides[0],
-        "in_channels": stem.shape[1],
-        "out_channels": stem.shape[1],
-        "model_channels": width,
+        **{"_target_": TARGETS[kind], "image_size": sides[0], "model_channels": width},
+        **{"in_channels": stem.shape[1], "out_channels": stem.shape[1]},
         "channel_mult": [weights[f"{b}.conv1.weight"].shape[0] // width for b in firsts.values()],
         "channel_mult_emb": embedding // width,
         "num_res_blocks": len(blocks) // len(sides),
         "attention_resolutions": [s for s, b in firsts.items() if f"{b}.qkv.weight" in weights],
-        "dropout": 0.0,
         "num_classes": None if label is None else label.shape[1],
-        "augment_dim": 0,
+        **{"dropout": 0.0, "augment_dim": 0},
     }
     if kind == "DhariwalUNet":
         return ours, []
@@ -197,28 +190,5 @@ def settings_of(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[
     taps = next((v.shape[-1] for n, v in weights.items() if n.endswith("resample_filter")), None)
     wide = ours["residual_input"] if taps is None else taps == 4
     ours["resample_filter"] = [1, 3, 3, 1] if wide else [1, 1]
-    if taps is not None or len(sides) == 1:
-        return ours, []
     note = f"assumes resample_filter={ours['resample_filter']} (the file does not record it)"
-    return ours, [note]
-
-
-def modules(root: Object) -> dict[str, Object]:
-    """Return all modules below `root` by their dotted names. Refuse a module that stands in two places."""
-    tree: dict[str, Object] = {}
-    seen: set[int] = set()
-    waiting = [("", root)]
-    for prefix, module in waiting:  # grows while it is walked
-        new = id(module) not in seen and prefix.count(".") <= 8
-        check(new, "modules that contain each other")
-        seen.add(id(module))
-        tree[prefix] = module
-        inside = _part(module, "_modules").items()
-        waiting += [(f"{prefix}{name}.", m) for name, m in inside if isinstance(m, Object)]
-    return tree
-
-
-def _part(module: Object, name: str) -> dict[str, Any]:
-    part: dict[str, Any] = module.state.get(name)
-    check(isinstance(part, dict), f"a module without its {name}")
-    return part
+    return ours, [note] if taps is None and len(sides) > 1 else []

@@ -1,9 +1,7 @@
 """openai/consistency_models: a flat state dict of its `UNetModel`, saved by torch; also the same as safetensors.
 
-The names are those of our `ADM`, the rows of qkv stand in the same order, and c_noise = 250 ln t. The file holds no
-settings, and the keys of a teacher and of a student are the same. All settings that change a shape are read off the
-shapes. Two are not in them: the width of an attention head, 64 in every released file, and the size of the images,
-which the two released networks are known by.
+Names and rows of qkv are those of our `ADM`, and c_noise = 250 ln t. Settings are read off the shapes. These do not have
+the role, the width of an attention head (64 in every released file) and the size of the images.
 """
 
 import json
@@ -23,13 +21,9 @@ from consistency.inference.card import ModelCard
 from consistency.runtime.files import written_whole
 
 FORMAT = OPENAI
-ADM = "consistency.networks.adm.ADM"
 ANCHORS = ("time_embed.0.weight", "input_blocks.0.0.weight")
-"""Two parameters that every network has."""
-
-HEAD_CHANNELS = (64, 32, 16)
-"""Widths of a head that the published attention accepts, the released one first."""
-
+ADM = "consistency.networks.adm.ADM"
+HEAD_CHANNELS = (64, 32, 16)  # that the published attention accepts, the released one first
 RELEASED: dict[tuple[int, tuple[int | float, ...]], tuple[int, float]] = {
     (192, (1, 2, 3, 4)): (64, 1.38237),
     (256, (1, 1, 2, 2, 4, 4)): (256, 4.36556),
@@ -50,8 +44,7 @@ def settings(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str
     levels, blocks, between = layout(weights)
     channels, out = weights["input_blocks.0.0.weight"].shape[1], weights["out.2.weight"].shape[0]
     counts = f"{out} output channels (out.2.weight) for {channels} of the image"
-    reason = "as learn_sigma=True or a condition makes them, which no consistency model has"
-    check(out == channels, f"a UNetModel with {counts}, {reason}")
+    check(out == channels, f"a UNetModel with {counts}, as learn_sigma or a condition makes them")
     width = weights["time_embed.0.weight"].shape[1]
     firsts = [f"input_blocks.{1 + k * blocks}" for k in range(levels)]
     tops = [weights[f"{name}.0.out_layers.3.weight"].shape[0] for name in firsts]
@@ -69,26 +62,19 @@ def settings(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str
         if known is None:
             width_of = f"attention heads of {heads or 'all'} channels"
             notes.append(assumes(width_of, "num_head_channels= or num_heads="))
-    classes = weights.get("label_emb.weight")
+    classes, upsample = weights.get("label_emb.weight"), hints.num_heads_upsample
     embedding = weights["input_blocks.1.0.emb_layers.1.weight"].shape[0]
-    upsample = hints.num_heads_upsample
     network = {
-        "_target_": ADM,
-        "image_size": size,
-        "in_channels": channels,
-        "out_channels": channels,
-        "model_channels": width,
-        "num_res_blocks": blocks - 1,
+        **{"_target_": ADM, "image_size": size, "model_channels": width},
+        **{"in_channels": channels, "out_channels": channels, "num_res_blocks": blocks - 1},
         "attention_resolutions": [size >> k for k in attention],
         "channel_mult": mult,
         "num_classes": None if classes is None else classes.shape[0],
-        "dropout": 0.0,
-        "num_heads": hints.num_heads or 1,
-        "num_head_channels": heads,
+        **{"num_heads": hints.num_heads or 1, "num_head_channels": heads},
         "use_scale_shift_norm": embedding == 2 * tops[0],
         "resblock_updown": not between,
         "conv_resample": not between or any(n.endswith(".op.weight") for n in weights),
-        "num_groups": 32,
+        **{"dropout": 0.0, "num_groups": 32},
     }
     return network | ({} if upsample is None else {"num_heads_upsample": upsample}), notes
 
@@ -96,10 +82,8 @@ def settings(weights: StateDict, hints: Hints) -> tuple[dict[str, Any], list[str
 def layout(weights: StateDict) -> tuple[int, int, bool]:
     """Return the number of levels, of decoder blocks in each, and whether layers or else blocks change the resolution."""
     guided = any(n.endswith(".qkv.weight") and value.ndim == 3 for n, value in weights.items())
-    fault = (
-        "weights of guided-diffusion, which predict noise in another time and order qkv by heads"
-    )
-    check(not guided, fault)
+    fault = "predict noise in another time and order qkv by heads"
+    check(not guided, f"weights of guided-diffusion, which {fault}")
     # Encoder and decoder have equally many blocks, of which a pooling block has no weights.
     length = 1 + max(int(n.split(".")[1]) for n in weights if n.startswith("output_blocks."))
     check(length <= len(weights), "weights of a network that is no ADM")
@@ -108,8 +92,7 @@ def layout(weights: StateDict) -> tuple[int, int, bool]:
     in_blocks = sum(n.format(1) in weights or n.format(2) in weights for n in inside)
     levels = 1 + (layers or in_blocks)
     blocks, rest = divmod(length, levels)
-    known = not rest and blocks >= 2
-    check(known, "weights of another network than those of consistency models")
+    check(not rest and blocks >= 2, "weights of another network than those of consistency models")
     return levels, blocks, layers > 0
 
 
@@ -133,12 +116,9 @@ def require_openai(card: ModelCard) -> None:
         "groups of another number than 32": network.get("num_groups", 32) != 32,
         "another sigma_data than 0.5": scalings.get("sigma_data") != 0.5,
     }
-    require(
-        not any(reasons.values()),
-        "a model that the published UNetModel can be",
-        ", ".join(reason for reason, holds in reasons.items() if holds),
-        "convert to=ours, or train with model=adm_imagenet64 or adm_lsun256 (any size)",
-    )
+    got = ", ".join(reason for reason, holds in reasons.items() if holds)
+    remedy = "convert to=ours, or train with model=adm_imagenet64 or adm_lsun256 (any size)"
+    require(not got, "a model that the published UNetModel can be", got, remedy)
     if scalings.get("t_min", 0.002) != 0.002:
         note = f"give the published code sigma_min={scalings['t_min']} for this model"
         print(note, file=sys.stderr)

@@ -1,34 +1,32 @@
 """Our own checkpoints: tensors and a plain card. No code, no pickled class.
 
-A run's checkpoint (`.ckpt`) is what Lightning saves, with `card` beside it. A converted model is `card` and `weights`;
-safetensors and torch files of ours with a card beside the weights are read as such.
-The card is the saved form of a `ModelCard`:
-
-    role                consistency (f, samples in one step) or teacher (a denoiser D)
-    network             `_target_` and arguments of the network
-    preconditioning     `_target_` and arguments of the preconditioning
-    process             sigma_data, t_min, t_max, rho, and `times`, the points of two-step sampling
-    image               channels, size
-    num_classes         number of classes or null
-    class_names         their names, if the data has any
+A run's checkpoint (`.ckpt`) is what Lightning saves, with `card` beside it; other torch files have `card` and `weights`. A
+converted model is a safetensors file, whose metadata hold the card as JSON and a SHA-256 over card and weights: a file
+that changed is recognised wherever it is copied to. The card is what `ModelCard.saved` returns.
 """
 
+import hashlib
+import json
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from consistency.checkpoints import posthoc
-from consistency.checkpoints.contents import Checkpoint, Hints, StateDict, check, unreadable
+from consistency.checkpoints.contents import Checkpoint, Hints, StateDict, check, checking
 from consistency.checkpoints.pickle_reader import OPENAI, read_zip
-from consistency.errors import UserError
 from consistency.inference.card import ModelCard
 from consistency.runtime.files import verify_checksum, written_whole
 
 FORMAT = "ours"
-EMA_CALLBACK = "EvaluationEMA"
-"""The callback whose state in a run's checkpoint holds the averages of the network."""
+SEALED = "model.safetensors"
+"""The weights in a folder that we wrote."""
+
+CARD, DIGEST = "consistency", "sha256"
+"""Names of the card and of the checksum in the metadata of a safetensors file."""
 
 
 def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
@@ -44,27 +42,25 @@ def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
         network = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         if network:
             sets[role] = network
-    averages = content.get("callbacks", {}).get(EMA_CALLBACK, {}).get("averages", {})
+    averages = content.get("callbacks", {}).get("EvaluationEMA", {}).get("averages", {})
     for name, average in averages.items():
         sets.setdefault("ema", average)
         sets[posthoc.set_name(name)] = average
-    kind = OPENAI if content.get("format") == OPENAI else FORMAT
-    card = ModelCard.parse(content["card"], path)
-    weights = posthoc.Sets(sets, partial(posthoc.reconstruct, path, content.get("k", 0), averages))
-    return Checkpoint(path=path, format=kind, card=card, weights=weights)
+    return Checkpoint(
+        path=path,
+        format=OPENAI if content.get("format") == OPENAI else FORMAT,
+        card=ModelCard.parse(content["card"], path),
+        sets=posthoc.Sets(sets, partial(posthoc.reconstruct, path, content.get("k", 0), averages)),
+    )
 
 
 def read(path: Path) -> dict[str, Any]:
     """Return all that a run's checkpoint holds, checked against its checksum."""
     verify_checksum(path)
-    try:
+    with checking(path):
         content: dict[str, Any] = read_zip(path)
         known = isinstance(content, dict) and "card" in content
         check(known, "a checkpoint without a card of ours")
-    except UserError:
-        raise
-    except Exception as error:  # a damaged or hostile file can fail in any way
-        raise unreadable(path, error) from error
     return content
 
 
@@ -82,3 +78,42 @@ def save(content: dict[str, Any], file: IO[bytes]) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
+
+
+def digest(card: str, weights: StateDict) -> str:
+    """Return the SHA-256 of a card and of all weights with their names, types and shapes."""
+    total = hashlib.sha256(card.encode())
+    for name in sorted(weights):
+        tensor = weights[name].contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        total.update(content)
+    return total.hexdigest()
+
+
+def write_sealed(path: Path, card: ModelCard, weights: StateDict) -> None:
+    """Write weights with their card, whole or not at all."""
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    text = json.dumps(card.saved(), sort_keys=True)
+    with written_whole(path) as file:
+        metadata = {"format": "pt", CARD: text, DIGEST: digest(text, own)}
+        save_file(own, file.name, metadata=metadata)
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Return the tensors of a safetensors file; `card` and `weights` if it has a card. Refuse a changed file."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        weights = {name: file.get_tensor(name).clone() for name in file.keys()}
+    if CARD not in metadata:
+        return weights
+    same = digest(metadata[CARD], weights) == metadata.get(DIGEST)
+    check(same, "a file that has changed since it was written, by its own checksum")
+    return {"card": json.loads(metadata[CARD]), "weights": weights}
+
+
+def read_card(path: Path) -> dict[str, Any] | None:
+    """Return the card of a safetensors file, not yet checked against its weights; None for other programs' files."""
+    with safe_open(path, framework="pt") as file:
+        card: dict[str, Any] | None = json.loads((file.metadata() or {}).get(CARD, "null"))
+    return card

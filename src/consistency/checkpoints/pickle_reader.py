@@ -1,8 +1,8 @@
 """Pickles and torch files, read as data: no name inside them is resolved and nothing inside them is called.
 
 A pickle is a program for a small stack machine. The standard library's interpreter in Python carries out the instructions
-that make plain values; `Machine` replaces those that import and call: a name stays a `Name`, the few functions that
-checkpoints call are those of `pickle_calls`, and any other name is refused.
+that make plain values; `Machine` replaces those that import and call: a name stays a `Name`, functions of `CALLS` stand for
+those that checkpoints call, and any other name is refused. The arguments come from the file and may be anything.
 
 Three containers hold such programs: a bare pickle (NVlabs), a zip archive (`torch.save`), and the older torch form,
 which is also how a bare pickle stores its tensors. Sizes are checked before memory is taken, the zip checksums (which
@@ -11,30 +11,36 @@ torch ignores) are verified, and tensors must lie inside their storages.
 
 import io
 import json
+import math
 import pickle
-import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from consistency.checkpoints import pickle_calls as calls
-from consistency.checkpoints.contents import ContentError, check
-from consistency.checkpoints.pickle_calls import MAX_ODD_KEYS, Key, Name, Object, brief
-
-MAX_INSTRUCTIONS = 2_000_000
-Stream: TypeAlias = IO[bytes] | io.BufferedIOBase
-"""An open file, bytes in memory, or a record of an archive."""
+from consistency.checkpoints.contents import ContentError, Name, Object, brief, check
 
 CARD, OPENAI = "consistency.json", "OpenAI"
 """The record of a torch archive that holds our card, which torch ignores, and the format of such a file."""
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 """The first two values of the older torch form."""
+
+MAX_INSTRUCTIONS, MAX_ODD_KEYS = 2_000_000, 20_000
+"""Odd keys of dictionaries are not strings: their hashes are not random, so many could be made to collide."""
+
+Key = str | int | float | bytes | None
+"""Types of keys. None of them nests, because the hash of a deeply nested tuple overflows the stack."""
+
+ARRAY = "numpy.ndarray"
+NUMBERS = {f"{kind}{size}" for kind in "fiu" for size in (1, 2, 4, 8)} - {"f1"} | {"b1"}
+"""numpy types of numbers, by kind and bytes."""
 
 STORAGES = {
     **{"torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64},
@@ -45,113 +51,186 @@ STORAGES = {
 }
 
 
-def _storage_from_bytes(content: Any) -> Any:
+def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
+    known = len(pairs) <= MAX_ODD_KEYS and all(isinstance(key, Key) for key, _ in pairs)
+    check(known, "an ordered dictionary with keys that no checkpoint has")
+    return dict(pairs)
+
+
+def _set_of_names(items: Any = ()) -> set[str]:
+    check(all(isinstance(item, str) for item in items), "a set of something else than names")
+    return set(items)
+
+
+def _encoded(text: str, encoding: object) -> bytes:
+    check(encoding == "latin1", "bytes in an unknown encoding")
+    return bytes(text, "latin1")
+
+
+def _method(owner: object, name: object) -> Object:
+    """Stand for a method of a persistent object, as the loss of ECT holds one."""
+    known = isinstance(owner, Object) and isinstance(name, str)
+    check(known, f"a pickle that asks for the attribute {brief(name)} of {brief(owner)}")
+    return Object("method")
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> Tensor:
+    """Return a view of a storage, inside it and without overlap, so that it cannot be larger than the file."""
+    check(isinstance(storage, Tensor) and storage.ndim == 1, "a tensor without a storage")
+    sides = (offset, *size, *stride)
+    whole = all(isinstance(n, int) and 0 <= n < 2**48 for n in sides)
+    check(whole and len(size) == len(stride) <= 8, "a tensor with an impossible shape")
+    count = math.prod(size)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    inside = not count or max(count, last + 1) <= storage.numel()
+    check(inside, "a tensor that reaches out of its storage")
+    return storage.as_strided(tuple(size), tuple(stride), offset) if count else storage[:0]
+
+
+def _tensor_with_state(function: Name, _: object, arguments: Any, *__: object) -> Tensor:
+    return TENSORS[function.path](*arguments)
+
+
+def _storage_from_bytes(content: bytes) -> Any:
     """Return a storage that a bare pickle holds as a file in the older torch form."""
-    check(isinstance(content, bytes), "a storage without bytes")
     stream = io.BytesIO(content)
     storage = read_older(stream, len(content))
     check(not stream.read(1), "a storage with more bytes than it declares")
     return storage
 
 
+def _number_type(code: object, *_: object) -> Object:
+    text = code.decode("latin1") if isinstance(code, bytes) else code
+    if not isinstance(text, str) or text.lstrip("<>=|") not in NUMBERS:
+        raise ContentError(f"a number of type {brief(code)}")
+    return Object("numpy.dtype", np.dtype(text))
+
+
+def _numbers(kind: Any, content: Any) -> np.ndarray[Any, np.dtype[Any]]:
+    """Return the numbers in bytes, in this machine's order; Python 2 wrote bytes as text."""
+    stored = content.encode("latin1") if isinstance(content, str) else content
+    check(isinstance(kind.state, np.dtype), "a number without a type")
+    return np.frombuffer(stored, kind.state).astype(kind.state.newbyteorder("="))
+
+
+def _array(shape: Any, kind: object, by_column: object, content: object) -> Tensor:
+    whole = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
+    check(whole, "an array without a shape")
+    values = _numbers(kind, content)
+    same = len(shape) <= 8 and math.prod(shape) == values.size
+    check(same, "an array of another size than its shape")
+    rows = values.reshape(shape, order="F" if by_column else "C")
+    return torch.from_numpy(np.ascontiguousarray(rows).reshape(shape))
+
+
+TENSORS: dict[str, Callable[..., Tensor]] = {
+    **{f"torch._utils._rebuild_{name}": _tensor for name in ("tensor", "tensor_v2")},
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
+}
 COPIES: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": calls.ordered_dict,
-    "torch.Size": calls.size,
+    "collections.OrderedDict": _ordered_dict,
+    "torch.Size": tuple,
     "torch.storage._load_from_bytes": _storage_from_bytes,
-    "_codecs.encode": calls.encoded,
-    **{f"{module}.set": calls.set_of_names for module in ("builtins", "__builtin__")},
-    **{f"numpy.{core}.numeric._frombuffer": calls.array_from_buffer for core in ("core", "_core")},
+    "_codecs.encode": _encoded,
+    "builtins.set": _set_of_names,
+    "numpy.core.numeric._frombuffer": lambda content, kind, shape, order: Object(
+        ARRAY, _array(shape, kind, order == "F", content)
+    ),
 }
 """Calls that copy their argument: a short pickle could fill the memory by repeating them."""
 
-CALLS: dict[str, Callable[..., Any]] = COPIES | {
+MODULES = [f"torch.nn.modules.container.{k}" for k in ("ModuleDict", "ModuleList", "Sequential")]
+CALLS: dict[str, Callable[..., Any]] = {
+    **COPIES,
+    **TENSORS,
+    **{path: partial(Object, path) for path in MODULES},
     "collections.defaultdict": lambda *_: {},
-    **{name.path: call for name, call in calls.TENSORS.items()},
-    "torch._tensor._rebuild_from_type_v2": calls.tensor_with_state,
-    "torch.device": lambda *_: Object("setting", None),
-    "torch_utils.persistence._reconstruct_persistent_obj": calls.persistent,
-    "numpy.dtype": calls.number_type,
-    "builtins.getattr": calls.method,
-    **{f"{module}.bytes": calls.no_bytes for module in ("builtins", "__builtin__")},
-    **{f"numpy.{core}.multiarray.scalar": calls.number for core in ("core", "_core")},
-    **{
-        f"numpy.{core}.multiarray._reconstruct": lambda *_: Object("numpy.ndarray", None)
-        for core in ("core", "_core")
-    },
+    "torch._tensor._rebuild_from_type_v2": _tensor_with_state,
+    "torch.device": lambda *_: Object("setting"),
+    "torch_utils.persistence._reconstruct_persistent_obj": lambda meta: Object(
+        brief(meta["class_name"]).strip("'"), meta["state"]
+    ),
+    "builtins.bytes": lambda: b"",
+    "builtins.getattr": _method,
+    "numpy.dtype": _number_type,
+    "numpy.core.multiarray.scalar": lambda kind, content: _numbers(kind, content).item(),
+    "numpy.core.multiarray._reconstruct": lambda *_: Object(ARRAY),
 }
-MODULES = {f"torch.nn.modules.container.{k}" for k in ("ModuleDict", "ModuleList", "Sequential")}
-DICTIONARIES = ("EasyDict", "AttrDict", "AttributeDict", "Namespace")
+"""Functions that stand for those which checkpoints call; a persistent object's source, beside its state, is not read."""
+
+DICTIONARIES = (".EasyDict", ".AttrDict", ".AttributeDict", ".Namespace")
 """Classes, wherever they come from, that are dictionaries with their keys as attributes."""
 
 SETTINGS = ("omegaconf.", "typing.", "pathlib.")
 """Packages whose objects stand beside weights, as settings: kept unread, whatever they are."""
 
-PLAIN = "dict list int long float str unicode bool tuple".split()
 KNOWN = {
-    *(*CALLS, *STORAGES, *MODULES, *map(str, STORAGES.values())),
-    *("torch.strided", "torch.Tensor", "torch.nn.parameter.Parameter", "numpy.ndarray"),
-    *(f"{module}.{kind}" for module in ("builtins", "__builtin__") for kind in PLAIN),
+    *(*CALLS, *STORAGES, *map(str, STORAGES.values()), ARRAY),
+    *("torch.strided", "torch.Tensor", "torch.nn.parameter.Parameter"),
+    *(f"builtins.{kind}" for kind in "dict list int long float str unicode bool tuple".split()),
 }
 """Names that a pickle may hold; those that are not called stand for themselves."""
 
-REFUSED = "PERSID INST OBJ NEWOBJ_EX EXT1 EXT2 EXT4 FROZENSET NEXT_BUFFER READONLY_BUFFER".split()
+REFUSED = "persid inst obj newobj_ex ext1 ext2 ext4 frozenset next_buffer readonly_buffer"
 """Instructions that no checkpoint needs."""
 
-
-def _is_dictionary(path: str) -> bool:
-    """Return whether a class is a dictionary under another name."""
-    return path.rpartition(".")[2] in DICTIONARIES
+Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 
-class Instructions(dict[int, Callable[[Any], None]]):
-    """The instructions of one pickle by their codes, counted as they are looked up."""
+class Instructions:
+    """The methods of `Machine` by the codes of instructions, counted as they are looked up."""
 
     count = 0
 
     def __getitem__(self, code: int) -> Callable[[Any], None]:
         self.count += 1
         check(self.count <= MAX_INSTRUCTIONS, "a pickle of more parts than any checkpoint has")
-        return super().__getitem__(code)
-
-    def __missing__(self, code: int) -> Callable[[Any], None]:
-        known = pickletools.code2op.get(chr(code))  # type: ignore[attr-defined]
-        raise ContentError(f"a pickle with the instruction {known.name if known else code}")
-
-
-Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+        method = Unpickler.dispatch[code].__name__
+        name = method.removeprefix("load_")
+        if name in REFUSED.split():
+            raise ContentError(f"a pickle with the instruction {name.upper()}")
+        return getattr(Machine, method)
 
 
 class Machine(Unpickler):
     """The interpreter of one pickle from a source of `total` bytes.
 
-    find_storage: returns the storage that a torch file describes, a tensor of one axis.
+    make_storage: makes a storage of a torch file, a tensor of one axis, by key, type and length.
     """
 
-    stack: list[Any]
-
-    def __init__(self, total: int, find_storage: Callable[[Any], Tensor] | None = None) -> None:
-        self.find_storage = find_storage
+    def __init__(self, total: int, make_storage: Callable[..., Tensor] | None = None) -> None:
+        self.make_storage, self.storages = make_storage, dict[str, Tensor]()
         self.odd_keys, self.to_copy = 0, 2 * total
-        allowed = [o for o in pickletools.opcodes if o.name not in REFUSED and o.proto <= 5]
-        methods = {ord(o.code): Unpickler.dispatch[ord(o.code)].__name__ for o in allowed}
-        self.dispatch = Instructions((c, getattr(Machine, name)) for c, name in methods.items())
+        self.dispatch = Instructions()
 
-    def run(self, program: bytes | Stream) -> Any:
+    def run(self, program: bytes | io.BufferedIOBase) -> Any:
         """Return the value of a pickle: bytes, or a stream that stands at its beginning."""
         stream = io.BytesIO(program) if isinstance(program, bytes) else program
         super().__init__(stream, encoding="latin1")
         return self.load()
 
-    def persistent_load(self, description: object) -> Tensor:
-        """Return the storage that a torch file describes; a bare pickle has none outside of itself."""
-        if self.find_storage is None:
+    def persistent_load(self, description: Any) -> Tensor:
+        """Return the storage that a torch file describes, made at its first use."""
+        if self.make_storage is None:
             raise ContentError("a pickle that refers to something outside of it")
-        return self.find_storage(description)
+        word, kind, key, _, length, *view = description
+        dtype = STORAGES.get(kind.path)
+        if word != "storage" or dtype is None or any(v is not None for v in view):
+            raise ContentError("a storage of an unknown kind")
+        sized = isinstance(key, str) and isinstance(length, int) and 0 <= length < 2**48
+        check(sized, "a storage without a size")
+        if key not in self.storages:
+            self.storages[key] = self.make_storage(key, dtype, length)
+        storage = self.storages[key]
+        check((storage.dtype, storage.numel()) == (dtype, length), "a storage of two kinds")
+        return storage
 
     def find_class(self, module: str, name: str) -> Name:
         """Return a name, if it is one of those that checkpoints are made of."""
-        path = f"{module}.{name}"
-        known = path in KNOWN or path.startswith(SETTINGS) or _is_dictionary(path)
+        path = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+        path = path.replace("__builtin__.", "builtins.")
+        known = path in KNOWN or path.startswith(SETTINGS) or path.endswith(DICTIONARIES)
         check(known, f"a pickle that asks for {path[:120]}, which no checkpoint needs")
         return Name(path)
 
@@ -159,7 +238,7 @@ class Machine(Unpickler):
         self.stack.append(bytearray(self.read(*struct.unpack("<Q", self.read(8)))))
 
     def load_additems(self) -> None:
-        names = calls.set_of_names(self.pop_mark())
+        names = _set_of_names(self.pop_mark())
         check(isinstance(self.stack[-1], set), "a pickle that adds to something else than a set")
         self.stack[-1].update(names)
 
@@ -169,8 +248,7 @@ class Machine(Unpickler):
         self.fill(items)
 
     def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.fill([key, value])
+        self.fill([self.stack.pop(-2), self.stack.pop()])
 
     def load_setitems(self) -> None:
         self.fill(self.pop_mark())
@@ -178,88 +256,49 @@ class Machine(Unpickler):
     def fill(self, items: list[Any]) -> None:
         """Put keys and values, in turn, into the dictionary on top of the stack."""
         target, keys = self.stack[-1], items[::2]
-        filled = isinstance(target, dict) and len(items) % 2 == 0
-        check(filled, "a pickle that fills something else than a dictionary")
+        check(isinstance(target, dict), "a pickle that fills something else than a dictionary")
         self.odd_keys += sum(not isinstance(key, str) for key in keys)
         plain = self.odd_keys <= MAX_ODD_KEYS and all(isinstance(key, Key) for key in keys)
         check(plain, "a pickle with keys that no checkpoint has")
         target.update(zip(keys, items[1::2], strict=True))
 
     def load_reduce(self) -> None:
-        """Replace a name and its arguments by the result of the function that stands for it."""
+        """Replace a class or function and its arguments by the result of the function that stands for it."""
         arguments, function = self.stack.pop(), self.stack.pop()
         path = function.path if isinstance(function, Name) else ""
         if path.startswith(SETTINGS):
-            self.stack.append(Object(path, None))
-        elif _is_dictionary(path) and arguments == ():
+            self.stack.append(Object(path))
+        elif path.endswith(DICTIONARIES) and arguments == ():
             self.stack.append({})
         else:
-            check(path in CALLS, f"a pickle that calls {brief(function)}")
+            if path not in CALLS:
+                raise ContentError(f"a pickle that calls {brief(function)}")
             check(isinstance(arguments, tuple), f"a pickle that calls {path} without arguments")
             if path in COPIES:
                 self.count_copy(*arguments[:1])
             self.stack.append(CALLS[path](*arguments))
 
-    def count_copy(self, content: object = None) -> None:
-        """Add up the sizes of all that is copied, and refuse more than the file could mean."""
-        if isinstance(content, str | bytes | bytearray):
-            self.to_copy -= len(content)
-        elif isinstance(content, list | tuple):
-            self.to_copy -= 100 * len(content)
-        check(self.to_copy >= 0, "a pickle that copies its own content over and over")
+    load_newobj = load_reduce
 
-    def load_newobj(self) -> None:
-        """Replace a class and its arguments by an object."""
-        arguments, kind = self.stack.pop(), self.stack.pop()
-        path = kind.path if isinstance(kind, Name) else ""
-        alone = arguments == () and (_is_dictionary(path) or path in MODULES)
-        check(
-            alone or path.startswith(SETTINGS), f"a pickle that creates an object of {brief(kind)}"
-        )
-        self.stack.append({} if alone and _is_dictionary(path) else Object(path, {}))
+    def count_copy(self, content: Any = ()) -> None:
+        """Add up the sizes of all that is copied, and refuse more than the file could mean."""
+        self.to_copy -= len(content) * (1 if isinstance(content, str | bytes | bytearray) else 100)
+        check(self.to_copy >= 0, "a pickle that copies its own content over and over")
 
     def load_build(self) -> None:
         """Give an object its state; that of a dictionary is left out, because it holds no weights."""
         state, target = self.stack.pop(), self.stack[-1]
         kind = target.kind if isinstance(target, Object) else None
         if kind == "numpy.dtype":
-            order = state[1:2] if isinstance(state, tuple) else None
-            ordered = order in (("<",), ("|",), (">",), ("=",))
-            check(ordered, "a number whose bytes stand in no order")
-            if order == (">",):
-                target.state = f">{target.state.lstrip('>')}"
-        elif kind == "numpy.ndarray":
-            self.count_copy(state[-1] if isinstance(state, tuple) and state else None)
-            target.state = calls.array(state)
-        elif kind is not None and not kind.startswith(SETTINGS) and isinstance(state, dict):
+            target.state = target.state.newbyteorder(state[1])
+        elif kind == ARRAY:
+            check(isinstance(state, tuple) and len(state) == 5, "an array without a description")
+            self.count_copy(state[4])
+            target.state = _array(*state[1:])
+        elif kind is not None:
             target.state = state
-        elif not isinstance(target, dict) and (kind is None or not kind.startswith(SETTINGS)):
+        elif not isinstance(target, dict):
             raise ContentError(f"a pickle that changes an object of {brief(target)}")
-
-
-class Storages(dict[str, Tensor]):
-    """The storages of a torch file by key.
-
-    make: returns a storage of a key, a type and a length, at its first use.
-    """
-
-    def __init__(self, make: Callable[[str, torch.dtype, int], Tensor]) -> None:
-        self.make = make
-
-    def find(self, description: Any) -> Tensor:
-        """Return the storage that a pickle describes."""
-        described = isinstance(description, tuple) and len(description) >= 5
-        known = described and description[0] == "storage"
-        check(known, "a pickle that refers to something else than a storage")
-        _, kind, key, _, length, *view = description
-        dtype = STORAGES.get(kind.path) if isinstance(kind, Name) else None
-        if dtype is None or any(v is not None for v in view):
-            raise ContentError("a storage of an unknown kind")
-        sized = isinstance(key, str) and isinstance(length, int) and 0 <= length < 2**48
-        check(sized, "a storage without a size")
-        storage = self[key] if key in self else self.setdefault(key, self.make(key, dtype, length))
-        check((storage.dtype, storage.numel()) == (dtype, length), "a storage of two kinds")
-        return storage
 
 
 def _fill_tensor(tensor: Tensor, stream: Any) -> None:
@@ -273,11 +312,10 @@ def read_zip(path: Path) -> Any:
 
     Every record used is checked by its CRC.
     """
-    total = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: record for record in archive.infolist()}
         stored = all(r.compress_type == zipfile.ZIP_STORED for r in records.values())
-        inside = sum(r.file_size for r in records.values()) <= total
+        inside = sum(r.file_size for r in records.values()) <= path.stat().st_size
         check(stored and inside, "a zip archive that is compressed, which torch never writes")
         programs = [name for name in records if name.endswith("data.pkl")]
         check(len(programs) == 1, "a zip archive that torch did not write")
@@ -294,24 +332,18 @@ def read_zip(path: Path) -> Any:
                 _fill_tensor(tensor, stream)
             return tensor
 
-        size = records[programs[0]].file_size
-        content = Machine(size, Storages(storage).find).run(archive.read(programs[0]))
-        card = archive.read(f"{root}{CARD}") if f"{root}{CARD}" in records else None
-    if card is None:
-        return content
-    return {"card": json.loads(card), "weights": content, "format": OPENAI}
+        content = Machine(records[programs[0]].file_size, storage).run(archive.read(programs[0]))
+        if f"{root}{CARD}" not in records:
+            return content
+        card = json.loads(archive.read(f"{root}{CARD}"))
+        return {"card": card, "weights": content, "format": OPENAI}
 
 
-def read_older(stream: Stream, total: int) -> Any:
-    """Return the content of a file in the form of torch before 1.6: pickles, then storages.
-
-    total: its size in bytes.
-    """
+def read_older(stream: io.BufferedIOBase, total: int) -> Any:
+    """Return the content of a file of `total` bytes in the form of torch before 1.6: pickles, then storages."""
     for expected in (MAGIC, PROTOCOL):
-        value = Machine(total).run(stream)
-        check(isinstance(value, int) and value == expected, "a pickle that is no checkpoint")
-    system = Machine(total).run(stream)
-    little = isinstance(system, dict) and system.get("little_endian") is True
+        check(Machine(total).run(stream) == expected, "a pickle that is no checkpoint")
+    little = Machine(total).run(stream)["little_endian"] is True
     check(little, "a torch file with its bytes in reverse")
     taken = 0
 
@@ -321,16 +353,16 @@ def read_older(stream: Stream, total: int) -> Any:
         check(taken <= total, "storages larger than the file")
         return torch.empty(length, dtype=dtype)
 
-    storages = Storages(storage)
-    content = Machine(total, storages.find).run(stream)
-    keys = Machine(total).run(stream)
-    named = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
-    complete = named and sorted(keys) == sorted(storages)
+    machine = Machine(total, storage)
+    content, keys = machine.run(stream), Machine(total).run(stream)
+    named = all(isinstance(key, str) for key in keys)
+    complete = named and sorted(keys) == sorted(machine.storages)
     check(complete, "a torch file without all of its storages")
     for key in keys:
-        whole = stream.read(8) == struct.pack("<q", storages[key].numel())
+        tensor = machine.storages[key]
+        whole = stream.read(8) == struct.pack("<q", tensor.numel())
         check(whole, "a storage that is not of its full length")
-        _fill_tensor(storages[key], stream)
+        _fill_tensor(tensor, stream)
     return content
 
 

@@ -5,6 +5,7 @@ A name is accepted in place of any checkpoint. The file is downloaded once, into
 with that of the weights; its checksum is kept beside it and verified at each use.
 """
 
+import shutil
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -16,12 +17,35 @@ from consistency.errors import UserError, require
 from consistency.inference.card import Role
 from consistency.runtime.files import cache_folder, fingerprint, locked, part_path, write_checksum
 
-PROGRAMS = ("openai:", "jcm:", "edm:")
 OPENAI = "https://openaipublic.blob.core.windows.net/consistency"
-JCM = f"{OPENAI}/jcm_checkpoints"
-EDM = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
-TIMEOUT = 30.0
-CHUNK = 1 << 20
+PROGRAMS = {
+    "openai:": OPENAI,
+    "jcm:": f"{OPENAI}/jcm_checkpoints",
+    "edm:": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained",
+}
+"""Beginnings of names -> the address of the files."""
+
+FILES = {
+    ("openai:", "%s.pt", 295_899_267): """
+        edm_imagenet64_ema cd_imagenet64_l2 cd_imagenet64_lpips ct_imagenet64""",
+    ("openai:", "%s.pt", 526_304_771): """
+        edm_bedroom256_ema cd_bedroom256_l2 cd_bedroom256_lpips ct_bedroom256
+        edm_cat256_ema cd_cat256_l2 cd_cat256_lpips ct_cat256""",
+    ("jcm:", "%s", 112_791_046): "edm_cifar10_ema",
+    ("jcm:", "%s/checkpoints/checkpoint_80", 112_791_046): "cd-l1 cd-l2 cd-lpips continuous-ct-l2",
+    ("jcm:", "%s/checkpoints/checkpoint_74", 112_791_046): "ct-lpips",
+    ("jcm:", "%s/checkpoints/checkpoint_40", 112_791_046): """
+        continuous-ct-lpips cifar10-continuous-cd-l2
+        cifar10-continuous-cd-l2-stopgrad cifar10-continuous-cd-lpips-stopgrad""",
+    ("edm:", "%s.pkl", 295_899_267): "edm-imagenet-64x64-cond-adm",
+    ("edm:", "%s.pkl", 55_733_891): """
+        edm-cifar10-32x32-cond-vp edm-cifar10-32x32-uncond-vp
+        edm-cifar10-32x32-cond-ve edm-cifar10-32x32-uncond-ve""",
+    ("edm:", "%s.pkl", 61_805_571): """
+        edm-ffhq-64x64-uncond-vp edm-afhqv2-64x64-uncond-vp
+        edm-ffhq-64x64-uncond-ve edm-afhqv2-64x64-uncond-ve""",
+}
+"""Program, path and number of weights of the published files -> their names."""
 
 
 @dataclass(frozen=True)
@@ -33,48 +57,14 @@ class Released:
     bytes_at_least: int
 
 
-OPENAI_NAMES = [
-    f"{method}_{data}{suffix}"
-    for data in ("imagenet64", "bedroom256", "cat256")
-    for method, suffix in (("edm", "_ema"), ("cd", "_l2"), ("cd", "_lpips"), ("ct", ""))
-]
-JCM_STEPS = {
-    **{"cd-l1": 80, "cd-l2": 80, "cd-lpips": 80, "ct-lpips": 74, "continuous-ct-l2": 80},
-    **{"continuous-ct-lpips": 40, "cifar10-continuous-cd-l2": 40},
-    **{f"cifar10-continuous-cd-{d}-stopgrad": 40 for d in ("l2", "lpips")},
-}
-JCM_PATHS = {
-    "edm_cifar10_ema": "",
-    **{name: f"/checkpoints/checkpoint_{step}" for name, step in JCM_STEPS.items()},
-}
-EDM_NAMES = [
-    *(f"edm-cifar10-32x32-{cond}-{kind}" for cond in ("cond", "uncond") for kind in ("vp", "ve")),
-    *(f"edm-{data}-64x64-uncond-{kind}" for data in ("ffhq", "afhqv2") for kind in ("vp", "ve")),
-    "edm-imagenet-64x64-cond-adm",
-]
-PARAMETERS = {
-    "openai:imagenet64": 295_899_267,
-    "openai:": 526_304_771,
-    "jcm:": 2 * 56_395_523,
-    "edm:imagenet": 295_899_267,
-    "edm:cifar10": 55_733_891,
-    "edm:": 61_805_571,
-}
-"""Numbers that a published file holds, by its program and the data in its name."""
-
-
-def _released(program: str, name: str, url: str) -> Released:
-    counts = {k.removeprefix(program): n for k, n in PARAMETERS.items() if k.startswith(program)}
-    count = next(n for data, n in counts.items() if data in name)
-    return Released(url, "teacher" if name.startswith("edm") else "consistency", 4 * count)
-
-
-RELEASED: dict[str, Released] = {
-    **{
-        f"openai:{name}": _released("openai:", name, f"{OPENAI}/{name}.pt") for name in OPENAI_NAMES
-    },
-    **{f"jcm:{n}": _released("jcm:", n, f"{JCM}/{n}{path}") for n, path in JCM_PATHS.items()},
-    **{f"edm:{name}": _released("edm:", name, f"{EDM}/{name}.pkl") for name in EDM_NAMES},
+RELEASED = {
+    f"{program}{name}": Released(
+        url=f"{PROGRAMS[program]}/{path % name}",
+        role="teacher" if name.startswith("edm") else "consistency",
+        bytes_at_least=4 * count,
+    )
+    for (program, path, count), names in FILES.items()
+    for name in names.split()
 }
 
 
@@ -88,7 +78,7 @@ def fetch(name: str) -> Path:
         f"perhaps {' or '.join(near)}" if near else "for example openai:cd_imagenet64_lpips",
     )
     released, (program, title) = RELEASED[name], name.split(":")
-    file = f"{title}.flax" if released.url.startswith(JCM) else Path(released.url).name
+    file = f"{title}.flax" if program == "jcm" else Path(released.url).name
     path = cache_folder() / program / file
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +125,7 @@ def _receive(url: str, part: Path, tag: Path) -> int:
     rest = {"Range": f"bytes={have}-", "If-Range": known} if have else {}
     request = urllib.request.Request(url, headers={"User-Agent": "consistency", **rest})
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        response = urllib.request.urlopen(request, timeout=30.0)
     except urllib.error.HTTPError as error:
         if have and error.code == 416:  # nothing is missing
             return have
@@ -149,9 +139,10 @@ def _receive(url: str, part: Path, tag: Path) -> int:
             raise ValueError("a server that does not send the size of the file")
         total = have + int(headers["Content-Length"])
         tag.write_text(headers.get("ETag", ""))
-        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem)
-        with part.open("ab" if continues else "wb") as file, bar:
-            while piece := response.read(CHUNK):
-                file.write(piece)
-                bar.update(len(piece))
+        bar = {"total": total, "initial": have, "desc": part.stem}
+        with (
+            part.open("ab" if continues else "wb") as file,
+            tqdm.wrapattr(file, "write", **bar) as counted,
+        ):
+            shutil.copyfileobj(response, counted, 1 << 20)
     return total

@@ -1,5 +1,6 @@
 """The checkpoints that a run keeps: next, last and previous. A whole one exists at whatever moment the process dies."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,6 @@ import torch
 from consistency.checkpoints.load import LAST, NEXT, PREVIOUS
 from consistency.errors import require
 from consistency.runtime import files
-
-DAMAGED = "damaged.ckpt"
 
 
 def promote(folder: Path) -> None:
@@ -27,11 +26,9 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     paths = [folder / name for name in (NEXT, LAST, PREVIOUS) if (folder / name).is_file()]
     for path in paths:
-        try:
+        with suppress(Exception):  # a damaged file can fail in any way
             files.verify_checksum(path)
             return path, torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception:  # a damaged file can fail in any way
-            continue
     require(
         not paths,
         f"a checkpoint in {folder} as it was written",
@@ -48,7 +45,7 @@ def settle(start: Path) -> None:
         promote(folder)
     if start.name == PREVIOUS and (folder / LAST).is_file():
         # The damaged last must not become the previous of the next one, in the place of a whole checkpoint.
-        (folder / LAST).replace(folder / DAMAGED)
+        (folder / LAST).replace(folder / "damaged.ckpt")
         files.checksum_path(folder / LAST).unlink(missing_ok=True)
     for file in (folder / LAST, folder / PREVIOUS):
         if file.is_file() and not files.checksum_path(file).is_file():

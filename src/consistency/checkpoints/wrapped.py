@@ -15,9 +15,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from consistency.checkpoints.contents import Checkpoint, Hints, Lazy, StateDict
-from consistency.checkpoints.pickle_calls import Object, brief
-from consistency.errors import require
+from consistency.checkpoints.contents import Checkpoint, Hints, Object, StateDict, brief, check
 from consistency.inference.card import ModelCard
 
 MOST_PARTS, MOST_LEVELS, MOST_LISTED = 50_000, 8, 16
@@ -43,7 +41,6 @@ NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|loops|grads?$|rng|opt_state|hyp
 AVERAGE = re.compile(
     r"(^|[._])(ema|average[ds]?|avg|shadow|swa|polyak)|(ema|shadow|avg|averaged)($|[._\d])"
 )
-KINDS = {"online": "online", "student": "online", "target": "target", "teacher": "teacher"}
 NO_AVERAGE = re.compile(r"no(n|t|t_in)?_?ema")
 
 
@@ -61,20 +58,14 @@ class Location:
     fault: str = ""
 
     @property
-    def label(self) -> str:
-        """The keys as a person would write them; empty for weights at the top of the file."""
-        return ".".join(self.keys)
-
-    @property
     def kind(self) -> str | None:
         """ema, online, target or teacher, by the innermost key that names one; None without such a key."""
         words = [key.lower() for key in self.keys if key not in NEUTRAL]
         for word in words[::-1]:
             if AVERAGE.search(word) and not NO_AVERAGE.search(word):
                 return "ema"
-            for name, kind in KINDS.items():
-                if name in word:
-                    return kind
+            if kind := re.search("online|student|target|teacher", word):
+                return kind[0].replace("student", "online")
         return "online" if words else None
 
 
@@ -84,31 +75,26 @@ def open_sets(content: object, path: Path, hints: Hints, form: Any) -> Checkpoin
     form: a module with FORMAT, ANCHORS (parameters that every network of the format has) and `open_state`, which takes a
         state dict and hints and returns a card, assumptions, and the renaming of any set of weights into our names.
     """
-    locations = find(content, form.ANCHORS)
-    if not locations:
+    sets = find(content, form.ANCHORS)
+    if not sets:
         return None
-    candidates = (locations.get(hints.weights), *locations.values())
+    candidates = (sets.get(hints.weights), *sets.values())
     first = next(location for location in candidates if location and not location.fault)
     card, notes, renamed = form.open_state(first.weights, hints)
 
-    def weights(location: Location) -> StateDict:
-        require(
-            not location.fault,
-            "weights with names, or in the order of the network's parameters",
-            f"{location.label}: {location.fault}",
-            "choose other weights= of this checkpoint",
-        )
+    def read(location: Location) -> StateDict:
+        label = ".".join(location.keys)
+        check(not location.fault, f"{label}: {location.fault}; weights= chooses others")
         state: StateDict = renamed(location.weights)
         return state
 
-    notes = tuple(filter(None, [origins(locations), *notes]))
-    sets = Lazy(locations, weights)
-    return Checkpoint(path=path, format=form.FORMAT, card=card, weights=sets, notes=notes)
+    notes = [note for note in (origins(sets), *notes) if note]
+    return Checkpoint(path=path, format=form.FORMAT, card=card, sets=sets, read=read, notes=notes)
 
 
 def origins(locations: dict[str, Location]) -> str:
     """Return a note on the keys of the sets and the tensors left out; empty for one set at the top of the file."""
-    labels = {name: location.label[:80] for name, location in locations.items()}
+    labels = {name: ".".join(location.keys)[:80] for name, location in locations.items()}
     sets = [f"weights={n}{f' below {label}' if label else ''}" for n, label in labels.items()]
     parts = [] if [*labels.values()] == [""] else [f"takes {', '.join(sets)}"]
     others = next((location.others for location in locations.values() if location.others), ())
@@ -121,48 +107,47 @@ def find(content: object, anchors: Sequence[str]) -> dict[str, Location]:
     """Return all sets of weights by the names that `weights=` takes."""
     locations: list[Location] = []
     dotless: list[Location] = []
-    for keys, state in _states(content):
-        for location, has_dots in _split(keys, state, anchors):
-            (locations if has_dots else dotless).append(location)
+    lists: list[tuple[Keys, list[Tensor]]] = []
+    for keys, value in _dictionaries(content):
+        if state := _state(value):
+            for location, has_dots in _split(keys, state, anchors):
+                (locations if has_dots else dotless).append(location)
+        listed = value.get("shadow_params")
+        if isinstance(listed, list | tuple):
+            named = _state({str(number): tensor for number, tensor in enumerate(listed)})
+            lists.append(((*keys, "shadow_params"), [*named.values()]))
     if not locations:
         return {}
     first = next((p for p in locations if p.kind in ("online", None)), locations[0])
     locations += [_dotted(location, first) for location in dotless]
-    locations += [_ordered(keys, tensors, first) for keys, tensors in _lists(content)]
+    locations += [_ordered(keys, tensors, first) for keys, tensors in lists]
     return _named(locations)
 
 
 def first_names(content: object, count: int = 4) -> str:
     """Return the first names of a file's first tensors, or else its keys, for a message."""
-    for keys, state in _states(content):
-        names = ", ".join(brief(name).strip("'") for name in list(state)[:count])
-        below = f" below {brief('.'.join(keys))}" if keys else ""
-        return f"{len(state)} tensors{below} named {names}{' ...' if len(state) > count else ''}"
-    if isinstance(content, dict):
-        names = ", ".join(brief(key).strip("'") for key in list(content)[:count])
-        return f"the keys {names}{' ...' if len(content) > count else ''}"
-    return f"a {type(content).__name__}"
-
-
-def _tensor(value: object) -> Tensor | None:
-    """Return a tensor, or the tensor of an array of numpy."""
-    if isinstance(value, Object) and value.kind == "numpy.ndarray":
-        value = value.state
-    return value if isinstance(value, Tensor) else None
+    states = ((keys, _state(value)) for keys, value in _dictionaries(content))
+    keys, names = next(((keys, state) for keys, state in states if state), ((), content))
+    if not isinstance(names, dict):
+        return f"a {type(content).__name__}"
+    first = ", ".join(brief(name).strip("'") for name in list(names)[:count])
+    below = f" below {brief('.'.join(keys))}" if keys else ""
+    start = "the keys" if names is content else f"{len(names)} tensors{below} named"
+    return f"{start} {first}{' ...' if len(names) > count else ''}"
 
 
 def _dictionaries(content: object) -> Iterator[tuple[Keys, dict[Any, Any]]]:
     """Yield all dictionaries of a file with their keys, the outer ones first; each with dictionaries inside once."""
     seen: set[int] = set()
-    waiting: list[tuple[Keys, object]] = [((), content)]
-    for keys, value in waiting:  # grows while it is walked
-        if isinstance(value, list | tuple) and 0 < len(value) <= MOST_LISTED:
-            value = dict(enumerate(value))
-        if not isinstance(value, dict) or id(value) in seen:
+    waiting: list[tuple[Keys, Any]] = [((), content)]
+    for keys, container in waiting:  # grows while it is walked
+        listed = isinstance(container, list | tuple) and 0 < len(container) <= MOST_LISTED
+        value = dict(enumerate(container)) if listed else container
+        if not isinstance(value, dict) or id(container) in seen:
             continue
         inside = {k: v for k, v in value.items() if isinstance(v, dict | list | tuple)}
         if inside:
-            seen.add(id(value))
+            seen.add(id(container))
         yield keys, value
         if len(keys) < MOST_LEVELS and len(waiting) < MOST_PARTS:
             waiting += [
@@ -172,13 +157,10 @@ def _dictionaries(content: object) -> Iterator[tuple[Keys, dict[Any, Any]]]:
             ]
 
 
-def _states(content: object) -> Iterator[tuple[Keys, dict[str, Tensor]]]:
-    """Yield the named tensors of every dictionary that has some."""
-    for keys, value in _dictionaries(content):
-        tensors = {k: _tensor(v) for k, v in value.items() if isinstance(k, str)}
-        state = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        if state:
-            yield keys, state
+def _state(value: dict[Any, Any]) -> dict[str, Tensor]:
+    """Return the named tensors in a dictionary, arrays of numpy among them."""
+    named = {k: v.state if isinstance(v, Object) else v for k, v in value.items()}
+    return {k: v for k, v in named.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 def _split(
@@ -228,14 +210,6 @@ def _dotted(average: Location, first: Location) -> Location:
     complete = len(names) == len(first.weights) == len(weights) == len(state)
     fault = f"{len(state)} names without dots, not those of its network"
     return Location(keys=average.keys, weights=weights, fault="" if complete else fault)
-
-
-def _lists(content: object) -> Iterator[tuple[Keys, list[Tensor]]]:
-    """Yield all averages that are kept as a list."""
-    for keys, value in _dictionaries(content):
-        tensors = value.get("shadow_params")
-        if isinstance(tensors, list | tuple):
-            yield (*keys, "shadow_params"), [t for t in map(_tensor, tensors) if t is not None]
 
 
 def _ordered(keys: Keys, tensors: list[Tensor], first: Location) -> Location:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from consistency.training import build
 from consistency.training.arguments import require_taken
 
 PARTS = ("data", "train")
-BATCH_ON_CPU = 8
 ENDLESS = 10**12
 
 
@@ -38,18 +38,18 @@ def benchmark(config: DictConfig, output: Path) -> None:
     data = build.build_data(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     speeds = data_speeds(data, device, config.seconds) if config.part == "data" else {}
-    batch = config.train_batch or (BATCH_ON_CPU if device == "cpu" else config.data.batch_size)
+    batch = config.train_batch or (8 if device == "cpu" else config.data.batch_size)
     choices: Any = HydraConfig.get().runtime.choices
     name = f"training mode={choices.mode} model={choices.model}, batches of {batch}"
     speeds[name] = training_speed(config, batch, config.train_steps)
     kind = "random images in memory" if config.images else "images"
     machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     shape = f"{data.channels}x{data.image_size}x{data.image_size}"
-    title = f"data={choices.data}, {len(data.train_source)} {kind} of {shape}, on a {machine}, "
-    title += f"{torch.get_num_threads()} threads"
-    content = {"title": title, "images_per_second": speeds}
-    write_text(output / "benchmark.json", json.dumps(content, indent=2))
-    print(f"\n{table(title, speeds)}\nWritten: {output / 'benchmark.json'}")
+    images, threads = f"{len(data.train_source)} {kind} of {shape}", torch.get_num_threads()
+    title = f"data={choices.data}, {images}, on a {machine}, {threads} threads"
+    file, content = output / "benchmark.json", {"title": title, "images_per_second": speeds}
+    write_text(file, json.dumps(content, indent=2))
+    print(f"\n{table(title, speeds)}\nWritten: {file}")
 
 
 def measured(config: DictConfig) -> DictConfig:
@@ -69,25 +69,23 @@ def measured(config: DictConfig) -> DictConfig:
 
 def data_speeds(data: DataModule, device: str, seconds: float) -> dict[str, float]:
     """Measure the source image by image, its loader, and the loader with scaling and flips on the device."""
-    source = data.train_source
     order = data.batches(split=data.split(1), total=ENDLESS)
     draw = torch.Generator(device).manual_seed(0)
+    loader = partial(data.loader, order, pin_memory=device == "cuda")
 
     def one_by_one() -> Iterable[int]:
         for index in chain.from_iterable(order):
-            source[index]
+            data.train_source[index]
             yield 1
 
-    def loaded() -> Iterable[int]:
-        return (len(images) for images, _ in data.loader(order, pin_memory=device == "cuda"))
-
     def scaled() -> Iterable[int]:
-        for images, _ in data.loader(order, pin_memory=device == "cuda"):
+        for images, _ in loader():
             yield len(data.augmented(images.to(device, non_blocking=True), draw))
 
+    loaded = f"loader, batches of {data.batch_size}, {data.num_workers} workers"
     return {
         "source, image by image": rate(one_by_one, seconds),
-        f"loader, batches of {data.batch_size}, {data.num_workers} workers": rate(loaded, seconds),
+        loaded: rate(lambda: (len(images) for images, _ in loader()), seconds),
         "the same, in [-1, 1] on the device": rate(scaled, seconds),
     }
 
@@ -130,10 +128,9 @@ def training_speed(config: DictConfig, batch: int, steps: int) -> float:
 def table(title: str, speeds: dict[str, float]) -> str:
     """Return the images a second as text, each compared with the last one, the training."""
     width, training = max(map(len, speeds)) + 2, [*speeds.values()][-1]
-    lines = [title, f"{'':<{width}}{'images/s':>12}{'x training':>12}"]
-    for name, speed in speeds.items():
-        lines.append(f"{name:<{width}}{figure(speed):>12}{figure(speed / training):>12}")
-    return "\n".join(lines)
+    rows = {"": ("images/s", "x training")}
+    rows |= {name: (figure(v), figure(v / training)) for name, v in speeds.items()}
+    return "\n".join([title, *(f"{n:<{width}}{a:>12}{b:>12}" for n, (a, b) in rows.items())])
 
 
 def figure(value: float) -> str:

@@ -1,18 +1,20 @@
-"""The shape of all commands: Hydra in front, one clear error message behind."""
+"""The start of a command, from the command line or in Python: Hydra in front, one clear error message behind."""
 
 import multiprocessing
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from copy import deepcopy
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
@@ -21,18 +23,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from consistency.commands import schema
-from consistency.commands.overrides import changes, for_hydra, is_sweep
+from consistency.commands.overrides import changes, for_hydra, given_options, is_sweep
 from consistency.errors import UserError, require
 from consistency.runtime import rendezvous, signals
 from consistency.runtime.files import ROOT, path_of
 from consistency.runtime.ranks import is_started_here, require_alone, this_launch
 from consistency.runtime.redaction import masked, masked_output, masked_text
 
-INSIDE = "_CONSISTENCY_COMMAND"
-"""A variable that is set inside a command."""
-
-AUTO = "auto"
-"""resume=auto: continue the run at output=, or begin one there."""
+INSIDE = "_CONSISTENCY_COMMAND"  # a variable that is set inside a command
+RECORD = "_composed"  # the attribute of a configuration with what Hydra composed; a copy loses it
+AUTO = "auto"  # resume=auto: continue the run at output=, or begin one there
+PATIENCE = 300.0  # seconds that processes wait at the start, without trainer.strategy.timeout
 
 ERRORS = (UserError, HydraException, OmegaConfBaseException)
 """Errors that a person can act on: printed without a traceback, with exit status 2."""
@@ -43,17 +44,12 @@ COLLECTIVE = {"train": "trainer.", "evaluate": ""}
 CONTINUED = ("sample", "search", "prepare")
 """The commands that continue their unfinished output when they are run again."""
 
-PATIENCE = 300.0
-"""Seconds that the processes of a job wait for each other at its start, without trainer.strategy.timeout."""
-
 Main: TypeAlias = Callable[[DictConfig, Path], Any]
 """The function of a command, of configuration and output folder; a sweeper minimises the number that it returns."""
 
-fresh_folders: set[Path] = set()
-"""The folders made for the default of `output`; the same command again gets another one."""
+outputs: dict[str, str] = {}
+"""The output of every command here; for a fresh folder its `output=` with ${dated:}, and "" for one that was named."""
 
-_output: Path | None = None
-_dated: set[str] = set()
 _made: list[Path] = []
 
 
@@ -62,26 +58,23 @@ def run(verb: str, main: Main) -> None:
 
     Errors of the user end in one message and exit status 2; HYDRA_FULL_ERROR=1 restores the traceback.
     """
-
-    def job(config: DictConfig) -> Any:
-        try:
-            return perform(verb, main, config)
-        except Exception as error:
-            hydra_config = HydraConfig.get()
-            if hydra_config.mode == RunMode.MULTIRUN:
-                _print_failure(hydra_config, error)
-            raise
-
     trace = os.environ.get("HYDRA_FULL_ERROR") == "1" and INSIDE not in os.environ
     os.environ.update({"HYDRA_FULL_ERROR": "1", INSIDE: "1"})
     try:
         schema.register_experiments()
         sys.argv[1:] = for_hydra(sys.argv[1:])
-        _require_one_sweep()
+        launch = this_launch()
+        require(
+            not is_sweep(sys.argv[1:]) or launch.rank is None or launch.processes in (None, 1),
+            "one process that runs a sweep, and starts the processes of each job itself",
+            launch.started,
+            f"leave {launch.launcher} out, or leave -m out and start every job by itself",
+        )
+        start = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=verb)
         with masked_output(), signals.stoppable(remove_unused):
-            hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=verb)(job)()
+            start(lambda config: perform(verb, main, config))()
     except signals.Interrupted:
-        signals.print_line(_stopped(verb))
+        signals.print_line(f"stopped by Ctrl-C{_way_on(verb)}")
         raise
     except Exception as error:
         known = isinstance(error, ERRORS)
@@ -97,50 +90,40 @@ def run(verb: str, main: Main) -> None:
         sys.exit(getattr(error, "status", 2))
 
 
-def _require_one_sweep() -> None:
-    launch = this_launch()
-    require(
-        not is_sweep(sys.argv[1:]) or launch.rank is None or launch.processes in (None, 1),
-        "one process that runs a sweep, and starts the processes of each job itself",
-        launch.started,
-        f"leave {launch.launcher} out, or leave -m out and start every job by itself",
-    )
+def _way_on(verb: str) -> str:
+    """Return how a command that Ctrl-C has ended goes on, if it can."""
+    output, default = next(reversed(outputs.items()), ("", ""))
+    if verb not in CONTINUED or not output or (default and not Path(output).exists()):
+        return ""
+    how = f"with {shlex.quote(f'output={output}')}" if default else "again"
+    return f"; the same command {how} goes on"
 
 
-def _stopped(verb: str) -> str:
-    """Return the line about a command that Ctrl-C has ended."""
-    fresh = _output in fresh_folders
-    if verb not in CONTINUED or _output is None or (fresh and not _output.exists()):
-        return "stopped by Ctrl-C"
-    how = f"with {shlex.quote(f'output={_output}')}" if fresh else "again"
-    return f"stopped by Ctrl-C; the same command {how} goes on"
-
-
-def _print_failure(hydra_config: Any, error: Exception) -> None:
-    """Print the error of a job at once: a sweeper raises one of several, without its cause."""
+def _print_failure(job: Any, error: Exception) -> None:
+    """Print the error of a sweep's job at once: a sweeper raises one of several, without its cause."""
     known = isinstance(error, ERRORS)
     text = f" {message(error)}" if known else "\n" + "".join(traceback.format_exception(error))
-    job = f"error: job {hydra_config.job.num} of the sweep ({hydra_config.job.override_dirname}):"
-    print(masked_text(f"{job}{text}"), file=sys.stderr, flush=True)
+    line = f"error: job {job.num} of the sweep ({job.override_dirname}):{text}"
+    print(masked_text(line), file=sys.stderr, flush=True)
 
 
 def message(error: BaseException) -> str:
     """Return an error in a few lines: the innermost cause that a person can act on."""
+    cause = error.__cause__
     if isinstance(error, UserError):
         return str(error)
-    cause = error.__cause__
     if isinstance(error, InstantiationException) and cause is not None:
         if isinstance(cause, UserError | InstantiationException):
             return message(cause)
-        line = next((line for line in str(error).splitlines() if "full_key" in line), "")
-        return f"{cause}\n  while building {line.strip() or 'the configuration'}"
+        key = str(error).partition("full_key: ")[2].strip()
+        return f"{cause}\n  while building {key or 'the configuration'}"
     text = f"{error}\n{cause}" if isinstance(cause, OmegaConfBaseException) else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
     # Hydra proposes to add the key with a plus sign; here every key is known, so it is a misspelt one.
-    lines = [line for line in lines if not line.startswith("To append to your config use")]
-    if len(lines) == 1:
-        lines.append("do: see all options and their values by adding `--cfg job` to the command")
-    return "\n  ".join(dict.fromkeys(lines[:8]))
+    plus, lines = "To append to your config use", map(str.strip, text.splitlines())
+    shown = [line for line in lines if line and not line.startswith(plus)]
+    if len(shown) == 1:
+        shown.append("do: see all options and their values by adding `--cfg job` to the command")
+    return "\n  ".join(dict.fromkeys(shown[:8]))
 
 
 def perform(verb: str, main: Main, config: DictConfig) -> Any:
@@ -148,18 +131,27 @@ def perform(verb: str, main: Main, config: DictConfig) -> Any:
 
     The first process of the job decides the path for all. A folder made for it is removed if it is empty at the end.
     """
-    _allow_processes()
-    require_complete(config)
+    option = COLLECTIVE.get(verb)
     try:
-        if verb not in COLLECTIVE:
+        _allow_processes()
+        require_complete(config)
+        job: Any = nullcontext()
+        if option is None:
             require_alone(verb)
-            return main(config, _settled(config, output_path(config)))
-        option = COLLECTIVE[verb]
-        with rendezvous.joined(*_processes(config.trainer if option else config), option):
+        else:
+            job = rendezvous.joined(*_processes(config.trainer if option else config), option)
+        with job:
             rendezvous.current.cleanup = remove_unused
             require_agreement(config)
-            output = rendezvous.decided(lambda: str(output_path(config)))
-            return main(config, _settled(config, Path(output)))
+            output = rendezvous.current.decided(lambda: output_path(config))
+            runtime: Any = HydraConfig.get().runtime
+            with read_write(runtime), open_dict(runtime):
+                config.output = runtime.output_dir = str(output)
+            return main(config, output)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            _print_failure(HydraConfig.get().job, error)
+        raise
     finally:
         remove_unused()
 
@@ -188,7 +180,7 @@ def require_agreement(config: DictConfig) -> None:
     A rank that was started from inside the job has the options of the first, resolved. Secrets are not compared.
     """
     settings = masked(OmegaConf.to_container(config, resolve=False))
-    first = rendezvous.decided(lambda: settings)
+    first = rendezvous.current.decided(lambda: settings)
     different = [] if is_started_here() else list(changes(first, settings))
     shown = ", ".join(option.lstrip("+") for option in different[:4])
     require(
@@ -206,28 +198,21 @@ def _processes(node: DictConfig) -> tuple[int | None, int, float]:
     if isinstance(devices, str) and "," in devices:
         devices = list(filter(None, devices.split(",")))
     number = len(devices) if isinstance(devices, list | ListConfig) else devices
-    timeout = OmegaConf.select(node, "strategy.timeout") if "strategy" in node else None
+    timeout = OmegaConf.select(node, "strategy.timeout")
     seconds = instantiate(timeout).total_seconds() if timeout else PATIENCE
     return (int(number) if str(number).isdigit() else 0) or None, node.num_nodes, seconds
 
 
-def _settled(config: DictConfig, output: Path) -> Path:
-    global _output
-    config.output, _output = str(output), output
-    whole: Any = HydraConfig.instance().cfg
-    with read_write(whole.hydra.runtime), open_dict(whole.hydra.runtime):
-        whole.hydra.runtime.output_dir = str(output)
-    return output
-
-
 def output_path(config: DictConfig) -> Path:
     """Return the path `output=`; its default is made here as a fresh folder. In a sweep it is the folder of the job."""
-    hydra = HydraConfig.get()
-    cwd, folder = Path(hydra.runtime.cwd), Path(hydra.runtime.output_dir)
-    if hydra.mode == RunMode.MULTIRUN or folder != cwd:
-        return folder
-    path = cwd / path_of(config.output)
-    return _fresh(path) if config.output in _dated else path
+    run, default = HydraConfig.get(), ""
+    cwd, path = Path(run.runtime.cwd), Path(run.runtime.output_dir)
+    if run.mode != RunMode.MULTIRUN and path == cwd:
+        path, unresolved = cwd / path_of(config.output), cast(Any, OmegaConf.to_container(config))
+        if "${dated:" in unresolved["output"] and config.output != config.get("resume"):
+            path, default = _fresh(path), unresolved["output"]
+    outputs[str(path)] = default
+    return path
 
 
 def dated(folder: str, suffix: str = "", *, _root_: DictConfig) -> str:
@@ -237,27 +222,23 @@ def dated(folder: str, suffix: str = "", *, _root_: DictConfig) -> str:
     """
     paths: dict[Any, str] = OmegaConf.get_cache(_root_)["dated"]
     if (folder, suffix) not in paths:
-        path = f"{folder}/{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
-        if OmegaConf.select(_root_, "hydra.mode") == RunMode.MULTIRUN:
-            path = str(_fresh(Path(path)))
-        else:
-            _dated.add(path)
-        paths[folder, suffix] = path
+        path = Path(f"{folder}/{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}")
+        sweep = OmegaConf.select(_root_, "hydra.mode") == RunMode.MULTIRUN
+        paths[folder, suffix] = str(_fresh(path) if sweep else path)
     return paths[folder, suffix]
 
 
 def _fresh(path: Path) -> Path:
     """Make a folder that no other process has made, with a number behind its name if need be."""
-    above = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+    _made.extend([p for p in path.parents if not p.exists()][::-1])
     path.parent.mkdir(parents=True, exist_ok=True)
     for number in count(1):
         folder = path.with_name(f"{path.name}_{number}") if number > 1 else path
         with suppress(FileExistsError):
             folder.mkdir()
-            _made.extend([*above[::-1], folder])
-            fresh_folders.add(folder)
-            return folder
-    raise AssertionError
+            break
+    _made.append(folder)
+    return folder
 
 
 def remove_unused() -> None:
@@ -268,13 +249,8 @@ def remove_unused() -> None:
 
 
 def run_folder(resume: str | None, fresh: str) -> str:
-    """Return the default folder of a run: the one that it resumes, or a fresh one.
-
-    A missing folder becomes ".", so that Hydra does not create it and the command reports it.
-    """
-    if resume is None or resume == AUTO:
-        return fresh
-    return str(path_of(resume)) if path_of(resume).is_dir() else "."
+    """Return the default folder of a run: the one that it resumes, or a fresh one, also if that is missing."""
+    return fresh if resume in (None, AUTO) or not path_of(resume).is_dir() else resume
 
 
 def require_fresh(
@@ -289,8 +265,68 @@ def require_fresh(
     )
 
 
+def compose(overrides: Sequence[str] = (), verb: str = "train") -> DictConfig:
+    """Return the checked configuration of src/<verb>.py with these options, written as on its command line.
+
+    config = compose(["mode=ct", "data=digits", "trainer.max_steps=100"])
+    config.optimizer.lr = 1e-3
+    train(config)
+    """
+    record = _compose(overrides, verb)
+    config = deepcopy(record)
+    with open_dict(config):
+        del config["hydra"]
+    require_complete(config)
+    vars(config)[RECORD] = record
+    return config
+
+
+def _compose(overrides: Sequence[str], verb: str) -> DictConfig:
+    schema.register_experiments()
+    options = [overrides] if isinstance(overrides, str) else list(overrides)
+    verbs = sorted(file.stem for file in (ROOT / "conf").glob("*.yaml"))
+    require(verb in verbs, f"a verb among {', '.join(verbs)}", verb, "choose one")
+    # Another use of Hydra around this one continues unchanged.
+    outer, base = GlobalHydra.instance().hydra, hydra.version.getbase()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return hydra.compose(verb, for_hydra(options), return_hydra_config=True)
+    except ERRORS as error:
+        raise UserError(message(error)) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
+        if outer is not None:
+            hydra.version.setbase(str(base))
+
+
+def called(main: Main, config: DictConfig, verb: str) -> Any:
+    """Run a verb's function with a configuration that was composed, and perhaps changed, in Python.
+
+    Changes count as options of the command line: for a run that is resumed, and for further ranks. The default `output`
+    becomes a fresh dated folder, which is in `config.output` afterwards.
+    """
+    composed = vars(config).get(RECORD)
+    record = _compose([], verb) if composed is None else deepcopy(composed)
+    before: Any = OmegaConf.to_container(record)
+    plain: Any = OmegaConf.to_container(config)
+    del before["hydra"]
+    config.output = outputs.get(plain["output"]) or plain["output"]
+    with read_write(record), open_dict(record):
+        record.hydra.mode = RunMode.RUN
+        record.hydra.overrides.task = [*given_options(record.hydra), *changes(before, plain)]
+        record.hydra.runtime.cwd = record.hydra.runtime.output_dir = str(Path.cwd())
+        if composed is None:
+            record.hydra.runtime.choices = {}
+    outer = HydraConfig.instance().cfg
+    try:
+        HydraConfig.instance().set_config(record)
+        return perform(verb, main, config)
+    finally:
+        HydraConfig.instance().cfg = outer
+
+
 # On import, because the processes of a launcher import nothing else, and Hydra's own `compose` needs them as well.
 schema.register()
-schema.register_samplers()
 OmegaConf.register_new_resolver("dated", dated, replace=True)
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)

@@ -12,7 +12,7 @@ from consistency.checkpoints import ours
 from consistency.checkpoints.diffusers import write_diffusers
 from consistency.checkpoints.load import load
 from consistency.checkpoints.openai import require_openai, write_openai
-from consistency.checkpoints.safetensors import SEALED, write_sealed
+from consistency.checkpoints.ours import SEALED, write_sealed
 from consistency.commands.cli import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.errors import require
@@ -21,14 +21,8 @@ from consistency.pixels import to_uint8
 from consistency.randomness import generator
 
 TORCH = (".pt", ".pth", ".ckpt")
-TARGETS = (ours.FORMAT, "openai", "diffusers")
-HINTS = [
-    "image_size",
-    "num_head_channels",
-    "attention_resolutions",
-    "num_heads",
-    "num_heads_upsample",
-]
+CHOICES = {"to": (ours.FORMAT, "openai", "diffusers"), "role": ("teacher", "consistency", None)}
+HINTS = ["image_size", "num_head_channels", "attention_resolutions", "num_heads", "num_heads_upsample"]  # fmt: skip
 LEVELS = 9
 """Number of noise levels at which `verify` checks the outputs."""
 
@@ -41,26 +35,23 @@ def convert(config: DictConfig, target: Path) -> None:
         f"source={config.source} and verify={config.verify}",
         "give one of the two",
     )
-    require(config.to in TARGETS, f"to= among {', '.join(TARGETS)}", config.to, "choose one")
-    roles = ("teacher", "consistency", None)
-    require(config.role in roles, "role=teacher or role=consistency", config.role, "choose one")
+    for name, choices in CHOICES.items():
+        expected = f"{name}= among {', '.join(filter(None, choices))}"
+        require(config[name] in choices, expected, config[name], "choose one")
     if config.source is not None:
         require_fresh(target)
-        require(
-            config.to != "diffusers" or target.suffix not in (".safetensors", *TORCH),
-            "a folder at output=, because diffusers reads folders",
-            target.name,
-            "leave the suffix out",
-        )
-    source = config.verify if config.source is None else config.source
+        folder = config.to != "diffusers" or target.suffix not in (".safetensors", *TORCH)
+        expected = "a folder at output=, because diffusers reads folders"
+        require(folder, expected, target.name, "leave the suffix out")
     hints: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, HINTS), resolve=True)
+    source = config.verify if config.source is None else config.source
     model = load(source, config.role, weights=config.weights, **hints)
     print_facts(model)
-    if config.verify is not None:
+    if config.source is None:
         verify(model)
-        return
-    print(f"written     {write(model, config.to, target)} ({config.to})")
-    print(f"check it    {shell_line('convert', f'verify={target}')}")
+    else:
+        print(f"written     {write(model, config.to, target)} ({config.to})")
+        print(f"check it    {shell_line('convert', f'verify={target}')}")
 
 
 def write(model: Model, to: str, target: Path) -> Path:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, UInt8
@@ -29,12 +29,14 @@ from consistency.inference import plots
 from consistency.inference.model import Model
 from consistency.runtime.devices import chosen_device
 
-MOST_IMAGES = 64
-SIDE = 320
-"""Pixels at which a single image is shown."""
+SIDE = 320  # pixels at which a single image is shown
+Shown: TypeAlias = tuple[PILImage.Image, str]  # a picture and a line on its time
 
 SHOWN = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
 """Settings of a picture: without the default button that sends it to a public place."""
+
+TALL = {"height": SIDE + 100}
+UPLOADED = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"]}
 
 PAINTER = {"html_template": "html", "css_template": "css", "js_on_load": "js"}
 """Files painter.<suffix> beside this one, by gradio's name for their content."""
@@ -61,13 +63,10 @@ def demo(config: DictConfig, output: Path) -> None:
     try:
         local = ipaddress.ip_address(config.host).is_loopback
     except ValueError as error:
-        raise UserError(
-            "an address of this machine",
-            f"host={config.host} ({error})",
-            "leave it at 127.0.0.1, or say host=0.0.0.0 to let other machines in",
-        ) from error
+        remedy = "leave it at 127.0.0.1, or say host=0.0.0.0 to let other machines in"
+        raise UserError("an address of this machine", f"host={error}", remedy) from error
     decode.colour_of(config.background)
-    gradio = library()
+    library()
     # Gradio opens uploads before we do; Pillow refuses more than twice as many pixels.
     PILImage.MAX_IMAGE_PIXELS = decode.MOST_PIXELS // 2
     model = load(config.checkpoint, weights=config.weights, role=config.role)
@@ -77,7 +76,7 @@ def demo(config: DictConfig, output: Path) -> None:
     try:
         with TemporaryDirectory() as uploads:
             os.environ["GRADIO_TEMP_DIR"] = uploads
-            page(gradio, model, Path(uploads), config.background).launch(
+            page(model, Path(uploads), config.background).launch(
                 server_name=config.host,
                 server_port=config.port or None,
                 max_file_size=f"{config.upload_megabytes}mb",
@@ -109,27 +108,26 @@ class Actions:
     def __init__(self, model: Model, uploads: Path, background: str | None = None) -> None:
         self.model, self.uploads = model, uploads.resolve()
         self.background = decode.colour_of(background)
+        names = model.card.class_names or [str(n) for n in range(model.card.num_classes or 0)]
+        self.labels = ["any", *names]
 
-    def timed(self, draw: Callable[[], UInt8[Tensor, "n c h w"]]) -> tuple[PILImage.Image, str]:
+    def label_of(self, label: str) -> int | None:
+        """Return the index of a class; None for "any"."""
+        return None if label == "any" else self.labels.index(label) - 1
+
+    def timed(self, draw: Callable[..., Tensor], seed: float, label: str) -> Shown:
         """Return the images as one picture of a visible size, and the time of an image."""
         start = time.perf_counter()
-        images = draw()
+        images = draw(seed=int(seed), labels=self.label_of(label)).reshape(-1, *self.model.shape)
         each = (time.perf_counter() - start) / len(images)
         picture = plots.grid(images, plots.columns_for(len(images)))
         factor = max(1, SIDE // picture.width)
         large = ImageOps.scale(picture, factor, PILImage.Resampling.NEAREST)
         return large, f"{1000 * each:.1f} ms an image, {len(images)} images"
 
-    def sample(
-        self, count: float, steps: float, seed: float, label: str
-    ) -> tuple[PILImage.Image, str]:
+    def sample(self, count: float, steps: float, seed: float, label: str) -> Shown:
         """Draw samples."""
-        chosen: dict[str, Any] = {
-            "steps": int(steps),
-            "seed": int(seed),
-            "labels": self.label_of(label),
-        }
-        return self.timed(partial(self.model.sample, int(count), **chosen))
+        return self.timed(partial(self.model.sample, int(count), steps=int(steps)), seed, label)
 
     def read(self, photo: str | None) -> UInt8[Tensor, "c h w"]:
         """Read an uploaded file as the model's input."""
@@ -159,7 +157,7 @@ class Actions:
         outputs: float,
         seed: float,
         label: str,
-    ) -> tuple[PILImage.Image, str]:
+    ) -> Shown:
         """Edit an uploaded image; inpainting draws the painted part anew."""
         image, (_, height, width) = self.read(photo)[None], self.model.shape
         free = mask_of(painted, (height, width))
@@ -171,81 +169,56 @@ class Actions:
             "superres": partial(superres, patch=int(patch)),
         }
         edit = partial(self.model.edit, image, pairings[task], outputs=int(outputs))
-        return self.timed(lambda: edit(seed=int(seed), labels=self.label_of(label))[0])
-
-    @property
-    def labels(self) -> list[str]:
-        """Names of the classes, after "any"."""
-        count = self.model.card.num_classes or 0
-        names = self.model.card.class_names or [str(n) for n in range(count)]
-        return ["any", *names]
-
-    def label_of(self, label: str) -> int | None:
-        """Return the index of a class; None for "any"."""
-        return None if label == "any" else self.labels.index(label) - 1
+        return self.timed(edit, seed, label)
 
 
-def page(gradio: ModuleType, model: Model, uploads: Path, background: str | None = None) -> Any:
+def page(model: Model, uploads: Path, background: str | None = None) -> Any:
     """Build the page as gradio's Blocks."""
-    actions = Actions(model, uploads, background)
-    with gradio.Blocks(title="Consistency model") as blocks:
-        name = "/".join(model.path.parts[-3:])
+    gr, actions = library(), Actions(model, uploads, background)
+    channels, height, _ = model.shape
+    tasks = ["inpaint", *(["colorize"] if channels == 3 else []), "superres"]
+    sides = [n for n in range(2, height + 1) if height % n == 0]
+    beside, name = Path(__file__).with_name, "/".join(model.path.parts[-3:])
+    painting: Any = {key: beside(f"painter.{end}").read_text() for key, end in PAINTER.items()}
+    with gr.Blocks(title="Consistency model") as blocks:
         about = f"`{name}`, {model.card.role}, weights {model.weights}"
-        gradio.Markdown(f"## Consistency model\n{about}")
-        with gradio.Row():
-            seed = gradio.Number(0, label="Seed", precision=0, elem_id="seed")
-            label = gradio.Dropdown(actions.labels, value="any", label="Class", elem_id="class")
-        with gradio.Tab("Sample"):
-            _sample_tab(gradio, actions, seed, label)
-        with gradio.Tab("Edit"):
-            _edit_tab(gradio, actions, seed, label)
+        gr.Markdown(f"## Consistency model\n{about}")
+        with gr.Row():
+            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
+            label = gr.Dropdown(actions.labels, value="any", label="Class", elem_id="class")
+        with gr.Tab("Sample"):
+            with gr.Row():
+                count = gr.Slider(1, 64, 16, step=1, label="Images")
+                steps = gr.Slider(1, 40, 1, step=1, label="Steps")
+            draw = gr.Button("Draw", variant="primary", elem_id="draw")
+            samples = gr.Image(label="Samples", elem_id="samples", **SHOWN)
+            seconds = gr.Textbox(label="Time", elem_id="sample_time", interactive=False)
+            _connect(draw.click, actions.sample, [count, steps, seed, label], [samples, seconds])
+        with gr.Tab("Edit"):
+            with gr.Row():
+                task = gr.Radio(tasks, value="inpaint", label="Task", elem_id="task", scale=3)
+                patch = gr.Dropdown(sides, value=sides[0], label="Patch (superres)", scale=2)
+                outputs = gr.Slider(1, 16, 4, step=1, label="Results", scale=2)
+            with gr.Row():
+                photo = gr.Image(label="Image", elem_id="photo", **UPLOADED, **TALL)
+                painting |= {"label": "Paint what to inpaint", "show_label": True}
+                painter = gr.HTML(BLANK, elem_id="painter", container=True, **painting)
+                edited = gr.Image(label="Results", elem_id="edited", **SHOWN, **TALL)
+            change = gr.Button("Edit", variant="primary", elem_id="edit")
+            seconds = gr.Textbox(label="Time", elem_id="edit_time", interactive=False)
+            inputs = [task, photo, painter, patch, outputs, seed, label]
+            _connect(photo.change, actions.choose, photo, painter)
+            _connect(change.click, actions.edit, inputs, [edited, seconds])
     return blocks
 
 
-def _sample_tab(gradio: ModuleType, actions: Actions, seed: Any, label: Any) -> None:
-    with gradio.Row():
-        count = gradio.Slider(1, MOST_IMAGES, 16, step=1, label="Images")
-        steps = gradio.Slider(1, 40, 1, step=1, label="Steps")
-    draw = gradio.Button("Draw", variant="primary", elem_id="draw")
-    samples = gradio.Image(label="Samples", elem_id="samples", **SHOWN)
-    seconds = gradio.Textbox(label="Time", elem_id="sample_time", interactive=False)
-    inputs, action = [count, steps, seed, label], _with_message(gradio, actions.sample)
-    draw.click(action, inputs, [samples, seconds], api_name="sample")
-
-
-def _edit_tab(gradio: ModuleType, actions: Actions, seed: Any, label: Any) -> None:
-    channels, height, _ = actions.model.shape
-    tasks = ["inpaint", *(["colorize"] if channels == 3 else []), "superres"]
-    beside = Path(__file__).with_name
-    painting = {name: beside(f"painter.{end}").read_text() for name, end in PAINTER.items()}
-    framed: dict[str, Any] = {"show_label": True, "container": True}
-    uploading = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"]}
-    tall = {"height": SIDE + 100}
-    with gradio.Row():
-        task = gradio.Radio(tasks, value="inpaint", label="Task", elem_id="task", scale=3)
-        sides = [n for n in range(2, height + 1) if height % n == 0]
-        patch = gradio.Dropdown(sides, value=sides[0], label="Patch (superres)", scale=2)
-        outputs = gradio.Slider(1, 16, 4, step=1, label="Results", scale=2)
-    with gradio.Row():
-        photo = gradio.Image(label="Image", elem_id="photo", **uploading, **tall)
-        title = "Paint what to inpaint"
-        painter = gradio.HTML(BLANK, label=title, elem_id="painter", **framed, **painting)
-        edited = gradio.Image(label="Results", elem_id="edited", **SHOWN, **tall)
-    change = gradio.Button("Edit", variant="primary", elem_id="edit")
-    seconds = gradio.Textbox(label="Time", elem_id="edit_time", interactive=False)
-    photo.change(_with_message(gradio, actions.choose), photo, painter, api_name="choose")
-    inputs = [task, photo, painter, patch, outputs, seed, label]
-    action = _with_message(gradio, actions.edit)
-    change.click(action, inputs, [edited, seconds], api_name="edit")
-
-
-def _with_message(gradio: ModuleType, action: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the action with its `UserError` shown on the page."""
+def _connect(event: Any, action: Callable[..., Any], inputs: Any, outputs: Any) -> None:
+    """Call the action at an event of the page, and show its `UserError` there."""
 
     def run(*values: Any) -> Any:
         try:
             return action(*values)
         except UserError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
+            raise library().Error(str(error), print_exception=False) from error
 
-    return run
+    event(run, inputs, outputs, api_name=action.__name__)

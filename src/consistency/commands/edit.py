@@ -1,9 +1,10 @@
 """The command `edit`, and its two kinds of task: zero-shot edits and interpolation."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -15,22 +16,20 @@ from torch import Generator, Tensor
 from consistency import editing
 from consistency.checkpoints.load import load
 from consistency.commands.cli import require_fresh
-from consistency.commands.overrides import shell_line
 from consistency.data.crop import halving
 from consistency.data.decode import read_picture, to_picture
 from consistency.data.listing import read_images
 from consistency.errors import UserError, require
 from consistency.grids import KarrasGrid
 from consistency.inference import plots
-from consistency.inference.card import Role
-from consistency.inference.generate import Request, edits
+from consistency.inference.generate import Request, by_batch, edits
 from consistency.inference.model import Model
-from consistency.inference.options import fill_process
+from consistency.inference.options import fill_process, request_of
 from consistency.pixels import to_uint8, to_unit
 from consistency.randomness import SampleNoise, generator
 from consistency.runtime.devices import chosen_device
 from consistency.runtime.files import path_of, written_whole
-from consistency.samplers import heun, indexed_times
+from consistency.samplers import at, heun, indexed_times
 from consistency.tensors import Data, Label
 
 
@@ -54,35 +53,16 @@ class MaskFile:
 
 @dataclass(frozen=True, kw_only=True)
 class EditRequest(Request):
-    """A model and images to edit.
-
-    outputs: results for every image.
-    start: where the loop begins; None leaves it to the task.
-    teacher: a denoiser that inverts images.
-    """
+    """A model, images to edit, a denoiser that inverts images, and the options of the command."""
 
     grid: KarrasGrid
-    batch_size: int
-    outputs: int
-    start: editing.Start | None
     images: UInt8[Tensor, "n c h w"] | None
     teacher: Model | None
+    options: DictConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class Edited:
-    """The outcome of a task: a row of results for every input.
-
-    panels: captions and pictures, shown before the results under `caption`.
-    findings: numbers to print, by name.
-    moving: whether a row of results is an animation.
-    """
-
-    results: UInt8[Tensor, "n m c h w"]
-    panels: Sequence[tuple[str, Tensor]] = ()
-    caption: str = "after"
-    findings: dict[str, float] = field(default_factory=dict)
-    moving: bool = False
+Edited: TypeAlias = tuple[UInt8[Tensor, "n m c h w"], list[tuple[str, Tensor]]]
+"""A row of results for every input, and captions and pictures to show before them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,35 +79,31 @@ class ZeroShot:
     num_scales: int
     start: editing.Start
     clip: bool
+    moving: ClassVar[bool] = False
 
     def __call__(self, request: EditRequest) -> Edited:
         if request.images is None:
-            remedy = "add input=<file or folder>"
-            raise UserError("an image or a folder of images to edit", "none", remedy)
-        y, count, grid, times = to_unit(request.images), request.outputs, request.grid, self.times
-        task = self.pairing(request.card.shape, generator(request.seed, "edit"))
+            raise UserError("images to edit", "none", "add input=<file or folder>")
+        y, count, times = to_unit(request.images), request.options.outputs, self.times
+        grid, start = request.grid, request.options.start or self.start
         if times is None and self.indices is not None:
             times = indexed_times(self.indices, self.num_scales, grid)
+        times = editing.grid_times(grid, self.num_scales) if times is None else times
+        task = self.pairing(request.card.shape, generator(request.seed, "edit"))
         loop = partial(
-            editing.edit,
-            task=task,
-            times=editing.grid_times(grid, self.num_scales) if times is None else times,
-            t_min=grid.t_min,
-            start=request.start or self.start,
-            clip=self.clip,
+            editing.edit, task=task, times=times, t_min=grid.t_min, start=start, clip=self.clip
         )
-        x_0 = edits(request, loop, y, outputs=count, batch_size=request.batch_size)
-        edited = partial(Edited, results=to_uint8(x_0).unflatten(0, (len(y), count)))
+        x_0 = edits(request, loop, y, outputs=count, batch_size=request.options.batch_size)
         each, a = y.repeat_interleave(count, 0), task.transform
         known = (task.omega == 0).expand_as(a(each))
         panels = [("input", request.images)]
-        if not known.any():
-            return edited(panels=panels)
-        if isinstance(a, editing.Pixels):
-            panels.append(("free", to_uint8(2 * task.omega.expand_as(y) - 1)))
-        panels.append(("known", to_uint8(task.reference(y))))
-        change = (a(x_0) - a(each)).abs()[known].max()
-        return edited(panels=panels, findings={"largest change of the known part": float(change)})
+        if known.any():
+            if isinstance(a, editing.Pixels):
+                panels.append(("free", to_uint8(2 * task.omega.expand_as(y) - 1)))
+            panels.append(("known", to_uint8(task.reference(y))))
+            change = (a(x_0) - a(each)).abs()[known].max()
+            print(f"largest change of the known part: {change:.3g}")
+        return to_uint8(x_0).unflatten(0, (len(y), count)), panels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,82 +117,52 @@ class Interpolation:
     frames: int
     steps: int
     clip: bool
+    moving: ClassVar[bool] = True
 
     def __call__(self, request: EditRequest) -> Edited:
+        options, images, card = request.options, request.images, request.card
         start = "start=null: an interpolation begins at noise of its own"
-        require(request.start is None, start, request.start, "leave it out")
-        card, seed, images = request.card, request.seed, request.images
-        findings: dict[str, float] = {}
+        require(options.start is None, start, options.start, "leave it out")
+        numbers = range(options.outputs if images is None else len(images))
+        label = card.labels(request.labels, request.seed, numbers)
         panels: list[tuple[str, Tensor]] = []
         if images is None:
-            z = SampleNoise(seed, range(2 * request.outputs), card.shape)()
-            z_0, z_1 = z[::2], z[1::2]
-            label_0 = label_1 = card.edit_labels(request.labels, seed, len(z_0), 1)
+            z = SampleNoise(request.seed, range(2 * options.outputs), card.shape)()
+            ends = [z[::2], z[1::2], label, label]
         else:
-            label = card.edit_labels(request.labels, seed, len(images), 1)
-            z, findings = self.inverted(request, images, label)
-            z_0, z_1 = z[:-1], z[1:]
-            label_0, label_1 = (None, None) if label is None else (label[:-1], label[1:])
+            z = self.inverted(request, images, label)
             panels = [("from", images[:-1]), ("to", images[1:])]
-
-        def frames(*ends: Tensor | None) -> tuple[Tensor]:
-            shown = editing.interpolate(
-                request.denoise,
-                *ends,  # type: ignore[arg-type]
-                frames=self.frames,
-                t_max=request.grid.t_max,
-                clip=self.clip,
-            )
-            return (shown.transpose(0, 1),)
-
-        (shown,) = _by_batch(frames, request, z_0, z_1, label_0, label_1)
-        return Edited(
-            results=to_uint8(shown.flatten(0, 1)).unflatten(0, shown.shape[:2]),
-            panels=panels,
-            caption="between",
-            findings=findings,
-            moving=True,
+            ends = [z[:-1], z[1:], *((None, None) if label is None else (label[:-1], label[1:]))]
+        t_max, frames = request.grid.t_max, self.frames
+        draw = partial(
+            editing.interpolate, request.denoise, frames=frames, t_max=t_max, clip=self.clip
         )
+        size = options.batch_size
+        (shown,) = by_batch(lambda *x: (draw(*x).transpose(0, 1),), request, size, *ends)
+        return to_uint8(shown.flatten(0, 1)).unflatten(0, shown.shape[:2]), panels
 
     def inverted(
         self, request: EditRequest, images: UInt8[Tensor, "n c h w"], label: Label
-    ) -> tuple[Data, dict[str, float]]:
-        """Return the noise of every image, and how far from it teacher and model end that start at this noise."""
-        teacher, grid, y, count = request.teacher, request.grid, to_unit(images), len(images)
+    ) -> Data:
+        """Return the noise of every image; print how far from the images teacher and model end that start at the noise."""
+        teacher, grid, y = request.teacher, request.grid, to_unit(images)
         if teacher is None:
-            raise UserError(
-                "a denoiser whose PF-ODE turns the images into noise",
-                "teacher=null",
-                "add teacher=<run or file of mode=edm>, or leave input= out to interpolate random noise",
-            )
+            expected = "a denoiser whose PF-ODE turns the images into noise"
+            remedy = "add teacher=<run or file of mode=edm>, or leave out input= for random noise"
+            raise UserError(expected, "teacher=null", remedy)
         remedy = "give input= a folder with two or more"
-        require(count >= 2, "at least two images to interpolate", count, remedy)
-        walk = partial(heun, grid=grid, steps=self.steps, clip=False)
+        require(len(y) >= 2, "at least two images to interpolate", len(y), remedy)
 
         def round_trip(x: Data, label: Label) -> tuple[Data, Data, Data]:
             z = editing.invert(teacher, x, label, grid=grid, steps=self.steps)
-            t = z.new_full((len(z),), grid.t_max)
-            model = request.denoise(grid.t_max * z, t, label)
-            return z, walk(teacher, partial(torch.clone, z), label), model
+            back = heun(teacher, lambda: z, label, grid=grid, steps=self.steps, clip=False)
+            return z, back, request.denoise(grid.t_max * z, at(grid.t_max, z), label)
 
-        z, back, once = _by_batch(round_trip, request, y, label)
-        return z, {
-            f"round trip {name}, root mean square": float(editing.difference(x, y).mean())
-            for name, x in (("of the teacher", back), ("through the model", once))
-        }
-
-
-def _by_batch(
-    function: Callable[..., tuple[Tensor, ...]], request: EditRequest, *inputs: Tensor | None
-) -> list[Tensor]:
-    """Apply a function to batches of tensors on the device, and return its outputs whole, on the CPU."""
-    outputs = []
-    for first in range(0, max(len(x) for x in inputs if x is not None), request.batch_size):
-        part = slice(first, first + request.batch_size)
-        with torch.inference_mode():
-            values = function(*(x if x is None else x[part].to(request.device) for x in inputs))
-        outputs.append([value.cpu() for value in values])
-    return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
+        z, back, once = by_batch(round_trip, request, request.options.batch_size, y, label)
+        for name, x in (("of the teacher", back), ("through the model", once)):
+            error = editing.difference(x, y).mean()
+            print(f"round trip {name}, root mean square: {error:.3g}")
+        return z
 
 
 def edit(config: DictConfig, output: Path) -> None:
@@ -226,59 +172,40 @@ def edit(config: DictConfig, output: Path) -> None:
     masked, remedy = "mask" in config.task.get("pairing", {}), "choose task=inpaint, or no mask"
     require(masked or not config.mask, "no mask for a task without one", "mask=", remedy)
     require_fresh(output)
-    device = chosen_device(config.device)
-    model = load_for_editing(config.checkpoint, config.weights, config.role, device)
-    fill_process(config, config.task, model, shell_line)
-    shape, process, teacher = model.shape, config.process, None
+    model, teacher = load(config.checkpoint, config.role, weights=config.weights), None
     if config.teacher is not None:
-        teacher = load_for_editing(config.teacher, config.weights, "teacher", device)
-        wanted = f"a teacher of images of shape {shape}"
-        require(teacher.shape == shape, wanted, teacher.shape, "choose the teacher of this model")
-    task: Callable[[EditRequest], Edited] = instantiate(config.task, _convert_="all")
-    images = None
-    if config.input is not None:
-        images = read_images(config.input, *shape[:2], config.background)
-    request = EditRequest(
-        denoise=model,
-        card=model.card,
-        labels=config.labels,
-        seed=config.seed,
-        device=device,
-        grid=KarrasGrid(t_min=process.t_min, t_max=process.t_max, rho=process.rho),
-        batch_size=config.batch_size,
-        outputs=config.outputs,
-        start=config.start,
-        images=images,
-        teacher=teacher,
-    )
-    edited = task(request)
-    write(edited, output, single=config.images)
+        teacher = load(config.teacher, "teacher", weights=config.weights)
+        teacher.denoiser.to(chosen_device(config.device))
+    wanted = f"a model of the variance-exploding process and of shape {model.shape}"
+    remedy = "choose another checkpoint, or the teacher of this model"
+    for each in filter(None, (model, teacher)):
+        other = each.card.is_trigflow
+        got = f"{each.path}, of {'TrigFlow' if other else 'that process'} and shape {each.shape}"
+        require(not other and each.shape == model.shape, wanted, got, remedy)
+    fill_process(config, config.task, model)
+    task: ZeroShot | Interpolation = instantiate(config.task, _convert_="all")
+    path, (channels, side, _) = config.input, model.shape
+    images = None if path is None else read_images(path, channels, side, config.background)
+    grid = KarrasGrid(**{name: config.process[name] for name in ("t_min", "t_max", "rho")})
+    request = vars(request_of(config, model))
+    edited = task(EditRequest(**request, grid=grid, images=images, teacher=teacher, options=config))
+    write(edited, output, moving=task.moving, single=config.images)
     OmegaConf.save(config, output / "edit.yaml", resolve=True)
-    for name, value in edited.findings.items():
-        print(f"{name}: {value:.3g}")
-    count = edited.results.shape[0] * edited.results.shape[1]
-    print(f"{count} images of {model.path} ({model.weights}): {output / 'grid.png'}")
+    rows, columns = edited[0].shape[:2]
+    print(f"{rows * columns} images of {model.path} ({model.weights}): {output / 'grid.png'}")
 
 
-def load_for_editing(path: str, weights: str, role: Role | None, device: torch.device) -> Model:
-    """Load a model of the variance-exploding process onto its device."""
-    model, got = load(path, weights=weights, role=role), f"{path}, one of TrigFlow"
-    wanted = "a model of the variance-exploding process"
-    require(not model.card.is_trigflow, wanted, got, "choose another checkpoint")
-    model.denoiser.to(device)
-    return model
-
-
-def write(edited: Edited, output: Path, *, single: bool) -> None:
-    """Write a sheet to look at, arrays, a GIF of animations, and one PNG a result if `single`."""
+def write(edited: Edited, output: Path, *, moving: bool, single: bool) -> None:
+    """Write a sheet to look at, arrays, a GIF if rows of results are animations, and one PNG a result if `single`."""
     output.mkdir(parents=True, exist_ok=True)
-    results = edited.results
-    panels = [(caption, plots.grid(images, 1)) for caption, images in edited.panels]
-    panels.append((edited.caption, plots.grid(results.flatten(0, 1), results.shape[1])))
-    plots.side_by_side(panels).save(output / "grid.png")
+    results, panels = edited
+    shown = [(caption, plots.grid(images, 1)) for caption, images in panels]
+    sheet = plots.grid(results.flatten(0, 1), results.shape[1])
+    shown.append(("between" if moving else "after", sheet))
+    plots.side_by_side(shown).save(output / "grid.png")
     with written_whole(output / "edited.npz") as file:
         np.savez(file, allow_pickle=False, arr_0=results.movedim(2, -1).numpy())
-    if edited.moving:
+    if moving:
         there_and_back = torch.cat([results, results.flip(1)[:, 1:-1]], 1)
         plots.animation(there_and_back, output / "grid.gif")
     if single:

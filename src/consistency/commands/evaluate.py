@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,19 @@ from tqdm import tqdm
 
 from consistency.checkpoints.load import find, load_sets
 from consistency.commands.cli import require_fresh
-from consistency.commands.overrides import shell_line
 from consistency.data.decode import MODES, colour_of, read_picture, to_tensor
 from consistency.data.listing import files_at
 from consistency.data.memory import load_into_memory
 from consistency.data.source import Source
 from consistency.errors import require
-from consistency.evaluation.metrics import Measure, Settings
-from consistency.inference.generate import Request, generate
+from consistency.evaluation.metrics import Measure, measure_against
+from consistency.inference.generate import generate
 from consistency.inference.model import Model
-from consistency.inference.options import fill_process, require_suited
-from consistency.runtime.devices import chosen_device, in_precision, require_devices, share_threads
+from consistency.inference.options import fill_process, request_of, require_suited
+from consistency.runtime.devices import chosen_device, require_devices, share_threads
 from consistency.runtime.files import fingerprint, path_of, write_text
 from consistency.runtime.launch import one_job
-from consistency.runtime.ranks import batches, is_first, rank_and_size
+from consistency.runtime.ranks import batches, is_first, print_once, rank_and_size
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
 from consistency.training.build import build_loggers, quiet
@@ -69,31 +69,23 @@ def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> "
     models = load_sets(config.checkpoint, names, role=config.role)
     samplers = [samplers_of(config, model) for model in models]
     report = Report(config, measure_of(config, models[0].shape, device), output)
-    measure, shares = report.measure, batches(config.num_samples, config.batch_size)
+    clock, shares = report.measure.clock, batches(config.num_samples, config.batch_size)
+    options: Any = {**config, "device": str(device)}
     for model, named in zip(models, samplers, strict=True):
-        model.denoiser.to(device)
-        denoise = in_precision(model, config.precision, device)
+        request = request_of(options, model)
         for title, sampler in named.items():
-            evaluations = 0
+            evaluations = list[int]()
 
             def counted(x_t: Data, t: Time, label: Label = None) -> Data:
-                nonlocal evaluations
-                evaluations += len(x_t)
-                with measure.clock.running("network", device):
-                    return denoise(x_t, t, label)  # noqa: B023
+                evaluations.append(len(x_t))  # noqa: B023
+                with clock.running("network", device):
+                    return request.denoise(x_t, t, label)  # noqa: B023
 
-            request = Request(
-                denoise=counted,
-                card=model.card,
-                labels=config.labels,
-                seed=config.seed,
-                device=device,
-            )
-            samples = generate(request, sampler, shares)
-            bar = f"{title}, {model.weights}"
-            shown = tqdm(samples, bar, len(shares), unit="batch", disable=not report.is_writer)
-            values = measure(iter(shown), config.num_samples)
-            nfe = evaluations / sum(len(share) for share in shares)
+            samples = generate(replace(request, denoise=counted), sampler, shares)
+            bar, hidden = f"{title}, {model.weights}", not report.is_writer
+            shown = tqdm(samples, bar, len(shares), unit="batch", disable=hidden)
+            values = report.measure(iter(shown), config.num_samples)
+            nfe = sum(evaluations) / sum(map(len, shares))
             report.write({"sampler": title, "weights": model.weights, "nfe": nfe}, values)
         model.denoiser.cpu()
     return report
@@ -114,7 +106,7 @@ def samplers_of(config: DictConfig, model: Model) -> dict[str, Sampler]:
     """Build the samplers by name, with the time range and time points of this model."""
     own, samplers = deepcopy(config), {}
     for title, node in own.samplers.items():
-        fill_process(own, node, model, shell_line)
+        fill_process(own, node, model)
         sampler = samplers[str(title)] = instantiate(node, _convert_="all")
         require_suited(sampler, model, force=config.force)
     return samplers
@@ -126,16 +118,17 @@ def measure_of(config: DictConfig, shape: Sequence[int], device: torch.device) -
 
     def built(node: DictConfig, in_memory: bool) -> Source:
         source = instantiate(node)
-        got = tuple(source[0][0].shape)
-        expected = f"data of the samples' shape {tuple(shape)}"
+        got, expected = tuple(source[0][0].shape), f"data of the samples' shape {tuple(shape)}"
         remedy = "choose data= and data.image_size, data.channels as the model was trained"
         require(got == tuple(shape), expected, f"images of shape {got}", remedy)
         return load_into_memory(source) if in_memory else source
 
-    measure = Settings(**config.evaluation, batch_size=config.batch_size).prepare(
+    measure = measure_against(
+        partial(built, data.source, data.in_memory),
+        partial(built, data.held_out, False) if data.held_out else None,
         device,
-        train=partial(built, data.source, data.in_memory),
-        held_out=partial(built, data.held_out, False) if data.held_out else None,
+        **config.evaluation,
+        batch_size=config.batch_size,
         num_workers=data.num_workers,
     )
     if config.export is not None and rank_and_size()[0] == 0:
@@ -148,29 +141,26 @@ def given_samples(
 ) -> UInt8[Tensor, "n c h w"]:
     """Read the first `count` images of that shape: those below a folder, by name, or the arr_0 of an .npz."""
     file = path_of(path)
+    images: Tensor | list[Tensor]
     if file.suffix == ".npz" and file.is_file():
         images = _stored_samples(file)
-        total = len(images)
+        total, shapes = len(images), {tuple(images.shape[1:])}
     else:
-        files, ground = files_at(path), colour_of(background)
+        files, mode, colour = files_at(path), MODES[shape[0]], colour_of(background)
         total = len(files)
         shown = tqdm(files[:count], "Reading", unit="image", disable=min(total, count) < 1000)
-        pictures = [to_tensor(read_picture(each, MODES[shape[0]], ground)) for each in shown]
-        shapes = {tuple(picture.shape) for picture in pictures}
-        got = f"{len(shapes)} shapes, {' and '.join(map(str, sorted(shapes)[:2]))} among them"
-        same = f"images of one size in samples={path}"
-        require(len(shapes) == 1, same, got, "give samples as they were drawn")
-        images = torch.stack(pictures)
-    number, own = len(images), tuple(images.shape[1:])
-    remedy = f"set num_samples={number}, or draw more: a measure depends on the number"
-    enough = f"num_samples={count} images in samples={path}"
-    require(number >= count, enough, f"{number} images", remedy)
+        images = [to_tensor(read_picture(file, mode, colour)) for file in shown]
+        shapes = {tuple(image.shape) for image in images}
+    remedy = f"set num_samples={total}, or draw more: a measure depends on the number"
+    expected = f"num_samples={count} images in samples={path}"
+    require(total >= count, expected, f"{total} images", remedy)
     remedy = "choose data= and data.image_size, data.channels of the samples"
     expected = f"samples of the shape of the data, {tuple(shape)}"
-    require(own == tuple(shape), expected, f"samples={path} of shape {own}", remedy)
-    if total > count and rank_and_size()[0] == 0:
-        print(f"samples={path} holds {total:,} images: the first {count:,} are measured")
-    return images[:count]
+    got = f"samples={path} of shape {' and '.join(map(str, sorted(shapes)[:2]))}"
+    require(shapes == {tuple(shape)}, expected, got, remedy)
+    if total > count:
+        print_once(f"samples={path} holds {total:,} images: the first {count:,} are measured")
+    return images[:count] if isinstance(images, Tensor) else torch.stack(images)
 
 
 def _stored_samples(file: Path) -> UInt8[Tensor, "n c h w"]:
@@ -188,13 +178,10 @@ def _stored_samples(file: Path) -> UInt8[Tensor, "n c h w"]:
         got += f", from {pixels.min():.3g} to {pixels.max():.3g}"
     is_images = pixels.dtype == np.uint8 and pixels.ndim == 4
     last = is_images and pixels.shape[3] in MODES
-    require(
-        last or (is_images and pixels.shape[1] in MODES),
-        f"an .npz with arr_0, uint8 of shape (n, h, w, 1 or 3), in samples={file}",
-        got,
-        "write samples as src/sample.py does: np.savez(file, images); values from 0 to 1 become "
-        "(255 * x).round().astype(np.uint8)",
-    )
+    expected = f"an .npz with arr_0, uint8 of shape (n, h, w, 1 or 3), in samples={file}"
+    scaled = "(255 * x).round().astype(np.uint8), if x is from 0 to 1"
+    remedy = f"write samples as src/sample.py does, np.savez(file, images) of {scaled}"
+    require(last or (is_images and pixels.shape[1] in MODES), expected, got, remedy)
     images = torch.from_numpy(pixels)
     return images.permute(0, 3, 1, 2) if last else images
 
@@ -205,9 +192,7 @@ class Report:
     def __init__(self, config: DictConfig, measure: Measure, output: Path) -> None:
         self.measure, self.output, self.is_writer = measure, output, rank_and_size()[0] == 0
         self.head: dict[str, Any] = {"seed": config.seed, "precision": config.precision}
-        self.results: list[dict[str, Any]] = []
-        self.values: list[float] = []
-        self.loggers: list[Any] = []
+        self.results, self.values, self.loggers = list[dict[str, Any]](), list[float](), list[Any]()
         measure.clock.read()
         if not self.is_writer:
             return
@@ -232,12 +217,9 @@ class Report:
         write_text(self.output / "evaluation.json", text + "\n")
         write_text(self.output / "evaluation.md", self.table())
         total, network, extractor = (seconds.get(n, 0) for n in ("total", "network", "extractor"))
+        parts = f"{network:.1f} s drawing network, {extractor:.1f} s extractor"
         rest = total - network - extractor
-        print(
-            f"{total:.1f} s: {network:.1f} s drawing network, {extractor:.1f} s extractor, "
-            f"{rest:.1f} s ({rest / total:.1%}) all else",
-            flush=True,
-        )
+        print(f"{total:.1f} s: {parts}, {rest:.1f} s ({rest / total:.1%}) all else", flush=True)
         title = "/".join(str(names[n]) for n in ("sampler", "weights") if n in names) or "samples"
         for logger in self.loggers:
             logger.log_metrics({f"{name}/{title}": v for name, v in values.items()}, 0)
@@ -245,11 +227,12 @@ class Report:
     def table(self) -> str:
         """Return the results as a table, with the protocol under it."""
         names = [name for name in self.results[0] if name != "seconds"]
-        lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-        for result in self.results:
-            cells = [v if isinstance(v, str) else f"{v:.5g}" for v in (result[n] for n in names)]
-            lines.append(f"| {' | '.join(cells)} |")
-        protocol = (f"- {name}: {value}" for name, value in self.head["protocol"].items())
+        rows = [
+            [r[n] if isinstance(r[n], str) else f"{r[n]:.5g}" for n in names] for r in self.results
+        ]
+        lines = [f"| {' | '.join(cells)} |" for cells in (names, *rows)]
+        lines.insert(1, f"|{'---|' * len(names)}")
+        protocol = [f"- {name}: {value}" for name, value in self.head["protocol"].items()]
         return "\n".join([*lines, "", *protocol, ""])
 
     def finish(self) -> float:

@@ -86,8 +86,7 @@ def spelled_out(argument: str) -> list[str]:
         return []
     group, _, value = argument.partition("=")
     choice = "sampler" if group == "samplers" else group.partition("@")[0]
-    folder = ROOT / "conf" / choice
-    options = {file.stem for file in folder.glob("*.yaml")} if group else set()
+    options = {file.stem for file in (ROOT / "conf" / choice).glob("*.yaml")}
     if options and "null" in value.split(","):
         expected = f"{group}= among {', '.join(sorted(options))}"
         require("none" in options, expected, argument, "choose one")
@@ -108,13 +107,11 @@ def changes(old: dict[str, Any], new: dict[str, Any], above: str = "") -> Iterat
     """Yield the overrides that turn the configuration `old` into `new`, except `output`."""
     for name in dict.fromkeys([*old, *new]):
         key = f"{above}.{name}" if above else name
-        if key == "output" or (name in old and name in new and old[name] == new[name]):
-            continue
-        if name not in new:
-            yield f"~{key}"
-        elif isinstance(old.get(name), dict) and isinstance(new[name], dict):
+        if isinstance(old.get(name), dict) and isinstance(new.get(name), dict):
             yield from changes(old[name], new[name], key)
-        else:
+        elif name not in new:
+            yield f"~{key}"
+        elif key != "output" and (name not in old or old[name] != new[name]):
             yield f"++{key}={_literal(new[name])}"
 
 

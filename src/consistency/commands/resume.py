@@ -20,17 +20,15 @@ from consistency.commands import schema
 from consistency.commands.cli import AUTO, require_fresh
 from consistency.commands.overrides import given_options
 from consistency.errors import UserError, require
-from consistency.runtime import allowlist
-from consistency.runtime.files import path_of, write_text
+from consistency.runtime import allowlist, rendezvous
+from consistency.runtime.files import path_of
 from consistency.runtime.redaction import MASK, masked
-from consistency.runtime.rendezvous import decided
 
-CONFIG = "config.yaml"
+CONFIG, ABSENT = "config.yaml", "nothing"
+
+# Options that may change on resume: the result does not depend on them, or is meant to.
 DEVICES = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 FREE = (*DEVICES, "trainer.max_steps", "data.num_workers", "data.allow_reorder", "logger")
-"""Options that may change on resume: the result does not depend on them, or is meant to."""
-
-ABSENT = "nothing"
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,8 @@ def begin(config: DictConfig, output: Path) -> RunStart:
 
     Raises `UserError` if the folder is not fresh, holds no run, or was begun with other settings.
     """
-    if (state := decided(lambda: _state(config, output))) is None:
-        return RunStart(config)
-    return RunStart(resumed_config(config, output), resumed=True, **state)
+    state = rendezvous.current.decided(lambda: _state(config, output))
+    return RunStart(config) if state is None else RunStart(resumed_config(config, output), **state)
 
 
 def _state(config: DictConfig, output: Path) -> dict[str, Any] | None:
@@ -62,16 +59,16 @@ def _state(config: DictConfig, output: Path) -> dict[str, Any] | None:
     resumed_config(config, folder)  # refused before a checkpoint is read
     if (checkpoint := newest(folder / CHECKPOINTS)) is None:
         print(f"{folder} has no checkpoint yet: the run begins again at step 0.", flush=True)
-        return {}
+        return {"resumed": True}
     path, content = checkpoint
     if path.name == PREVIOUS:
         state = "damaged" if path.with_name(LAST).is_file() else "missing"
         print(f"{path.with_name(LAST)} is {state}: {PREVIOUS} is taken instead.", flush=True)
-    step = int(content["global_step"])
+    step, sources = int(content["global_step"]), content["sources"]
     print(f"Resuming {folder} at step {step}.", flush=True)
     best = (s["best_value"] for s in content["callbacks"].values() if "best_value" in s)
     value = next(filter(math.isfinite, best), math.nan)
-    return {"checkpoint": path, "step": step, "sources": content["sources"], "value": value}
+    return dict(resumed=True, checkpoint=path, step=step, sources=sources, value=value)
 
 
 def _folder_of_run(resume: str | None, output: Path) -> Path | None:
@@ -80,36 +77,31 @@ def _folder_of_run(resume: str | None, output: Path) -> Path | None:
         again = shlex.quote(f"resume={output}")
         require_fresh(output, f"choose another output=, or go on with {again}")
         return None
-    if resume == AUTO and _is_fresh(output):
+    folder = output if resume == AUTO else path_of(resume).absolute()
+    if resume == AUTO and all(path.name == f"{CONFIG}.part" for path in folder.glob("*")):
+        # At most a part of its configuration, of a process that died at once.
         print(f"No run to resume at {output}: it begins there.", flush=True)
         return None
-    folder = output if resume == AUTO else path_of(resume).absolute()
-    if not (folder / CONFIG).is_file():
-        remedy = "check the path, which is relative to the folder the command runs in"
-        for run in folder.parents[:2]:
-            if folder.exists() and (run / CONFIG).is_file():
-                remedy = f"say {shlex.quote(f'resume={run}')}"
-        state = "a folder without one" if folder.is_dir() else "a file"
-        got = state if folder.exists() else "no such folder"
-        raise UserError(f"a run folder with its {CONFIG} at resume={folder}", got, remedy)
-    require(
-        folder.resolve() == output.resolve(),
-        "the same folder at output= and resume=",
+    got = (
+        "a folder without one"
+        if folder.is_dir()
+        else "a file"
+        if folder.exists()
+        else "no such folder"
+    )
+    remedy = "check the path, which is relative to the folder the command runs in"
+    for run in folder.parents[:2]:
+        if folder.exists() and (run / CONFIG).is_file():
+            remedy = f"say {shlex.quote(f'resume={run}')}"
+    expected = f"a run folder with its {CONFIG} at resume={folder}"
+    require((folder / CONFIG).is_file(), expected, got, remedy)
+    got, remedy = (
         f"output={output} and resume={folder}",
         "leave output= out; in a sweep say output=<folder> resume=auto",
     )
+    same = folder.resolve() == output.resolve()
+    require(same, "the same folder at output= and resume=", got, remedy)
     return folder
-
-
-def _is_fresh(folder: Path) -> bool:
-    """Return whether no run has begun; a process that died at once may have left a part of its configuration."""
-    return not folder.exists() or all(path.name == f"{CONFIG}.part" for path in folder.iterdir())
-
-
-def keep_config(config: dict[str, Any], folder: Path) -> None:
-    """Write the plain configuration of a run into its folder, once."""
-    if not (folder / CONFIG).is_file():
-        write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
 
 
 def resumed_config(config: DictConfig, folder: Path) -> DictConfig:
@@ -119,37 +111,28 @@ def resumed_config(config: DictConfig, folder: Path) -> DictConfig:
     `UserError`. config: the one composed now.
     """
     targets = {node["_target_"] for _, node in schema.targets(OmegaConf.to_container(config))}
-    saved = _saved_config(folder, targets)
-    now = deepcopy(config)
+    saved, now = _saved_config(folder, targets), deepcopy(config)
     for key in (*FREE, "output", "resume"):
         OmegaConf.update(now, key, OmegaConf.select(saved, key), merge=False, force_add=True)
     before = dict(_leaves(OmegaConf.to_container(saved, resolve=True)))
     after = dict(_leaves(masked(OmegaConf.to_container(now, resolve=True))))
     named = _named(HydraConfig.get(), saved)
-    settings = [key for key in before | after if any(_is_below(key, name) for name in named)]
+    settings = [key for key in before | after if f"{key}.".startswith(named)]
     different = [
         f"{key}={new}, where the run has {key}={old}"
         for key in settings
         if (new := after.get(key, ABSENT)) != (old := before.get(key, ABSENT))
         and not (old == ABSENT and new is None)  # an option younger than the run
     ]
-    require(
-        not different,
-        f"the settings of {folder / CONFIG}",
-        "\n       ".join(different[:4]),
-        f"leave them out, or begin another run; only {', '.join(FREE)} may change",
-    )
+    got = "\n       ".join(different[:4])
+    remedy = f"leave them out, or begin another run; only {', '.join(FREE)} may change"
+    require(not different, f"the settings of {folder / CONFIG}", got, remedy)
     given = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     secrets = [key for key in settings if MASK in str(before.get(key))]  # stored nowhere
-    free = [key for key in FREE if any(_is_below(name, key) for name in named)]
-    for key in (*secrets, *free, *(DEVICES if "trainer" in named else ())):
+    free = [key for key in FREE if any(name.startswith(f"{key}.") for name in named)]
+    for key in (*secrets, *free, *(DEVICES if "trainer." in named else ())):
         OmegaConf.update(saved, key, OmegaConf.select(given, key), merge=False, force_add=True)
     return saved
-
-
-def _is_below(key: str, above: str) -> bool:
-    """Return whether a setting is another one or a part of it; all are parts of ""."""
-    return not above or f"{key}.".startswith(f"{above}.")
 
 
 def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -161,10 +144,7 @@ def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:
-    """Read the configuration of a run; if its folder was moved, the paths inside move along.
-
-    also: targets that it may name besides the allowlist.
-    """
+    """Read the configuration of a run, whose paths move with its folder; `also`: targets besides the allowlist."""
     path = folder / CONFIG
     try:
         loaded = allowlist.read(path, also)
@@ -187,12 +167,9 @@ def _require_present(path: Path) -> None:
         text = file.read(allowlist.MOST_BYTES)
     targets = re.findall(r"_target_: (consistency(?:\.\w+)+)\s*$", text, re.M)
     gone = next((target for target in targets if allowlist.named(target) is None), None)
-    require(
-        gone is None,
-        f"a run that this version began, in {path.parent}",
-        f"one of another version: it names {gone}, which is missing here",
-        "finish it with the version that began it; its checkpoints still open: init=, teacher= and checkpoint= take them",
-    )
+    got = f"one of another version: it names {gone}, which is missing here"
+    remedy = "finish it with that version; its checkpoints still open: init=, teacher= and checkpoint= take them"
+    require(gone is None, f"a run that this version began, in {path.parent}", got, remedy)
 
 
 def _moved(node: Any, old: str, new: str) -> Any:
@@ -204,13 +181,13 @@ def _moved(node: Any, old: str, new: str) -> Any:
     return f"{new}{node[len(old) :]}" if inside else node
 
 
-def _named(hydra: Any, saved: DictConfig) -> list[str]:
-    """Return the settings that the command line names; "" stands for all, which experiment= may change."""
-    named = []
+def _named(hydra: Any, saved: DictConfig) -> tuple[str, ...]:
+    """Return the starts of the settings that the command line names, as "data."; experiment= may change all, ""."""
+    named: tuple[str, ...] = ()
     for override in OverridesParser.create().parse_overrides(given_options(hydra)):
         key, package = override.key_or_group, override.package
         name = (package or key).replace("/", ".")
         choice = key if package is None else f"{key}@{package}"
         everywhere = choice in hydra.runtime.choices and name not in saved
-        named.append("" if everywhere and "." not in name else name)
+        named += ("" if everywhere and "." not in name else f"{name}.",)
     return named

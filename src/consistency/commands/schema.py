@@ -8,7 +8,6 @@ import inspect
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, make_dataclass
 from functools import cache
 from pathlib import Path
@@ -104,9 +103,8 @@ def structure(name: str) -> Any:
     values: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{name}.yaml"))
     entries = [entry for entry in values.pop("defaults", ()) if isinstance(entry, dict)]
     types = {key: _type(key, value) for key, value in values.items() if key != "hydra"}
-    for group in (next(iter(entry)).rpartition("@")[2] for entry in entries):
-        if group in GROUPS:
-            types.setdefault(group, GROUPS[group])
+    groups = [next(iter(entry)).rpartition("@")[2] for entry in entries]
+    types |= {group: GROUPS[group] for group in groups if group in GROUPS and group not in types}
     # A group without content, as logger=none, is an empty dictionary.
     members = [
         (k, t, field(default_factory=dict) if t == NODES else field()) for k, t in types.items()
@@ -140,26 +138,22 @@ def require_bound(config: DictConfig) -> None:
     """
     for key, node in targets(OmegaConf.to_container(config, resolve=False)):
         target = OmegaConf.select(config, f"{key}._target_".strip("."))
-        if (parameters := _parameters(_part(key, target))) is None:
-            continue
+        parameters = _parameters(key, target)
         arguments = [str(name) for name in node if name not in HYDRAS]
-        by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        needed = [p for p in by_name[len(node.get("_args_") or []) :] if p.default is p.empty]
-        shown = by_name
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        needed = [p for p in named[len(node.get("_args_") or []) :] if p.default is p.empty]
         if node.get("_partial_"):
             # Its call may add positional arguments, as the step k of a schedule, but never a keyword.
-            shown = [p for p in by_name if p.default is not p.empty or p.kind is p.KEYWORD_ONLY]
             needed = [p for p in needed if p.kind is p.KEYWORD_ONLY]
-        names = {p.name for p in by_name}
-        if any(p.kind is p.VAR_KEYWORD for p in parameters):
-            names |= set(arguments)
-        unknown = [name for name in arguments if name not in names]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        unknown = [] if takes_any else [a for a in arguments if a not in [p.name for p in named]]
         lacking = [p.name for p in needed if p.name not in arguments]
         faults = {f"~{key}.{name}": f"{name}, which it does not take" for name in unknown}
         faults |= {f"+{key}.{name}=...": f"no {name}, which it needs" for name in lacking}
+        shown = [p.name for p in named if p in needed or p.default is not p.empty]
         require(
             not faults,
-            f"arguments of {target} at {key}: {', '.join(p.name for p in shown) or 'none'}",
+            f"arguments of {target} at {key}: {', '.join(shown) or 'none'}",
             "; ".join(faults.values()),
             f"a part is swapped with its arguments: add {shlex.join(faults)} to the command",
         )
@@ -167,41 +161,37 @@ def require_bound(config: DictConfig) -> None:
 
 def targets(tree: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every node with a `_target_` and its key."""
-    if isinstance(tree, dict):
-        if isinstance(tree.get("_target_"), str):
-            yield key, tree
-        for name, value in tree.items():
-            yield from targets(value, f"{key}.{name}".strip("."))
-    elif isinstance(tree, list):
-        for number, value in enumerate(tree):
-            yield from targets(value, f"{key}[{number}]")
+    nodes = tree if isinstance(tree, dict) else {}
+    if isinstance(nodes.get("_target_"), str):
+        yield key, nodes
+    for name, value in enumerate(tree) if isinstance(tree, list) else nodes.items():
+        yield from targets(value, f"{key}.{name}".strip("."))
 
 
-def _part(key: str, target: str) -> Any:
+def _parameters(key: str, target: str) -> list[inspect.Parameter]:
+    """Return the parameters of the part with that name."""
     try:
-        return get_object(target)
+        part = get_object(target)
     except Exception as error:  # the import of a user's module can fail in any way
-        reason = str(error.__cause__ or error).strip().splitlines()
-        raise UserError(
-            f"the name of a class or function at {key}._target_",
-            f"{target} ({reason[-1] if reason else type(error).__name__})",
-            "check the name",
-        ) from error
-
-
-def _parameters(part: Any) -> list[inspect.Parameter] | None:
-    """Return the parameters of a part; None for a class in C without a signature."""
+        reason = [type(error).__name__, *str(error.__cause__ or error).strip().splitlines()][-1]
+        expected = f"the name of a class or function at {key}._target_"
+        raise UserError(expected, f"{target} ({reason})", "check the name") from error
     if getattr(part, "__init__", None) is nn.Module.__init__:
         return []  # its signature takes anything, its code nothing
-    with suppress(TypeError, ValueError):
+    try:
         return list(inspect.signature(part).parameters.values())
-    return None
+    except (TypeError, ValueError):  # a class in C without a signature may take anything
+        return [inspect.Parameter("any", inspect.Parameter.VAR_KEYWORD)]
 
 
 def register() -> None:
-    """Store the structures in Hydra under the names of their commands: train_schema, prepare_schema and so on."""
+    """Store the structure of every command in Hydra, as train_schema and so on, and the options of `samplers=`."""
+    store = ConfigStore.instance().store
     for file in (ROOT / "conf").glob("*.yaml"):
-        ConfigStore.instance().store(name=f"{file.stem}_schema", node=structure(file.stem))
+        store(name=f"{file.stem}_schema", node=structure(file.stem))
+    for file in (ROOT / "conf" / "sampler").glob("*.yaml"):
+        node = {"defaults": [{f"/sampler@{file.stem}": file.stem}]}
+        store(group="samplers", name=file.stem, node=node)
 
 
 def register_experiments(folder: Path = ROOT / "experiments") -> None:
@@ -210,10 +200,3 @@ def register_experiments(folder: Path = ROOT / "experiments") -> None:
         group = "/".join(("experiment", *file.relative_to(folder).parent.parts))
         node = OmegaConf.load(file)
         ConfigStore.instance().store(file.stem, node, group, "_global_", "experiments")
-
-
-def register_samplers(folder: Path = ROOT / "conf" / "sampler") -> None:
-    """Make every file of conf/sampler an option of the list `samplers=`."""
-    for file in folder.glob("*.yaml"):
-        node = {"defaults": [{f"/sampler@{file.stem}": file.stem}]}
-        ConfigStore.instance().store(group="samplers", name=file.stem, node=node)

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +18,9 @@ from consistency.commands.cli import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.data.source import Source
 from consistency.errors import require
-from consistency.evaluation.metrics import Measure, Settings
-from consistency.inference.generate import Draw, drawing, in_batches
-from consistency.inference.options import ModelOptions, require_same_settings, searched_path
+from consistency.evaluation.metrics import Measure, measure_against
+from consistency.inference import options
+from consistency.inference.generate import drawing, in_batches
 from consistency.runtime.allowlist import require_trusted
 from consistency.runtime.devices import chosen_device, require_devices
 from consistency.runtime.files import fingerprint, write_text
@@ -38,78 +37,50 @@ def search(config: DictConfig, output: Path) -> float:
     sampler=searched. A stopped search goes on. Returns the metric at the time points.
     """
     require(config.metric in SIGNS, f"metric among {', '.join(SIGNS)}", config.metric, "choose one")
-    grid = f"a grid of num_scales >= points + 2 = {config.points + 2}"
-    finer = "give more scales or search fewer points"
-    require(config.num_scales >= config.points + 2, grid, config.num_scales, finer)
-    device = chosen_device(config.device)
-    require_devices(device, config.devices)
+    fewest, finer = config.points + 2, "give more scales or search fewer points"
+    grid = f"a grid of num_scales >= points + 2 = {fewest}"
+    require(config.num_scales >= fewest, grid, config.num_scales, finer)
+    require_devices(chosen_device(config.device), config.devices)
     path = find(config.checkpoint)
     model = load(path, weights=config.weights, role="consistency")
-    process = model.card.process
-    options = ModelOptions(
-        checkpoint=str(path), weights=config.weights, device=config.device, seed=config.seed
-    )
-    names = ("weights", "metric", "seed", "num_scales", "num_samples")
-    settings = {name: config[name] for name in names} | {
-        "evaluation": OmegaConf.to_container(config.evaluation, resolve=True),
-        "checkpoint": fingerprint(path),
-    }
-    log = SearchLog(output, settings, SIGNS[config.metric])
-    measure = measure_of(config, path)
-    count = measure.count(config.num_samples)
-    with drawing(
-        partial(options.prepare, model if config.devices == 1 else None), config.devices
-    ) as draw:
-        sampler = partial(multistep, clip=True, t_min=process.t_min, t_max=process.t_max)
-        log.value = partial(measured, measure, draw, sampler, config, count)
-        times = search_points(log, process.grid.points(config.num_scales).tolist(), config.points)
-        best = log.sign * log.measure(times)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    names = ("weights", "metric", "seed", "num_scales", "num_samples", "evaluation")
+    settings = {name: plain[name] for name in names} | {"checkpoint": fingerprint(path)}
+    log = Log(output, settings)
+    measure, process, devices = measure_of(config, path), model.card.process, config.devices
+    count, metric = measure.count(config.num_samples), measure.extractor.named(config.metric)
+    prepare = partial(options.request_of, plain, model if devices == 1 else None)
+    with drawing(prepare, devices) as draw:
+
+        def value(times: Sequence[float]) -> float:
+            t_min, t_max = process.t_min, process.t_max
+            sampler = partial(multistep, times=times, t_min=t_min, t_max=t_max, clip=True)
+            samples = draw(sampler, in_batches(range(count), config.batch_size))
+            values = measure(samples, count, config.metric)
+            got = f"evaluation.extractor={config.evaluation.extractor}, without classes or features"
+            expected = f"an extractor and a reference that give {metric}"
+            require(metric in values, expected, got, "choose metric=frechet")
+            return values[metric]
+
+        log.value = value
+        times = log.search(process.grid.points(config.num_scales).tolist(), config.points)
+    best = log.sign * log.measure(times)
     result = {
         "times": times,
-        "metric": measure.extractor.named(config.metric),
+        "metric": metric,
         "protocol": measure.protocol(count),
         "value": best,
         **{name: settings[name] for name in ("weights", "checkpoint", "num_scales", "seed")},
         "unimodal": log.unimodal,
     }
-    write_text(searched_path(path), json.dumps(result, indent=2) + "\n")
-    print(f"Result:  {searched_path(path)}\nCurve:   {log.picture}")
+    write_text(options.searched_path(path), json.dumps(result, indent=2) + "\n")
+    print(f"Result:  {options.searched_path(path)}\nCurve:   {log.picture}")
     print(f"Sample:  {shell_line('sample', f'checkpoint={config.checkpoint}', 'sampler=searched')}")
     return best
 
 
-def search_points(log: "SearchLog", grid: list[float], points: int) -> list[float]:
-    """Search so many points of the grid after the first, greedily; each lies after the one before it."""
-    times, first = grid[:1], 1
-    before = log.measure(times)
-    for number in range(1, points + 1):
-        last = len(grid) - 2 - (points - number)
-        minimum = ternary_search(lambda index: log.measure([*times, grid[index]]), first, last)
-        times.append(grid[minimum.index])
-        log.report(number, times[-1], minimum, before)
-        first, before = minimum.index + 1, minimum.values[minimum.index]
-    return times
-
-
-def measured(
-    measure: Measure,
-    draw: Draw,
-    sampler: Callable[..., Any],
-    config: DictConfig,
-    count: int,
-    times: Sequence[float],
-) -> float:
-    """Return the metric of samples that are evaluated at the time points."""
-    samples = draw(partial(sampler, times=list(times)), in_batches(range(count), config.batch_size))
-    values, name = measure(samples, count, config.metric), measure.extractor.named(config.metric)
-    expected = f"an extractor and a reference that give {name}"
-    got = f"evaluation.extractor={config.evaluation.extractor}, without classes or features"
-    require(name in values, expected, got, "choose metric=frechet")
-    return values[name]
-
-
 def measure_of(config: DictConfig, path: Path) -> Measure:
-    """Return the measure against the data of the run that wrote the checkpoint."""
+    """Return the measure against the data of the run that wrote the checkpoint; it downloads nothing."""
     run = ours.read(path).get("config", {}) if path.is_file() else {}
     data: dict[str, Any] = run.get("data") or {}
     got, remedy = "one that says nothing of its data", "take a checkpoint that src/train.py wrote"
@@ -117,42 +88,29 @@ def measure_of(config: DictConfig, path: Path) -> Measure:
     require_trusted(run, path)
 
     def local(name: str) -> Source:
-        """Build a source of the run; a checkpoint from elsewhere downloads nothing."""
         node = data[name]
         return instantiate({**node, **({"download": False} if "download" in node else {})})
 
-    return Settings(**config.evaluation, batch_size=config.batch_size).prepare(
+    return measure_against(
+        partial(local, "source"),
+        partial(local, "held_out") if data.get("held_out") else None,
         chosen_device(config.device),
-        train=partial(local, "source"),
-        held_out=partial(local, "held_out") if data.get("held_out") else None,
+        **config.evaluation,
+        batch_size=config.batch_size,
         num_workers=0,
     )
 
 
-@dataclass(frozen=True)
-class Minimum:
-    """The index of the smallest value, and the measured values by index."""
-
-    index: int
-    values: dict[int, float]
-
-    @property
-    def unimodal(self) -> bool:
-        """Return whether the measured values have one minimum, as ternary search assumes."""
-        return is_unimodal(self.values)
-
-
 def is_unimodal(values: Mapping[int, float]) -> bool:
-    """Return whether values, by index, fall strictly to their minimum and rise strictly from it."""
-    row = [values[index] for index in sorted(values)]
-    lowest = row.index(min(row))
-    falling = all(a > b for a, b in pairwise(row[: lowest + 1]))
-    return falling and all(a < b for a, b in pairwise(row[lowest:]))
+    """Return whether values, by index, fall strictly to one minimum and rise strictly from it, as ternary search assumes."""
+    steps = list(pairwise(values[index] for index in sorted(values)))
+    rises = [a < b for a, b in steps]
+    return rises == sorted(rises) and all(a != b for a, b in steps)
 
 
-def ternary_search(measure: Callable[[int], float], first: int, last: int) -> Minimum:
+def ternary_search(measure: Callable[[int], float], first: int, last: int) -> dict[int, float]:
     """Minimise `measure` over the indices first ... last, both included [Song et al. 2023, arXiv:2303.01469,
-    Section 3: "ternary search"].
+    Section 3: "ternary search"]. Return the measured values by index.
 
     Two inner points cut the range in thirds, and the third beyond the larger value is dropped: about
     2 log_{3/2}(last - first) values are measured, each once. The minimum is exact if `measure` falls strictly to it and
@@ -179,29 +137,44 @@ def ternary_search(measure: Callable[[int], float], first: int, last: int) -> Mi
             low, high = left, right
     for index in range(low, high + 1):
         value(index)
-    best = min(values, key=lambda index: (values[index], index))
-    return Minimum(best, dict(sorted(values.items())))
+    return dict(sorted(values.items()))
 
 
-class SearchLog:
-    """The measured values of a search: in measured.json, in curve.png and on the screen.
+class Log:
+    """The measured values of a search: in measured.json, in curve.png and on the screen. It goes on with earlier ones."""
 
-    value: time points -> the metric.
-    """
+    value: Callable[[Sequence[float]], float]  # time points -> the metric
 
-    value: Callable[[Sequence[float]], float]
-
-    def __init__(self, folder: Path, settings: dict[str, Any], sign: int) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.file, self.picture = folder / "measured.json", folder / "curve.png"
-        self.settings, self.sign, self.unimodal = settings, sign, True
+        self.settings, self.metric, self.unimodal = settings, settings["metric"], True
+        self.sign = SIGNS[self.metric]
         self.values: dict[str, float] = {}
-        if not self.file.is_file():
+        if record := options.record_of(self.file, settings, "search"):
+            self.values = record["values"]
+            print(f"{folder} has {len(self.values)} measured values: going on")
+        else:
             require_fresh(folder)
-            return
-        before = json.loads(self.file.read_text())
-        require_same_settings(before["settings"], settings, "search", folder)
-        self.values = before["values"]
-        print(f"{folder} has {len(self.values)} measured values: going on")
+
+    def search(self, grid: list[float], points: int) -> list[float]:
+        """Search so many points of the grid after the first, greedily; each lies after the one before it."""
+        times, first = grid[:1], 1
+        before = self.measure(times)
+        for number in range(1, points + 1):
+            last = len(grid) - 2 - (points - number)
+            values = ternary_search(lambda i: self.measure([*times, grid[i]]), first, last)
+            index = min(values, key=values.__getitem__)
+            times.append(grid[index])
+            best = values[index]
+            print(f"point {number}: t = {grid[index]:.5g}, {self.metric} {self.sign * best:.4f}")
+            if best >= before:
+                print(f"  no better than without this point ({self.sign * before:.4f})")
+            if not is_unimodal(values):
+                self.unimodal = False
+                print(f"  the {len(values)} values have several minima: a better point may exist.")
+                print("  More samples make them smoother; curve.png shows them")
+            first, before = index + 1, best
+        return times
 
     def measure(self, times: Sequence[float]) -> float:
         """Return the value at the time points, with the sign under which the smallest is the best. Measures it once."""
@@ -209,24 +182,11 @@ class SearchLog:
         if name not in self.values:
             self.values[name] = self.value(times)
             shown = ", ".join(f"{t:.4g}" for t in times)
-            print(f"t = {shown}: {self.settings['metric']} {self.values[name]:.4f}", flush=True)
+            print(f"t = {shown}: {self.metric} {self.values[name]:.4f}", flush=True)
             write_text(self.file, json.dumps({"settings": self.settings, "values": self.values}))
             self._draw_curve()
         signed = self.sign * self.values[name]
         return signed if math.isfinite(signed) else math.inf
-
-    def report(self, number: int, time: float, minimum: Minimum, before: float) -> None:
-        """Print a point, and warn if it does not help or the values have several minima."""
-        best = minimum.values[minimum.index]
-        print(f"point {number}: t = {time:.5g}, {self.settings['metric']} {self.sign * best:.4f}")
-        if best >= before:
-            print(f"  no better than without this point ({self.sign * before:.4f})")
-        if not minimum.unimodal:
-            self.unimodal = False
-            print(
-                f"  the {len(minimum.values)} values have several minima: there may be a better point. "
-                "More samples make them smoother; curve.png shows them"
-            )
 
     def _draw_curve(self) -> None:
         """Draw value over last time point, one line for each list of time points before it."""
@@ -240,6 +200,6 @@ class SearchLog:
             shown = ", ".join(f"{float(t):.4g}" for t in prefix.split())
             label = f"after t = {shown}" if shown else "one step"
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
-        axes.set(xscale="log", xlabel="time point t", ylabel=self.settings["metric"])
+        axes.set(xscale="log", xlabel="time point t", ylabel=self.metric)
         axes.legend()
         figure.savefig(self.picture, dpi=110)

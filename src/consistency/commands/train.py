@@ -11,24 +11,22 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from consistency.checkpoints.retention import settle
+from consistency.commands.cli import called
 from consistency.commands.overrides import shell_line
-from consistency.commands.python import called
-from consistency.commands.resume import RunStart, begin, keep_config
+from consistency.commands.resume import CONFIG, RunStart, begin
 from consistency.errors import require
-from consistency.runtime.files import ROOT
+from consistency.runtime.files import ROOT, write_text
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import is_first, require_launched
 from consistency.training import build
 from consistency.training.arguments import require_taken
 from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
-from consistency.training.callbacks.periodic import callback_of
-from consistency.training.callbacks.sample_grids import SampleGrids
+from consistency.training.callbacks.periodic import Periodic, callback_of
 from consistency.training.io_errors import as_user_error
 from consistency.training.loggers import MetricsFile, PatientTensorBoardLogger, PatientWandbLogger
 from consistency.training.module import ConsistencyModule
@@ -60,14 +58,15 @@ def train(config: DictConfig, output: Path) -> float:
         trainer = build.build_trainer(config, callbacks, loggers, data)
         require_launched(trainer.num_devices, trainer.num_nodes, "trainer.")
         if trainer.is_global_zero:
-            output.mkdir(parents=True, exist_ok=True)
-            keep_config(module.config, output)
+            if not (output / CONFIG).is_file():
+                write_text(output / CONFIG, OmegaConf.to_yaml(OmegaConf.create(module.config)))
             _announce(start, module, output)
             print(data.summary(trainer.world_size), flush=True)
-            for logger in loggers:
-                if isinstance(logger, MetricsFile | PatientTensorBoardLogger):
-                    logger.cut(start.step)
         for logger in loggers:
+            if trainer.is_global_zero and isinstance(
+                logger, MetricsFile | PatientTensorBoardLogger
+            ):
+                logger.cut(start.step)
             logger.log_hyperparams(module.config)
         trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint and str(start.checkpoint))
         value, name = value_of(trainer, losses)
@@ -78,15 +77,13 @@ def train(config: DictConfig, output: Path) -> float:
         return value
 
 
-class LastLosses(Callback):
+class LastLosses(L.Callback):
     """The losses of the last optimizer steps of this process, up to 100 micro-batches."""
 
     def __init__(self) -> None:
         self.values: deque[Tensor] = deque(maxlen=100)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, _: Any, outputs: Any, *__: Any) -> None:
         self.values.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
 
 
@@ -106,8 +103,7 @@ def value_of(trainer: L.Trainer, losses: LastLosses) -> tuple[float, str]:
 
 
 def _announce(start: RunStart, module: ConsistencyModule, output: Path) -> None:
-    config = start.config
-    choices: Any = HydraConfig.get().runtime.choices
+    config, choices = start.config, HydraConfig.get().runtime.choices
     millions = sum(p.numel() for p in module.online.parameters()) / 1e6
     size = f"{millions:.2f} M parameters, {config.trainer.max_steps} optimizer steps of {config.data.batch_size} images"
     named = [f"{name}={choices[name]}" for name in ("mode", "data", "model") if name in choices]
@@ -125,30 +121,20 @@ def _announce(start: RunStart, module: ConsistencyModule, output: Path) -> None:
     print(f"Run folder: {output}", flush=True)
 
 
-def _sampler_choice(config: DictConfig) -> str:
-    """Return the option of sampler= for the mode's first sampler."""
-    target = next((node._target_ for node in config.mode.samplers.values()), None)
-    for file in sorted((ROOT / "conf" / "sampler").glob("*.yaml")):
-        if OmegaConf.select(OmegaConf.load(file), "_target_") == target:
-            return file.stem
-    return "onestep"
-
-
 def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:
     print()
     if left_out := trainer.datamodule.train_source.left_out:  # type: ignore[attr-defined]
         print(f"Left out:   {left_out:,} images that cannot be used, named at the start")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, RunCheckpoints):
-            print(f"Checkpoint: {callback.last}")
-        if isinstance(callback, SampleGrids):
-            print(f"Samples:    {callback.newest}")
-        if isinstance(callback, Evaluation):
-            print(callback.table())
+        if isinstance(callback, Periodic) and callback.summary:
+            print(callback.summary)
     for logger in trainer.loggers:
         if isinstance(logger, PatientWandbLogger) and logger.offline_folders:
             sync = [sys.executable, "-m", "wandb", "sync", *map(str, logger.offline_folders)]
             print(f"W&B:        offline; upload with\n  {shlex.join(sync)}")
-    sampler, samples = f"sampler={_sampler_choice(config)}", f"output={output / 'samples_64'}"
+    first = next((node._target_ for node in config.mode.samplers.values()), None)
+    files = sorted((ROOT / "conf" / "sampler").glob("*.yaml"))
+    same = (f.stem for f in files if OmegaConf.select(OmegaConf.load(f), "_target_") == first)
+    sampler, samples = f"sampler={next(same, 'onestep')}", f"output={output / 'samples_64'}"
     line = shell_line("sample", f"checkpoint={output}", sampler, "num_samples=64", samples)
     print(f"Continue with:\n  {line}")

@@ -14,7 +14,6 @@ from consistency.data.download import Downloaded
 from consistency.data.source import Classes, Images
 from consistency.errors import UserError
 
-SHAPE = (3, 32, 32)
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
@@ -27,15 +26,13 @@ class CIFAR10(Downloaded):
     home = datasets.CIFAR10.base_folder
     train = tuple(name for name, _ in datasets.CIFAR10.train_list)
     test = tuple(name for name, _ in datasets.CIFAR10.test_list)
-    marks, classes = (*train, *test), CLASSES
+    marks, class_names = (*train, *test), CLASSES
 
     def download(self, root: Path) -> None:
         origin = datasets.CIFAR10
         download_url(origin.url, str(root), origin.filename, origin.tgz_md5)
         with tarfile.open(root / origin.filename) as archive:
             archive.extractall(root, filter="data")  # nothing outside of `root`
-        if self.find(root) is None:
-            raise ValueError(f"{origin.filename} holds no batches")
 
     def sources(self) -> list[str]:
         return [datasets.CIFAR10.url]
@@ -50,13 +47,11 @@ def read_batch(file: Path) -> tuple[UInt8[Tensor, "n 3 32 32"], Int64[Tensor, "n
         content = file.read_bytes()
         table = Machine(len(content)).run(content)
         entries = {k.decode() if isinstance(k, bytes) else k: v for k, v in table.items()}
-        rows, labels = entries["data"].state, entries["labels"]
-        if rows.dtype != torch.uint8:
-            raise ValueError(f"pixels of type {rows.dtype}")
-        images = rows.reshape(-1, *SHAPE)
+        images, labels = entries["data"].state.reshape(-1, 3, 32, 32), entries["labels"]
         known = all(type(label) is int and 0 <= label < len(CLASSES) for label in labels)
-        if not known or len(labels) != len(images):
-            raise ValueError(f"{len(images):,} images and other labels than as many classes")
+        if not known or len(labels) != len(images) or images.dtype != torch.uint8:
+            got = f"{len(labels):,} labels up to {max(labels)}"
+            raise ValueError(f"{len(images):,} images of {images.dtype}, {got}")
     except Exception as error:  # a damaged pickle fails in any way
         got = f"a damaged or other file ({type(error).__name__}: {error})"
         remedy = f"get {datasets.CIFAR10.url} and unpack it there"

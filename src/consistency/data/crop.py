@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from PIL import Image as PILImage
+from PIL import ImageOps
 
 Crop: TypeAlias = Callable[[PILImage.Image, int], PILImage.Image]
 
@@ -15,10 +16,7 @@ def halving(image: PILImage.Image, size: int) -> PILImage.Image:
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), PILImage.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), PILImage.Resampling.BICUBIC
-    )
+    image = ImageOps.scale(image, size / min(image.size), PILImage.Resampling.BICUBIC)
     return _central_square(image)
 
 

@@ -1,6 +1,7 @@
 """One reader for image files: from the bytes of a file to pixels, or one error that names the file."""
 
 import io
+import re
 import warnings
 import zipfile
 import zlib
@@ -8,26 +9,24 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image as PILImage
-from PIL import ImageColor, features
+from PIL import ImageColor, ImageOps, features
+from PIL.Image import Image
 from torch import Tensor
 
 from consistency.data.source import require_existing
-from consistency.errors import UserError, require
+from consistency.errors import UserError
 
 Mode: TypeAlias = Literal["L", "RGB"]
-"""Grey or colour, 8 bits a channel."""
-
 MODES: dict[int, Mode] = {1: "L", 3: "RGB"}
-"""By number of channels."""
+"""Grey or colour of 8 bits a channel, by number of channels."""
 
-MOST_PIXELS = 64 << 20
-MOST_BYTES = 64 << 20
+MOST_PIXELS = MOST_BYTES = 64 << 20
 """Limits of an image and of its file; larger ones are refused before they are decoded."""
 
 FORMATS = (
@@ -43,20 +42,10 @@ UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, KeyError, zlib.error,
 
 GREY = ("1", "L", "LA", "La")
 COLOUR = ("RGB", "P", "PA", "RGBA", "RGBa", "CMYK", "YCbCr")
-PACKED = ("BGR;16", "RGB;16")
-"""Raw data of 16 bits a pixel: 5, 6 and 5 bits a channel."""
+PACKED = ("BGR;16", "RGB;16")  # raw data of 16 bits a pixel: 5, 6 and 5 bits a channel
 
-ORIENTATION = 0x0112
-TURNS = {
-    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
-    3: PILImage.Transpose.ROTATE_180,
-    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
-    5: PILImage.Transpose.TRANSPOSE,
-    6: PILImage.Transpose.ROTATE_270,
-    7: PILImage.Transpose.TRANSVERSE,
-    8: PILImage.Transpose.ROTATE_90,
-}
-"""The transpose that turns an image upright, by its EXIF orientation."""
+LEAST = dict.fromkeys([*range(0xE0, 0xF0), 0xFE], 1 << 17) | {0xE0: 16, 0xE1: 0, 0xEE: 14}
+"""Bytes that JPEG's segments of metadata must have to be read: EXIF any, JFIF and Adobe their full length, others never."""
 
 Colour: TypeAlias = tuple[int, int, int]
 
@@ -86,7 +75,7 @@ def require_size(size: int, most: int = MOST_BYTES) -> None:
         raise ValueError(f"{size:,} bytes, more than {most:,}")
 
 
-def read_picture(file: Path, mode: Mode, background: Colour | None = None) -> PILImage.Image:
+def read_picture(file: Path, mode: Mode, background: Colour | None = None) -> Image:
     """Return the image in a file as `mode`, by the rules of `decode`."""
     require_existing(file, f"an image file at {file}")
     return read_image(partial(read_bounded, file), str(file), mode, background)
@@ -94,7 +83,7 @@ def read_picture(file: Path, mode: Mode, background: Colour | None = None) -> PI
 
 def read_image(
     read: Callable[[], bytes], name: str, mode: Mode | None, background: Colour | None
-) -> PILImage.Image:
+) -> Image:
     """Return the image whose bytes `read` returns, by the rules of `decode`."""
     try:
         content = read()
@@ -103,12 +92,12 @@ def read_image(
     return decode(content, name, mode, background)
 
 
-def to_tensor(image: PILImage.Image) -> UInt8[Tensor, "c h w"]:
+def to_tensor(image: Image) -> UInt8[Tensor, "c h w"]:
     """Return the grey values of a grey or RGB image."""
     return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1).contiguous()
 
 
-def to_picture(pixels: UInt8[Tensor, "c h w"]) -> PILImage.Image:
+def to_picture(pixels: UInt8[Tensor, "c h w"]) -> Image:
     """Invert `to_tensor`."""
     rows = pixels.permute(1, 2, 0).numpy()
     return PILImage.fromarray(rows[..., 0] if len(pixels) == 1 else rows)
@@ -118,32 +107,25 @@ def colour_of(background: str | None) -> Colour | None:
     """Return the colour of that name, or of that form #rrggbb, to put behind transparent images."""
     if background is None:
         return None
-    colour: tuple[int, ...] = ()
-    with suppress(ValueError):
-        colour = ImageColor.getrgb(str(background))
-    expected = "null, the name of a colour or #rrggbb at data.background (background when preparing and editing)"
-    remedy = "give white, for example; numbers need quotes, data.background='\"#f0f0f0\"'"
-    require(len(colour) == 3, expected, background, remedy)
-    return cast(Colour, colour)
-
-
-def is_image(stream: io.IOBase) -> bool:
-    """Return whether a file begins as one of `FORMATS` does, under any name."""
-    head = stream.read(16)
     try:
-        accepts = (PILImage.OPEN[name][1] for name in FORMATS)
-        if not any(accept is not None and accept(head) is True for accept in accepts):
-            return False
-        stream.seek(0)
+        red, green, blue = ImageColor.getrgb(str(background))  # type: ignore[misc]  # of three or four
+    except ValueError as error:
+        expected = "null, the name of a colour or #rrggbb at data.background (background when preparing and editing)"
+        remedy = "give white, for example; numbers need quotes, data.background='\"#f0f0f0\"'"
+        raise UserError(expected, background, remedy) from error
+    return red, green, blue
+
+
+def is_image(stream: io.BufferedIOBase) -> bool:
+    """Return whether a file begins as one of `FORMATS` does, under any name."""
+    try:
         with warnings.catch_warnings(action="ignore"), PILImage.open(stream, formats=FORMATS):  # type: ignore[arg-type]
             return True
     except Exception:  # Pillow's decoders raise nearly anything on other files
         return False
 
 
-def decode(
-    content: bytes, name: str, mode: Mode | None, background: Colour | None = None
-) -> PILImage.Image:
+def decode(content: bytes, name: str, mode: Mode | None, background: Colour | None = None) -> Image:
     """Return the image in a file's bytes, upright, as `mode`; None keeps grey grey and colour colour.
 
     Raise `ImageError` for an image that cannot be used. Images other than plain 8-bit grey or RGB:
@@ -170,10 +152,8 @@ def decode(
     raise bad_image(name, reason)
 
 
-def _decode(
-    content: bytes, name: str, mode: Mode | None, background: Colour | None
-) -> PILImage.Image:
-    image: PILImage.Image = PILImage.open(io.BytesIO(content), formats=FORMATS)
+def _decode(content: bytes, name: str, mode: Mode | None, background: Colour | None) -> Image:
+    image: Image = PILImage.open(io.BytesIO(content), formats=FORMATS)
     if image.format == "PNG":
         image.verify()
         image = PILImage.open(io.BytesIO(content), formats=FORMATS)
@@ -182,13 +162,10 @@ def _decode(
     grey = image.mode in GREY
     image.load()
     transparent = image.has_transparency_data
-    turn = None
-    with suppress(Exception):  # unreadable metadata
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    image = image if turn is None else image.transpose(turn)
+    with suppress(Exception):  # unreadable metadata, which is read and changed beside the pixels
+        ImageOps.exif_transpose(image, in_place=True)
     if transparent:
-        image = image.convert("LA") if image.mode == "La" else image
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
             if background is None:
                 remedy = "put it on a colour with data.background=white (background=white when preparing and editing)"
@@ -215,7 +192,7 @@ def _reason(error: Exception, content: bytes) -> str:
     return f"a damaged file ({text})"
 
 
-def _objection(image: PILImage.Image, content: bytes) -> str:
+def _objection(image: Image, content: bytes) -> str:
     """Return why an image is refused before it is decoded, or nothing."""
     if image.width * image.height > MOST_PIXELS:
         return f"{image.width}x{image.height} pixels, more than {MOST_PIXELS:,}"
@@ -242,42 +219,38 @@ def is_deep(codec: str, arguments: Any) -> bool:
 def _stored_deep(kind: str | None, content: bytes) -> bool:
     """Return whether a file has more than 8 bits a channel, in the formats that Pillow always turns into 8."""
     if kind == "AVIF":
-        at = content.find(b"av1C") + 6
-        return at >= 6 and bool(content[at : at + 1]) and bool(content[at] & 0x40)  # high_bitdepth
-    at = content.find(b"\xff\x4f\xff\x51") if kind == "JPEG2000" else -1
-    if at < 0:
-        return False
-    count = int.from_bytes(content[at + 40 : at + 42])
-    return any((bits & 0x7F) + 1 > 8 for bits in content[at + 42 : at + 42 + 3 * count : 3])
+        match = re.search(rb"av1C..(.)", content, re.DOTALL)
+        return match is not None and bool(match[1][0] & 0x40)  # high_bitdepth
+    match = (
+        re.search(rb"\xff\x4f\xff\x51.{36}(..)", content, re.DOTALL) if kind == "JPEG2000" else None
+    )
+    end, count = (match.end(), int.from_bytes(match[1])) if match else (0, 0)
+    return any((bits & 0x7F) >= 8 for bits in content[end : end + 3 * count : 3])
 
 
 def _without_metadata(content: bytes) -> bytes | None:
     """Return a PNG or JPEG with only its pixels and orientation; None for other files."""
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return content[:8] + b"".join(content[a:b] for a, b in _chunks(content))
+        return content[:8] + b"".join(_chunks(content))
     if not content.startswith(b"\xff\xd8\xff"):
         return None
-    rest, end = content[:2], 2
-    least = {0xE0: 16, 0xE1: 0, 0xEE: 14}  # EXIF stays, and JFIF and Adobe of their full length
+    parts, end = [content[:2]], 2
     for marker, start, end in _segments(content):
-        if not (
-            marker == 0xFE or (0xE0 <= marker <= 0xEF and end - start < least.get(marker, 1 << 17))
-        ):
-            rest += content[start:end]
-    return rest + content[end:]
+        if end - start >= LEAST.get(marker, 0):
+            parts.append(content[start:end])
+    return b"".join([*parts, content[end:]])
 
 
-def _chunks(png: bytes) -> Iterator[tuple[int, int]]:
-    """Yield begin and end of the chunks of a PNG that hold its pixels or orientation."""
+def _chunks(png: bytes) -> Iterator[bytes]:
+    """Yield the chunks of a PNG that hold its pixels, or its orientation with the right checksum."""
     at = 8
     while at + 8 <= len(png):
         kind, end = png[at + 4 : at + 8], at + 12 + int.from_bytes(png[at : at + 4])
         xmp = png.startswith(b"XML:com.adobe.xmp\0\0", at + 8) and end - at < 1 << 20
-        if kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT"):
-            yield at, end
-        elif kind == b"eXIf" or xmp:
-            if zlib.crc32(png[at + 4 : end - 4]) == int.from_bytes(png[end - 4 : end]):
-                yield at, end
+        whole = zlib.crc32(png[at + 4 : end - 4]) == int.from_bytes(png[end - 4 : end])
+        pixels = kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT")
+        if pixels or (whole and (kind == b"eXIf" or xmp)):
+            yield png[at:end]
         at = end
 
 

@@ -15,17 +15,20 @@ from consistency.data.source import Classes, Images, Split, require_split, requi
 from consistency.errors import UserError
 from consistency.runtime.files import locked
 
-PATIENCE = 30.0
-"""Seconds without an answer after which a download fails."""
+PATIENCE = 30.0  # seconds without an answer after which a download fails
 
 
 @contextmanager
-def timeout() -> Iterator[None]:
-    """Let connections in the body fail after `PATIENCE` seconds without an answer."""
+def downloading(needed: str, remedy: str) -> Iterator[None]:
+    """Download what is `needed` in the body, with a time limit for answers; if that fails, name the remedy."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)
     try:
         yield
+    except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
+        last_line = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
+        got = f"no such file, and the download failed ({last_line})"
+        raise UserError(needed, got, remedy) from error
     finally:
         socket.setdefaulttimeout(before)
 
@@ -43,31 +46,28 @@ class Downloaded(InMemory):
     train: ClassVar[Sequence[str]]
     test: ClassVar[Sequence[str]]
     marks: ClassVar[Sequence[str]]
-    classes: ClassVar[Sequence[str]]
 
     def __init__(self, *, path: str | None, split: Split, download: bool = False) -> None:
         require_split(split)
         root = required_path(path, "a folder", exists=False)
-        folder = self.find(root)
-        reason = "no such file" if download else "no such file, and data.download=false"
-        if folder is None and download:
-            try:
+        needed = f"{root / self.home / self.marks[0]} and its companions (data.path={root})"
+        remedy = "add data.download=true on a machine with a network, or put the files there"
+        remedy += f" from {', '.join(self.sources())}"
+        if download and self.find(root) is None:
+            with downloading(needed, remedy):
                 root.mkdir(parents=True, exist_ok=True)
-                with locked(root / ".download.lock"), timeout():
+                with locked(root / ".download.lock"):
                     if self.find(root) is None:
                         self.download(root)
-                folder = self.find(root)
-            except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
-                last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
-                reason = f"no such file, and the download failed ({last_line})"
+                if self.find(root) is None:
+                    raise ValueError("it brought other files")
+        folder = self.find(root)
         if folder is None:
-            needed = f"{root / self.home / self.marks[0]} and its companions (data.path={root})"
-            remedy = "add data.download=true on a machine with a network, or put the files there"
-            raise UserError(needed, reason, f"{remedy} from {', '.join(self.sources())}")
+            raise UserError(needed, "no such file, and data.download=false", remedy)
         names = {"train": self.train, "test": self.test, "all": [*self.train, *self.test]}[split]
         parts = [self.read(folder, name) for name in names]
         images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-        super().__init__(images, labels, self.classes)
+        super().__init__(images, labels, self.class_names)
 
     @classmethod
     def find(cls, root: Path) -> Path | None:

@@ -1,7 +1,7 @@
 """Image sets of the Hugging Face hub, by name; needs the extra `huggingface`."""
 
 import importlib
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +23,21 @@ class HuggingFace(ImageFiles):
     classes: bool
     subset: str | None = None
     images: str | None = None
-    labels: InitVar[str | None] = None
+    labels: Any = None  # in an open set, the class indices
     cache: str | None = None
 
-    def __post_init__(self, labels: str | None) -> None:  # type: ignore[override]
-        self.label_column = labels
-        super().__post_init__()
-
     def open(self) -> Index:
-        missing = self.name is None
-        require(not missing, "the name of a set", "data.path=null", "add data.path=<name>")
+        require(bool(self.name), "the name of a set", "data.path=null", "add data.path=<name>")
         try:
             library = importlib.import_module("datasets")
-        except ImportError as error:
-            expected = "the library `datasets` for a set of the Hugging Face hub (data.path)"
-            remedy = "pip install 'consistency[huggingface]', or in this repository datasets"
-            raise UserError(expected, error, remedy) from error
-        try:
             options = {"split": self.split, "cache_dir": self.cache}
             table = library.load_dataset(self.name, self.subset, **options)
         except Exception as error:  # of the library, its network and its file systems
             expected = f"the set data.path={self.name} (subset {self.subset}, split {self.split})"
             got = f"{type(error).__name__}: {str(error)[:300]}"
             remedy = "check the name; without a network, fill the library's cache beforehand"
+            if isinstance(error, ImportError):
+                remedy = "pip install 'consistency[huggingface]', or in this repository datasets"
             raise UserError(expected, got, remedy) from error
         self.where = str(self.name)
         self.column = _only(table.features, library.Image, self.images, "images")
@@ -54,7 +46,7 @@ class HuggingFace(ImageFiles):
         names = [str(i) for i in range(len(table))]
         if not self.classes:
             return Index(names)
-        label = _only(table.features, library.ClassLabel, self.label_column, "labels")
+        label = _only(table.features, library.ClassLabel, self.labels, "labels")
         return Index(names, list(table[label]), table.features[label].names)
 
     def read(self, name: str) -> bytes:

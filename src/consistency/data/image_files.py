@@ -4,7 +4,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -15,9 +16,7 @@ from consistency.data.parallel import in_threads
 from consistency.data.source import Image, Source
 from consistency.errors import require
 
-OnBad: TypeAlias = Literal["stop", "skip"]
-MOST_LISTED = 20
-"""Unusable images that are named; the rest is counted."""
+MOST_LISTED = 20  # unusable images that are named; the rest is counted
 
 
 class Index(NamedTuple):
@@ -26,6 +25,12 @@ class Index(NamedTuple):
     names: Sequence[str]
     labels: Sequence[int] | None = None
     class_names: Sequence[str] = ()
+
+
+def file_stamp(file: Path) -> bytes:
+    """Return size and time of a file."""
+    status = file.stat()
+    return f"{status.st_size} {status.st_mtime_ns}".encode()
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -43,7 +48,7 @@ class ImageFiles(Source):
     channels: int | None = None
     crop: Crop = halving
     num_classes: int | None = None
-    on_bad: OnBad = "stop"
+    on_bad: Literal["stop", "skip"] = "stop"
     background: str | None = None
 
     def __post_init__(self) -> None:
@@ -94,23 +99,21 @@ class ImageFiles(Source):
             rank_zero_only(print)(f"data.num_classes={num_classes}, but {has}")
 
     def _leave_out_bad(self) -> None:
-        reasons: dict[int, str] = {}
-
-        def attempt(index: int) -> None:
+        def objection(index: int) -> str:
             try:
                 self[index]
             except ImageError as error:
-                reasons[index] = f"  {error.name}: {error.got}"
+                return f"  {error.name}: {error.got}"
+            return ""
 
-        total = len(self)
-        in_threads(attempt, total, "trying every image (data.on_bad=skip)")
-        usable = [i for i in range(total) if i not in reasons]
+        reasons = in_threads(objection, len(self), "trying every image (data.on_bad=skip)")
+        usable = [index for index, reason in enumerate(reasons) if not reason]
         require(bool(usable), f"an image that can be read in {self.where}", "none", "check them")
-        lines = [reasons[i] for i in sorted(reasons)][:MOST_LISTED]
-        if more := len(reasons) - len(lines):
-            lines.append(f"  ... and {more:,} more")
-        left_out = f"{len(reasons):,} of {total:,} images cannot be used and are left out"
+        lines = list(filter(None, reasons))
+        self.left_out = len(lines)
+        if more := len(lines[MOST_LISTED:]):
+            lines[MOST_LISTED:] = [f"  ... and {more:,} more"]
+        left_out = f"{self.left_out:,} of {len(self):,} images cannot be used and are left out"
         rank_zero_only(print)(left_out, *lines, sep="\n")
-        self.left_out = len(reasons)
         self.names = [self.names[i] for i in usable]
         self.labels = self.labels[usable]

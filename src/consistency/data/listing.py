@@ -1,33 +1,28 @@
 """Which files of a folder or a zip are images, and which are ignored: the one walk that all commands share."""
 
+import heapq
 import os
 import stat
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
-from io import FileIO, IOBase
-from pathlib import Path, PurePosixPath
+from io import BufferedIOBase
+from itertools import accumulate
+from pathlib import Path
 
 import torch
-from jaxtyping import UInt8
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
 
+from consistency.data import decode
 from consistency.data.crop import fit
-from consistency.data.decode import (
-    EXTENSIONS,
-    MODES,
-    UNREADABLE,
-    colour_of,
-    is_image,
-    read_picture,
-    require_size,
-    to_tensor,
-)
-from consistency.data.source import require_existing
-from consistency.errors import require
+from consistency.data.decode import EXTENSIONS, MOST_BYTES
+from consistency.data.image_files import Index, file_stamp
+from consistency.data.parallel import PerProcess
+from consistency.data.source import Images, require_existing
+from consistency.errors import UserError, require
 from consistency.runtime.files import path_of
 
 LABELS = "dataset.json"
@@ -52,6 +47,8 @@ NEVER = PICTURES | {
 """Files that are not opened to look for an image: companions, copies and parts of images."""
 
 MOST_SHOWN = 6
+FOLDER, LINKED_FOLDER, LINKED_FILE = range(3)
+"""The turns of a walk: of two ways to a file the one without links counts."""
 
 
 def hidden(name: str) -> bool:
@@ -59,225 +56,221 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in NOT_OURS
 
 
-class Listing:
-    """The content of the folder or zip `where`, by names relative to it, with slashes."""
+class Listing(ABC):
+    """The files of the folder or zip `path`, by names relative to it, with slashes."""
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.depth = 0  # of the folders that are classes
+        self.folders: set[str] = set()  # all that are not hidden
         self.names: list[str] = []  # of the images, sorted
         self.tables: list[str] = []  # files of labels
-        self.others: list[str] = []  # files of other types
-        self.folders: set[str] = set()  # all that are not hidden
-        self.level = ""  # the folder whose folders are the classes
-        self.hidden: list[str] = []  # these are ignored, and the next two
+        self.others: list[str] = []  # files of other types; these are ignored, and the next three
+        self.hidden: list[str] = []
         self.broken: list[str] = []  # links without target and folders that cannot be opened
-        self.repeated: list[str] = []  # links to images that are listed already
-        self.entries: dict[str, str] = {}  # names that a zip itself gives to its images
+        self.repeated: list[str] = []  # links to what is listed already
 
-    def add(self, name: str, opening: Callable[[], IOBase]) -> None:
+    @abstractmethod
+    def open(self, name: str) -> BufferedIOBase: ...
+
+    def add(self, name: str) -> None:
         """Add a file, an image by its suffix or by how its content begins."""
         suffix = os.path.splitext(name)[1].lower()
         is_picture = suffix in EXTENSIONS
         if not is_picture and suffix not in NEVER and not name.endswith("~"):
-            with suppress(*UNREADABLE), opening() as stream:
-                is_picture = is_image(stream)
-        is_table = name.rsplit("/", 1)[-1] == LABELS
+            with suppress(*decode.UNREADABLE), self.open(name) as stream:
+                is_picture = decode.is_image(stream)
+        is_table = os.path.basename(name) == LABELS
         (self.names if is_picture else self.tables if is_table else self.others).append(name)
 
-    def require_images(self) -> None:
-        """Print one line about ignored files, if there are any; refuse a listing without images."""
-        parts = []
-        if others := Counter(map(_suffix, self.others)):
-            parts.append(f"files of other types: {_counts(others)}")
-            if unread := ", ".join(sorted(others.keys() & PICTURES)):
-                parts[0] += f" ({unread} are pictures that cannot be read: save them as PNG)"
-        if self.hidden:
-            own = (name.rsplit("/", 1)[-1] for name in self.hidden)
-            kinds = Counter("._*" if name.startswith("._") else name for name in own)
-            parts.append(f"{len(self.hidden):,} hidden files and folders: {_counts(kinds)}")
-        for names, kind in (
-            (self.broken, "links or folders that cannot be followed"),
-            (self.repeated, "links to files listed already"),
-        ):
-            if names:
-                parts.append(f"{len(names):,} {kind}: {', '.join(sorted(names)[:MOST_SHOWN])}")
+    def index(self, *, classes: bool = False) -> Index:
+        """Return the images, with `classes` a folder a class; print one line about ignored files."""
+        types = [_suffix(name) for name in self.others]
+        unread = ", ".join(sorted(PICTURES.intersection(types)))
+        note = f" ({unread} are pictures that cannot be read: save them as PNG)" if unread else ""
+        own = [os.path.basename(name) for name in self.hidden]
+        kinds = ["._*" if name.startswith("._") else name for name in own]
+        parts = [
+            f"{len(names):,} {what}: {counts or ', '.join(sorted(names)[:MOST_SHOWN])}"
+            for names, what, counts in (
+                (self.others, "files of other types", _counts(types) + note),
+                (self.hidden, "hidden files and folders", _counts(kinds)),
+                (self.broken, "links or folders that cannot be followed", ""),
+                (self.repeated, "links to files listed already", ""),
+            )
+            if names
+        ]
         if parts:
-            line = f"Ignored in {self.where}: {'; '.join(parts)}"
+            line = f"Ignored in {self.path}: {'; '.join(parts)}"
             rank_zero_only(print)(line.encode(errors="backslashreplace").decode())
-        types = f"add some of the types {', '.join(EXTENSIONS)}"
-        require(bool(self.names), f"images in {self.where}", "none", types)
+        remedy = f"add some of the types {', '.join(EXTENSIONS)}"
+        require(bool(self.names), f"images in {self.path}", "none", remedy)
+        return self._with_classes() if classes else Index(self.names)
 
-    def classes(self) -> tuple[list[int], list[str]]:
-        """Return the class index of every image and the names of the classes, which are the folders at `level`."""
-        depth = len(PurePosixPath(self.level).parts)
-        beside = [name for name in self.names if name.count("/") <= depth]
-        expected = f"one folder a class, and no image beside them, in {self.where}"
+    def _with_classes(self) -> Index:
+        beside = [name for name in self.names if name.count("/") <= self.depth]
+        expected = f"one folder a class, and no image beside them, in {self.path}"
         got = f"{len(beside):,} images without a class, the first of them {''.join(beside[:1])}"
         remedy = "move them into folders, or leave classes=false (data.source.classes=false)"
         require(not beside, expected, got, remedy)
-        tops = [name.split("/")[depth] for name in self.names]
-        names = sorted(set(tops))
+        tops = [self.class_of(name) for name in self.names]
+        classes = sorted(set(tops))
         lost = {n for n in self.broken if os.path.splitext(n)[1].lower() not in EXTENSIONS}
-        folders = {n.split("/")[depth] for n in self.folders | lost if n.count("/") >= depth}
-        content = {top: Counter[str]() for top in sorted(folders - {*names, self.level})}
-        for name in self.others:
-            top = "".join(name.split("/")[depth : depth + 1])
-            if top in content:
-                content[top][_suffix(name)] += 1
-        shown = [f"{top} ({_counts(kinds) or 'empty'})" for top, kinds in content.items()]
-        expected = f"images in every class folder of {self.where}"
-        got = f"{len(content):,} without any: {', '.join(shown[:MOST_SHOWN])}"
+        empty = sorted({self.class_of(name) for name in self.folders | lost} - {"", *classes})
+        shown = []
+        for top in empty[:MOST_SHOWN]:
+            content = _counts(_suffix(name) for name in self.others if self.class_of(name) == top)
+            shown.append(f"{top} ({content or 'empty'})")
+        expected = f"images in every class folder of {self.path}"
+        got = f"{len(empty):,} without any: {', '.join(shown)}"
         remedy = "put images in, or remove the folder; the classes are numbered in the order of their names"
-        require(not content, expected, got, remedy)
-        number = {name: index for index, name in enumerate(names)}
-        return [number[top] for top in tops], names
+        require(not empty, expected, got, remedy)
+        number = {name: index for index, name in enumerate(classes)}
+        return Index(self.names, [number[top] for top in tops], classes)
+
+    def class_of(self, name: str) -> str:
+        """Return the class folder that a file or folder is or lies in; "" for the folders above these."""
+        return "".join(name.split("/")[self.depth : self.depth + 1])
 
 
-def in_folder(folder: Path, *, classes: bool = False) -> Listing:
-    """List a folder. Links are followed, each real folder and file once, with `classes` once a class."""
-    listing = Listing(str(folder))
-    if not classes:
-        _Walk(folder, listing, set()).below("")
-    else:
-        listing.level = class_level(lambda name: children(folder / name))
-        parts = PurePosixPath(listing.level).parts
-        above = {os.path.realpath(folder.joinpath(*parts[:n])) for n in range(len(parts))}
-        top = _Walk(folder, listing, above)
-        top.scan(listing.level)
-        top.add_linked_files()
-        above.add(os.path.realpath(folder / listing.level))
-        for name in sorted(top.folders + top.linked_folders):
-            _Walk(folder, listing, above).below(name)
-    listing.names.sort()
-    return listing
+class FolderFiles(Listing):
+    """The files below a folder. Links are followed, each real folder and file once, with `classes` once a class."""
 
+    def __init__(self, path: Path, *, classes: bool = False) -> None:
+        super().__init__(path)
+        level = Path(class_level(lambda name: children(path / name)) if classes else "")
+        self.depth = len(level.parts)
+        tops = [os.path.realpath(path / top) for top in (level, *level.parents)]
+        known = defaultdict[str, set[str]](lambda: set(tops))  # real paths, by class
+        queue = sorted(self._scan("/".join(level.parts)))
+        while queue:
+            turn, name = heapq.heappop(queue)
+            real = os.path.realpath(path / name)
+            listed = known[self.class_of(name) if classes else ""]
+            folder, own = os.path.split(real)
+            inside = turn == LINKED_FILE and folder in listed and not hidden(own)
+            if inside or real in listed:
+                self.repeated.append(name)
+                continue
+            listed.add(real)
+            if turn == LINKED_FILE:
+                self.add(name)
+            else:
+                for entry in self._scan(name):
+                    heapq.heappush(queue, entry)
+        self.names.sort()
 
-class _Walk:
-    """A walk through folders below `root` that adds to a listing, links last.
-
-    known: real paths that are not listed again; the walk keeps a copy.
-    """
-
-    def __init__(self, root: Path, listing: Listing, known: Iterable[str]) -> None:
-        self.root, self.listing, self.known = root, listing, set(known)
-        self.folders: list[str] = []
-        self.linked_folders: list[str] = []
-        self.linked_files: list[str] = []
-
-    def below(self, name: str) -> None:
-        """List a folder and all folders below it."""
-        self.folders.append(name)
-        while self.folders or self.linked_folders:
-            if not self.folders:
-                self.linked_folders.sort(reverse=True)
-                self.folders.append(self.linked_folders.pop())
-            self.scan(self.folders.pop())
-        self.add_linked_files()
-
-    def scan(self, name: str) -> None:
-        """List the files of one folder; note its folders and its links."""
-        path, listing = os.path.join(self.root, name), self.listing
-        real = os.path.realpath(path)
-        if real in self.known:
-            listing.repeated.append(name)
-            return
-        self.known.add(real)
-        if name:
-            listing.folders.add(name)
+    def _scan(self, folder: str) -> Iterator[tuple[int, str]]:
+        """Add the files of a folder; yield its folders and links, each with its turn."""
+        self.folders.add(folder)
         try:
-            entries = list(os.scandir(path))
+            entries = list(os.scandir(self.path / folder))
         except OSError:
-            listing.broken.append(name)
+            self.broken.append(folder)
             return
         for entry in entries:
-            inner = f"{name}/{entry.name}".lstrip("/")
+            name = f"{folder}/{entry.name}".lstrip("/")
             if hidden(entry.name):
-                listing.hidden.append(inner)
-            elif not entry.is_symlink():
-                if entry.is_dir():
-                    self.folders.append(inner)
-                elif entry.is_file():
-                    listing.add(inner, partial(FileIO, entry.path))
+                self.hidden.append(name)
+            elif entry.is_dir(follow_symlinks=False):
+                yield FOLDER, name
+            elif entry.is_file(follow_symlinks=False):
+                self.add(name)
             elif os.path.isdir(entry.path):
-                self.linked_folders.append(inner)
+                yield LINKED_FOLDER, name
             elif os.path.isfile(entry.path):
-                self.linked_files.append(inner)
-            else:
-                listing.broken.append(inner)
+                yield LINKED_FILE, name
+            elif entry.is_symlink():
+                self.broken.append(name)
 
-    def add_linked_files(self) -> None:
-        """List the files that links lead to, unless they are listed already."""
-        for name in sorted(self.linked_files):
-            path = os.path.join(self.root, name)
-            real = os.path.realpath(path)
-            inside = os.path.dirname(real) in self.known and not hidden(os.path.basename(real))
-            if inside or real in self.known:
-                self.listing.repeated.append(name)
+    def open(self, name: str) -> BufferedIOBase:
+        return (self.path / name).open("rb")
+
+    def read(self, name: str, most: int = MOST_BYTES) -> bytes:
+        return decode.read_bounded(self.path / name, most)
+
+    def stamp(self, name: str) -> bytes:
+        return file_stamp(self.path / name)
+
+
+class ZipFiles(Listing):
+    """The files in a zip, whose content its own checksums check. Backslashes in names are read as slashes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.zip = PerProcess(partial(zipfile.ZipFile, path))
+        self.entries: dict[str, str] = {}  # names that the zip itself gives
+        try:
+            entries = self.zip().infolist()
+        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+            got = f"a damaged, incomplete or other file ({error})"
+            remedy = "copy or download it again, or make it anew with prepare.py"
+            raise UserError(f"a zip file at {path}", got, remedy) from error
+        for entry in entries:
+            parts = slashed(entry.filename).split("/")
+            *folders, name = accumulate(parts, os.path.join)
+            is_folder = entry.filename.endswith(("/", "\\")) or not name
+            if unseen := [p for p, own in zip([*folders, name], parts, strict=True) if hidden(own)]:
+                self.hidden += [] if is_folder else unseen[:1]
+                continue
+            self.folders.update(folders)
+            if is_folder:
+                self.folders.add(name)
+            elif stat.S_ISLNK(entry.external_attr >> 16):
+                self.broken.append(name)
             else:
-                self.known.add(real)
-                self.listing.add(name, partial(FileIO, path))
+                self.entries[name] = entry.filename  # of two entries of one name the last counts
+        for name in self.entries:
+            self.add(name)
+        self.names.sort()
+        self.depth = len(Path(class_level(self._children)).parts)
+
+    def _children(self, level: str) -> tuple[list[str], bool]:
+        folders = [os.path.basename(n) for n in self.folders if n and os.path.dirname(n) == level]
+        return folders, any(os.path.dirname(name) == level for name in self.names)
+
+    def open(self, name: str, most: int = MOST_BYTES) -> BufferedIOBase:
+        entry = self.zip().getinfo(self.entries[name])
+        decode.require_size(entry.file_size, most)
+        return self.zip().open(entry)  # type: ignore[return-value]
+
+    def read(self, name: str, most: int = MOST_BYTES) -> bytes:
+        with self.open(name, most) as stream:
+            return stream.read()
+
+    def stamp(self, name: str) -> bytes:
+        entry = self.zip().getinfo(self.entries[name])
+        return f"{entry.CRC} {entry.file_size}".encode()
 
 
 def children(folder: Path) -> tuple[list[str], bool]:
     """Return the names of the folders in a folder that are not hidden, and whether images lie beside them."""
-    entries = [entry for entry in os.scandir(folder) if not hidden(entry.name)]
-    folders = [entry.name for entry in entries if entry.is_dir()]
-    suffixes = {os.path.splitext(entry.name)[1].lower() for entry in entries if not entry.is_dir()}
-    return folders, not suffixes.isdisjoint(EXTENSIONS)
+    _, folders, files = next(os.walk(folder), ("", [], []))
+    suffixes = {os.path.splitext(name)[1].lower() for name in files if not hidden(name)}
+    return [name for name in folders if not hidden(name)], not suffixes.isdisjoint(EXTENSIONS)
+
+
+def _chain(children: Callable[[str], tuple[list[str], bool]]) -> Iterator[tuple[str, bool]]:
+    """Yield the top, the only folder in it, the only one in that and so on, and whether each has folders alone.
+
+    children: returns the names of the folders in a folder, and whether images lie beside them.
+    """
+    name, folders, images = "", [""], False
+    while not images and len(folders) == 1:
+        name = f"{name}/{folders[0]}".lstrip("/")
+        folders, images = children(name)
+        yield name, bool(folders) and not images
 
 
 def has_labels(folder: Path) -> bool:
     """Return whether a file of labels lies in a folder, or in the only folder in it, and so on."""
-    while not (folder / LABELS).is_file():
-        folders, images = children(folder)
-        if images or len(folders) != 1:
-            return False
-        folder /= folders[0]
-    return True
+    chain = _chain(lambda name: children(folder / name))
+    return any((folder / name / LABELS).is_file() for name, _ in chain)
 
 
 def class_level(children: Callable[[str], tuple[list[str], bool]]) -> str:
     """Return the folder whose folders are the classes: the top, or below single folders of folders the last of these."""
-    level, inner = "", ""
-    folders, images = children(level)
-    while folders and not images:
-        level = inner
-        if len(folders) > 1:
-            break
-        inner = f"{level}/{folders[0]}".lstrip("/")
-        folders, images = children(inner)
-    return level
-
-
-def in_zip(archive: zipfile.ZipFile, where: str) -> Listing:
-    """List a zip; backslashes in names, as some programs write them, are read as slashes."""
-    listing = Listing(where)
-
-    def opened(entry: zipfile.ZipInfo) -> IOBase:
-        require_size(entry.file_size)
-        return archive.open(entry)  # type: ignore[return-value]
-
-    def children(level: str) -> tuple[list[str], bool]:
-        folders = [PurePosixPath(n).name for n in listing.folders if os.path.dirname(n) == level]
-        return folders, any(os.path.dirname(name) == level for name in listing.names)
-
-    for entry in archive.infolist():
-        name = slashed(entry.filename)
-        paths = ["/".join(name.split("/")[:n]) for n in range(1, name.count("/") + 2)]
-        is_folder = entry.filename.endswith(("/", "\\")) or not name
-        if out_of_sight := [path for path in paths if hidden(os.path.basename(path))]:
-            listing.hidden += [] if is_folder else out_of_sight[:1]
-            continue
-        listing.folders.update(paths if is_folder and name else paths[:-1])
-        if not is_folder and stat.S_ISLNK(entry.external_attr >> 16):
-            listing.broken.append(name)
-        elif not is_folder:
-            if name not in listing.entries:
-                listing.add(name, partial(opened, entry))
-            listing.entries[name] = entry.filename  # of two entries of one name the last counts
-    listing.names.sort()
-    listing.level = class_level(children)
-    return listing
+    return [name for name, of_folders in _chain(children) if of_folders or not name][-1]
 
 
 def slashed(name: str) -> str:
@@ -289,9 +282,9 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "without a suffix"
 
 
-def _counts(kinds: Counter[str]) -> str:
+def _counts(kinds: Iterable[str]) -> str:
     """Return "3 .txt, 1 .mp4", the most frequent first."""
-    ordered = sorted(kinds.items(), key=lambda pair: (-pair[1], pair[0]))
+    ordered = Counter(sorted(kinds)).most_common()
     more = len(ordered) - MOST_SHOWN
     shown = [f"{count:,} {kind}" for kind, count in ordered[:MOST_SHOWN]]
     return ", ".join(shown) + (f", {more:,} other kinds" if more > 0 else "")
@@ -301,18 +294,12 @@ def files_at(path: str) -> list[Path]:
     """Return the image at a path, or the images below the folder there, in the order of their names."""
     file = path_of(path)
     require_existing(file, f"an image or a folder of images at {file}")
-    if not file.is_dir():
-        return [file]
-    listing = in_folder(file)
-    listing.require_images()
-    return [file / name for name in listing.names]
+    return [file / name for name in FolderFiles(file).index().names] if file.is_dir() else [file]
 
 
-def read_images(
-    path: str, channels: int, size: int, background: str | None = None
-) -> UInt8[Tensor, "n c h w"]:
+def read_images(path: str, channels: int, size: int, background: str | None = None) -> Images:
     """Read the image or all images at a path, for a model of images of so many channels and pixels."""
-    require(channels in MODES, "a model of images of 1 or 3 channels", channels, "choose another")
-    mode, colour = MODES[channels], colour_of(background)
-    pictures = (read_picture(file, mode, colour) for file in files_at(path))
-    return torch.stack([to_tensor(fit(picture, size)) for picture in pictures])
+    require(channels in decode.MODES, "a model of 1 or 3 channels", channels, "choose another")
+    mode, colour = decode.MODES[channels], decode.colour_of(background)
+    pictures = (decode.read_picture(file, mode, colour) for file in files_at(path))
+    return torch.stack([decode.to_tensor(fit(picture, size)) for picture in pictures])

@@ -7,11 +7,10 @@ from pathlib import Path
 import lmdb
 
 from consistency.data.crop import Crop, box
-from consistency.data.image_files import ImageFiles, Index
+from consistency.data.image_files import ImageFiles, Index, file_stamp
 from consistency.data.parallel import PerProcess
 from consistency.data.source import required_path
-from consistency.data.zip_or_folder import FolderFiles
-from consistency.errors import UserError, require
+from consistency.errors import require
 
 FILE = "data.mdb"
 
@@ -23,18 +22,19 @@ class Database(ImageFiles):
     path: str | None
 
     def open(self) -> Index:
-        folder = self.find()
-        self.where, self.files = str(folder), FolderFiles(folder)
-        self.environment = PerProcess(partial(_open_database, folder))
-        with self.environment().begin() as read:
-            # latin-1 maps every byte to a character and back
-            keys = [bytes(key).decode("latin-1") for key in read.cursor().iternext(values=False)]
-        require(bool(keys), f"images in {folder / FILE}", "none", "get the database again")
-        return Index(keys)
-
-    def find(self) -> Path:
-        """Return the folder of data.mdb."""
-        return required_path(self.path, "the folder of an LMDB")
+        folder = required_path(self.path, "the folder of an LMDB")
+        self.where = str(folder)
+        options = {"readonly": True, "lock": False, "readahead": False}
+        self.environment = PerProcess(partial(lmdb.open, str(folder), **options))
+        names, got = list[str](), "none"
+        try:
+            with self.environment().begin() as read:
+                keys = read.cursor().iternext(values=False)
+                names = [bytes(key).decode("latin-1") for key in keys]  # a character a byte
+        except lmdb.Error as error:
+            got = f"a damaged or other file ({error})"
+        require(bool(names), f"an LMDB of images in {folder}", got, "get the database again")
+        return Index(names)
 
     def read(self, name: str) -> bytes:
         try:
@@ -44,7 +44,7 @@ class Database(ImageFiles):
             raise OSError(f"damaged entry, {error}") from error
 
     def stamp(self, index: int) -> bytes:
-        return self.files.stamp(FILE)
+        return file_stamp(Path(self.where) / FILE)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -59,19 +59,12 @@ class LSUN(Database):
     channels: int | None = 3
     crop: Crop = box
 
-    def find(self) -> Path:
+    def open(self) -> Index:
         name = f"{self.category}_{self.split}_lmdb"
         database = required_path(self.path, f"the folder of LSUN's {name}", exists=False) / name
         expected = f"LSUN's own database {name}/{FILE} in the folder data.path={self.path}"
         remedy = f"get {name}.zip with download.py of github.com/fyu/lsun, -c {self.category}"
         remedy += f", unzip it, and give data.path=<the folder of {name}>"
         require((database / FILE).is_file(), expected, "no such file", remedy)
-        return database
-
-
-def _open_database(folder: Path) -> lmdb.Environment:
-    try:
-        return lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
-    except lmdb.Error as error:
-        got = f"a damaged or other file ({error})"
-        raise UserError(f"an LMDB in {folder}", got, "get the database again") from error
+        self.path = str(database)
+        return super().open()

@@ -1,6 +1,7 @@
 """Images in memory."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -13,18 +14,14 @@ from consistency.errors import require
 from consistency.randomness import generator
 
 
+@dataclass(eq=False, repr=False)
 class InMemory(Source):
     """Images (n, c, h, w) of grey values 0 ... 255, with their class indices."""
 
-    def __init__(
-        self,
-        images: UInt8[Tensor, "n c h w"],
-        labels: Int64[Tensor, "n"],
-        class_names: Sequence[str] = (),
-        left_out: int = 0,
-    ) -> None:
-        self.images, self.labels = images, labels
-        self.class_names, self.left_out = list(class_names), left_out
+    images: UInt8[Tensor, "n c h w"]
+    labels: Int64[Tensor, "n"]
+    class_names: Sequence[str] = ()
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -50,23 +47,19 @@ def load_into_memory(source: Source) -> InMemory:
 
     def load(index: int) -> None:
         image, labels[index] = source[index]
-        expected = f"images of one shape, {tuple(shape)} as the first"
         got = f"shape {tuple(image.shape)} of image number {index}"
         remedy = "prepare the images at one resolution and mode"
-        require(image.shape == shape, expected, got, remedy)
+        require(image.shape == shape, f"images of shape {tuple(shape)}, as the first", got, remedy)
         images[index] = image
 
     in_threads(load, len(source), "decoding")
-    size = f"{len(source):,} images, {images.nbytes / 2**20:,.0f} MiB"
-    rank_zero_only(print)(f"held in memory: {size}")
+    mebibytes = images.nbytes / 2**20
+    rank_zero_only(print)(f"held in memory: {len(source):,} images, {mebibytes:,.0f} MiB")
     return InMemory(images, labels, source.class_names, source.left_out)
 
 
 def noise(*, count: int, channels: int, image_size: int, num_classes: int | None) -> InMemory:
     """Draw `count` images of independent random grey values with random classes, to measure speed."""
-    draw = generator(0, "images")
-    shape = (count, channels, image_size, image_size)
-    return InMemory(
-        torch.randint(256, shape, generator=draw, dtype=torch.uint8),
-        torch.randint(num_classes or 1, (count,), generator=draw),
-    )
+    draw, shape = generator(0, "images"), (count, channels, image_size, image_size)
+    images = torch.randint(256, shape, generator=draw, dtype=torch.uint8)
+    return InMemory(images, torch.randint(num_classes or 1, (count,), generator=draw))

@@ -29,11 +29,10 @@ class Mixture(InMemory):
         seed: int,
     ) -> None:
         valid = len(weights) == len(means) == len(stds) and min(*weights, *stds) > 0
-        expected = "as many weights as means and stds, weights and stds positive"
+        valid &= max(abs(m) + 3 * s for m, s in zip(means, stds, strict=False)) <= 1
+        expected = "positive weights and stds, as many as means, and modes of 3 stds within [-1, 1]"
         got = f"weights {list(weights)}, means {list(means)}, stds {list(stds)}"
         require(valid, expected, got, "set data.source.weights, means, stds")
-        reach = max(abs(m) + 3 * s for m, s in zip(means, stds, strict=True))
-        require(reach <= 1, "modes within [-1, 1], 3 deviations wide", reach, "move or narrow them")
         draw = generator(seed, "mixture")
         share = torch.tensor(weights, dtype=torch.float64)
         mode = torch.multinomial(share, size * image_size**2, replacement=True, generator=draw)

@@ -28,7 +28,7 @@ class MNIST(Downloaded):
 
     origin: ClassVar[type[datasets.MNIST]] = datasets.MNIST
     home, train, test = "MNIST/raw", ["train"], ["t10k"]
-    marks, classes = [f"train-{IMAGES}", f"train-{IMAGES}.gz"], origin.classes
+    marks, class_names = [f"train-{IMAGES}", f"train-{IMAGES}.gz"], origin.classes
 
     def download(self, root: Path) -> None:
         self.origin(root, download=True)
@@ -49,30 +49,27 @@ class FashionMNIST(MNIST):
     """70,000 pictures of clothes in the form of MNIST [Xiao et al. 2017, arXiv:1708.07747]."""
 
     origin, home = datasets.FashionMNIST, "FashionMNIST/raw"
-    classes = origin.classes
+    class_names = origin.classes
 
 
 def read_idx(folder: Path, name: str, axes: int) -> UInt8[Tensor, "..."]:
     """Read an IDX file of bytes with so many axes, compressed or not."""
     plain, packed = folder / name, folder / f"{name}.gz"
     file = plain if plain.is_file() else packed
-
-    def bad(got: str) -> UserError:
-        return UserError(f"an IDX file of bytes at {file}", got, "get the file again")
-
     try:
         with gzip.open(file) if file == packed else file.open("rb") as stream:
             head = stream.read(4 + 4 * axes)
             if len(head) < 4 + 4 * axes or head[:4] != bytes((0, 0, 8, axes)):
-                raise bad(f"a file that starts with {head[:4].hex() or 'nothing'}")
-            shape = tuple(int(n) for n in np.frombuffer(head, ">u4", axes, 4))
+                raise ValueError(f"it starts with {head[:4].hex() or 'nothing'}")
+            shape = np.frombuffer(head, ">u4", axes, 4).tolist()
             size = math.prod(shape)
             if size > MOST_BYTES:
-                raise bad(f"one that announces {size:,} bytes")
+                raise ValueError(f"it announces {size:,} bytes")
             content = stream.read(size + 1)  # a compressed file may go on for ever
-    except (OSError, EOFError, zlib.error) as error:
-        raise bad(f"a file that cannot be read ({error})") from error
-    if len(content) != size:
-        more = "more than " if len(content) > size else ""
-        raise bad(f"{more}{min(len(content), size):,} bytes for shape {shape}")
+            if len(content) != size:
+                more = "more than " if len(content) > size else ""
+                raise ValueError(f"{more}{min(len(content), size):,} bytes for shape {shape}")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        got = f"a file that cannot be read ({error})"
+        raise UserError(f"an IDX file of bytes at {file}", got, "get the file again") from error
     return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy())

@@ -1,39 +1,81 @@
-"""The LightningDataModule: any source of images, in an order that depends on position alone."""
+"""The LightningDataModule: any source of images, in an order that depends on position alone; batches of foreign loaders."""
 
 import hashlib
+import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import InitVar, dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Sampler
 
-from consistency.data.batches import BatchSplit, PositionedBatches
 from consistency.data.memory import load_into_memory
 from consistency.data.source import Classes, Images, Source
 from consistency.errors import require
 from consistency.pixels import to_unit
-from consistency.randomness import WHOLE, Share
+from consistency.randomness import WHOLE, Share, generator
 from consistency.runtime.signals import die_with
-from consistency.tensors import Data
+from consistency.tensors import Data, Label
 
+ROUNDING = 1e-4
 SECONDS_AFTER_SIGTERM = 60
 
 
-class WholeBatches(Dataset[tuple[Images, Classes]]):
-    """A source as a map from a list of indices to a batch, which many sources read faster than single images."""
+class BatchSplit(NamedTuple):
+    """A global batch as devices x images a device holds at once x micro-batches accumulated."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    devices: int
+    images: int
+    accumulated: int
 
-    def __getitem__(self, indices: list[int]) -> tuple[Images, Classes]:
-        return self.source.batch(indices)
+    def __str__(self) -> str:
+        many = "s" * (self.devices > 1)
+        return (
+            f"{self.devices} device{many} x {self.images} images x {self.accumulated} accumulated"
+        )
+
+
+@dataclass(eq=False, repr=False)
+class PositionedBatches(Sampler[list[int]]):
+    """Index lists of the micro-batches number start ... total-1 of one rank, the same in every iteration.
+
+    Every epoch is a fresh permutation of the source, a function of (seed, epoch); a global batch is a run of entries of
+    it, cut into micro-batches, each cut into the shares of the devices. The rest of an epoch, less than one global
+    batch, is dropped.
+    """
+
+    source: Source
+    split: BatchSplit
+    rank: int
+    seed: int
+    start: int
+    total: int
+
+    def __len__(self) -> int:
+        return self.total
+
+    def epoch(self, number: int) -> Int[Tensor, "n"]:
+        """Return the permutation of epoch `number`, 0 the first."""
+        return self.source.order(generator(self.seed, "order", number))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        devices, share, accumulated = self.split
+        per_epoch = len(self.source) // math.prod(self.split)
+        current, order = -1, torch.empty(0, dtype=torch.long)
+        for position in range(self.start, self.total):
+            step, micro = divmod(position, accumulated)
+            epoch, batch = divmod(step, per_epoch)
+            if epoch != current:
+                current, order = epoch, self.epoch(epoch)
+            first = ((batch * accumulated + micro) * devices + self.rank) * share
+            yield order[first : first + share].tolist()
 
 
 def _init_worker(parent: int, worker: int) -> None:
@@ -44,6 +86,7 @@ def _init_worker(parent: int, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class DataModule(L.LightningDataModule):
     """Training batches (uint8 images, class indices) from a source. Pixels are only scaled, never dequantised by noise.
 
@@ -52,51 +95,39 @@ class DataModule(L.LightningDataModule):
     The other arguments are those of `consistency.commands.schema.Data`.
     """
 
-    def __init__(
-        self,
-        *,
-        source: Callable[[], Source],
-        held_out: Callable[[], Source] | None,
-        image_size: int,
-        channels: int,
-        num_classes: int | None,
-        batch_size: int,
-        device_batch_size: int | None,
-        num_workers: int,
-        flip: bool,
-        seed: int,
-        in_memory: bool = False,
-        allow_reorder: bool = False,
-    ) -> None:
+    source: InitVar[Callable[[], Source]]
+    held_out: Callable[[], Source] | None
+    image_size: int
+    channels: int
+    num_classes: int | None
+    batch_size: int
+    device_batch_size: int | None
+    num_workers: int
+    flip: bool
+    seed: int
+    in_memory: bool = False
+    allow_reorder: bool = False
+
+    def __post_init__(self, source: Callable[[], Source]) -> None:
         super().__init__()
-        self.image_size, self.channels, self.num_classes = image_size, channels, num_classes
-        self.batch_size, self.device_batch_size = batch_size, device_batch_size
-        self.num_workers, self.flip, self.seed = num_workers, flip, seed
-        self.allow_reorder = allow_reorder
         self._saved_accumulation: int | None = None
-        require(batch_size >= 1, "data.batch_size >= 1", batch_size, "give a number of images")
-        require(num_workers >= 0, "data.num_workers >= 0", num_workers, "give 0 or more")
+        size, workers, classes = self.batch_size, self.num_workers, self.num_classes
+        require(size >= 1, "data.batch_size >= 1", size, "give a number of images")
+        require(workers >= 0, "data.num_workers >= 0", workers, "give 0 or more")
         images, expected = source(), "a consistency.data.source.Source at data.source"
         remedy = "derive the class from Source, which needs only __len__ and __getitem__"
         require(isinstance(images, Source), expected, type(images).__name__, remedy)
-        self.train_source = load_into_memory(images) if in_memory else images
-        self.held_out = held_out() if held_out is not None else None
-        self._require_fitting_images()
-
-    def _require_fitting_images(self) -> None:
-        size, classes, count = self.image_size, self.num_classes, len(self.train_source)
-        expected = f"at least one batch of data.batch_size={self.batch_size} images"
+        self.train_source = load_into_memory(images) if self.in_memory else images
+        expected = f"at least one batch of data.batch_size={size} images"
         remedy = "lower data.batch_size or add images"
-        require(count >= self.batch_size, expected, f"{count} images", remedy)
-        image, label = self.train_source[0]
-        expected = f"images of {self.channels} channels and {size}x{size} pixels"
-        got = f"a first image of shape {tuple(image.shape)}"
-        remedy = "set data.channels and data.image_size to the images, or prepare the images"
-        require(tuple(image.shape) == (self.channels, size, size), expected, got, remedy)
-        expected = f"class indices below data.num_classes={classes}"
-        remedy = "set data.num_classes to the number of classes, or null without classes"
-        fits = classes is None or 0 <= label < classes
-        require(fits, expected, f"class index {label}", remedy)
+        require(len(images) >= size, expected, f"{len(images)} images", remedy)
+        (image, label), side = self.train_source[0], self.image_size
+        expected = f"images of {self.channels} channels and {side}x{side} pixels"
+        expected += "" if classes is None else f", class indices below data.num_classes={classes}"
+        got = f"a first image of shape {tuple(image.shape)}, class index {label}"
+        remedy = "set data.channels, data.image_size and data.num_classes to the images, or prepare the images"
+        known = classes is None or 0 <= label < classes
+        require(known and image.shape == (self.channels, side, side), expected, got, remedy)
 
     def split(self, world_size: int) -> BatchSplit:
         """Split a batch over devices in equal shares; a device holds the largest divisor of its share that is allowed."""
@@ -104,16 +135,12 @@ class DataModule(L.LightningDataModule):
         valid = at_most is None or at_most >= 1
         require(valid, "data.device_batch_size >= 1, or null", at_most, "give a number of images")
         expected = f"data.batch_size to be a multiple of the {world_size} devices"
-        got, remedy = f"data.batch_size={size}", "change data.batch_size or trainer.devices"
-        require(size % world_size == 0, expected, got, remedy)
+        remedy = "change data.batch_size or trainer.devices"
+        require(size % world_size == 0, expected, f"data.batch_size={size}", remedy)
         share = size // world_size
         bound = min(at_most or share, share)
         images = next(count for count in range(bound, 0, -1) if share % count == 0)
         return BatchSplit(world_size, images, share // images)
-
-    def accumulation(self, world_size: int) -> int:
-        """Return the number of micro-batches per optimizer step on `world_size` devices."""
-        return self.split(world_size).accumulated
 
     def summary(self, world_size: int) -> str:
         """Return two lines for the start of a run: the split of a batch, and the images an epoch leaves out."""
@@ -127,26 +154,17 @@ class DataModule(L.LightningDataModule):
         self, *, split: BatchSplit, rank: int = 0, start: int = 0, total: int = 0
     ) -> PositionedBatches:
         """Return the index lists of the micro-batches start ... total-1 of one rank."""
-        return PositionedBatches(
-            size=len(self.train_source),
-            order=self.train_source.order,
-            batch_size=self.batch_size,
-            accumulate=split.accumulated,
-            rank=rank,
-            world_size=split.devices,
-            seed=self.seed,
-            start=start,
-            total=total,
-        )
+        source, seed = self.train_source, self.seed
+        return PositionedBatches(source, split, rank=rank, seed=seed, start=start, total=total)
 
     def loader(
         self, batches: PositionedBatches, *, pin_memory: bool = False
     ) -> DataLoader[tuple[Images, Classes]]:
         """Return a loader of the batches (uint8 images, int64 class indices) at the index lists of `batches`."""
         return DataLoader(
-            WholeBatches(self.train_source),
-            sampler=batches,
-            batch_size=None,  # the sampler's items are whole batches
+            range(len(self.train_source)),  # type: ignore[arg-type]
+            batch_sampler=batches,
+            collate_fn=self.train_source.batch,  # many sources read a batch faster than single images
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=pin_memory,
@@ -190,8 +208,8 @@ class DataModule(L.LightningDataModule):
         remedy = "give the same data, shards, seed and data.batch_size, or data.allow_reorder=true"
         require(same or self.allow_reorder, expected, f"another order ({now})", remedy)
         if not same:
-            change = f"{before}; now {now}"
-            rank_zero_only(print)(f"The data come in another order than before: {change}.")
+            change = f"The data come in another order than before: {before}; now {now}."
+            rank_zero_only(print)(change)
         self._saved_accumulation = state_dict["accumulation"]
 
     def _translate_position(self, accumulation: int) -> None:
@@ -220,3 +238,52 @@ class DataModule(L.LightningDataModule):
         coin = torch.rand(share.parts * len(x_0), generator=draw, device=draw.device) < 0.5
         coin = coin[share.rows(len(x_0))]
         return torch.where(coin[:, None, None, None], x_0.flip(-1), x_0)
+
+
+def unpack_batch(
+    batch: Any, *, shape: tuple[int, ...] | None, num_classes: int | None
+) -> tuple[Data, Label]:
+    """Return images and labels of a foreign loader's batch: (images, labels), (images,), or images alone.
+
+    Images of uint8 are scaled; float ones must be in [-1, 1]. Labels are integers below `num_classes`; without
+    classes they are ignored. `shape` is that of an image, if it is known.
+    """
+    parts = list(batch) if isinstance(batch, tuple | list) else [batch]
+    expected = "batches (images, labels): images uint8, or float within [-1, 1], of shape (batch, channels, height, width)"
+    got = f"{type(batch).__name__} of {', '.join(type(part).__name__ for part in parts)}"
+    remedy = "give a loader of TensorDataset(images, labels), or of a Dataset whose items are (image, label)"
+    require(len(parts) in (1, 2) and isinstance(parts[0], Tensor), expected, got, remedy)
+    images = parts[0]
+    fits = images.ndim == 4 and shape in (None, tuple(images.shape[1:]))
+    axes = ", ".join(map(str, shape or ("channels", "height", "width")))
+    got = f"{images.dtype} of shape {tuple(images.shape)}"
+    remedy = "change the loader, or build the module for these images: data.channels=, data.image_size=, model="
+    require(fits, f"images of shape (batch, {axes})", got, remedy)
+    labels = parts[1] if parts[1:] else None
+    classes = None if num_classes is None else _classes(labels, len(images), num_classes)
+    return _in_unit(images), classes
+
+
+def _in_unit(images: Tensor) -> Data:
+    if images.dtype == torch.uint8:
+        return to_unit(images)
+    floating, (low, high) = images.is_floating_point(), torch.stack(torch.aminmax(images)).tolist()
+    got = f"values from {low:.4g} to {high:.4g}" if floating else f"images of {images.dtype}"
+    fits = floating and -1 - ROUNDING <= low <= high <= 1 + ROUNDING
+    remedy = "give images.to(torch.uint8), or scale them: x / 127.5 - 1 from 0 ... 255, 2 * x - 1 from 0 ... 1"
+    require(fits, "images of uint8 from 0 to 255, or of float within [-1, 1]", got, remedy)
+    return images.float()
+
+
+def _classes(labels: Any, count: int, num_classes: int) -> Label:
+    got, fits = "none" if labels is None else type(labels).__name__, False
+    if isinstance(labels, Tensor):
+        got = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        whole = torch.can_cast(labels.dtype, torch.long) and labels.dtype != torch.bool
+        if whole and tuple(labels.shape) == (count,):
+            low, high = torch.stack(torch.aminmax(labels)).tolist()
+            got, fits = f"labels from {low} to {high}", 0 <= low and high < num_classes
+    expected = f"{count} labels, integers from 0 to {num_classes - 1}, for a model of {num_classes} classes"
+    remedy = "give them, from 0, or set data.num_classes; null builds the module without classes"
+    require(fits, expected, got, remedy)
+    return labels.long()

@@ -1,9 +1,9 @@
 """Work on many images at once, in threads or in processes, and handles that each process opens for itself."""
 
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.pool import ThreadPool
@@ -19,11 +19,8 @@ T = TypeVar("T")
 Write: TypeAlias = Callable[[range, Path], None]
 """Writes images of these numbers to a file, whole."""
 
-IMAGES_PER_TASK = 64
-"""Images that a thread takes at once."""
-
-IMAGES_PER_PROCESS = 2000
-"""Images for which starting another process pays."""
+IMAGES_PER_TASK = 64  # that a thread takes at once
+IMAGES_PER_PROCESS = 2000  # for which starting another process pays
 
 
 class PerProcess(Generic[T]):
@@ -43,13 +40,12 @@ class PerProcess(Generic[T]):
         return {"opening": self.opening, "handle": None}
 
 
-def in_threads(work: Callable[[int], None], count: int, title: str) -> None:
-    """Run work(0) ... work(count-1) on all cores, which decoding leaves free, with a progress bar if there are many."""
+def in_threads(work: Callable[[int], T], count: int, title: str) -> list[T]:
+    """Return work(0) ... work(count-1), run on all cores, which decoding leaves free, with a progress bar if many."""
     silent = getattr(rank_zero_only, "rank", 0) != 0 or count < 1000
     with ThreadPool() as pool:
         done = pool.imap(work, range(count), IMAGES_PER_TASK)
-        for _ in tqdm(done, title, count, unit="img", disable=silent, leave=False):
-            pass
+        return list(tqdm(done, title, count, unit="img", disable=silent, leave=False))
 
 
 def write_missing(
@@ -57,7 +53,8 @@ def write_missing(
 ) -> Generator[Path, None, None]:
     """Yield `files` in order, written by `write` in several processes if they are missing.
 
-    Starting a process takes seconds, so few images are written in this process unless `workers` is given.
+    Starting a process takes seconds, so few images are written in this process unless `workers` is given. Processes
+    are spawned, as threads do not survive a fork, and die with this one.
 
     files: with the numbers of their images.
     show: whether to show progress.
@@ -66,11 +63,18 @@ def write_missing(
     total, images = (sum(map(len, spans)) for spans in (files.values(), missing.values()))
     if show and images < total:
         print(f"continued   {total - images:,} images are done already")
-    wanted = workers or min(os.cpu_count() or 1, images // IMAGES_PER_PROCESS)
-    with (
-        _mapped(write, min(wanted, len(missing))) as mapped,
-        tqdm(total=total, initial=total - images, unit="img", desc=title, disable=not show) as bar,
-    ):
+    workers = min(workers or min(os.cpu_count() or 1, images // IMAGES_PER_PROCESS), len(missing))
+    mapped: Callable[..., Any] = partial(map, write)
+    with ExitStack() as stack:
+        if workers > 1:
+            start = (write, os.getpid())  # the images of `write` are sent once a process
+            pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, start)
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            mapped = partial(pool.map, _write_in_process)
+        progress = tqdm(
+            total=total, initial=total - images, unit="img", desc=title, disable=not show
+        )
+        bar = stack.enter_context(progress)
         with signals.blocked():
             written = mapped(missing.values(), missing)
         for file, span in files.items():
@@ -78,21 +82,6 @@ def write_missing(
                 next(written)
                 bar.update(len(span))
             yield file
-
-
-@contextmanager
-def _mapped(write: Write, workers: int) -> Iterator[Callable[..., Iterator[None]]]:
-    """Yield a `map` of `write`, in processes that die with this one; spawned, as threads do not survive a fork."""
-    if workers <= 1:
-        yield partial(map, write)
-        return
-    start = (write, os.getpid())  # the images of `write` are sent once a process, not once a file
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start, start) as pool:
-        try:
-            yield partial(pool.map, _write_in_process)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 _write_here: Write

@@ -2,29 +2,33 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.error import URLError
 
 import torch
 import torchvision
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.hub import load_state_dict_from_url
+from torch.nn import functional
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from torchvision.transforms import v2
 
-from consistency.data.download import timeout
+from consistency.data.digits import Digits
+from consistency.data.download import downloading
+from consistency.data.source import Source
 from consistency.errors import UserError, require
-from consistency.evaluation.classifier import digits_classifier
+from consistency.pixels import IMAGENET_MEAN, IMAGENET_STD, to_unit
+from consistency.randomness import generator
 from consistency.runtime.files import path_of
 from consistency.runtime.ranks import gathered, print_once
-from consistency.training.lpips import IMAGENET_MEAN, IMAGENET_STD
 
 URL_INCEPTION_V3 = fidelity.URL_INCEPTION_V3
+BY_HAND = "on a machine with a network download {} and put it there (TORCH_HOME moves the folder)"
 INCEPTION = "inception"
 CLASSIFIER = "classifier"
 PUBLISHED = {"frechet": "fid", "kernel": "kid", "class_score": "inception_score"}
@@ -41,7 +45,7 @@ class Extracted(NamedTuple):
 class Extractor(nn.Module):
     """uint8 images (b, 1 or 3, h, w) of any size -> `Extracted`.
 
-    extract: (network, images) -> features and logits.
+    extract: (network, images of three channels, equal ones of grey) -> features and logits.
     name: ends the names of the metrics, except for the published Inception.
     resize: how images are resized, for the protocol.
     trained_on_train_set: whether the network was trained on the training images, so that others must be the reference.
@@ -59,11 +63,12 @@ class Extractor(nn.Module):
         super().__init__()
         self.network, self.extract = network.eval().requires_grad_(False), extract
         self.name, self.trained_on_train_set = name, trained_on_train_set
-        self.protocol = {
-            "extractor": name,
-            "weights_sha256": digest(network.state_dict().items()),
-            "resize": resize,
-        }
+        weights = hashlib.sha256()
+        for key, value in sorted(network.state_dict().items()):
+            weights.update(key.encode())
+            weights.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest = weights.hexdigest()
+        self.protocol = {"extractor": name, "weights_sha256": digest, "resize": resize}
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +85,7 @@ class Extractor(nn.Module):
         return super().train(False)
 
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Extracted:
-        return self.extract(self.network, images)
+        return self.extract(self.network, images.expand(-1, 3, -1, -1))
 
     def named(self, metric: str) -> str:
         """Return the full name of a metric: `fid` for Inception, `frechet_<extractor>` for others."""
@@ -89,20 +94,6 @@ class Extractor(nn.Module):
         for ours, published in PUBLISHED.items():
             metric = metric.replace(ours, published)
         return metric
-
-
-def colour(images: UInt8[Tensor, "b c h w"]) -> UInt8[Tensor, "b 3 h w"]:
-    """Return grey images with three equal channels, others as they are."""
-    return images.expand(-1, 3, -1, -1)
-
-
-def digest(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256 of names and values of weights."""
-    sha256 = hashlib.sha256()
-    for name, value in sorted(weights):
-        sha256.update(name.encode())
-        sha256.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return sha256.hexdigest()
 
 
 def extractor_of(name: str) -> Extractor:
@@ -118,13 +109,10 @@ def extractor_of(name: str) -> Extractor:
     if name in torchvision.models.list_models(module=torchvision.models):
         return torchvision_model(name)
     path = inception_weights() if name == INCEPTION else path_of(name)
-    require(
-        path.is_file(),
-        f"{INCEPTION}, {CLASSIFIER}, a file of Inception's weights, a classifier of torchvision or one of {', '.join(DINOV2)} "
-        "in evaluation.extractor",
-        name,
-        "check the name or the path; a path is relative to the folder the command runs in",
-    )
+    known = f"{INCEPTION}, {CLASSIFIER}, a file of Inception's weights, a classifier of torchvision"
+    expected = f"{known} or one of {', '.join(DINOV2)} in evaluation.extractor"
+    remedy = "check the name or the path; a path is relative to the folder the command runs in"
+    require(path.is_file(), expected, name, remedy)
     return inception(path)
 
 
@@ -137,12 +125,9 @@ def inception_weights() -> Path:
     """Return the file of the published weights. Downloads it if it is missing."""
     path = inception_file()
     if not path.is_file():
-        load = partial(torch.hub.load_state_dict_from_url, check_hash=True, weights_only=True)
-        downloaded(
-            partial(load, URL_INCEPTION_V3),
-            f"Inception's weights, the file {path}",
-            URL_INCEPTION_V3,
-        )
+        needed = f"Inception's weights, the file {path}"
+        with downloading(needed, BY_HAND.format(URL_INCEPTION_V3)):
+            load_state_dict_from_url(URL_INCEPTION_V3, check_hash=True, weights_only=True)
     return path
 
 
@@ -154,18 +139,14 @@ def inception(path: Path) -> Extractor:
         outputs = ["2048", "logits_unbiased"]
         network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", outputs, str(path))
     except Exception as error:  # damaged and foreign files fail in any way
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"weights of Inception in torch-fidelity's layout at {path}",
-            reason[:200],
-            f"download {URL_INCEPTION_V3}, or name another evaluation.extractor",
-        ) from error
-
-    def extract(network: nn.Module, images: Tensor) -> Extracted:
-        return Extracted(*network(colour(images)))
-
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        expected = f"weights of Inception in torch-fidelity's layout at {path}"
+        remedy = f"download {URL_INCEPTION_V3}, or name another evaluation.extractor"
+        raise UserError(expected, reason, remedy) from error
     resize = "299x299, bilinear as TensorFlow 1 did it, inside the network"
-    return Extractor(network, extract, name=INCEPTION, resize=resize)
+    return Extractor(
+        network, lambda n, images: Extracted(*n(images)), name=INCEPTION, resize=resize
+    )
 
 
 def small_classifier() -> Extractor:
@@ -190,16 +171,16 @@ def small_classifier() -> Extractor:
 def torchvision_model(name: str) -> Extractor:
     """Return a classifier of torchvision; its features are the input of its last linear layer."""
     choice: Any = torchvision.models.get_model_weights(name).DEFAULT
-    get, folder = partial(torchvision.models.get_model, weights=choice), inception_file().parent
-    weights = f"the weights of torchvision's {name} in {folder}"
-    network = downloaded(partial(get, name), weights, choice.url)
+    needed = f"the weights of torchvision's {name} in {inception_file().parent}"
+    with downloading(needed, BY_HAND.format(choice.url)):
+        network = torchvision.models.get_model(name, weights=choice)
     linear = [part for part in network.modules() if isinstance(part, nn.Linear)]
     require(bool(linear), "a model with a last linear layer", name, "choose another")
     preprocess, taken = choice.transforms(), []
     linear[-1].register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
 
     def extract(network: nn.Module, images: Tensor) -> Extracted:
-        logits = network(preprocess(colour(images)))
+        logits = network(preprocess(images))
         return Extracted(taken.pop().float(), logits.float())
 
     return Extractor(network, extract, name=name, resize=" ".join(str(preprocess).split()))
@@ -211,25 +192,83 @@ def dinov2(name: str) -> Extractor:
     FD-DINOv2 of Stein et al. 2023, arXiv:2306.04675, is the Fréchet distance in the features of dinov2_vitl14.
     """
     repository, needed = "facebookresearch/dinov2", f"{name} in torch hub's {torch.hub.get_dir()}"
-    fetch = partial(torch.hub.load, repository, name, trust_repo=True, verbose=False)
-    with redirect_stdout(sys.stderr):
-        network = downloaded(fetch, needed, f"github.com/{repository}")
+    by_hand = BY_HAND.format(f"github.com/{repository}")
+    with redirect_stdout(sys.stderr), downloading(needed, by_hand):
+        network: Any = torch.hub.load(repository, name, trust_repo=True, verbose=False)
     resize = v2.Resize([224, 224], v2.InterpolationMode.BICUBIC, antialias=True)
     scale = v2.ToDtype(torch.float32, scale=True)
     preprocess = v2.Compose([resize, scale, v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
     def extract(network: nn.Module, images: Tensor) -> Extracted:
-        return Extracted(network(preprocess(colour(images))), None)
+        return Extracted(network(preprocess(images)), None)
 
     return Extractor(network, extract, name=name, resize="224x224, bicubic with antialiasing")
 
 
-def downloaded(fetch: Callable[[], Any], needed: str, source: str) -> Any:
-    """Call `fetch`, which downloads `needed` from `source`, with a timeout."""
+class SmallClassifier(nn.Module):
+    """uint8 images -> 64 features of the last hidden layer: three 3x3 convolutions and one hidden linear layer."""
+
+    def __init__(self, *, channels: int, num_classes: int) -> None:
+        super().__init__()
+
+        def convolution(inputs: int, outputs: int) -> list[nn.Module]:
+            layer = nn.Conv2d(inputs, outputs, 3, padding=1)
+            return [layer, nn.GroupNorm(8, outputs), nn.SiLU()]
+
+        first, second = convolution(channels, 32), convolution(32, 64)
+        third = [nn.MaxPool2d(2), *convolution(64, 64), nn.AdaptiveAvgPool2d(2)]
+        self.trunk = nn.Sequential(*first, *second, *third, nn.Flatten(), nn.Linear(256, 64))
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        return self.trunk(to_unit(images))
+
+    def logits(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b k"]:
+        """Return the logits of the classes."""
+        return self.head(functional.silu(features))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute the body on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        with timeout():
-            return fetch()
-    except (URLError, OSError, RuntimeError, ValueError) as error:
-        got = f"no such file, and the download failed ({str(error)[:200]})"
-        remedy = f"on a machine with a network download {source} and put it there (TORCH_HOME moves the folder)"
-        raise UserError(needed, got, remedy) from error
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def train_classifier(source: Source, *, num_classes: int, epochs: int = 24) -> SmallClassifier:
+    """Train by AdamW with a one-cycle rate, in batches of 64, each shifted by up to a pixel with its border repeated.
+
+    The result is a function of the arguments: it computes on one thread, because sums differ with the number of threads.
+    """
+    images, labels = source.batch(list(range(len(source))))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = SmallClassifier(channels=images.shape[1], num_classes=num_classes)
+    padded = functional.pad(images.float(), (1, 1, 1, 1), mode="replicate").to(images.dtype)
+    height, width = images.shape[-2:]
+    draw, steps = generator(0, "classifier"), epochs * -(-len(images) // 64)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.05)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(images), generator=draw).split(64):
+            top, left = torch.randint(3, (2,), generator=draw).tolist()
+            shifted = padded[chosen, :, top : top + height, left : left + width]
+            logits = classifier.logits(classifier(shifted))
+            loss = functional.cross_entropy(logits, labels[chosen], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rate.step()
+    return classifier.eval().requires_grad_(False)
+
+
+@cache
+def digits_classifier() -> tuple[SmallClassifier, int]:
+    """Return the classifier of the default data set, trained once a process in seconds, and the side of its images."""
+    digits = Digits(split="train")
+    return train_classifier(digits, num_classes=len(digits.class_names)), digits.images.shape[-1]

@@ -5,7 +5,6 @@ of the samples' numbers, because these metrics draw subsets by position.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,21 +16,18 @@ from torch_fidelity.metric_prc import calculate_precision_recall_part
 
 from consistency.data.source import Source
 from consistency.errors import UserError, require
-from consistency.evaluation import extractors, reference
+from consistency.evaluation import extractors
+from consistency.evaluation import reference as references
 from consistency.evaluation.extractors import Extractor
-from consistency.evaluation.reference import FrechetDistance, GatheredFeatures, Reference
+from consistency.evaluation.reference import FrechetDistance, Reference, in_order
 from consistency.evaluation.timing import Clock
 from consistency.inference.generate import Numbered
 from consistency.runtime.files import cache_folder, path_of
 from consistency.runtime.ranks import gathered, print_once, rank_and_size
 from consistency.tensors import sent
 
-NEIGHBOURHOOD = 3
-"""k of precision and recall [Kynkäänniemi et al. 2019, arXiv:1904.06991]."""
-
-FEWEST = 10
-"""Smallest number of samples, and of features of a reference: the parts of the inception score."""
-
+NEIGHBOURHOOD = 3  # k of precision and recall [Kynkäänniemi et al. 2019, arXiv:1904.06991]
+FEWEST = 10  # smallest number of samples, and of features of a reference: the parts of the inception score
 QUANTISATION = "uint8, round(127.5 x + 127.5) of x clamped to [-1, 1]"
 
 
@@ -55,125 +51,102 @@ class Measure:
         fewest = f"at least {FEWEST} samples to measure, and one a process"
         require(count >= max(FEWEST, rank_and_size()[1]), fewest, count, "give a larger number")
         device, summing = self.extractor.device, self.extractor.summing
-        frechet = FrechetDistance(self.reference).to(summing)
-        ordered = GatheredFeatures().to(summing)
+        frechet, rows = FrechetDistance(self.reference).to(summing), list[tuple[Tensor, ...]]()
         with torch.inference_mode():
             for numbers, images in samples:
                 with self.clock.running("extractor", device):
                     features, logits = self.extractor(sent(images, device))
                 features = features.to(summing)
                 frechet.update(features.double(), real=False)
-                scores = features.new_empty(len(features), 0) if logits is None else logits
-                order = sent(torch.tensor(numbers), summing)
-                ordered.update(order, features, scores.to(summing))
-            order, features, logits = ordered.compute()
-            right, each = (
-                order.tolist() == list(range(count)),
-                f"samples 0 to {count - 1}, each once",
-            )
+                scores = features[:, :0] if logits is None else logits
+                rows.append((torch.tensor(numbers), features, scores))
+            order, features, logits = in_order(rows)
+            right, each = order.tolist() == [*range(count)], f"samples 0 to {count - 1}, each once"
             got = f"{len(order)} samples with {len(order.unique())} numbers"
             require(right, each, got, "this is a mistake of the program: please report it")
             values = {"frechet": float(frechet.compute())} if only in (None, "frechet") else {}
-            if only in (None, "class_score") and logits.shape[1]:
-                values |= class_score(logits)
-            others = self.reference.features
-            if others is not None and len(others) >= FEWEST:
-                if only in (None, "kernel"):
-                    values |= kernel_distance(features, others.to(summing))
-                if only in (None, "precision", "recall"):
-                    values |= precision_recall(features, others.to(summing))
+            values |= self._of_features(features.to(summing), logits, only)
         return {self.extractor.named(name): value for name, value in values.items()}
+
+    def _of_features(self, features: Tensor, logits: Tensor, only: str | None) -> dict[str, float]:
+        """Return means and deviations of torch-fidelity's inception score and kernel distance, precision and recall."""
+        values: dict[str, float] = {}
+        if only in (None, "class_score") and logits.shape[1]:
+            shuffled = True, DEFAULTS["rng_seed"]
+            score = isc_features_to_metric(logits, DEFAULTS["isc_splits"], *shuffled)
+            values |= zip(("class_score", "class_score_std"), score.values(), strict=True)
+        if self.reference.features is None or len(self.reference.features) < FEWEST:
+            return values
+        others = self.reference.features.to(features.device)
+        if only in (None, "kernel"):
+            size = self._subset(len(features))
+            kernel = kid_features_to_metric(features, others, kid_subset_size=size, verbose=False)
+            values |= zip(("kernel", "kernel_std"), kernel.values(), strict=True)
+        if only in (None, "precision", "recall"):
+            batch = DEFAULTS["prc_batch_size"]
+            shares = calculate_precision_recall_part(features, others, NEIGHBOURHOOD, batch)
+            values |= zip(("precision", "recall"), shares, strict=True)
+        return values
+
+    def _subset(self, count: int) -> int | None:
+        """Return the number of samples in a subset for the kernel distance."""
+        features = self.reference.features
+        return None if features is None else min(DEFAULTS["kid_subset_size"], count, len(features))
 
     def count(self, num_samples: int | None) -> int:
         """Return num_samples; None stands for the number of images of the reference."""
-        count = num_samples or self.reference.count
-        if count is None:
-            expected = "num_samples, because the reference does not record its number of images"
-            raise UserError(expected, num_samples, "give a number")
+        count = num_samples or self.reference.count or 0
+        expected = "num_samples, because the reference does not record its number of images"
+        require(count > 0, expected, num_samples, "give a number")
         return count
 
     def protocol(self, count: int) -> dict[str, Any]:
         """Return all that the metrics of `count` samples depend on beside the samples."""
-        features = self.reference.features
-        subset = None if features is None else _subset(count, len(features))
         return {
             **self.reference.protocol,
             "quantisation": QUANTISATION,
             "samples": count,
             "inception_score_splits": DEFAULTS["isc_splits"],
             "kid_subsets": DEFAULTS["kid_subsets"],
-            "kid_subset_size": subset,
+            "kid_subset_size": self._subset(count),
             "precision_recall_k": NEIGHBOURHOOD,
         }
 
 
-def class_score(logits: Tensor) -> dict[str, float]:
-    """Return mean and deviation of the inception score over torch-fidelity's parts of the samples."""
-    score = isc_features_to_metric(logits.cpu(), DEFAULTS["isc_splits"], True, DEFAULTS["rng_seed"])
-    mean, deviation = (score[f"inception_score_{name}"] for name in ("mean", "std"))
-    return {"class_score": mean, "class_score_std": deviation}
+def measure_against(
+    train: Callable[[], Source],
+    held_out: Callable[[], Source] | None,
+    device: torch.device | str,
+    *,
+    extractor: str,
+    reference: str | None,
+    reference_features: int,
+    cache: str | None,
+    batch_size: int,
+    num_workers: int,
+) -> Measure:
+    """Return the measure against a data set. Collective.
 
-
-def kernel_distance(samples: Tensor, reference: Tensor) -> dict[str, float]:
-    """Return mean and deviation of the kernel distance over torch-fidelity's subsets."""
-    size = _subset(len(samples), len(reference))
-    distance = kid_features_to_metric(samples, reference, kid_subset_size=size, verbose=False)
-    mean, deviation = (distance[f"kernel_inception_distance_{name}"] for name in ("mean", "std"))
-    return {"kernel": mean, "kernel_std": deviation}
-
-
-def _subset(samples: int, reference: int) -> int:
-    return min(DEFAULTS["kid_subset_size"], samples, reference)
-
-
-def precision_recall(samples: Tensor, reference: Tensor) -> dict[str, float]:
-    """Return the share of samples inside the reference's neighbourhoods, and of the reference inside the samples'."""
-    precision, recall = calculate_precision_recall_part(
-        samples, reference, NEIGHBOURHOOD, DEFAULTS["prc_batch_size"]
+    extractor, reference, reference_features, cache: the options of conf/metrics.
+    batch_size: images that a device measures at once.
+    """
+    fewest = f"evaluation.reference_features >= {FEWEST}"
+    require(reference_features >= FEWEST, fewest, reference_features, "give a larger number")
+    network = available(extractor).to(device)
+    own = "held_out" if network.trained_on_train_set and held_out is not None else "train"
+    sources, name = {"train": train, "held_out": held_out}, reference or own
+    if name not in sources:
+        return Measure(network, references.read_reference(path_of(name), network))
+    source = sources[name]
+    if source is None:
+        expected = "a data set with held-out images for evaluation.reference=held_out"
+        raise UserError(expected, "one without", "choose evaluation.reference=train")
+    folder = path_of(cache) if cache else cache_folder() / "references"
+    loading = {"batch_size": batch_size, "num_workers": num_workers}
+    computed = references.reference_of(
+        source(), network, name=name, cache=folder, most_features=reference_features, **loading
     )
-    return {"precision": precision, "recall": recall}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of a measurement, as in conf/metrics; batch_size: images that a device measures at once."""
-
-    extractor: str
-    reference: str | None
-    reference_features: int
-    cache: str | None
-    batch_size: int
-
-    def prepare(
-        self,
-        device: torch.device | str,
-        *,
-        train: Callable[[], Source],
-        held_out: Callable[[], Source] | None,
-        num_workers: int,
-    ) -> Measure:
-        """Return the measure against a data set. Collective."""
-        features, fewest = self.reference_features, f"evaluation.reference_features >= {FEWEST}"
-        require(features >= FEWEST, fewest, features, "give a larger number")
-        extractor = available(self.extractor).to(device)
-        own = "held_out" if extractor.trained_on_train_set and held_out is not None else "train"
-        chosen = self.reference or own
-        if chosen not in ("train", "held_out"):
-            return Measure(extractor, reference.read_reference(path_of(chosen), extractor))
-        builder = train if chosen == "train" else held_out
-        if builder is None:
-            expected = "a data set with held-out images for evaluation.reference=held_out"
-            raise UserError(expected, "one without", "choose evaluation.reference=train")
-        computed = reference.reference_of(
-            builder(),
-            extractor,
-            name=chosen,
-            most_features=features,
-            cache=path_of(self.cache) if self.cache else cache_folder() / "references",
-            batch_size=self.batch_size,
-            num_workers=num_workers,
-        )
-        return Measure(extractor, computed)
+    return Measure(network, computed)
 
 
 def available(name: str) -> Extractor:
@@ -181,9 +154,12 @@ def available(name: str) -> Extractor:
 
     Prints one line and returns the small classifier if the weights of Inception are not available.
     """
-    if name == extractors.INCEPTION and (reason := _missing_on_any_rank()):
-        print_once(f"No FID: {reason}. Going on with the features of the small classifier.")
-        name = extractors.CLASSIFIER
+    if name == extractors.INCEPTION:
+        # Rank 0 downloads the weights first, for all ranks that share its disk.
+        reason = gathered(_missing() if rank_and_size()[0] == 0 else "")[0]
+        if reason := next(filter(None, gathered(reason or _missing())), ""):
+            print_once(f"No FID: {reason}. Going on with the features of the small classifier.")
+            name = extractors.CLASSIFIER
     extractor = extractors.extractor_of(name)
     first, *others = gathered(extractor.protocol)
     same, remedy = f"the same extractor {name} on all processes", "put one file on all machines"
@@ -191,16 +167,10 @@ def available(name: str) -> Extractor:
     return extractor
 
 
-def _missing_on_any_rank() -> str | None:
-    """Return in one line why the weights of Inception are not available to some rank, or None."""
-
-    def missing() -> str | None:
-        try:
-            extractors.inception_weights()
-        except UserError as error:
-            return " ".join(str(error).split())
-        return None
-
-    # Rank 0 downloads the weights first, for all ranks that share its disk.
-    first = gathered(missing() if rank_and_size()[0] == 0 else None)[0]
-    return next(filter(None, gathered(first or missing())), None)
+def _missing() -> str:
+    """Return in one line why this rank lacks the weights of Inception; empty if it has them."""
+    try:
+        extractors.inception_weights()
+    except UserError as error:
+        return " ".join(str(error).split())
+    return ""

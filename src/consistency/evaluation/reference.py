@@ -7,7 +7,8 @@ what their numbers depend on, and are refused for anything else.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.utilities import dim_zero_cat
 from tqdm import tqdm
 
-from consistency.data.module import WholeBatches
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION, Extractor
@@ -32,7 +30,6 @@ from consistency.runtime.ranks import batches, gathered, print_once, rank_and_si
 from consistency.tensors import sent
 
 PIXELS = 10_000
-"""Images whose pixels enter the key of a data set, beside the stamps of all its files."""
 
 
 @dataclass(frozen=True)
@@ -78,48 +75,42 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
     features = None
     if "features" in arrays:
         features = torch.from_numpy(arrays["features"])
-    elif "arr_0" in arrays and arrays["arr_0"].ndim == 4:
+    elif "arr_0" in arrays:
         images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2).split(64)
         with torch.inference_mode():
             parts = [extractor(part.to(extractor.device)).features.cpu() for part in images]
         features = torch.cat(parts)
-    expected = f"features of {len(mu)} numbers, as mu has, in {path}"
-    remedy = "choose the evaluation.extractor that the file was made with"
-    if features is not None:
-        require(features.shape[1:] == mu.shape, expected, tuple(features.shape), remedy)
     return Reference(mu, sigma, count, features, protocol)
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:
-    """Read the arrays of an .npz with finite mu and sigma."""
+    """Read the arrays of an .npz with finite mu and sigma, and features and images of the right shape if it has them."""
     remedy = "check the path, or leave evaluation.reference out"
     require(path.is_file(), f"reference statistics at {path}, an .npz", "no such file", remedy)
     arrays: dict[str, Any] = {}
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        got = f"arrays {', '.join(arrays)}"
+        got = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
     except Exception as error:  # damaged and foreign files fail in any way
         got = str(error)[:200]
     mu, sigma = (arrays.get(name, np.array(None)) for name in ("mu", "sigma"))
     finite = all(a.dtype.kind == "f" and np.isfinite(a).all() for a in (mu, sigma))
-    require(
-        finite and mu.ndim == 1 and sigma.shape == 2 * mu.shape,
-        f"an .npz with mu (f,) and sigma (f, f), finite, at {path}",
-        got,
-        "take a reference file of NVlabs, guided-diffusion or this program",
-    )
+    square = mu.ndim == 1 and sigma.shape == 2 * mu.shape
+    rows = arrays.get("features", mu[None]).shape[1:] == mu.shape
+    expected = f"an .npz with mu (f,) and sigma (f, f), finite, features (n, f) or none, at {path}"
+    remedy = "take a reference file of NVlabs, guided-diffusion or this program"
+    require(finite and square and rows, expected, got, remedy)
     return arrays
 
 
 def _foreign(path: Path, arrays: dict[str, Any], extractor: Extractor) -> dict[str, Any]:
     """Return the protocol of a file of another program, and print a line about it."""
-    require(
-        extractor.name == INCEPTION and len(arrays["mu"]) == 2048,
-        f"the 2048 features of Inception for {path}, which another program wrote",
-        f"evaluation.extractor={extractor.name} and {len(arrays['mu'])} features",
-        "choose evaluation.extractor=inception, or another reference",
-    )
+    size = len(arrays["mu"])
+    expected = f"the 2048 features of Inception for {path}, which another program wrote"
+    got = f"evaluation.extractor={extractor.name} and {size} features"
+    remedy = "choose evaluation.extractor=inception, or another reference"
+    require(extractor.name == INCEPTION and size == 2048, expected, got, remedy)
     spatial = ", mu_s and sigma_s (spatial features) are not used" if "mu_s" in arrays else ""
     program = "from another program, taken to be of the published Inception"
     print_once(f"{path.name}: {program}{spatial}")
@@ -130,12 +121,10 @@ def _foreign(path: Path, arrays: dict[str, Any], extractor: Extractor) -> dict[s
 def require_same(protocol: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
     """Refuse a reference that was measured in another way."""
     other = sorted(name for name in wanted if protocol.get(name) != wanted[name])
-    require(
-        not other,
-        f"a reference with {', '.join(f'{n}={wanted[n]}' for n in other)}",
-        f"{path} with {', '.join(f'{n}={protocol.get(n)}' for n in other)}",
-        "measure with the extractor of the reference, or name another evaluation.reference",
-    )
+    expected = f"a reference with {', '.join(f'{n}={wanted[n]}' for n in other)}"
+    got = f"{path} with {', '.join(f'{n}={protocol.get(n)}' for n in other)}"
+    remedy = "measure with the extractor of the reference, or name another evaluation.reference"
+    require(not other, expected, got, remedy)
 
 
 class FrechetDistance(FrechetInceptionDistance):
@@ -153,36 +142,13 @@ class FrechetDistance(FrechetInceptionDistance):
             self.real_features_cov_sum += (count - 1) * sigma + count * torch.outer(mu, mu)
             self.real_features_num_samples += count
 
-    def moments(self) -> tuple[Tensor, Tensor, int]:
-        """Return mean, unbiased covariance and number of the features with `real=True`. Collective."""
-        with self.sync_context():
-            count = int(self.real_features_num_samples)
-            mu = self.real_features_sum / count
-            sigma = (self.real_features_cov_sum - count * torch.outer(mu, mu)) / (count - 1)
-        return mu.cpu(), sigma.cpu(), count
 
-
-class GatheredFeatures(Metric):
-    """Features and logits of the samples of all ranks, in the order of their numbers."""
-
-    full_state_update = False
-    NAMES = ("numbers", "features", "logits")
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in self.NAMES:
-            self.add_state(name, default=[], dist_reduce_fx="cat")
-
-    def update(self, *batch: Tensor) -> None:
-        """Add numbers, features and logits of a batch."""
-        for name, values in zip(self.NAMES, batch, strict=True):
-            getattr(self, name).append(values)
-
-    def compute(self) -> list[Tensor]:
-        """Return numbers, features and logits."""
-        values = [dim_zero_cat(getattr(self, name)) for name in self.NAMES]
-        order = values[0].argsort()
-        return [value[order] for value in values]
+def in_order(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Join numbers, features and others of the batches of all ranks, in the order of the numbers. Collective."""
+    own = [torch.cat(column).cpu() for column in zip(*rows, strict=True)]
+    columns = [torch.cat(parts) for parts in zip(*gathered(own), strict=True)]
+    order = columns[0].argsort()
+    return [column[order] for column in columns]
 
 
 def reference_of(
@@ -214,8 +180,7 @@ def reference_of(
         require_same(reference.protocol, protocol, path)
         return reference
     images = images_of(source, batch_size, num_workers, "Reference")
-    reference = Reference(*_statistics(images, extractor, stored), protocol)
-    assert reference.count == count
+    reference = Reference(*_statistics(images, count, extractor, stored), protocol)
     if rank_and_size()[0] == 0:
         try:
             reference.write(path)
@@ -227,22 +192,24 @@ def reference_of(
 
 
 def _statistics(
-    images: Iterator[Numbered], extractor: Extractor, stored: set[int]
+    images: Iterator[Numbered], count: int, extractor: Extractor, stored: set[int]
 ) -> tuple[Tensor, Tensor, int, Tensor]:
-    sums, ordered, summing = None, GatheredFeatures().to(extractor.summing), extractor.summing
+    """Return the statistics of `count` images on all ranks, with the features of those in `stored`. Collective."""
+    summing = extractor.summing
+    total = squares = torch.zeros((), dtype=torch.float64, device=summing)
+    kept: list[tuple[Tensor, ...]] = []
     with torch.inference_mode():
         for numbers, batch in images:
             features = extractor(sent(batch, extractor.device)).features.to(summing)
-            if sums is None:
-                mu = torch.zeros(features.shape[1], dtype=torch.float64)
-                empty = Reference(mu, torch.outer(mu, mu), 0, None, {})
-                sums = FrechetDistance(empty).to(summing)
-            sums.update(features.double(), real=True)
+            x = features.double()
+            total, squares = total + x.sum(0), squares + x.T @ x
             rows = [row for row, number in enumerate(numbers) if number in stored]
-            order = sent(torch.tensor(numbers)[rows], summing)
-            ordered.update(order, features[rows], features[rows, :0])
-        assert sums is not None
-        return *sums.moments(), ordered.compute()[1].cpu()
+            kept.append((torch.tensor(numbers)[rows], features[rows]))
+        sums = zip(*gathered((total.cpu(), squares.cpu())), strict=True)
+        total, squares = (torch.stack(parts).sum(0).to(summing) for parts in sums)
+        mu = total / count
+        sigma = (squares - count * torch.outer(mu, mu)) / (count - 1)
+        return mu.cpu(), sigma.cpu(), count, in_order(kept)[1]
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -253,12 +220,13 @@ def spread(count: int, most: int) -> list[int]:
 
 def images_of(source: Source, batch_size: int, num_workers: int, title: str) -> Iterator[Numbered]:
     """Yield this rank's share of a source."""
-    parts = batches(len(source), batch_size)
-    order = [list(part) for part in parts]
-    loader = DataLoader(WholeBatches(source), None, sampler=order, num_workers=num_workers)
-    images = (batch for batch, _ in loader)
+    numbers: Any = range(len(source))
+    parts: Any = batches(len(source), batch_size)
+    options: dict[str, Any] = {"collate_fn": source.batch, "num_workers": num_workers}
+    loader = DataLoader(numbers, batch_sampler=parts, **options)
     shown = tqdm(parts, desc=title, unit="batch", disable=rank_and_size()[0] > 0 or len(parts) < 2)
-    yield from zip(shown, images, strict=True)
+    for numbers, (images, _) in zip(shown, loader, strict=True):
+        yield numbers, images
 
 
 def content_key(source: Source) -> str:
@@ -268,11 +236,10 @@ def content_key(source: Source) -> str:
     """
     (rank, ranks), numbers = rank_and_size(), spread(len(source), PIXELS)
     own = {i: hashlib.sha256(source[i][0].numpy().tobytes()).digest() for i in numbers[rank::ranks]}
-    digests = {number: digest for part in gathered(own) for number, digest in part.items()}
+    digests = ChainMap(*gathered(own))
     whole = hashlib.sha256(str(len(source)).encode())
     for number in numbers:
         whole.update(digests[number])
-    stamp: Any = getattr(source, "stamp", None)
-    for number in range(len(source) if stamp else 0):
-        whole.update(hashlib.sha256(stamp(number)).digest())
+    for number in range(len(source)):
+        whole.update(hashlib.sha256(source.stamp(number)).digest())
     return whole.hexdigest()

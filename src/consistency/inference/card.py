@@ -21,11 +21,6 @@ Role: TypeAlias = Literal["teacher", "consistency"]
 LARGEST, MOST_LISTED, MOST_CHARACTERS = 1 << 20, 64, 256
 """Bounds of numbers, lists and texts in a card from elsewhere."""
 
-SCALINGS = {
-    "teacher": "consistency.preconditioning.EDM",
-    "consistency": "consistency.preconditioning.Boundary",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
@@ -119,10 +114,7 @@ class ModelCard:
         } | ({"class_names": list(self.class_names)} if self.class_names else {})
 
     def with_role(self, role: Role | None, origin: object) -> "ModelCard":
-        """Return the card with its role settled; `role` counts only if the file does not record one.
-
-        Raise `UserError` if both are known and differ, or neither is.
-        """
+        """Return the card with its role, or else `role`. Raise `UserError` if they differ or neither is known."""
         require(
             role is None or self.role in (None, role),
             f"a {role} checkpoint",
@@ -138,8 +130,9 @@ class ModelCard:
             )
         if "_target_" in self.preconditioning:
             return replace(self, role=known)
-        boundary = {"t_min": self.process.t_min} if known == "consistency" else {}
-        scalings = {"_target_": SCALINGS[known], **boundary, **self.preconditioning}
+        boundary = {"_target_": "consistency.preconditioning.Boundary", "t_min": self.process.t_min}
+        edm = {"_target_": "consistency.preconditioning.EDM"}
+        scalings = (edm if known == "teacher" else boundary) | self.preconditioning
         return replace(self, role=known, preconditioning=scalings)
 
     @property

@@ -8,11 +8,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import repeat
 from multiprocessing import get_context
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,19 +26,12 @@ from consistency.pixels import quantised
 from consistency.randomness import SampleNoise
 from consistency.runtime import signals
 from consistency.samplers import Sampler
-from consistency.tensors import Data, Denoise, sent
+from consistency.tensors import Data, Denoise, Label, sent
 
+# Numbers of samples, batch by batch; numbers with their samples; and (sampler, batches) -> the samples of each in turn.
 Batches: TypeAlias = Iterable[Sequence[int]]
-"""Numbers of samples, batch by batch."""
-
 Numbered: TypeAlias = tuple[Sequence[int], UInt8[Tensor, "_b _c _h _w"]]
-"""Numbers of some samples, and the samples."""
-
 Draw: TypeAlias = Callable[[Sampler, Batches], Iterator[Numbered]]
-"""(sampler, batches) -> the samples of every batch in turn."""
-
-AHEAD = 2
-"""Batches of a process that may wait for their reader."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +39,7 @@ class Request:
     """Everything that samples depend on, except the sampler and their numbers.
 
     denoise: the model, on `device`.
-    card: its shape and classes.
     labels: classes of the samples, as `ModelCard.labels` takes them.
-    seed: of noise and random labels.
     """
 
     denoise: Denoise
@@ -89,50 +81,53 @@ def edits(
 
     edit: `consistency.editing.edit` with its settings: (denoise, noise, images, label=...) -> edited images.
     """
+
+    def edited(numbers: Tensor, y: Data, label: Label) -> tuple[Data]:
+        noise = SampleNoise(request.seed, numbers.tolist(), y.shape[1:], request.device)
+        return (edit(request.denoise, noise, y, label=label),)
+
+    numbers, each = torch.arange(len(y) * outputs), y.repeat_interleave(outputs, 0)
     labels = request.card.edit_labels(request.labels, request.seed, len(y), outputs)
-    parts = []
-    for numbers in in_batches(range(len(y) * outputs), batch_size):
-        rows = torch.tensor(numbers)
-        noise = SampleNoise(request.seed, numbers, y.shape[1:], request.device)
-        label = None if labels is None else labels[rows].to(request.device)
+    return by_batch(edited, request, batch_size, numbers, each, labels)[0]
+
+
+def by_batch(
+    function: Callable[..., tuple[Tensor, ...]], request: Request, size: int, *inputs: Tensor | None
+) -> list[Tensor]:
+    """Apply a function to batches of tensors on the device, and return its outputs whole, on the CPU."""
+    outputs = []
+    for batch in zip(*(repeat(x) if x is None else x.split(size) for x in inputs), strict=False):
         with torch.inference_mode():
-            part = edit(request.denoise, noise, y[rows // outputs].to(request.device), label=label)
-        parts.append(part.cpu())
-    return torch.cat(parts)
+            values = function(*(x if x is None else x.to(request.device) for x in batch))
+        outputs.append([value.cpu() for value in values])
+    return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
 
 
 @contextmanager
 def drawing(prepare: Callable[[int, int], Request], processes: int) -> Iterator[Draw]:
     """Yield `generate` with a request of this process, or the same on several processes of this machine.
 
-    prepare: (rank, processes) -> the request of a process, with the model on its device; it is pickled.
+    prepare: (rank, processes) -> the request of a process; it is pickled.
     """
     if processes == 1:
         yield partial(generate, prepare(0, 1))
         return
-    with ExitStack() as stack:
-        workers = [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(processes)]
-        for worker in workers:
-            stack.callback(worker.shutdown, cancel_futures=True)
-        try:
-            with signals.blocked():  # a process that starts would answer Ctrl-C with a stack trace
-                ready = [
-                    worker.submit(_prepare, os.getpid(), prepare, rank, processes)
-                    for rank, worker in enumerate(workers)
-                ]
-            for future in ready:
-                future.result()
-            yield partial(_generate_on, workers)
-        except BrokenProcessPool as error:
-            raise UserError(
-                "processes that draw to the end",
-                "one that was killed",
-                "look at the memory of the machine; the same command again goes on",
-            ) from error
+    context = get_context("spawn")
+    ranks = context.SimpleQueue()
+    for rank in range(processes):
+        ranks.put(rank)
+    pool = ProcessPoolExecutor(processes, context, _start, (os.getpid(), prepare, ranks, processes))
+    try:
+        yield partial(_generate_on, pool, 2 * processes)
+    except BrokenProcessPool as error:
+        remedy = "look at the memory of the machine; the same command again goes on"
+        raise UserError("processes that draw to the end", "one that was killed", remedy) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _generate_on(
-    workers: Sequence[ProcessPoolExecutor], sampler: Sampler, batches: Batches
+    pool: ProcessPoolExecutor, ahead: int, sampler: Sampler, batches: Batches
 ) -> Iterator[Numbered]:
     waiting: deque[Future[tuple[Sequence[int], np.ndarray]]] = deque()
 
@@ -140,26 +135,24 @@ def _generate_on(
         numbers, pixels = waiting.popleft().result()
         return numbers, torch.from_numpy(pixels)
 
-    for position, numbers in enumerate(batches):
-        if position >= AHEAD * len(workers):
+    for numbers in batches:
+        if len(waiting) == ahead:
             yield first()
-        waiting.append(workers[position % len(workers)].submit(_generate, sampler, numbers))
+        with signals.blocked():  # a process that starts would answer Ctrl-C with a stack trace
+            waiting.append(pool.submit(_generate, sampler, numbers))
     while waiting:
         yield first()
 
 
-_request: Request
-"""Of a process that draws."""
+_request: Callable[[], Request]  # of a process that draws
 
 
-def _prepare(
-    parent: int, prepare: Callable[[int, int], Request], rank: int, processes: int
-) -> None:
+def _start(parent: int, prepare: Callable[[int, int], Request], ranks: Any, processes: int) -> None:
     global _request
     signals.die_with(parent)
-    _request = prepare(rank, processes)
+    _request = cache(partial(prepare, ranks.get(), processes))
 
 
 def _generate(sampler: Sampler, numbers: Sequence[int]) -> tuple[Sequence[int], np.ndarray]:
-    ((_, images),) = generate(_request, sampler, [numbers])
+    ((_, images),) = generate(_request(), sampler, [numbers])
     return numbers, images.cpu().numpy()

@@ -1,8 +1,9 @@
-"""Options that the commands share: the model that draws, its process, and searched time points."""
+"""Options that the commands share: the model that draws, its process and samplers, and work that goes on."""
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import shlex
+import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,62 +13,41 @@ from omegaconf import DictConfig, OmegaConf
 
 from consistency.checkpoints.load import load
 from consistency.errors import UserError, require
-from consistency.inference.card import Role
 from consistency.inference.generate import Request
 from consistency.inference.model import Model
 from consistency.runtime.devices import chosen_device, in_precision, share_threads
-from consistency.runtime.files import fingerprint
+from consistency.runtime.files import ROOT, fingerprint
 from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
 
-SEARCHED = "${process.searched}"
-"""`times` of a sampler that evaluates at searched time points."""
 
+def request_of(
+    options: Mapping[str, Any], model: Model | None, rank: int = 0, processes: int = 1
+) -> Request:
+    """Put a model on the device of one of several processes, and return a request with the labels and seed of the options.
 
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """A model to draw with: its checkpoint, its device, and the labels and seed of its samples."""
-
-    checkpoint: str
-    weights: str = "ema"
-    role: Role | None = None
-    device: str = "auto"
-    precision: str = "32-true"
-    compile: bool = False
-    labels: object = None
-    seed: int = 0
-
-    def prepare(self, model: Model | None = None, rank: int = 0, processes: int = 1) -> Request:
-        """Put the model on the device of one process; None loads it."""
-        model = model or load(self.checkpoint, weights=self.weights, role=self.role)
-        device = chosen_device(self.device)
-        if processes > 1:
-            share_threads(device, processes)
-            device = device if device.type == "cpu" else torch.device(device.type, rank)
-        model.denoiser.to(device)
-        if self.compile:
-            model.denoiser.network.compile()
-        denoise, card = in_precision(model, self.precision, device), model.card
-        return Request(
-            denoise=denoise, card=card, labels=self.labels, seed=self.seed, device=device
-        )
-
-
-def fill_process(
-    config: DictConfig, sampler: DictConfig, model: Model, shell_line: Callable[..., str]
-) -> None:
-    """Replace null in `process` by the time range and time points of the model.
-
-    sampler: if it evaluates at searched time points, they are filled in too.
-    shell_line: (command, options ...) -> the line to run, for the message.
+    model: None loads it.
     """
-    for name, value in asdict(model.card.process).items():
+    role, device = options.get("role"), chosen_device(options["device"])
+    model = model or load(options["checkpoint"], role, weights=options["weights"])
+    if processes > 1:
+        share_threads(device, processes)
+        device = device if device.type == "cpu" else torch.device(device.type, rank)
+    model.denoiser.to(device)
+    if options.get("compile"):
+        model.denoiser.network.compile()
+    denoise = in_precision(model, options.get("precision", "32-true"), device)
+    labels, seed = options.get("labels"), options["seed"]
+    return Request(denoise=denoise, card=model.card, labels=labels, seed=seed, device=device)
+
+
+def fill_process(config: DictConfig, sampler: DictConfig, model: Model) -> None:
+    """Replace null in `process` by the model's time range and points, searched ones too if the sampler takes them."""
+    for name, value in vars(model.card.process).items():
         if config.process[name] is None:
-            config.process[name] = list(value) if isinstance(value, tuple) else value
+            config.process[name] = value
     node: Any = OmegaConf.to_container(sampler, resolve=False)
-    if node.get("times") == SEARCHED and config.process.searched is None:
-        weights = [] if model.weights == "ema" else [f"weights={model.weights}"]
-        search = shell_line("search", f"checkpoint={config.checkpoint}", *weights)
-        config.process.searched = searched_times(model, search)
+    if node.get("times") == "${process.searched}" and config.process.searched is None:
+        config.process.searched = searched_times(model, config.checkpoint)
 
 
 def searched_path(path: Path) -> Path:
@@ -75,27 +55,26 @@ def searched_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.searched.json")
 
 
-def searched_times(model: Model, search: str) -> list[float]:
+def searched_times(model: Model, checkpoint: str) -> list[float]:
     """Read the time points found for these weights. Refuse those of other weights, and anything but numbers."""
-    path, remedy = searched_path(model.path), f"choose sampler=multistep, or run\n      {search}"
+    path, weights = searched_path(model.path), model.weights
+    line = [sys.executable, str(ROOT / "src" / "search.py"), f"checkpoint={checkpoint}"]
+    line += [] if weights == "ema" else [f"weights={weights}"]
+    remedy = f"choose sampler=multistep, or run\n      {shlex.join(line)}"
     require(path.is_file(), f"time points that a search found, in {path}", "no such file", remedy)
     try:
         content: Any = json.loads(path.read_text())
-    except ValueError:
-        content = None
-    times = content.get("times") if isinstance(content, dict) else None
-    if not isinstance(times, list) or any(type(t) not in (int, float) for t in times):
-        raise UserError(f"time points in {path}", str(times)[:80], f"delete it, and {remedy}")
-    digest, weights = content.get("checkpoint"), content.get("weights")
-    same = digest == fingerprint(model.path)
-    other = f"weights={str(weights)[:80]}" if same else "weights of another training step or file"
-    require(
-        same and weights == model.weights,
-        f"time points found for weights={model.weights} of {model.path} as it is now",
-        f"{path}, found for {other if digest else 'weights that it does not name'}",
-        remedy,
-    )
-    return [float(t) for t in times]
+        times = [float(t) for t in content["times"]]
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        expected, remedy = f"time points in {path}", f"delete it, and {remedy}"
+        raise UserError(expected, str(error)[:80], remedy) from error
+    digest, named = content.get("checkpoint"), content.get("weights")
+    same, other = digest == fingerprint(model.path), "weights that it does not name"
+    if digest:
+        other = f"weights={str(named)[:80]}" if same else "weights of another training step or file"
+    expected = f"time points found for weights={weights} of {model.path} as it is now"
+    require(same and named == weights, expected, f"{path}, found for {other}", remedy)
+    return times
 
 
 def require_suited(sampler: Sampler, model: Model, *, force: bool) -> None:
@@ -114,11 +93,14 @@ def require_suited(sampler: Sampler, model: Model, *, force: bool) -> None:
     sampler(lambda x, t, label=None: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
 
 
-def require_same_settings(
-    before: dict[str, Any], now: dict[str, Any], work: str, folder: Path
-) -> None:
-    """Refuse to go on in a folder with other settings; work: the samples, or the search."""
-    other = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
-    expected = f"the settings with which the {work} in output={folder} began"
+def record_of(file: Path, settings: dict[str, Any], work: str) -> dict[str, Any]:
+    """Return the record of the work in a folder; empty if there is none. Refuse to go on with other settings."""
+    if not file.is_file():
+        return {}
+    record: dict[str, Any] = json.loads(file.read_text())
+    before = record.get("settings", record)
+    other = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
+    expected = f"the settings with which the {work} in output={file.parent} began"
     remedy = "choose another output=, or the same settings to go on"
     require(not other, expected, f"others: {', '.join(other)}", remedy)
+    return record

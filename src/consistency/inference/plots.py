@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 matplotlib.use("Agg")
@@ -25,8 +26,7 @@ def grid(images: UInt8[Tensor, "n c h w"], columns: int) -> Image.Image:
     """Put images in rows of `columns`, small ones enlarged by whole factors so that their pixels are visible."""
     factor = max(1, LEGIBLE_SIDE // images.shape[-1])
     large = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    canvas = make_grid(large, nrow=columns, padding=GAP, pad_value=255)
-    return Image.fromarray(canvas.permute(1, 2, 0).numpy().astype(np.uint8))
+    return to_pil_image(make_grid(large, nrow=columns, padding=GAP, pad_value=255))
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
@@ -44,14 +44,8 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 
 
 def below_each_other(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Put pictures in one column, each under its caption."""
-    captioned = [side_by_side([panel]) for panel in panels]
-    size = max(part.width for part in captioned), sum(part.height for part in captioned)
-    sheet, top = Image.new("RGB", size, "white"), 0
-    for part in captioned:
-        sheet.paste(part, (0, top))
-        top += part.height
-    return sheet
+    """Put pictures of one width in one column, each under its caption."""
+    return Image.fromarray(np.vstack([np.asarray(side_by_side([panel])) for panel in panels]))
 
 
 def animation(frames: UInt8[Tensor, "n f c h w"], file: Path, milliseconds: int = 120) -> None:
@@ -98,9 +92,8 @@ def draw_curves(file: Path, picture: Path) -> None:
         return
     rows = -(-len(shown) // 2)
     figure = Figure(figsize=(11, 2.8 * rows), layout="constrained")
-    for axes in figure.subplots(rows, 2, squeeze=False).flat[len(shown) :]:
-        axes.set_visible(False)
-    for axes, (title, names) in zip(figure.axes, shown.items(), strict=False):
+    for number, (title, names) in enumerate(shown.items(), start=1):
+        axes = figure.add_subplot(rows, 2, number)
         for name in names:
             axes.plot(*curves[name], marker=".", markersize=3, linewidth=1, label=name)
         axes.set_title(title, fontsize=10)

@@ -6,26 +6,15 @@ released .pt files load strictly; the rows of the qkv projection stand in the or
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from consistency.networks.layers import (
-    Attention,
-    Embedding,
-    GroupNorm,
-    Maps,
-    NewMaps,
-    attend,
-    check_attention,
-    check_images,
-    check_label,
-    sinusoidal_features,
-    zeroed,
-)
+from consistency.networks import layers
+from consistency.networks.layers import Embedding, GroupNorm, Maps, NewMaps, zeroed
 from consistency.tensors import Data, Label, Time
 
 
@@ -96,29 +85,37 @@ class ResBlock(nn.Module):
     def forward(self, x: Maps, embedding: Embedding) -> NewMaps:
         norm, silu, conv = self.in_layers
         h = conv(self.resample(silu(norm(x))))
-        e = self.emb_layers(embedding)[:, :, None, None]
         norm, *rest = self.out_layers
-        if self.scale_shift:
-            scale, shift = e.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
-        else:
-            h = norm(h + e)
+        h = layers.modulated(norm, h, self.emb_layers(embedding), self.scale_shift)
         for layer in rest:
             h = layer(h)
         return self.skip_connection(self.resample(x)) + h
 
 
 class AttentionBlock(nn.Module):
-    """x + project(attention(norm(x))) over all pixels; the projection starts at zero."""
+    """x + project(attention(norm(x))) over all pixels; the projection starts at zero.
 
-    def __init__(self, channels: int, *, heads: int, groups: int, attention: Attention) -> None:
+    `head_channels`, where given, decides the number of heads.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        head_channels: int | None,
+        groups: int,
+        attention: layers.Attention,
+    ) -> None:
         super().__init__()
-        if channels % heads:
+        self.heads = heads if head_channels is None else channels // head_channels
+        if channels % (head_channels or heads):
+            name = "num_heads" if head_channels is None else "num_head_channels"
             raise ValueError(
-                f"expected channels divisible by the number of attention heads; got {channels} "
-                f"and {heads}. Change num_heads or model_channels."
+                f"expected channels divisible by {name}; got {channels} and "
+                f"{head_channels or heads}. Change {name} or model_channels."
             )
-        self.heads, self.attention = heads, attention
+        self.attention = attention
         self.norm = GroupNorm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
@@ -128,28 +125,21 @@ class AttentionBlock(nn.Module):
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
         # Fused kernels want the last axis contiguous; the copy costs less than doing without.
         q, k, v = qkv.permute(1, 0, 2, 4, 3).contiguous()
-        mixed = attend(q, k, v, self.attention).transpose(-2, -1).reshape(b, c, h, w)
+        mixed = layers.attend(q, k, v, self.attention).transpose(-2, -1).reshape(b, c, h, w)
         return x + self.proj_out(mixed)
 
 
 class Stage(nn.ModuleList):
-    """Layers in a row, of which the residual blocks also see the embedding.
+    """Layers in a row, of which the residual blocks also see the embedding."""
 
-    With `recompute` their activations are not kept but computed again in the backward pass, with
-    the same dropout masks.
-    """
-
-    def __init__(self, *layers: nn.Module, recompute: bool) -> None:
-        super().__init__(layers)
+    def __init__(self, *parts: nn.Module, recompute: bool) -> None:
+        super().__init__(parts)
         self.recompute = recompute
 
     def forward(self, x: Maps, embedding: Embedding) -> NewMaps:
         for layer in self:
-            arguments = (x, embedding) if isinstance(layer, ResBlock) else (x,)
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                x = layer(*arguments)
+            inputs = (x, embedding) if isinstance(layer, ResBlock) else (x,)
+            x = layers.run(layer, *inputs, recompute=self.recompute)
         return x
 
 
@@ -181,114 +171,80 @@ class ADM(nn.Module):
         use_scale_shift_norm: bool,
         resblock_updown: bool,
         conv_resample: bool = True,
-        attention: Attention = "sdpa",
+        attention: layers.Attention = "sdpa",
         checkpoint_activations: bool = False,
         num_groups: int = 32,
     ) -> None:
         super().__init__()
-        check_attention(attention)
-        self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
-        self.model_channels, self.num_res_blocks = model_channels, num_res_blocks
-        self.attention_resolutions = tuple(attention_resolutions)
-        self.widths = [int(mult * model_channels) for mult in channel_mult]
-        self.num_heads, self.num_head_channels = num_heads, num_head_channels
-        self.num_heads_upsample = num_heads
-        if num_heads_upsample not in (None, -1):  # -1 in the published code
-            self.num_heads_upsample = num_heads_upsample
-        self.resblock_updown, self.conv_resample = resblock_updown, conv_resample
-        self.scale_shift, self.dropout, self.num_groups = use_scale_shift_norm, dropout, num_groups
-        self.attention, self.recompute = attention, checkpoint_activations
+        layers.check_attention(attention)
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.model_channels, self.halvings = model_channels, len(channel_mult) - 1
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        embedding, groups = 4 * model_channels, num_groups
+        stage = partial(Stage, recompute=checkpoint_activations)
+        residual = partial(
+            ResBlock,
+            embedding=embedding,
+            groups=groups,
+            dropout=dropout,
+            scale_shift=use_scale_shift_norm,
+        )
+        attentive = partial(
+            AttentionBlock, head_channels=num_head_channels, groups=groups, attention=attention
+        )
 
-        self.embedding = embedding = 4 * model_channels
+        def block(in_width: int, out_width: int, level: int, heads: int) -> list[nn.Module]:
+            """A residual block, and attention if the feature map has one of the chosen sides."""
+            parts: list[nn.Module] = [residual(in_width, out_width)]
+            if image_size >> level in attention_resolutions:
+                parts.append(attentive(out_width, heads=heads))
+            return parts
+
+        def resampling(kind: type[Downsample] | type[Upsample], width: int) -> nn.Module:
+            """One change of resolution, as a residual block or as a layer of its own."""
+            if resblock_updown:
+                return residual(width, width, resample=kind(width, conv=False))
+            return kind(width, conv=conv_resample)
+
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, embedding)
-        self.input_blocks, skips = self._encoder()
-        width = self.widths[-1]
-        middle = (
-            self._res(width, width),
-            self._attention(width, num_heads),
-            self._res(width, width),
-        )
-        self.middle_block = self._stage(*middle)
-        self.output_blocks = self._decoder(skips)
-        last = nn.Conv2d(self.widths[0], out_channels or in_channels, 3, padding=1)
-        self.out = nn.Sequential(GroupNorm(num_groups, self.widths[0]), nn.SiLU(), zeroed(last))
-
-    def _stage(self, *layers: nn.Module) -> Stage:
-        return Stage(*layers, recompute=self.recompute)
-
-    def _res(self, in_width: int, out_width: int, resample: nn.Module | None = None) -> ResBlock:
-        return ResBlock(
-            in_width,
-            out_width,
-            self.embedding,
-            groups=self.num_groups,
-            dropout=self.dropout,
-            scale_shift=self.scale_shift,
-            resample=resample,
-        )
-
-    def _attention(self, width: int, heads: int) -> AttentionBlock:
-        if self.num_head_channels is not None:
-            heads, rest = divmod(width, self.num_head_channels)
-            if rest:
-                raise ValueError(
-                    f"expected channels divisible by num_head_channels; got {width} and "
-                    f"{self.num_head_channels}. Change one, or set num_head_channels to null."
-                )
-        return AttentionBlock(width, heads=heads, groups=self.num_groups, attention=self.attention)
-
-    def _block(self, in_width: int, out_width: int, level: int, heads: int) -> list[nn.Module]:
-        """A residual block, and attention where the feature map has one of the chosen sides."""
-        layers: list[nn.Module] = [self._res(in_width, out_width)]
-        if self.image_size >> level in self.attention_resolutions:
-            layers.append(self._attention(out_width, heads))
-        return layers
-
-    def _resample(self, kind: type[Downsample] | type[Upsample], width: int) -> nn.Module:
-        """One change of resolution, as a residual block or as a layer of its own."""
-        if self.resblock_updown:
-            return self._res(width, width, kind(width, conv=False))
-        return kind(width, conv=self.conv_resample)
-
-    def _encoder(self) -> tuple[nn.ModuleList, list[int]]:
-        """The blocks on the way down, and the width of each one's output."""
-        width = self.widths[0]
-        blocks = [self._stage(nn.Conv2d(self.in_channels, width, 3, padding=1))]
-        skips = [width]
-        for level, level_width in enumerate(self.widths):
-            for _ in range(self.num_res_blocks):
-                blocks.append(self._stage(*self._block(width, level_width, level, self.num_heads)))
+        width, skips = widths[0], [widths[0]]
+        first = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.input_blocks = nn.ModuleList([stage(first)])
+        for level, level_width in enumerate(widths):
+            for _ in range(num_res_blocks):
+                self.input_blocks.append(stage(*block(width, level_width, level, num_heads)))
                 width = level_width
                 skips.append(width)
-            if level + 1 < len(self.widths):
-                blocks.append(self._stage(self._resample(Downsample, width)))
+            if level < self.halvings:
+                self.input_blocks.append(stage(resampling(Downsample, width)))
                 skips.append(width)
-        return nn.ModuleList(blocks), skips
-
-    def _decoder(self, skips: list[int]) -> nn.ModuleList:
-        """The blocks on the way up; each takes one output of the encoder, the last one first."""
-        blocks: list[Stage] = []
-        width, skips = self.widths[-1], list(skips)
-        for level in reversed(range(len(self.widths))):
-            for i in range(self.num_res_blocks + 1):
-                layers = self._block(
-                    width + skips.pop(), self.widths[level], level, self.num_heads_upsample
-                )
-                width = self.widths[level]
-                if level > 0 and i == self.num_res_blocks:
-                    layers.append(self._resample(Upsample, width))
-                blocks.append(self._stage(*layers))
-        return nn.ModuleList(blocks)
+        self.middle_block = stage(
+            residual(width, width), attentive(width, heads=num_heads), residual(width, width)
+        )
+        self.output_blocks = nn.ModuleList()
+        heads_up = num_heads
+        if num_heads_upsample is not None and num_heads_upsample != -1:  # -1 in the published code
+            heads_up = num_heads_upsample
+        for level, level_width in reversed([*enumerate(widths)]):
+            for i in range(num_res_blocks + 1):
+                parts = block(width + skips.pop(), level_width, level, heads_up)
+                width = level_width
+                if level > 0 and i == num_res_blocks:
+                    parts.append(resampling(Upsample, width))
+                self.output_blocks.append(stage(*parts))
+        last = nn.Conv2d(width, out_channels or in_channels, 3, padding=1)
+        self.out = nn.Sequential(GroupNorm(groups, width), nn.SiLU(), zeroed(last))
 
     def forward(self, x: Data, c_noise: Time, label: Label = None) -> Float[Tensor, "b out h w"]:
-        check_label(label, self.num_classes)
-        check_images(x, channels=self.in_channels, divisor=2 ** (len(self.widths) - 1))
+        layers.check_label(label, self.num_classes)
+        layers.check_images(x, channels=self.in_channels, divisor=2**self.halvings)
         dtype = next(self.parameters()).dtype
-        embedding = self.time_embed(sinusoidal_features(c_noise, self.model_channels).to(dtype))
+        features = layers.sinusoidal_features(c_noise, self.model_channels)
+        embedding = self.time_embed(features.to(dtype))
         if label is not None:
             embedding = embedding + self.label_emb(label)
         h, skips = x.to(dtype), []

@@ -6,13 +6,13 @@ the names and shapes of the released NVlabs networks. c_noise is 0.25 ln t.
 
 from collections.abc import Sequence
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
-from consistency.networks.layers import Attention, sinusoidal_features, zeroed
-from consistency.networks.unet import BlockStyle, UNet, UNetBlock, group_norm
-from consistency.tensors import Data, Label, Time
+from consistency.networks import layers
+from consistency.networks.layers import zeroed
+from consistency.networks.unet import BlockStyle, Stages, UNet, UNetBlock, group_norm
+from consistency.tensors import Time
 
 
 class DhariwalUNet(UNet):
@@ -36,18 +36,12 @@ class DhariwalUNet(UNet):
         augment_dim: int = 0,
         dropout: float = 0.0,
         channel_mult_emb: int = 4,
-        attention: Attention = "sdpa",
+        attention: layers.Attention = "sdpa",
         checkpoint_activations: bool = False,
     ) -> None:
         style = BlockStyle(
             embedding=channel_mult_emb * model_channels,
             dropout=dropout,
-            eps=1e-5,
-            skip_scale=1.0,
-            scale_shift=True,
-            project=False,
-            taps=(1.0, 1.0),
-            head_channels=64,
             attention=attention,
             recompute=checkpoint_activations,
         )
@@ -87,22 +81,18 @@ class DhariwalUNet(UNet):
                 if block.heads:
                     zeroed(block.proj)
 
-    def forward(
-        self,
-        x: Data,
-        c_noise: Time,
-        label: Label = None,
-        *,
-        augment: Float[Tensor, "b a"] | None = None,
-    ) -> Float[Tensor, "b out h w"]:
-        dtype = self.map_layer0.weight.dtype
-        row, augment = self._conditions(x, label, augment, dtype)
-        features = sinusoidal_features(c_noise, self.model_channels).to(dtype)
+    def _embedding(
+        self, c_noise: Time, row: layers.OneHot | None, augment: layers.Augmentation | None
+    ) -> layers.Embedding:
+        features = layers.sinusoidal_features(c_noise, self.model_channels)
+        features = features.to(self.map_layer0.weight.dtype)
         if augment is not None:
             features = features + self.map_augment(augment)
         embedding = self.map_layer1(functional.silu(self.map_layer0(features)))
         if row is not None:
             embedding = embedding + self.map_label(row)
-        embedding = functional.silu(embedding)
-        *_, (_, h) = self._decode(self._encode(x.to(dtype), embedding), embedding)
-        return self.out_conv(functional.silu(self.out_norm(h))).to(x.dtype)
+        return functional.silu(embedding)
+
+    def _image(self, stages: Stages) -> layers.Maps:
+        *_, (_, h) = stages
+        return self.out_conv(functional.silu(self.out_norm(h)))

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from consistency.tensors import Data, Label, Time
 
 Attention: TypeAlias = Literal["sdpa", "plain"]
 """`sdpa`: PyTorch's fused kernel; `plain`: the formula, which also has forward-mode derivatives."""
-
 
 Maps: TypeAlias = Float[Tensor, "b c h w"]
 NewMaps: TypeAlias = Float[Tensor, "b d h2 w2"]
@@ -24,6 +24,7 @@ NewMaps: TypeAlias = Float[Tensor, "b d h2 w2"]
 
 Embedding: TypeAlias = Float[Tensor, "b e"]
 Augmentation: TypeAlias = Float[Tensor, "b a"]
+OneHot: TypeAlias = Float[Tensor, "b k"]
 Heads: TypeAlias = Float[Tensor, "b heads n d"]
 
 
@@ -79,6 +80,22 @@ def attend(q: Heads, k: Heads, v: Heads, kind: Attention) -> Heads:
     return logits.softmax(dim=-1).to(v.dtype) @ v
 
 
+def modulated(norm: nn.Module, h: Maps, e: Float[Tensor, "b _"], scale_shift: bool) -> Maps:
+    """norm(h), scaled and shifted by e ("adaptive group normalisation"), or norm(h + e)."""
+    e = e[:, :, None, None]
+    if not scale_shift:
+        return norm(h + e)
+    scale, shift = e.chunk(2, dim=1)
+    return norm(h) * (1 + scale) + shift
+
+
+def run(layer: nn.Module, *inputs: Tensor, recompute: bool) -> NewMaps:
+    """The layer's output; `recompute` computes its activations, with the same dropout, again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False)
+    return layer(*inputs)
+
+
 def check_attention(kind: str) -> None:
     """Refuse an unknown kind of attention."""
     if kind not in ("sdpa", "plain"):
@@ -114,7 +131,7 @@ def check_images(x: Data, *, channels: int, divisor: int) -> None:
         )
 
 
-def one_hot(label: Int[Tensor, "b"], num_classes: int, dtype: torch.dtype) -> Float[Tensor, "b k"]:
+def one_hot(label: Int[Tensor, "b"], num_classes: int, dtype: torch.dtype) -> OneHot:
     """Class indices as rows of the identity matrix; a negative index ("no class") as zeros."""
     rows = functional.one_hot(label.clamp(min=0), num_classes)
     return (rows * (label >= 0)[:, None]).to(dtype)

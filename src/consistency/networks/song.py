@@ -12,15 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from consistency.networks.layers import Attention, at_least_float32, sinusoidal_features
-from consistency.networks.unet import (
-    BlockStyle,
-    Resample,
-    ResampledConv,
-    UNet,
-    group_norm,
-)
-from consistency.tensors import Data, Label, Time
+from consistency.networks import layers
+from consistency.networks.unet import BlockStyle, Resample, ResampledConv, Stages, UNet, group_norm
+from consistency.tensors import Time
 
 
 class PositionalFeatures(nn.Module):
@@ -31,7 +25,7 @@ class PositionalFeatures(nn.Module):
         self.width = width
 
     def forward(self, c_noise: Time) -> Float[Tensor, "b width"]:
-        features = sinusoidal_features(c_noise, self.width, reach_lowest=True)
+        features = layers.sinusoidal_features(c_noise, self.width, reach_lowest=True)
         return features.roll(self.width // 2, dims=1)
 
 
@@ -45,7 +39,7 @@ class FourierFeatures(nn.Module):
         self.register_buffer("freqs", torch.randn(width // 2) * scale)
 
     def forward(self, c_noise: Time) -> Float[Tensor, "b width"]:
-        c = c_noise.to(at_least_float32(c_noise.dtype))
+        c = c_noise.to(layers.at_least_float32(c_noise.dtype))
         phase = c[:, None] * (2 * math.pi * self.freqs.to(c.dtype))
         return torch.cat([phase.sin(), phase.cos()], dim=1)
 
@@ -82,7 +76,7 @@ class SongUNet(UNet):
         channel_mult_noise: int,
         channel_mult_emb: int = 4,
         resample_filter: Sequence[int | float],
-        attention: Attention = "sdpa",
+        attention: layers.Attention = "sdpa",
         checkpoint_activations: bool = False,
     ) -> None:
         style = BlockStyle(
@@ -151,29 +145,22 @@ class SongUNet(UNet):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(
-        self,
-        x: Data,
-        c_noise: Time,
-        label: Label = None,
-        *,
-        augment: Float[Tensor, "b a"] | None = None,
-    ) -> Float[Tensor, "b out h w"]:
-        dtype = self.map_layer0.weight.dtype
-        row, augment = self._conditions(x, label, augment, dtype)
-        features = self.map_noise(c_noise).to(dtype)
+    def _embedding(
+        self, c_noise: Time, row: layers.OneHot | None, augment: layers.Augmentation | None
+    ) -> layers.Embedding:
+        features = self.map_noise(c_noise).to(self.map_layer0.weight.dtype)
         if row is not None:
             features = features + self.map_label(row * math.sqrt(row.shape[1]))
         if augment is not None:
             features = features + self.map_augment(augment)
-        embedding = functional.silu(self.map_layer0(features))
-        embedding = functional.silu(self.map_layer1(embedding))
-        stages = self._decode(self._encode(x.to(dtype), embedding), embedding)
-        shown = [(name, h) for name, h in stages if f"{name}_aux_norm" in self.dec]
-        image = self._to_image(*shown[0])
-        for name, h in shown[1:]:
-            image = self.dec[f"{name}_aux_up"](image) + self._to_image(name, h)
-        return image.to(x.dtype)
+        return functional.silu(self.map_layer1(functional.silu(self.map_layer0(features))))
 
-    def _to_image(self, name: str, h: Float[Tensor, "b c h w"]) -> Float[Tensor, "b out h w"]:
+    def _image(self, stages: Stages) -> layers.Maps:
+        shown = [(name, h) for name, h in stages if f"{name}_aux_norm" in self.dec]
+        image = self._shown(*shown[0])
+        for name, h in shown[1:]:
+            image = self.dec[f"{name}_aux_up"](image) + self._shown(name, h)
+        return image
+
+    def _shown(self, name: str, h: layers.Maps) -> layers.NewMaps:
         return self.dec[f"{name}_aux_conv"](functional.silu(self.dec[f"{name}_aux_norm"](h)))

@@ -1,24 +1,26 @@
 """The blocks and the trunk of the U-Nets of Karras et al. (2022, arXiv:2206.00364, App. F.3).
 
-DDPM++, NCSN++ and ADM differ in their time embedding, in a few choices that `BlockStyle` names, and
-in how the image itself takes part. Names and shapes are those of the released NVlabs networks; the
-rows of the qkv projection stand in the order (head, dim, three).
+DDPM++, NCSN++ and ADM differ in their time embedding, in the choices of `BlockStyle`, and in how the image itself takes
+part. Names and shapes are those of the released NVlabs networks; rows of qkv stand in the order (head, dim, three).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from consistency.networks import layers
-from consistency.networks.layers import Augmentation, Embedding, GroupNorm, Maps, NewMaps
-from consistency.tensors import Data, Label
+from consistency.networks.layers import Augmentation, Embedding, GroupNorm, Maps, NewMaps, OneHot
+from consistency.tensors import Data, Label, Time
+
+Stages: TypeAlias = Iterator[tuple[str, Float[Tensor, "b _ _ _"]]]
+"""The last feature map of each resolution with its name, the lowest one first."""
 
 
 def fir_filter(taps: Sequence[int | float]) -> Float[Tensor, "1 1 n n"]:
@@ -58,8 +60,7 @@ class Resample(nn.Module):
 class ResampledConv(nn.Conv2d):
     """A convolution after a change of resolution.
 
-    With `fused` (downsampling only) the image is padded once for both, so that values near the
-    border are those of the strided convolution of NCSN++.
+    `fused` (downsampling only) pads the image once for both: values near the border are those of NCSN++'s own.
     """
 
     resample_filter: Tensor
@@ -92,9 +93,9 @@ def group_norm(channels: int, eps: float) -> GroupNorm:
     return GroupNorm(min(32, channels // 4), channels, eps=eps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockStyle:
-    """Settings shared by all blocks of a network.
+    """Settings shared by all blocks of a network; the defaults are those of ADM.
 
     `head_channels` None means one attention head; otherwise there are channels // head_channels,
     and no attention where that is zero. `project` gives resampled skips a 1x1 convolution always.
@@ -102,17 +103,14 @@ class BlockStyle:
 
     embedding: int
     dropout: float
-    eps: float
-    skip_scale: float
-    scale_shift: bool
-    project: bool
-    taps: tuple[int | float, ...]
-    head_channels: int | None
     attention: layers.Attention
     recompute: bool
-
-    def heads(self, channels: int) -> int:
-        return 1 if self.head_channels is None else channels // self.head_channels
+    eps: float = 1e-5
+    skip_scale: float = 1.0
+    scale_shift: bool = True
+    project: bool = False
+    taps: tuple[int | float, ...] = (1.0, 1.0)
+    head_channels: int | None = 64
 
 
 class UNetBlock(nn.Module):
@@ -148,7 +146,8 @@ class UNetBlock(nn.Module):
                 self.skip = ResampledConv(in_channels, out_channels, 1, taps, up=up)
         elif in_channels != out_channels:
             self.skip = nn.Conv2d(in_channels, out_channels, 1)
-        self.heads = style.heads(out_channels) if attention else 0
+        head_channels = style.head_channels or out_channels
+        self.heads = out_channels // head_channels if attention else 0
         if self.heads:
             self.norm2 = group_norm(out_channels, style.eps)
             self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
@@ -157,12 +156,7 @@ class UNetBlock(nn.Module):
     def forward(self, x: Maps, embedding: Embedding) -> NewMaps:
         style = self.style
         h = self.conv0(functional.silu(self.norm0(x)))
-        e = self.affine(embedding)[:, :, None, None]
-        if style.scale_shift:
-            scale, shift = e.chunk(2, dim=1)
-            h = self.norm1(h) * (1 + scale) + shift
-        else:
-            h = self.norm1(h + e)
+        h = layers.modulated(self.norm1, h, self.affine(embedding), style.scale_shift)
         h = functional.dropout(functional.silu(h), style.dropout, self.training)
         h = (self.skip(x) + self.conv1(h)) * style.skip_scale
         return (h + self._mix(h)) * style.skip_scale if self.heads else h
@@ -178,10 +172,16 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Base of both networks: blocks named by resolution, and skips from encoder to decoder."""
+    """Base of both networks: blocks named by resolution, and skips from encoder to decoder.
+
+    A network adds `_embedding`, of the time, the class as a one-hot row and the augmentation labels, and `_image`.
+    """
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
+    map_layer0: nn.Linear
+    _embedding: Callable[[Time, OneHot | None, Augmentation | None], Embedding]
+    _image: Callable[[Stages], Maps]
     no_class: ClassVar[int] = -1
     """The class index that stands for no class."""
 
@@ -203,55 +203,66 @@ class UNet(nn.Module):
         self.sides = [image_size >> level for level in range(len(widths))]
         self.widths, self.num_res_blocks, self.style = list(widths), num_res_blocks, style
         self.attention_sides = set(attention_resolutions)
+        self._run = partial(layers.run, recompute=style.recompute)
 
     def _encoder(self, stem: int) -> tuple[nn.ModuleDict, list[int]]:
         """The blocks on the way down, and the width of each one's output."""
-        side, width = self.sides[0], stem
-        enc = nn.ModuleDict(
-            {f"{side}x{side}_conv": nn.Conv2d(self.in_channels, stem, 3, padding=1)}
-        )
-        skips = [stem]
+        block, enc = partial(UNetBlock, style=self.style), nn.ModuleDict()
+        width, skips = stem, [stem]
         for side, level_width in zip(self.sides, self.widths, strict=True):
-            if side != self.sides[0]:
-                enc[f"{side}x{side}_down"] = UNetBlock(width, width, self.style, down=True)
+            name, attention = f"{side}x{side}", side in self.attention_sides
+            if side == self.sides[0]:
+                enc[f"{name}_conv"] = nn.Conv2d(self.in_channels, stem, 3, padding=1)
+            else:
+                enc[f"{name}_down"] = block(width, width, down=True)
                 skips.append(width)
             for i in range(self.num_res_blocks):
-                enc[f"{side}x{side}_block{i}"] = UNetBlock(
-                    width, level_width, self.style, attention=side in self.attention_sides
-                )
+                enc[f"{name}_block{i}"] = block(width, level_width, attention=attention)
                 width = level_width
                 skips.append(width)
         return enc, skips
 
     def _decoder(self, skips: list[int], *, attention_everywhere: bool) -> nn.ModuleDict:
         """The blocks on the way up; attention in every block of its resolutions or in the last."""
-        dec, width, skips = nn.ModuleDict(), self.widths[-1], list(skips)
+        block, dec = partial(UNetBlock, style=self.style), nn.ModuleDict()
+        width = self.widths[-1]
         for side, level_width in zip(self.sides[::-1], self.widths[::-1], strict=True):
+            name, attention = f"{side}x{side}", side in self.attention_sides
             if side == self.sides[-1]:
-                dec[f"{side}x{side}_in0"] = UNetBlock(width, width, self.style, attention=True)
-                dec[f"{side}x{side}_in1"] = UNetBlock(width, width, self.style)
+                dec[f"{name}_in0"] = block(width, width, attention=True)
+                dec[f"{name}_in1"] = block(width, width)
             else:
-                dec[f"{side}x{side}_up"] = UNetBlock(width, width, self.style, up=True)
+                dec[f"{name}_up"] = block(width, width, up=True)
             for i in range(self.num_res_blocks + 1):
-                chosen = attention_everywhere or i == self.num_res_blocks
-                dec[f"{side}x{side}_block{i}"] = UNetBlock(
-                    width + skips.pop(),
-                    level_width,
-                    self.style,
-                    attention=chosen and side in self.attention_sides,
-                )
+                chosen = attention and (attention_everywhere or i == self.num_res_blocks)
+                inputs = width + skips.pop()
+                dec[f"{name}_block{i}"] = block(inputs, level_width, attention=chosen)
                 width = level_width
         return dec
 
-    def _run(self, block: nn.Module, x: Maps, embedding: Embedding) -> NewMaps:
-        if self.style.recompute and torch.is_grad_enabled():
-            return checkpoint(block, x, embedding, use_reentrant=False)
-        return block(x, embedding)
+    def forward(
+        self, x: Data, c_noise: Time, label: Label = None, *, augment: Augmentation | None = None
+    ) -> Float[Tensor, "b out h w"]:
+        layers.check_label(label, self.num_classes)
+        layers.check_images(x, channels=self.in_channels, divisor=2 ** (len(self.sides) - 1))
+        if augment is not None and not self.augment_dim:
+            raise ValueError(
+                "expected no augmentation labels, because augment_dim=0; got some. "
+                "Leave them out, or build the network with augment_dim."
+            )
+        dtype, row = self.map_layer0.weight.dtype, None
+        if label is not None and self.num_classes is not None:
+            row = layers.one_hot(label, self.num_classes, dtype)
+        if self.augment_dim:  # missing augmentation labels are zeros
+            augment = x.new_zeros(len(x), self.augment_dim) if augment is None else augment
+            augment = augment.to(dtype)
+        embedding = self._embedding(c_noise, row, augment)
+        stages = self._decode(self._encode(x.to(dtype), embedding), embedding)
+        return self._image(stages).to(x.dtype)
 
     def _encode(self, x: Maps, embedding: Embedding) -> list[Float[Tensor, "b _ _ _"]]:
         """Every output of the encoder. The image itself may enter again after each halving."""
-        side, image = self.sides[0], x
-        skips = [self.enc[f"{side}x{side}_conv"](x)]
+        image, skips = x, [self.enc[f"{self.sides[0]}x{self.sides[0]}_conv"](x)]
         for side in self.sides:
             name = f"{side}x{side}"
             if side != self.sides[0]:
@@ -263,10 +274,7 @@ class UNet(nn.Module):
                 skips.append(self._run(self.enc[f"{name}_block{i}"], skips[-1], embedding))
         return skips
 
-    def _decode(
-        self, skips: list[Float[Tensor, "b _ _ _"]], embedding: Embedding
-    ) -> Iterator[tuple[str, Float[Tensor, "b _ _ _"]]]:
-        """The last feature map of each resolution with its name, the lowest one first."""
+    def _decode(self, skips: list[Float[Tensor, "b _ _ _"]], embedding: Embedding) -> Stages:
         h = skips[-1]
         for side in self.sides[::-1]:
             name = f"{side}x{side}"
@@ -276,21 +284,3 @@ class UNet(nn.Module):
                 h = torch.cat([h, skips.pop()], dim=1)
                 h = self._run(self.dec[f"{name}_block{i}"], h, embedding)
             yield name, h
-
-    def _conditions(
-        self, x: Data, label: Label, augment: Augmentation | None, dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "b k"] | None, Augmentation | None]:
-        """Checks the inputs; the label as a one-hot row, missing augmentation labels as zeros."""
-        layers.check_label(label, self.num_classes)
-        layers.check_images(x, channels=self.in_channels, divisor=2 ** (len(self.sides) - 1))
-        if augment is not None and not self.augment_dim:
-            raise ValueError(
-                "expected no augmentation labels, because augment_dim=0; got some. "
-                "Leave them out, or build the network with augment_dim."
-            )
-        if self.augment_dim and augment is None:
-            augment = x.new_zeros(len(x), self.augment_dim)
-        row = None
-        if label is not None and self.num_classes is not None:
-            row = layers.one_hot(label, self.num_classes, dtype)
-        return row, None if augment is None else augment.to(dtype)

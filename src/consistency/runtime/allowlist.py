@@ -13,25 +13,18 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from consistency.errors import UserError, require
+from consistency.errors import UserError
 from consistency.runtime.files import ROOT
 
-SHELL = ("consistency.checkpoints.load", "consistency.training.lpips")
-"""Modules at the top of the package that are not of the method."""
-
-EDITING = ("mask", "task")
-"""Folders of conf/ that no run uses."""
-
+EDITING = ("mask", "task")  # folders of conf/ that no run uses
+# The parts of a configuration that write files, and their arguments that are paths.
 WRITERS = ("callbacks", "logger", "trainer", "mode.callbacks", "mode.logger", "mode.trainer")
 PATHS = (".default_root_dir", ".folder", ".metrics", ".path", ".picture")
-"""The parts of a configuration that write files, and their arguments that are paths."""
-
+# Arguments of writers that are paths to read, or to a cache that runs share.
 READERS = {
     "consistency.checkpoints.load.load_teacher": ("path",),
     "consistency.training.callbacks.evaluation.Evaluation": ("extractor", "reference", "cache"),
 }
-"""Arguments of writers that are paths to read, or to a cache that runs share."""
-
 MOST_BYTES = 1 << 18
 MOST_VALUES, MOST_LEVELS, MOST_CHARACTERS = 20_000, 16, 4096
 
@@ -42,13 +35,6 @@ def shipped() -> frozenset[str]:
     files = [file for name in ("conf", "experiments") for file in (ROOT / name).rglob("*.yaml")]
     texts = (file.read_text() for file in files if file.parent.name not in EDITING)
     return frozenset(re.findall(r"_target_: *([\w.]+)", "\n".join(texts)))
-
-
-@cache
-def method() -> frozenset[str]:
-    """Return the modules of the method: those at the top of the package of which conf/ names a part."""
-    modules = {target.rpartition(".")[0] for target in shipped()}
-    return frozenset(m for m in modules if re.fullmatch(r"consistency\.\w+", m)) - set(SHELL)
 
 
 def named(target: str) -> object:
@@ -65,14 +51,17 @@ def named(target: str) -> object:
 def is_allowed(target: str) -> bool:
     """Return whether a configuration from elsewhere may name a target."""
     module, _, name = target.rpartition(".")
-    part = module in method() or module.startswith("consistency.networks.")
     if module == "torch.optim":
         from torch import optim
 
         kind = getattr(optim, name, None)
         return isinstance(kind, type) and optim.Optimizer in kind.__mro__[1:]
-    ours = module.startswith("consistency.")
-    return (part or target in shipped()) and (not ours or named(target) is not None)
+    if not module.startswith("consistency."):
+        return target in shipped()
+    # The modules of the method stand at the top of the package, and conf/ names a part of each.
+    method = module.count(".") == 1 and any(t.rpartition(".")[0] == module for t in shipped())
+    part = method or module.startswith("consistency.networks.") or target in shipped()
+    return part and named(target) is not None
 
 
 def require_trusted(tree: object, origin: object, also: Collection[str] = ()) -> None:
@@ -97,18 +86,18 @@ def read(path: Path, also: Collection[str] = ()) -> dict[str, Any]:
     import yaml
     from omegaconf import OmegaConf
 
-    require(path.is_file(), f"a configuration at {path}", "no such file", "check the path")
-    size = path.stat().st_size
-    require(size <= MOST_BYTES, f"at most {MOST_BYTES:,} bytes in {path}", f"{size:,}", "check it")
     try:
-        text = path.read_text()
-        level = 0  # without these two checks a small file takes minutes, or all memory
-        for token in yaml.scan(text):
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise ValueError(f"{size:,} bytes; at most {MOST_BYTES:,} are read")
+        text, level = path.read_text(), 0
+        for token in yaml.scan(text):  # otherwise a small file takes minutes, or all memory
             kind = type(token).__name__
             level += kind.endswith("StartToken") - kind.endswith("EndToken")
             if kind == "AliasToken" or level > 2 * MOST_LEVELS:
                 raise ValueError("values that stand for others, or too many levels")
         tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        if not isinstance(tree, dict):
+            raise ValueError("a list")
     except Exception as error:  # a damaged or hostile file can fail in any way
         raise UserError(
             f"a configuration in {path}",
@@ -116,33 +105,36 @@ def read(path: Path, also: Collection[str] = ()) -> dict[str, Any]:
             "take the file as the run wrote it",
         ) from error
     require_trusted(tree, path, also)
-    if not isinstance(tree, dict):
-        raise UserError(f"a configuration in {path}", "a list", "check the path")
     return {str(key): value for key, value in tree.items()}
 
 
 def _objections(tree: object, also: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield key and reason of everything that is wrong with a tree."""
-    count, waiting = 0, [("", tree, 0)]
+    output = PurePosixPath(str(tree.get("output") if isinstance(tree, dict) else None))
+    count, waiting = 0, [("", tree, 0, False)]  # the last: whether a run writes to paths in it
     while waiting:
-        key, value, level = waiting.pop()
+        key, value, level, writes = waiting.pop()
         count += 1
         if count > MOST_VALUES or level > MOST_LEVELS:
             yield key, "more values than any configuration has"
             return
         if isinstance(value, dict):
             yield from ((key, reason) for reason in _wrong_node(value, also))
-            waiting += [(f"{key}.{k}".strip("."), v, level + 1) for k, v in value.items()]
+            read = READERS.get(str(value.get("_target_")), ())
+            for name, child in value.items():
+                inner = f"{key}.{name}".strip(".")
+                written = (writes or inner in WRITERS) and name not in read
+                waiting.append((inner, child, level + 1, written))
         elif isinstance(value, list | tuple):
-            waiting += [(f"{key}[{i}]", v, level + 1) for i, v in enumerate(value)]
+            waiting += [(f"{key}[{i}]", v, level + 1, writes) for i, v in enumerate(value)]
         elif not isinstance(value, str | int | float | None):
             yield key, f"a value of type {type(value).__name__}"
         elif isinstance(value, str) and "${" in value:
             yield key, "an interpolation"
         elif isinstance(value, str) and len(value) > MOST_CHARACTERS:
             yield key, "a text longer than any option"
-    if isinstance(tree, dict):
-        yield from _wrong_paths(tree)
+        elif isinstance(value, str) and writes and _is_outside(key, value, output):
+            yield key, f"the path {value[:120]}, outside of output={output}"
 
 
 def _wrong_node(node: dict[Any, Any], also: Collection[str]) -> Iterator[str]:
@@ -160,28 +152,9 @@ def _wrong_node(node: dict[Any, Any], also: Collection[str]) -> Iterator[str]:
         yield f"the target {target[:120]}"
 
 
-def _wrong_paths(tree: dict[Any, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the paths that a run writes outside of its `output`."""
-    output = PurePosixPath(str(tree.get("output")))
-    mode = tree.get("mode")
-    parts = tree | {f"mode.{k}": v for k, v in (mode if isinstance(mode, dict) else {}).items()}
-    for key, text in (pair for name in WRITERS for pair in _texts(parts.get(name), name)):
-        path = PurePosixPath(text)
-        inside = output.is_absolute() and path.is_relative_to(output)
-        is_path = path.is_absolute() or key.endswith(PATHS)
-        if (is_path and not inside) or ".." in path.parts or text.startswith("~"):
-            yield key, f"the path {text[:120]}, outside of output={output}"
-
-
-def _texts(tree: object, key: str) -> Iterator[tuple[str, str]]:
-    """Yield all texts in a tree with their keys, except the arguments of `READERS`."""
-    if isinstance(tree, str):
-        yield key, tree
-    elif isinstance(tree, dict):
-        read = READERS.get(str(tree.get("_target_")), ())
-        for name, value in tree.items():
-            if name not in read:
-                yield from _texts(value, f"{key}.{name}")
-    elif isinstance(tree, list | tuple):
-        for number, value in enumerate(tree):
-            yield from _texts(value, f"{key}[{number}]")
+def _is_outside(key: str, text: str, output: PurePosixPath) -> bool:
+    """Return whether a text of a part that writes is a path outside of the run's `output`."""
+    path = PurePosixPath(text)
+    inside = output.is_absolute() and path.is_relative_to(output)
+    is_path = path.is_absolute() or key.endswith(PATHS)
+    return (is_path and not inside) or ".." in path.parts or text.startswith("~")

@@ -5,7 +5,7 @@ import os
 import torch
 
 from consistency.errors import UserError, require
-from consistency.tensors import Data, Denoise, Label, Time
+from consistency.tensors import Denoise
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """Types that the network computes in, by the names of `trainer.precision`."""
@@ -27,12 +27,8 @@ def chosen_device(name: str) -> torch.device:
 def require_devices(device: torch.device, devices: int, precision: str = "32-true") -> None:
     """Refuse more devices than this machine has, and a precision that the device lacks."""
     names = [n for n in PRECISIONS if device.type != "cpu" or n != "16-mixed"]
-    require(
-        precision in names,
-        f"precision among {', '.join(names)} on {device.type}",
-        precision,
-        "choose one",
-    )
+    wanted = f"precision among {', '.join(names)} on {device.type}"
+    require(precision in names, wanted, precision, "choose one")
     if device.type == "cpu" or devices == 1:
         return
     count = torch.accelerator.device_count()
@@ -53,11 +49,4 @@ def share_threads(device: torch.device, processes: int) -> None:
 def in_precision(denoise: Denoise, precision: str, device: torch.device) -> Denoise:
     """Return the denoiser with its network in that precision; the state of the sampler stays float32."""
     half = PRECISIONS[precision]
-    if half is None:
-        return denoise
-
-    def denoise_in_half(x_t: Data, t: Time, label: Label = None) -> Data:
-        with torch.autocast(device.type, dtype=half):
-            return denoise(x_t, t, label)
-
-    return denoise_in_half
+    return torch.autocast(device.type, dtype=half)(denoise) if half else denoise  # type: ignore[no-any-return]

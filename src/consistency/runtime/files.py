@@ -144,7 +144,7 @@ def settle_caches() -> None:
         return
     with suppress(OSError):  # without any writable folder, what needs a cache fails by itself
         folder = tempfile.mkdtemp(prefix="consistency-")
-        atexit.register(_remove_folder, folder, os.getpid())
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ.update(dict.fromkeys(variables, folder))
 
 
@@ -156,8 +156,3 @@ def _is_writable(variable: str, default: str, inside: str) -> bool:
         with suppress(OSError), tempfile.TemporaryFile(dir=nearest):
             return True
     return False
-
-
-def _remove_folder(folder: str, process: int) -> None:
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)

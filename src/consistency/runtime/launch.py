@@ -5,7 +5,6 @@ made the one job. Lightning's functions that are replaced are private: its minor
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch.distributed as dist
@@ -27,11 +25,10 @@ from consistency.errors import UserError
 from consistency.runtime import rendezvous, signals
 from consistency.runtime.files import ROOT
 from consistency.runtime.ranks import PARENT, is_started_here, this_launch
-from consistency.runtime.rendezvous import GRACE, SILENT, End
+from consistency.runtime.rendezvous import GRACE, NOTICE, SILENT, EndedError, Guest
 
+# Launching ranks sets these variables, which the next job of a sweep must not inherit.
 VARIABLES = (PARENT, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Variables that launching ranks sets, and that the next job of a sweep must not inherit."""
-
 HANGS = "no answer within trainer.strategy.timeout"
 
 
@@ -60,34 +57,29 @@ class Ranks:
         first = this_launch().node * (len(started) + 1)
         self.processes = {f"rank {first + i}": p for i, p in enumerate(started, start=1)}
         rendezvous.current.explain = self.explain
-        threading.Thread(target=self._watch, daemon=True).start()
+        for name, process in self.processes.items():
+            threading.Thread(target=self._watch, args=(name, process), daemon=True).start()
 
-    def _watch(self) -> None:
-        while not self._over.wait(0.5):
-            for name, process in self.processes.items():
-                status = process.poll() or 0
-                if status < 0 or status in (1, 2):
-                    # Its own message, if it sent one, is on its way.
-                    if not self._over.wait(1.0):
-                        rendezvous.current.report(self.explain(End(name, SILENT, 1)))
-                    return
+    def _watch(self, name: str, process: subprocess.Popen[Any]) -> None:
+        status = process.wait()
+        # Its own message, if it sent one, is on its way.
+        if (status < 0 or status in (1, 2)) and not self._over.wait(1.0):
+            rendezvous.current.report(self.explain(EndedError(name, SILENT, 1)))
 
-    def explain(self, end: End) -> End:
+    def explain(self, end: EndedError) -> EndedError:
         """Return an end with what happened to its process, if that is one of these."""
         if end.name not in self.processes:
             return end
-        text = f"{end.message}\n  on: {end.name}"
-        if end.message == SILENT or end.status == 1:  # at status 1 its traceback stands above
-            text = str(self.lost(f"{end.name} {self._fate(end)}"))
-        return replace(end, message=text, near=True)
-
-    def _fate(self, end: End) -> str:
-        try:
-            status = self.processes[end.name].wait(5.0) if end.message == SILENT else end.status
-        except subprocess.TimeoutExpired:
-            return "is lost"
-        killed = f"was killed by {signal.Signals(-status).name}" if status < 0 else ""
-        return killed or f"ended with status {status}"
+        text, fate = f"{end.message}\n  on: {end.name}", f"ended with status {end.cause}"
+        if end.message == SILENT:
+            fate = "is lost"
+            with suppress(subprocess.TimeoutExpired):
+                status = self.processes[end.name].wait(5.0)
+                killed = f"was killed by {signal.Signals(-status).name}" if status < 0 else ""
+                fate = killed or f"ended with status {status}"
+        if end.message == SILENT or end.cause == 1:  # at status 1 its traceback stands above
+            text = str(self.lost(f"{end.name} {fate}"))
+        return EndedError(end.name, text, end.cause, near=True)
 
     def lost(self, got: str) -> UserError:
         """Return the error of ranks that do not work together any more."""
@@ -113,21 +105,21 @@ def _leave_quietly() -> NoReturn:
     _destroy_process_group()
     parent, until = int(os.environ[PARENT]), time.monotonic() + GRACE
     ended = rendezvous.current.ended
-    while os.getppid() == parent and time.monotonic() < until and not ended.is_set():
-        time.sleep(0.1)
-    if os.getppid() == parent and not ended.is_set():
-        remedy = "look what it waits for; resume= continues the last checkpoint"
-        error = UserError("rank 0 to go on", HANGS, remedy)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os.kill(parent, signal.SIGKILL)
+    while os.getppid() == parent and not ended.wait(0.1):
+        if time.monotonic() > until:
+            remedy = "look what it waits for; resume= continues the last checkpoint"
+            error = UserError("rank 0 to go on", HANGS, remedy)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os.kill(parent, signal.SIGKILL)
+            break
     os._exit(1)
 
 
 def _is_lost_connection(error: Exception) -> bool:
     """Return whether torch reports that another rank does not answer."""
-    text = f"{type(error).__name__} {error}"
-    torchs = re.search("gloo|nccl|distnetwork|diststore", text, re.IGNORECASE)
-    return isinstance(error, RuntimeError) and torchs is not None
+    text = f"{type(error).__name__} {error}".lower()
+    words = ("gloo", "nccl", "distnetwork", "diststore")
+    return isinstance(error, RuntimeError) and any(word in text for word in words)
 
 
 @contextmanager
@@ -138,27 +130,26 @@ def one_job() -> Iterator[None]:
     the latest `GRACE` seconds later.
     """
     launches = this_launch().launcher == "" and not is_started_here()
-    ranks, patience = Ranks(), GRACE
+    ranks, job, patience = Ranks(), rendezvous.current, GRACE
     before = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     for launcher in (fabric_launcher, pytorch_launcher):
         launcher._hydra_subprocess_cmd = _rank_command  # type: ignore[attr-defined]
         launcher._launch_process_observer = ranks.watch  # type: ignore[attr-defined]
     if launches:
-        os.environ[PARENT] = str(os.getpid())
-    elif PARENT in os.environ:
-        signals.die_with(int(os.environ[PARENT]))
+        os.environ[PARENT] = str(os.getpid())  # a rank dies with it, from `signals.take_over` on
     try:
         yield
     except Exception as error:
         patience = 5.0
-        rendezvous.current.leaving.set()
+        job.leaving.set()
         if not _is_lost_connection(error):
-            rendezvous.current.failed(error)
+            job.failed(error)
             raise
         if is_started_here():
             _leave_quietly()
-        reason = rendezvous.current.reason(ranks.lost(f"one that hangs, {HANGS}"))
-        rendezvous.current.failed(reason)
+        job.ended.wait(GRACE if isinstance(job, Guest) else NOTICE)  # for the reason of another
+        reason = job.end or ranks.lost(f"one that hangs, {HANGS}")
+        job.failed(reason)
         raise reason from error
     finally:
         if launches:

@@ -6,27 +6,20 @@ first process of each machine starts the others of that machine; NODE_RANK numbe
 
 import os
 import shlex
-import socket
 import sys
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from consistency.errors import UserError, require
+from consistency.errors import require
 
 T = TypeVar("T")
 
-PARENT = "_CONSISTENCY_PARENT"
-"""The variable with the id of the process that starts the other ranks of its machine."""
-
-NOT_SLURM = ("bash", "interactive")
-"""Names of SLURM jobs inside which Lightning ignores SLURM."""
-
+PARENT = (
+    "_CONSISTENCY_PARENT"  # the variable with the id of the process that starts its machine's ranks
+)
+NOT_SLURM = ("bash", "interactive")  # names of SLURM jobs inside which Lightning ignores SLURM
 JSRUN = {"LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK"}
-
 UNSET = "\n      or, for processes without SLURM: unset SLURM_NTASKS"
 
 VARIABLES = {
@@ -83,64 +76,23 @@ class Launch:
         address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         return address, int(os.environ.get("MASTER_PORT", "29500"))
 
-    def store(self, seconds: float) -> Any:
-        """Return torch's store at the first process, or in torchrun; wait `seconds` for it, and for each value."""
-        from torch.distributed import PrefixStore, TCPStore
 
-        address, port = self.first_address()
-        serve = self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-        if not serve:  # torch prints a stack trace while it waits
-            connected(address, port, seconds).close()
-        wait = timedelta(seconds=seconds)
-        try:
-            store = TCPStore(
-                address, port, None, serve, wait, wait_for_workers=False, multi_tenant=True
-            )
-        except RuntimeError as error:
-            raise UserError(
-                f"a free port at MASTER_PORT={port} of this machine, {address}",
-                str(error).splitlines()[0][:300],
-                "choose another MASTER_PORT",
-            ) from error
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return PrefixStore(f"consistency/{attempt}", store)
-
-
-def connected(address: str, port: int, seconds: float) -> socket.socket:
-    """Connect to a port of the first process; try again for `seconds`."""
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            return socket.create_connection((address, port), timeout=30.0)
-        except OSError as error:
-            if time.monotonic() >= until:
-                raise UserError(
-                    f"the first process of this job at {address}:{port}",
-                    f"none in {seconds:.0f} s ({error})",
-                    "start it, set MASTER_ADDR and MASTER_PORT to where it is, the same on every machine, "
-                    "and open the ports between the machines",
-                ) from error
-        time.sleep(0.2)
-
-
-def this_launch(env: Mapping[str, str] = os.environ) -> Launch:
+def this_launch() -> Launch:
     """Read how this process was started, from the variables and in the order that Lightning reads them."""
+    env = os.environ
 
     def number(names: str) -> int | None:
         return next((int(env[n]) for n in names.split() if env.get(n, "").isdigit()), None)
 
-    if PARENT in env:
-        launcher = ""
-    elif "TORCHELASTIC_RUN_ID" in env:
-        launcher = "torchrun"
-    elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in NOT_SLURM:
-        launcher = "srun"
-    elif set(env) >= JSRUN:
-        launcher = "jsrun"
-    elif (number(VARIABLES["mpirun"][1]) or 1) > 1:
-        launcher = "mpirun"
-    else:
-        launcher = "LOCAL_RANK" if "LOCAL_RANK" in env else ""
+    launchers = {
+        "": PARENT in env,
+        "torchrun": "TORCHELASTIC_RUN_ID" in env,
+        "srun": "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in NOT_SLURM,
+        "jsrun": set(env) >= JSRUN,
+        "mpirun": (number(VARIABLES["mpirun"][1]) or 1) > 1,
+        "LOCAL_RANK": "LOCAL_RANK" in env,
+    }
+    launcher = next((name for name, present in launchers.items() if present), "")
     rank, processes, nodes, node, local = map(number, VARIABLES[launcher])
     is_parent = env.get(PARENT) == str(os.getpid())
     return Launch(launcher, rank, processes, nodes, node or 0, 0 if is_parent else local or 0)
@@ -157,70 +109,53 @@ def is_started_here() -> bool:
 
 
 def require_launched(devices: int | None, nodes: int, option: str = "") -> None:
-    """Refuse numbers of devices and machines that the launcher contradicts; Lightning would ignore them or wait for ever.
-
-    devices: None if not known yet; option: the prefix of `devices` and `num_nodes` on the command line.
-    """
-    launch = this_launch()
-    if launch.launcher == "srun":
-        _require_srun(launch, devices, nodes)
-    processes = devices and devices * nodes
-    each = (launch.processes or 1) // nodes or 1
+    """Refuse numbers of devices and machines that the launcher contradicts; Lightning would ignore them or wait for ever."""
+    launch, env = this_launch(), os.environ
+    wanted, started = devices and devices * nodes, launch.processes or 1
+    each = started // nodes or 1
+    missing = [n for n in ("SLURM_PROCID", "SLURM_NTASKS_PER_NODE") if n not in env]
+    alone = started == 1 and (launch.rank is not None or (devices or 1) * nodes == 1)
+    require(
+        launch.launcher != "srun" or alone or not missing,
+        "a process that srun has started with a number of tasks for each machine",
+        f"SLURM_NTASKS={started}, but no {' and no '.join(missing)}",
+        f"srun {shlex.join(['python', *sys.argv])}, with --ntasks-per-node={devices or each} after srun{UNSET}",
+    )
+    require(
+        launch.launcher != "mpirun" or find_spec("mpi4py") is not None,
+        f"the package mpi4py, which connects the {started} processes of mpirun",
+        "no such package",
+        f"pip install mpi4py; or start one process, which starts the others: {option}devices=<n>",
+    )
     lines = {
         "srun": f": srun --nodes={nodes} --ntasks-per-node={devices} ...{UNSET}",
         "torchrun": f": torchrun --nnodes={nodes} --nproc_per_node={devices} ...",
     }
     require(
-        launch.launcher != "mpirun" or find_spec("mpi4py") is not None,
-        f"the package mpi4py, which connects the {launch.processes} processes of mpirun",
-        "no such package",
-        f"pip install mpi4py; or start one process, which starts the others: {option}devices=<n>",
-    )
-    require(
-        processes is None or launch.processes in (None, processes),
-        f"{option}devices x {option}num_nodes = {devices} x {nodes} = {processes} processes",
+        wanted is None or launch.processes in (None, wanted),
+        f"{option}devices x {option}num_nodes = {devices} x {nodes} = {wanted} processes",
         launch.started,
-        f"say {option}devices={each}, or start {processes} processes{lines.get(launch.launcher, '')}",
+        f"say {option}devices={each}, or start {wanted} processes{lines.get(launch.launcher, '')}",
     )
+    machines = launch.nodes or max(nodes, launch.node + 1)
+    source = launch.launcher if launch.nodes else f"NODE_RANK={launch.node}"
     require(
-        launch.nodes in (None, nodes),
-        f"{option}num_nodes={launch.nodes}, the machines that {launch.launcher} has",
+        nodes == machines,
+        f"{option}num_nodes={machines}, the number of machines by {source}",
         f"{option}num_nodes={nodes}",
-        f"say {option}num_nodes={launch.nodes}",
+        f"say {option}num_nodes={machines}, or correct {source}",
     )
     require(
-        launch.node < nodes,
-        f"a number of this machine below {option}num_nodes={nodes}",
-        f"NODE_RANK={launch.node}",
-        f"say {option}num_nodes={launch.node + 1} or more, as on the other machines, or unset NODE_RANK",
+        nodes == 1 or launch.launcher not in ("", "LOCAL_RANK") or "MASTER_PORT" in env,
+        f"MASTER_ADDR, MASTER_PORT and NODE_RANK, which connect {option}num_nodes={nodes} machines",
+        "none of them",
+        "set them on every machine: address and a free port of the first, and 0, 1, ... ; or use srun or torchrun",
     )
     require(
         launch.launcher != "LOCAL_RANK" or devices is None or launch.local < devices,
         f"a number of this process below {option}devices={devices}",
         f"LOCAL_RANK={launch.local}",
         f"say {option}devices=<processes of each machine>, or unset LOCAL_RANK",
-    )
-    require(
-        nodes == 1 or launch.launcher not in ("", "LOCAL_RANK") or "MASTER_PORT" in os.environ,
-        f"MASTER_ADDR, MASTER_PORT and NODE_RANK, which connect {option}num_nodes={nodes} machines",
-        "none of them",
-        "set them on every machine: address and a free port of the first, and 0, 1, ... ; or use srun or torchrun",
-    )
-
-
-def _require_srun(launch: Launch, devices: int | None, nodes: int) -> None:
-    line, processes = shlex.join(["python", *sys.argv]), launch.processes or 1
-    require(
-        launch.rank is not None or (processes == 1 and (devices or 1) * nodes == 1),
-        f"one of the {processes} processes that SLURM is to start (SLURM_NTASKS={processes})",
-        "a process that srun has not started (no SLURM_PROCID)",
-        f"srun {line}{UNSET}",
-    )
-    require(
-        processes == 1 or "SLURM_NTASKS_PER_NODE" in os.environ,
-        "SLURM_NTASKS_PER_NODE, which Lightning needs",
-        f"SLURM_NTASKS={processes} alone",
-        f"give the number on each machine: srun --ntasks-per-node={processes // nodes or 1} {line}",
     )
 
 

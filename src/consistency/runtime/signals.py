@@ -17,15 +17,11 @@ from types import FrameType
 
 from consistency.runtime.ranks import PARENT, is_started_here
 
-STOPPED = 130
-"""Exit status of a command that Ctrl-C has ended."""
-
-SAME_SECONDS = 0.3
-"""A launcher repeats the Ctrl-C of the terminal within this time: both are one."""
-
-STUCK_SECONDS = 2.0
-"""A process whose main thread, in other code than Python's, does not handle Ctrl-C within this time is ended."""
-
+STOPPED = 130  # exit status of a command that Ctrl-C has ended
+SAME_SECONDS = 0.3  # within them a launcher repeats the Ctrl-C of the terminal: both are one
+STUCK_SECONDS = (
+    2.0  # after them a process is ended whose main thread is stuck in other code than Python's
+)
 FIRST, SECOND = "stopped by Ctrl-C", "stopped at once by another Ctrl-C"
 PR_SET_PDEATHSIG = 1
 
@@ -45,8 +41,7 @@ class _Handler:
 
     def __init__(self) -> None:
         self.first = 0.0
-        self.handled = threading.Event()
-        self.ending = threading.Lock()
+        self.handled, self.ending = threading.Event(), threading.Lock()
         self.reset()
 
     def reset(self) -> None:
@@ -65,26 +60,26 @@ class _Handler:
         """Read every signal from a pipe as it comes, also while the main thread is stuck."""
         first = 0.0
         while content := os.read(signals, 64):
-            for _ in range(content.count(signal.SIGINT)):
-                now = time.monotonic()
-                if first and now - first > SAME_SECONDS:
-                    self.exit(SECOND)
-                first = first or now
-                if self.action is _interrupt:
-                    threading.Thread(target=self._end_if_stuck, daemon=True).start()
+            if signal.SIGINT not in content:
+                continue
+            now = time.monotonic()
+            if not first:
+                first = now
+                threading.Thread(target=self._end_if_stuck, daemon=True).start()
+            elif now - first > SAME_SECONDS:
+                self.exit(SECOND)
         os.close(signals)
 
     def _end_if_stuck(self) -> None:
-        if not self.handled.wait(STUCK_SECONDS):
+        if self.action is _interrupt and not self.handled.wait(STUCK_SECONDS):
             self.exit(FIRST)
 
     def exit(self, text: str) -> None:
         """End the process at once. `watch` and the main thread may both come here: the first one ends it."""
-        if not self.ending.acquire(blocking=False):
-            return
-        print_line(text)
-        self.cleanup()
-        os._exit(STOPPED)
+        if self.ending.acquire(blocking=False):
+            print_line(text)
+            self.cleanup()
+            os._exit(STOPPED)
 
 
 _handler = _Handler()
@@ -118,8 +113,7 @@ def stoppable(cleanup: Callable[[], None]) -> Iterator[None]:
     cleanup: called before the process is ended otherwise than by `Interrupted`.
     """
     before = signal.getsignal(signal.SIGINT)
-    main = threading.current_thread() is threading.main_thread()
-    if not main or before is signal.SIG_IGN:
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
         yield
         return
     _handler.handled.clear()

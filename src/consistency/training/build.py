@@ -1,5 +1,6 @@
 """The parts of a run, built from its configuration: data, module, callbacks, loggers, trainer."""
 
+import json
 import logging
 import warnings
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -26,8 +27,8 @@ from consistency.training.module import ConsistencyModule
 
 def quiet() -> None:
     """Silence the messages that Lightning prints on every run and that call for no action."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         r".*isinstance\(treespec, LeafSpec\).*",
         r"Found \d+ module\(s\) in eval mode.*",
@@ -41,28 +42,28 @@ def quiet() -> None:
 def build_data(config: DictConfig) -> DataModule:
     """Build the data module; raises `UserError` if the data contradict the configuration."""
     node = config.data
-    names = "image_size channels num_classes batch_size device_batch_size num_workers".split()
+    names = "image_size channels num_classes batch_size device_batch_size num_workers flip in_memory allow_reorder"
     return DataModule(
         source=instantiate(node.source, _partial_=True),
         held_out=instantiate(node.held_out, _partial_=True) if node.held_out else None,
         seed=config.seed,
-        **{name: node[name] for name in (*names, "flip", "in_memory", "allow_reorder")},
+        **{name: node[name] for name in names.split()},
     )
 
 
 def describe(config: DictConfig, data: DataModule | None = None) -> ModelCard:
     """Return the card of the denoiser, with the names of the classes of `data`."""
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    classes = plain["data"]["num_classes"]
+    mode, shape = plain["mode"], plain["data"]
     names = [] if data is None else list(data.train_source.class_names)
     saved = {
-        "role": plain["mode"]["role"],
+        "role": mode["role"],
         "network": plain["model"]["network"],
-        "preconditioning": plain["mode"]["sampling_preconditioning"],
-        "process": plain["mode"]["process"],
-        "image": {"channels": plain["data"]["channels"], "size": plain["data"]["image_size"]},
-        "num_classes": classes,
-        "class_names": names if len(names) == classes else [],
+        "preconditioning": mode["sampling_preconditioning"],
+        "process": mode["process"],
+        "image": {"channels": shape["channels"], "size": shape["image_size"]},
+        "num_classes": shape["num_classes"],
+        "class_names": names if len(names) == shape["num_classes"] else [],
     }
     return ModelCard.parse(saved, "this configuration")
 
@@ -80,8 +81,8 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
     try:
         optimizer([nn.Parameter(torch.zeros(1))])
     except (ValueError, TypeError) as error:
-        expected = "settings that the optimizer takes"
-        raise UserError(expected, error, "change optimizer.*") from error
+        remedy = "change optimizer.*"
+        raise UserError("settings that the optimizer takes", error, remedy) from error
     if config.init is not None:
         scale = config.model.c_noise_scale
         load_initial(config.init, network, weights=config.init_weights, c_noise_scale=scale)
@@ -102,20 +103,14 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
 
 
 def _sources(config: DictConfig) -> dict[str, dict[str, str]]:
-    """Return path, weights and SHA-256 of the checkpoints that the run begins with."""
-    teaches = _has(OmegaConf.to_container(config.mode, resolve=True), config.teacher)
+    """Return path, weights and SHA-256 of the checkpoints that the run begins with; a teacher is part of the mode."""
+    mode = json.dumps(OmegaConf.to_container(config.mode, resolve=True))
     sources = {}
-    for name in ("init", "teacher") if teaches else ("init",):
+    for name in ("init", "teacher") if json.dumps(config.teacher) in mode else ("init",):
         if config[name] is not None:
             path, weights = find(config[name]).absolute(), config[f"{name}_weights"]
             sources[name] = {"path": str(path), "weights": weights, "sha256": fingerprint(path)}
     return sources
-
-
-def _has(node: Any, value: object) -> bool:
-    """Return whether a value stands anywhere in a configuration."""
-    parts = list(node.values()) if isinstance(node, dict) else node
-    return any(_has(part, value) for part in parts) if isinstance(parts, list) else parts == value
 
 
 def _require_fit(config: DictConfig) -> None:
@@ -130,12 +125,9 @@ def _require_fit(config: DictConfig) -> None:
             got = f"one that returns shape {tuple(shape)}"
         except (ValueError, RuntimeError) as error:
             got = str(error)
-    require(
-        shape == image,
-        f"a network model= for data of shape {image[1:]} with {data.num_classes or 'no'} classes",
-        got,
-        "choose another model=, or set data.image_size, data.channels, data.num_classes",
-    )
+    expected = f"a network for data of shape {image[1:]} with {data.num_classes or 'no'} classes"
+    remedy = "choose another model=, or set data.image_size, data.channels, data.num_classes"
+    require(shape == image, expected, got, remedy)
 
 
 def try_samplers(config: DictConfig) -> None:
@@ -145,22 +137,16 @@ def try_samplers(config: DictConfig) -> None:
         sampler(lambda x, t, label: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
 
 
-def build_callbacks(config: DictConfig) -> list[Callback]:
+def build_callbacks(config: DictConfig) -> list[L.Callback]:
     """Build the mode's callbacks, then the run's, except null or empty ones."""
-    require(
-        config.mode.total_steps >= 1,
-        "mode.total_steps >= 1, the length of the schedules",
-        config.mode.total_steps,
-        "leave it out: it is trainer.max_steps",
-    )
+    steps, expected = config.mode.total_steps, "mode.total_steps >= 1, the length of the schedules"
+    require(steps >= 1, expected, steps, "leave it out: it is trainer.max_steps")
     named = {**config.mode.callbacks, **config.callbacks}
     for name, node in named.items():
-        require(
-            not node or "_target_" in node,
-            f"callbacks.{name} with a _target_, or null",
-            f"settings of no callback: {', '.join(map(str, node or []))}",
-            f"to switch off a callback of a recipe too, say callbacks.{name}=null",
-        )
+        got = f"settings of no callback: {', '.join(map(str, node or []))}"
+        remedy = f"to switch off a callback of a recipe too, say callbacks.{name}=null"
+        whole = not node or "_target_" in node
+        require(whole, f"callbacks.{name} with a _target_, or null", got, remedy)
     return _built(*named.values())
 
 
@@ -168,12 +154,9 @@ def build_loggers(config: DictConfig) -> list[Logger]:
     """Build the loggers, the user's own included, except null ones."""
     loggers = _built(*config.logger.values())
     wrong = [type(logger).__name__ for logger in loggers if not isinstance(logger, Logger)]
-    require(
-        not wrong,
-        "logger.<name> with the _target_ of one of Lightning's loggers, or null",
-        ", ".join(wrong),
-        "choose logger=csv, wandb, tensorboard or none, or add +logger.<name>._target_=...",
-    )
+    expected = "logger.<name> with the _target_ of one of Lightning's loggers, or null"
+    remedy = "choose logger=csv, wandb, tensorboard or none, or add +logger.<name>._target_=..."
+    require(not wrong, expected, ", ".join(wrong), remedy)
     return loggers
 
 
@@ -182,7 +165,7 @@ def _built(*nodes: Any) -> list[Any]:
 
 
 def build_trainer(
-    config: DictConfig, callbacks: list[Callback], loggers: list[Any], data: DataModule
+    config: DictConfig, callbacks: list[L.Callback], loggers: list[Any], data: DataModule
 ) -> L.Trainer:
     """Build Lightning's Trainer: one endless epoch, our own order of the data, whole checkpoints."""
     trainer: L.Trainer = instantiate(
@@ -199,5 +182,5 @@ def build_trainer(
         _convert_="all",
     )
     require_whole(trainer.strategy)
-    trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
+    trainer.accumulate_grad_batches = data.split(trainer.world_size).accumulated
     return trainer

@@ -31,10 +31,7 @@ def as_user_error() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # An error of a loader's worker has that process's traceback in front.
-        reason = str(error).strip().rpartition("\n")[2]
-        raise UserError(
-            "disks, folders and connections that work",
-            f"{type(error).__name__}: {reason}",
-            "mend that; resume= continues the last checkpoint",
-        ) from error
+        reason = str(error).strip().rpartition("\n")[2]  # below the traceback of a loader's worker
+        got = f"{type(error).__name__}: {reason}"
+        remedy = "mend that; resume= continues the last checkpoint"
+        raise UserError("disks, folders and connections that work", got, remedy) from error

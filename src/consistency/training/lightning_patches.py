@@ -1,4 +1,4 @@
-"""All that this project reads or replaces inside of Lightning, but for `loggers` and `runtime/launch`."""
+"""All that this project reads or replaces inside of Lightning, except in `loggers` and `runtime/launch`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,16 +7,17 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from consistency.checkpoints import ours
+from consistency.checkpoints import ours, retention
+from consistency.checkpoints.load import NEXT
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's writer of checkpoints, replaced: a whole file or none, with its checksum beside it."""
+    """Lightning's writer of checkpoints, replaced: a whole file or none, with its checksum; next.ckpt becomes last.ckpt."""
 
-    def save_checkpoint(
-        self, checkpoint_content: dict[str, Any], path: Any, storage_options: Any | None = None
-    ) -> None:
-        ours.write(checkpoint_content, Path(path))
+    def save_checkpoint(self, content: Any, path: Any, storage_options: Any = None) -> None:
+        ours.write(content, Path(path))
+        if Path(path).name == NEXT:
+            retention.promote(Path(path).parent)
 
 
 def batches_before(trainer: L.Trainer) -> int:
@@ -24,9 +25,10 @@ def batches_before(trainer: L.Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready) - 1
 
 
-def set_counters(content: dict[str, Any], *, steps: int, batches: int) -> None:
+def set_counters(trainer: L.Trainer, content: dict[str, Any]) -> None:
     """Set Lightning's counters between two steps of one endless epoch, which a longer run continues, in any checkpoint."""
-    fit: dict[str, Any] = content["loops"]["fit_loop"]
+    fit, steps = content["loops"]["fit_loop"], trainer.global_step
+    batches = steps * trainer.accumulate_grad_batches
     fit["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - 1
     progress = fit["epoch_loop.batch_progress"]
     progress["is_last_batch"] = False
@@ -44,7 +46,7 @@ def take_signals(trainer: L.Trainer, note: Callable[..., None]) -> Callable[[int
     """
     connector: Any = trainer._signal_connector
     requeue: Callable[[int, Any], None] = connector._slurm_sigusr_handler_fn
-    connector._sigterm_notifier_fn = lambda number, _: note(number, requeue=False)
+    connector._sigterm_notifier_fn = lambda number, _: note(number)
     connector._slurm_sigusr_handler_fn = lambda number, _: note(number, requeue=True)
     epoch: Any = trainer.fit_loop.epoch_loop
     epoch._broadcast_sigterm_tensor = lambda: None

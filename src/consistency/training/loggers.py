@@ -5,7 +5,7 @@ import csv
 import io
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import wraps
 from importlib.util import find_spec
@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import wandb
 import yaml
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.errors import UsageError
 
@@ -27,11 +26,10 @@ from consistency.training.io_errors import warn
 
 
 class MetricsFile(Logger):
-    """All metrics of a run in one CSV, one row an optimizer step.
+    """All metrics of a run in one CSV, one row an optimizer step; later metrics of the last step are added to its row.
 
-    A new metric gets a new column; metrics that come later for the last row are added to it. Rows that cannot be written,
-    on a full disk for example, wait for the next one that can; a warning is printed once. (Lightning's CSVLogger writes
-    several rows a step and deletes the file of a run that is resumed.)
+    Rows that cannot be written, as on a full disk, wait for the next one that can; a warning is printed once. (Lightning's
+    CSVLogger writes several rows a step and deletes the file of a run that is resumed.)
     """
 
     name, version = "metrics.csv", ""
@@ -40,7 +38,7 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = Path(path)
         self.columns = ["step"]
-        # The rows that are not yet in the file and the last one, and its position in the file, if it is there.
+        # The last row, with its position if it is in the file, else with all before it that are not.
         self.rows: list[dict[str, float]] = []
         self._start: int | None = None
         self._warned = False
@@ -58,40 +56,36 @@ class MetricsFile(Logger):
         """Add metrics to the row of the step."""
         step = step or 0
         if not self.rows or self.rows[-1]["step"] != step:
-            if self._start is not None:
-                self.rows, self._start = [], None
-            self.rows.append({"step": step})
+            waiting = self.rows if self._start is None else []
+            self.rows, self._start = [*waiting, {"step": step}], None
         self.rows[-1].update({name: v for name, v in metrics.items() if name != "epoch"})
-        self._write()
-
-    def _write(self) -> None:
         try:
-            if self._start is not None and self.path.is_file():
-                os.truncate(self.path, self._start)
-            self._start = None
-            while len(self.rows) > 1:
-                self._append(self.rows[0])
-                del self.rows[0]
-            self._start = self._append(self.rows[0])
+            self._write()
             self._warned = False
         except OSError as error:
             if not self._warned:
                 warn(f"{self.path} could not be written, its rows wait for the next one: {error}")
             self._warned = True
 
-    def _append(self, row: dict[str, float]) -> int:
-        """Add a row to the file, whole or not at all, and return its position."""
-        new = [name for name in row if name not in self.columns]
+    def _write(self) -> None:
+        """Append the rows, all or none, in the place of the last one if it is in the file."""
+        if self._start is not None and self.path.is_file():
+            os.truncate(self.path, self._start)
+        self._start = None
+        new = dict.fromkeys(name for row in self.rows for name in row if name not in self.columns)
         if new or not self.path.is_file():
             self._rewrite(self._read(), new)
-        start = self.path.stat().st_size
+        size = self.path.stat().st_size
         try:
             with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+                writer = csv.DictWriter(file, self.columns)
+                writer.writerows(self.rows[:-1])
+                start = file.tell()
+                writer.writerow(self.rows[-1])
         except OSError:
-            os.truncate(self.path, start)
+            os.truncate(self.path, size)
             raise
-        return start
+        self.rows, self._start = self.rows[-1:], start
 
     def _read(self) -> list[dict[str, str]]:
         """Read the columns, and return the complete rows, of which a missing file has none."""
@@ -100,21 +94,21 @@ class MetricsFile(Logger):
         self.columns = next(csv.reader(lines), self.columns)
         return list(csv.DictReader(lines))
 
-    def _rewrite(self, rows: list[dict[str, str]], new: Sequence[str] = ()) -> None:
+    def _rewrite(self, rows: list[dict[str, str]], new: Iterable[str] = ()) -> None:
         text, columns = io.StringIO(newline=""), [*self.columns, *new]
         writer = csv.DictWriter(text, columns)
         writer.writeheader()
         writer.writerows(rows)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, text.getvalue())
         self.columns = columns
 
     def finalize(self, status: str) -> None:
         """Write the rows that wait."""
         if self.rows and self._start is None:
-            self._write()
-        if self.rows and self._start is None:
-            warn(f"{self.path} lacks the last {len(self.rows)} rows")
+            try:
+                self._write()
+            except OSError as error:
+                warn(f"{self.path} lacks the last {len(self.rows)} rows: {error}")
 
 
 def key_configured() -> bool:
@@ -130,10 +124,8 @@ def patient(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.failed:
-            return
         try:
-            return method(self, *args, **kwargs)
+            return None if self.failed else method(self, *args, **kwargs)
         except Exception as error:
             if not self.failed:  # by a patient method that this one called
                 reason = " ".join(str(error).split())
@@ -169,16 +161,15 @@ class PatientWandbLogger(WandbLogger):
         )
         super().__init__(project=project, save_dir=folder, name=name, settings=settings)
         self._wandb_init.pop("anonymous", None)  # W&B warns about this option
-        self.id_file = Path(folder) / "wandb_id.txt"
 
     @property
     @patient
     def experiment(self) -> Any:
         """The W&B run, or None once W&B has failed."""
         if self._experiment is None and rank_zero_only.rank == 0:
-            if not self.id_file.is_file():
-                write_text(self.id_file, f"{secrets.token_hex(4)}\n")
-            self._id = self._wandb_init["id"] = self.id_file.read_text().strip()
+            if not (file := Path(str(self.save_dir)) / "wandb_id.txt").is_file():
+                write_text(file, f"{secrets.token_hex(4)}\n")
+            self._id = self._wandb_init["id"] = file.read_text().strip()
         return WandbLogger.experiment.fget(self)
 
     @property
@@ -191,17 +182,12 @@ class PatientWandbLogger(WandbLogger):
 
     def finalize(self, status: str) -> None:
         """End the W&B run, so that the next job of a sweep begins its own."""
-        self._finish(status)
+        patient(lambda _: wandb.finish(0 if status == "success" else 1))(self)
         if self.failed:
             with suppress(Exception):
                 wandb.teardown()  # or the end of the process tries, and prints that it cannot
             wandb.run = None  # or the next job of a sweep would log into it
         self.failed = True
-
-    @patient
-    def _finish(self, status: str) -> None:
-        super().finalize(status)
-        wandb.finish(0 if status == "success" else 1)
 
 
 class PatientTensorBoardLogger(TensorBoardLogger):
@@ -210,16 +196,13 @@ class PatientTensorBoardLogger(TensorBoardLogger):
     service, failed = "TensorBoard", False
     log_metrics = patient(TensorBoardLogger.log_metrics)
     finalize = patient(TensorBoardLogger.finalize)
+    save = patient(lambda self: self.experiment.flush())  # Lightning's also writes hparams.yaml
 
     def __init__(self, *, folder: str) -> None:
-        require(
-            find_spec("tensorboard") is not None,
-            "the package tensorboard for logger=tensorboard",
-            "no such package",
-            "pip install tensorboard, or choose logger=csv",
-        )
+        package = "the package tensorboard for logger=tensorboard"
+        remedy = "pip install tensorboard, or choose logger=csv"
+        require(find_spec("tensorboard") is not None, package, "no such package", remedy)
         super().__init__(save_dir=folder, name="", version="", default_hp_metric=False)
-        self._first_step = 0
 
     @property
     def log_dir(self) -> str:
@@ -228,10 +211,9 @@ class PatientTensorBoardLogger(TensorBoardLogger):
 
     def cut(self, step: int) -> None:
         """Ignore the events from `step` on, where the run resumes, that earlier starts wrote."""
-        self._first_step = self._kwargs["purge_step"] = step
+        self._kwargs["purge_step"] = step
 
     @property
-    @rank_zero_experiment
     @patient
     def experiment(self) -> Any:
         """The writer of events, or None once it has failed."""
@@ -241,15 +223,9 @@ class PatientTensorBoardLogger(TensorBoardLogger):
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
         """Log the configuration as text."""
         text = indent(yaml.safe_dump(params, sort_keys=False), "    ")
-        self.experiment.add_text("config", text, self._first_step)
+        self.experiment.add_text("config", text, self._kwargs.get("purge_step"))
 
     @patient
     def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
-        """Log images."""
         for image in images:
             self.experiment.add_image(key, np.asarray(image), step, dataformats="HWC")
-
-    @patient
-    def save(self) -> None:
-        """Write all events."""
-        self.experiment.flush()

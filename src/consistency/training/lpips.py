@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from consistency.distances import LPIPS, Resize
 from consistency.errors import UserError, require
+from consistency.pixels import IMAGENET_MEAN, IMAGENET_STD
 from consistency.tensors import Data
 
 BackboneName = Literal["vgg16", "alexnet", "squeezenet1_1"]
@@ -33,7 +34,11 @@ TAPS: dict[str, tuple[int, ...]] = {
 
 LINEAR_FILES = {"vgg16": "vgg.pth", "alexnet": "alex.pth", "squeezenet1_1": "squeeze.pth"}
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESIZING: dict[str, Resize] = {
+    "average_pooled_unit": Resize(size=224, only_below=256, antialias=False),
+    "max_pooled_signed": Resize(size=224, only_below=None, antialias=True),
+}
+"""Antialiasing of the two published codes: JAX filters when it shrinks an image, PyTorch as called there does not."""
 
 
 class Backbone(nn.Module):
@@ -58,29 +63,21 @@ class Backbone(nn.Module):
 def empty_features(backbone: BackboneName) -> nn.Sequential:
     """Return the layers of a torchvision classifier before its head, on the meta device."""
     with torch.device("meta"):
-        features = torchvision.models.get_model(backbone, weights=None).features
+        features: nn.Sequential = torchvision.models.get_model(backbone, weights=None).features
     for layer in features.modules():
         if isinstance(layer, nn.ReLU):
             layer.inplace = False
-    assert isinstance(features, nn.Sequential)
     return features
 
 
 def assemble(features: nn.Sequential, backbone: BackboneName, variant: Variant) -> Backbone:
     """Return the feature extractor of a variant: one pools the same windows by their mean."""
     if variant == "average_pooled_unit":
-        for index, layer in enumerate(features):
-            if isinstance(layer, nn.MaxPool2d):
-                window = (layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode)
-                features[index] = nn.AvgPool2d(*window)
+        for i, pool in enumerate(features):
+            if isinstance(pool, nn.MaxPool2d):
+                window = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
+                features[i] = nn.AvgPool2d(*window)
     return Backbone(features, TAPS[backbone])
-
-
-RESIZING: dict[str, Resize] = {
-    "average_pooled_unit": Resize(size=224, only_below=256, antialias=False),
-    "max_pooled_signed": Resize(size=224, only_below=None, antialias=True),
-}
-"""Antialiasing of the two published codes: JAX filters when it shrinks an image, PyTorch as called there does not."""
 
 
 def load_lpips(*, backbone: BackboneName, variant: Variant) -> LPIPS:
@@ -89,7 +86,11 @@ def load_lpips(*, backbone: BackboneName, variant: Variant) -> LPIPS:
         require(value in known, f"an LPIPS {name} among {', '.join(known)}", value, "choose one")
     layers = empty_features(backbone)
     layers.load_state_dict(_imagenet_weights(backbone), assign=True)
-    features, weights = assemble(layers, backbone, variant), _linear_weights(backbone)
+    folder = files("torchmetrics") / "functional" / "image" / "lpips_models"  # of LPIPS version 0.1
+    with as_file(folder / LINEAR_FILES[backbone]) as path:
+        linear = torch.load(path, map_location="cpu", weights_only=True)
+    weights = [linear[f"lin{i}.model.1.weight"].flatten() for i in range(len(TAPS[backbone]))]
+    features = assemble(layers, backbone, variant)
     return LPIPS(features=features, weights=weights, resize=RESIZING[variant]).requires_grad_(False)
 
 
@@ -101,19 +102,8 @@ def _imagenet_weights(backbone: BackboneName) -> dict[str, Tensor]:
             url, map_location="cpu", check_hash=True, weights_only=True
         )
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"the ImageNet weights of {backbone}, which LPIPS measures with, at {path}",
-            f"no readable file, and the download failed ({error})",
-            f"on a machine with internet fetch {url} and put the file there (TORCH_HOME moves the folder), "
-            "or choose another distance, for example mode.objective.distance._target_=consistency.distances.L2",
-        ) from error
-    prefix = "features."
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
-def _linear_weights(backbone: BackboneName) -> list[Float[Tensor, "_c"]]:
-    """Read w_l of LPIPS version 0.1 from the files of torchmetrics."""
-    folder = files("torchmetrics") / "functional" / "image" / "lpips_models"
-    with as_file(folder / LINEAR_FILES[backbone]) as path:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    return [state[f"lin{tap}.model.1.weight"].flatten() for tap in range(len(TAPS[backbone]))]
+        expected = f"the ImageNet weights of {backbone}, which LPIPS measures with, at {path}"
+        got = f"no readable file, and the download failed ({error})"
+        remedy = f"fetch {url} elsewhere and put the file there (TORCH_HOME moves the folder), or choose another distance"
+        raise UserError(expected, got, remedy) from error
+    return {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}

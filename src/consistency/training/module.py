@@ -7,14 +7,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from consistency.data.batches import unpack_batch
-from consistency.data.module import DataModule
+from consistency.data.module import DataModule, unpack_batch
 from consistency.denoiser import Denoiser
-from consistency.errors import UserError, require
+from consistency.errors import require
 from consistency.inference.card import ModelCard
 from consistency.inference.generate import Request
 from consistency.objectives import Losses
@@ -29,13 +27,12 @@ OBJECTIVE = "objective."
 
 
 class ConsistencyModule(L.LightningModule):
-    """Trains `online` with `objective`, on a `DataModule` or on any loader of (images, labels) (`consistency.data.batches`).
+    """Trains `online` with `objective`, on a `DataModule` or on any loader of (images, labels) (`consistency.data.module`).
 
-    online: the network under its training preconditioning.
-    optimizer: parameters -> optimizer.
-    card, config: the description of the denoiser and the resolved plain configuration, part of every checkpoint.
+    online: the network under its training preconditioning; optimizer: parameters -> optimizer.
+    card, config, sources: the description of the denoiser, the resolved plain configuration, and path, weights and SHA-256
+    of the teacher and of the initial weights, part of every checkpoint.
     on_nonfinite: policy of `NonfiniteGuard`.
-    sources: path, weights and SHA-256 of the teacher and of the initial weights.
     callbacks: builds the callbacks of the method, for a trainer that has none of their kind.
 
     k counts the optimizer steps that were taken, `k_before` those before this batch; under a gradient scaler
@@ -54,7 +51,7 @@ class ConsistencyModule(L.LightningModule):
         seed: int,
         on_nonfinite: str,
         sources: dict[str, dict[str, str]],
-        callbacks: Callable[[], Sequence[Callback]] = tuple,
+        callbacks: Callable[[], Sequence[L.Callback]] = tuple,
     ) -> None:
         super().__init__()
         self.online, self.objective = online, objective.requires_grad_(False)
@@ -69,7 +66,7 @@ class ConsistencyModule(L.LightningModule):
         self._range_checked = False
         self._step_hooks: list[RemovableHandle] = []
 
-    def configure_callbacks(self) -> list[Callback]:
+    def configure_callbacks(self) -> list[L.Callback]:
         """Return the callbacks of the method, except kinds that the trainer has already."""
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [callback for callback in self.make_callbacks() if type(callback) not in present]
@@ -114,7 +111,7 @@ class ConsistencyModule(L.LightningModule):
         share = Share(micro * ranks + self.global_rank, accumulated * ranks)
         # An objective without a `share` argument is enough for whole batches.
         part = {} if share == WHOLE else {"share": share}
-        data = self._images_and_labels(batch, draw, **part)
+        data = self._unpacked(batch, draw, **part)
         target = self.target or self.online
         losses: Losses = self.objective(self.online, target, *data, self.num_scales, draw, **part)
         loss = losses.loss.mean()
@@ -122,23 +119,18 @@ class ConsistencyModule(L.LightningModule):
         self._log_losses(losses, loss.detach())
         return loss
 
-    def _images_and_labels(
-        self, batch: Any, draw: torch.Generator, **part: Share
-    ) -> tuple[Data, Label]:
+    def _unpacked(self, batch: Any, draw: torch.Generator, **part: Share) -> tuple[Data, Label]:
         """Return the images in [-1, 1] and the labels of a batch."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data, card = self.trainer.datamodule, self.card  # type: ignore[attr-defined]
         if isinstance(data, DataModule):
-            images, classes = batch
-            label = None if data.num_classes is None else classes
-            return data.augmented(images, draw, **part), label
-        card = self.card
+            images, label = batch
+            images = data.augmented(images, draw, **part)
+            return images, None if data.num_classes is None else label
         shape, classes = (None, None) if card is None else (card.shape, card.num_classes)
         x_0, label = unpack_batch(batch, shape=shape, num_classes=classes)
         if not self._range_checked and self.global_rank == 0 and float(x_0.min()) >= 0:
-            warn(
-                "the first images lie between 0 and 1 and are taken as they are; the range is -1 to 1, "
-                "so if 0 is black scale them: 2 * x - 1"
-            )
+            text = "the first images lie between 0 and 1 and are taken as they are; the range is -1 to 1"
+            warn(f"{text}, so if 0 is black scale them: 2 * x - 1")
         self._range_checked = True
         return x_0, label
 
@@ -183,13 +175,13 @@ class ConsistencyModule(L.LightningModule):
     @property
     def data(self) -> DataModule:
         """The data module of the run; raises `UserError` if the run trains on a loader."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, DataModule):
-            raise UserError(
-                "the data module of a run, for a callback that looks at the training images",
-                "a loader" if data is None else type(data).__name__,
-                "fit(module, datamodule=consistency.training.build.build_data(config)), or leave the callback out",
-            )
+        data: DataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        require(
+            isinstance(data, DataModule),
+            "the data module of a run, for a callback that looks at the training images",
+            "a loader" if data is None else type(data).__name__,
+            "fit(module, datamodule=consistency.training.build.build_data(config)), or leave the callback out",
+        )
         return data
 
     @contextmanager
@@ -200,8 +192,7 @@ class ConsistencyModule(L.LightningModule):
             networks["target"] = self.target.network
         if self.averages:
             networks["ema"] = next(iter(self.averages.values()))
-        expected = f"weights among {sorted(networks)}"
-        require(weights in networks, expected, weights, "choose one of them")
+        require(weights in networks, f"weights among {sorted(networks)}", weights, "choose one")
         network, card = networks[weights], self.card
         before = network.training
         assert card is not None
@@ -218,8 +209,7 @@ class ConsistencyModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add card, config, k and sources; remove teacher and perceptual weights, which have files of their own."""
         checkpoint["card"] = {} if self.card is None else self.card.saved()
-        checkpoint["config"], checkpoint["k"] = self.config, self.k
-        checkpoint["sources"] = self.sources
+        checkpoint |= {"config": self.config, "k": self.k, "sources": self.sources}
         checkpoint["left_out_in_a_row"] = self.guard.in_a_row
         checkpoint["overflows"] = [self.guard.overflows, self.guard.overflows_in_a_row]
         state = checkpoint["state_dict"].items()
@@ -230,5 +220,4 @@ class ConsistencyModule(L.LightningModule):
         self.guard.in_a_row = checkpoint["left_out_in_a_row"]
         # Older checkpoints have no such counts.
         self.guard.overflows, self.guard.overflows_in_a_row = checkpoint.get("overflows", (0, 0))
-        own = {f"{OBJECTIVE}{name}": v for name, v in self.objective.state_dict().items()}
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}
+        checkpoint["state_dict"] |= self.objective.state_dict(prefix=OBJECTIVE)

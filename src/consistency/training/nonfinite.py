@@ -50,21 +50,19 @@ class NonfiniteGuard:
 
     def allows(self, gradients: Mapping[str, Tensor], strategy: Strategy, step: str) -> bool:
         """Return whether the optimizer step, called `step` in messages, may be taken, the same on every rank."""
-        loss, t, r = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
-        self._batches, self._last_times = [], t
+        losses = Losses(*(torch.cat(parts) for parts in zip(*self._batches, strict=True)))
+        self._batches, self._last_times = [], losses.t
         # One look at the device for all losses and gradients of the step. A sum of squares may overflow without a
         # bad gradient, so a suspicion is checked one by one.
-        values, report = [loss], None
-        if gradients:
-            values.append(torch.nn.utils.get_total_norm(gradients.values())[None])
-        if not torch.cat(values).isfinite().all():
-            report = _report(loss, t, r, gradients, step)
+        norms = [torch.nn.utils.get_total_norm(gradients.values())[None]] if gradients else []
+        finite = torch.cat([losses.loss, *norms]).isfinite().all()
+        report = None if finite else _report(losses, gradients, step)
         if not strategy.reduce_boolean_decision(report is not None, all=False):
             self.in_a_row = 0
             return True
         self.in_a_row += 1
         # A rank with bad samples, which spoil the gradients of all ranks, else any.
-        text = min(filter(None, gathered(report)), key=lambda report: report[0])[1]
+        _, text = min(filter(None, gathered(report)))
         if self.in_a_row >= self.limit:
             in_a_row = f", the last of {self.limit} such steps in a row" if self.limit > 1 else ""
             self.verdict = UserError("a finite loss and gradient", f"{text}{in_a_row}", REMEDY)
@@ -80,17 +78,13 @@ class NonfiniteGuard:
         self.overflows += 1
         self.overflows_in_a_row += 1
         if self.overflows == 1:
-            warn(
-                f"gradients overflowed half precision {step}: the scaler skips the step and continues with scale "
-                f"{scale():g}; the number of skipped steps follows at the end"
-            )
+            skips = f"the scaler skips the step and continues with scale {scale():g}"
+            end = "the number of skipped steps follows at the end"
+            warn(f"gradients overflowed half precision {step}: {skips}; {end}")
         if self.overflows_in_a_row >= OVERFLOWS:
-            self.verdict = UserError(
-                "gradients that half precision holds at some scale",
-                f"an overflow {step}, {_span(self._last_times)}, the last of {self.overflows_in_a_row} in a row, "
-                f"down to scale {scale():g}",
-                REMEDY,
-            )
+            in_a_row = f"the last of {self.overflows_in_a_row} in a row, down to scale {scale():g}"
+            got = f"an overflow {step}, {_span(self._last_times)}, {in_a_row}"
+            self.verdict = UserError("gradients that fit half precision at some scale", got, REMEDY)
 
     def report_overflows(self) -> None:
         """Print how many steps the scaler has skipped, if more than the reported first."""
@@ -98,24 +92,23 @@ class NonfiniteGuard:
             warn(f"the gradient scaler left out {self.overflows} steps whose gradients overflowed")
 
 
-def _report(
-    loss: Tensor, t: Tensor, r: Tensor, gradients: Mapping[str, Tensor], step: str
-) -> tuple[int, str] | None:
+def _report(losses: Losses, gradients: Mapping[str, Tensor], step: str) -> tuple[int, str] | None:
     """Describe the samples that are not finite, or else the gradients; the number orders the reports of several ranks."""
+    loss, t, r = losses
     if (bad := ~loss.isfinite()).any():
         pairs = zip(t[bad].tolist(), r[bad].tolist(), strict=True)
         times = [f"t={t:.4g} r={r:.4g}" for t, r in pairs]
-        more = f", ... ({_span(t[bad])})" if len(times) > SHOWN else ""
-        shown = ", ".join(times[:SHOWN])
-        return 0, f"{len(times)} of {len(loss)} samples not finite {step}, {shown}{more}"
+        span = f" ({_span(t[bad])})" if len(times) > SHOWN else ""
+        return 0, f"{len(times)} of {len(loss)} samples not finite {step}, {_some(times)}{span}"
     names = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-    if not names:
-        return None
-    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-    shown = ", ".join(modules[:SHOWN])
-    more = f" and {len(modules) - SHOWN} more" if len(modules) > SHOWN else ""
-    named = f"{step}, {_span(t)}, in {shown}{more}"
-    return 1, f"a gradient that is not finite, of a finite loss, {named}"
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    where = f"{step}, {_span(t)}, in {_some(list(modules))}"
+    return (1, f"a gradient that is not finite, of a finite loss, {where}") if names else None
+
+
+def _some(texts: list[str]) -> str:
+    more = len(texts) - SHOWN
+    return ", ".join(texts[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _span(t: Tensor) -> str:

@@ -1,1 +1,1 @@
-"""Callbacks of the training. Their hooks take a `ConsistencyModule`, which mypy counts as an override that is too narrow."""
+"""Callbacks of the training."""

@@ -1,8 +1,6 @@
 """The checkpoints of a run: last, previous and best."""
-# mypy: disable-error-code="override"
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from consistency.checkpoints import retention
 from consistency.checkpoints.load import LAST, NEXT
-from consistency.errors import UserError
+from consistency.errors import require
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import Periodic, callback_of
 from consistency.training.io_errors import warn
@@ -20,19 +18,19 @@ from consistency.training.module import ConsistencyModule
 
 
 class RunCheckpoints(Periodic, Checkpoint):
-    """Writes `last.ckpt` every n optimizer steps and at the end, with the one before as `previous.ckpt`, and the one with
-    the lowest `monitor` as `best.ckpt`.
+    """Writes `last.ckpt` every n optimizer steps and at the end, the one before as `previous.ckpt`, the best as `best.ckpt`.
 
     If a write fails, the files of before stay, and the next occasion tries again; at the end of the run it is a
     `UserError`. If a step that is not finite stops the run, the state before that step is saved first.
 
-    monitor: a metric, "auto" for the metric of the run's evaluation, if it has one, or None for no best.ckpt.
+    monitor: the metric of which best.ckpt has the lowest value, "auto" for that of the run's evaluation, or None.
     """
 
     def __init__(self, *, folder: str, every_n_train_steps: int, monitor: str | None) -> None:
         super().__init__(every_n_train_steps)
         self.folder, self.monitor = Path(folder), monitor
         self.last = self.folder / LAST
+        self.summary = f"Checkpoint: {self.last}"
         self.best_value = self._tried = math.inf
         self._due = False
 
@@ -42,11 +40,8 @@ class RunCheckpoints(Periodic, Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_value = state_dict["best_value"]
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        steps = trainer.global_step
-        set_counters(checkpoint, steps=steps, batches=steps * trainer.accumulate_grad_batches)
+    def on_save_checkpoint(self, trainer: L.Trainer, _: Any, checkpoint: dict[str, Any]) -> None:
+        set_counters(trainer, checkpoint)
 
     def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Move the files of the run that is resumed: every process has read its checkpoint by now."""
@@ -58,41 +53,33 @@ class RunCheckpoints(Periodic, Checkpoint):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         """Save when the next step begins: only then do the metrics have the row of the last one."""
-        if self._due:
-            self._due = False
-            self._try_last(trainer, module)
+        if self._due and (reason := self.keep_last(trainer)):
+            warn(f"the checkpoint of step k={module.k} could not be written: {reason}")
+        self._due = False
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         self._save_best(trainer)
         super().on_train_batch_end(trainer, module)
         # Weights that are not finite themselves are not worth saving.
         if module.guard.verdict and all(bool(p.isfinite().all()) for p in module.parameters()):
-            self._try_last(trainer, module)
+            self._due = True
+            self.on_train_batch_start(trainer, module)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Save before the next step; the end of the run saves by itself."""
-        self._due = trainer.global_step < trainer.max_steps
+        self._due = True
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         self._save_best(trainer)
-        if (reason := self.keep_last(trainer)) is not None:
-            raise UserError(
-                f"to write the last checkpoint of the run, {self.last}",
-                reason,
-                "make room or repair the folder; resume= continues the checkpoint before, which is still there",
-            )
+        expected = f"to write the last checkpoint of the run, {self.last}"
+        remedy = "make room or repair the folder; resume= continues the checkpoint before, which is still there"
+        require((reason := self.keep_last(trainer)) is None, expected, reason, remedy)
 
     def keep_last(self, trainer: L.Trainer) -> str | None:
         """Write `last.ckpt`; return on every rank why that failed, with the old one still there, or None."""
-        return _written(trainer, self.folder / NEXT, lambda: retention.promote(self.folder))
-
-    def _try_last(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        if reason := self.keep_last(trainer):
-            warn(f"the checkpoint of step k={module.k} could not be written: {reason}")
+        return _written(trainer, self.folder / NEXT)
 
     def _save_best(self, trainer: L.Trainer) -> None:
-        metric = trainer.callback_metrics.get(self.monitor) if self.monitor else None
-        value = math.inf if metric is None else float(metric)
+        value = float(trainer.callback_metrics.get(self.monitor or "", math.inf))
         # After a failed write the same value is not tried again at every step until the next measurement.
         if not math.isfinite(value) or value >= self.best_value or value == self._tried:
             return
@@ -102,16 +89,12 @@ class RunCheckpoints(Periodic, Checkpoint):
             warn(f"the best checkpoint so far could not be written: {reason}")
 
 
-def _written(trainer: L.Trainer, path: Path, then: Callable[[], None] = lambda: None) -> str | None:
-    """Write a checkpoint, do `then` on the rank that writes, and return on every rank why that failed, or None."""
-    reason, saved = None, False
+def _written(trainer: L.Trainer, path: Path) -> str | None:
+    """Write a checkpoint; return on every rank why that failed, or None."""
+    reason = None
     try:
         trainer.save_checkpoint(path, weights_only=False)
-        saved = True
-        if trainer.is_global_zero:
-            then()
     except OSError as error:
         reason = str(error)
-        if not saved:
-            trainer.strategy.barrier()  # at the end of `save_checkpoint`, where the other ranks wait
+        trainer.strategy.barrier()  # at the end of `save_checkpoint`, where the other ranks wait
     return trainer.strategy.broadcast(reason)

@@ -1,5 +1,4 @@
 """EMAs of the online network: the target of the loss, and the averages for samples."""
-# mypy: disable-error-code="override"
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +14,7 @@ from consistency.checkpoints.posthoc import power_name, set_name, write_snapshot
 from consistency.errors import require
 from consistency.runtime.ranks import print_once
 from consistency.training.callbacks.periodic import Periodic, callback_of
-from consistency.training.io_errors import warn
+from consistency.training.io_errors import tolerate_write_errors
 from consistency.training.module import ConsistencyModule
 
 SHORTEST_RUN = 4
@@ -118,12 +117,14 @@ class Snapshots(Periodic):
         super().__init__(every_n_train_steps)
         self.folder = Path(folder)
 
+    def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+        if module.k % self.every == 0:
+            self.at_step(trainer, module)
+
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         averages = callback_of(trainer, EvaluationEMA)
         if averages is None or not averages.widths or not trainer.is_global_zero:
             return
         stored = {w: averages.averages[power_name(w)].state_dict() for w in averages.widths}
-        try:
+        with tolerate_write_errors(f"the snapshot of step k={module.k}"):
             write_snapshot(self.folder, module.k, stored)
-        except OSError as error:
-            warn(f"the snapshot of step k={module.k} could not be written: {error}")

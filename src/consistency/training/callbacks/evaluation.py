@@ -1,17 +1,19 @@
 """Sample quality during a run and at its end."""
-# mypy: disable-error-code="override"
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 
 from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION
-from consistency.evaluation.metrics import Measure, Settings
+from consistency.evaluation.metrics import Measure, measure_against
 from consistency.evaluation.reference import images_of
 from consistency.inference.generate import Numbered, generate
 from consistency.randomness import generator
@@ -30,11 +32,7 @@ class Evaluation(Periodic):
     """Measures samples of each sampler and each set of weights every n steps, and at the end for evaluation.json.
 
     A metric is called <metric>/<sampler>/<weights>. If the reference is held out, the final results have those of the
-    training images and of noise beside them.
-
-    num_samples: None for as many as the reference has images.
-    seeds: sampling seeds: the first one during the run, the mean over all at the end.
-    batch_size, extractor, reference, reference_features, cache: see `consistency.evaluation.metrics.Settings`.
+    training images and of noise beside them. conf/evaluation and conf/metrics explain the arguments.
     """
 
     def __init__(
@@ -58,8 +56,9 @@ class Evaluation(Periodic):
         self.file = Path(folder) / "evaluation.json"
         self.samplers, self.weights, self.seeds = samplers, list(weights), list(seeds)
         self.num_samples, self.batch_size = num_samples, batch_size
-        self.settings = Settings(extractor, reference, reference_features, cache, batch_size)
-        self.report: Values = {}
+        metrics: dict[str, Any] = {"extractor": extractor, "reference": reference, "cache": cache}
+        metrics |= {"reference_features": reference_features, "batch_size": batch_size}
+        self.measure_against: Callable[..., Measure] = partial(measure_against, **metrics)
 
     @property
     def monitor(self) -> str:
@@ -68,11 +67,9 @@ class Evaluation(Periodic):
         return f"{metric}/{next(iter(self.samplers))}/{self.weights[0]}"
 
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        data = module.data
-        held_out, workers = data.held_out, data.num_workers
-        builder = None if held_out is None else lambda: held_out
-        self.measure: Measure = self.settings.prepare(
-            module.device, train=lambda: data.train_source, held_out=builder, num_workers=workers
+        data, workers = module.data, module.data.num_workers
+        self.measure = self.measure_against(
+            lambda: data.train_source, data.held_out, module.device, num_workers=workers
         )
         self.count = self.measure.count(self.num_samples)
 
@@ -83,52 +80,46 @@ class Evaluation(Periodic):
                 pass
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Measure with the first seed; the end of the run has a measurement of its own."""
-        if trainer.global_step < trainer.max_steps:
-            self._measure_all(module, self.seeds[:1])
+        self._measure_all(module, self.seeds[:1])
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        self.report = self._bounds(module) | self._measure_all(module, self.seeds)
+        results = self._bounds(module) | self._measure_all(module, self.seeds)
+        self.summary = self._table(results)
         if trainer.is_global_zero:
             protocol = self.measure.protocol(self.count)
-            content = dict(protocol=protocol, seeds=self.seeds, k=module.k, results=self.report)
+            content = dict(protocol=protocol, seeds=self.seeds, k=module.k, results=results)
             with tolerate_write_errors(str(self.file)):
                 write_text(self.file, json.dumps(content, indent=2) + "\n")
 
-    def table(self) -> str:
-        """Return the final values as text."""
+    def _table(self, results: Values) -> str:
         extractor, reference = self.measure.extractor, self.measure.reference
-        first, *names = next(iter(self.report.values()))
-        shown = [name for name in (first, *names) if "_std" not in name]
+        shown = [name for name in next(iter(results.values())) if "_std" not in name]
         title = f"{self.count} samples against {reference.count} images"
         if extractor.name != INCEPTION:
             title += f" in the features of {extractor.name}: not FID"
-        bound = self.report.get("train_images", {}).get(first)
+        bound = results.get("train_images", {}).get(shown[0])
         times = f"{'x train':>9}" if bound else ""
         lines = [title, f"{'':<24}{times}" + "".join(f"{name:>{len(name) + 2}}" for name in shown)]
-        for title, values in self.report.items():
-            times = f"{values[first] / bound:>9.2f}" if bound else ""
+        for title, values in results.items():
+            times = f"{values[shown[0]] / bound:>9.2f}" if bound else ""
             cells = "".join(f"{values[name]:>{len(name) + 2}.4g}" for name in shown)
             lines.append(f"{title:<24}{times}{cells}")
         return "\n".join(lines)
 
     def _measure_all(self, module: ConsistencyModule, seeds: Sequence[int]) -> Values:
         """Measure every sampler and set of weights, and log the means over the seeds and the time."""
-        began = time.perf_counter()
-        trainer, results = module.trainer, {}
-        for weights in self.weights:
-            for name, sampler in self.samplers.items():
-                runs = []
-                for seed in seeds:
-                    with module.sampling(weights, seed) as request:
-                        numbers = batches(self.count, self.batch_size)
-                        images = generate(request, sampler, numbers)
-                        runs.append(self.measure(images, self.count))
-                means = {metric: sum(run[metric] for run in runs) / len(runs) for metric in runs[0]}
-                results[f"{name}/{weights}"] = means
+        trainer, results, began = module.trainer, {}, time.perf_counter()
+        for weights, (name, sampler) in product(self.weights, self.samplers.items()):
+            runs = []
+            for seed in seeds:
+                with module.sampling(weights, seed) as request:
+                    images = generate(request, sampler, batches(self.count, self.batch_size))
+                    runs.append(self.measure(images, self.count))
+            means = {metric: sum(run[metric] for run in runs) / len(runs) for metric in runs[0]}
+            results[f"{name}/{weights}"] = means
         seconds = time.perf_counter() - began
-        count = self.count * len(results) * len(seeds)
-        print_once(f"Evaluation at step {module.k}: {count:,} samples in {seconds:.1f} s")
+        drawn = self.count * len(results) * len(seeds)
+        print_once(f"Evaluation at step {module.k}: {drawn:,} samples in {seconds:.1f} s")
         values = {f"{m}/{title}": v for title, means in results.items() for m, v in means.items()}
         values["evaluation_seconds"] = seconds
         # `module.log` would repeat the values in every later row.
@@ -141,10 +132,12 @@ class Evaluation(Periodic):
         """Measure the training images, which bound the samples, and noise; nothing if they are the reference."""
         if self.measure.reference.protocol["reference"].get("set") != "held_out":
             return {}
-        train, workers = module.data.train_source, module.data.num_workers
-        images = images_of(train, self.batch_size, workers, "Train images")
-        bounds = {"train_images": self.measure(images, len(train))}
-        return bounds | {"noise": self.measure(self._noise(module), self.count)}
+        train = module.data.train_source
+        images = images_of(train, self.batch_size, module.data.num_workers, "Train images")
+        return {
+            "train_images": self.measure(images, len(train)),
+            "noise": self.measure(self._noise(module), self.count),
+        }
 
     def _noise(self, module: ConsistencyModule) -> Iterator[Numbered]:
         assert module.card is not None

@@ -1,19 +1,22 @@
 """Every n optimizer steps; and how callbacks find each other."""
-# mypy: disable-error-code="override"
 
 from typing import Any, TypeVar
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
 from consistency.errors import require
 from consistency.training.module import ConsistencyModule
 
-Kind = TypeVar("Kind", bound=Callback)
+Kind = TypeVar("Kind", bound=L.Callback)
 
 
-class Periodic(Callback):
-    """Calls `at_step` once after every n optimizer steps that are taken, also under accumulation."""
+class Periodic(L.Callback):
+    """Calls `at_step` once after every n optimizer steps that are taken, except the last one of the run.
+
+    summary: what the command prints about it at the end of a run.
+    """
+
+    summary = ""
 
     def __init__(self, every_n_train_steps: int) -> None:
         expected = f"every_n_train_steps >= 1 for {type(self).__name__}"
@@ -22,15 +25,16 @@ class Periodic(Callback):
         self.every = every_n_train_steps
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
-        if module.k != module.k_before and module.k % self.every == 0:
+        due = module.k != module.k_before and module.k % self.every == 0
+        if due and trainer.global_step != trainer.max_steps:
             self.at_step(trainer, module)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Act, every n steps."""
+        """Act, every n steps; the hooks at the end of a run act by themselves."""
         raise NotImplementedError
 
 
 def callback_of(trainer: L.Trainer, kind: type[Kind]) -> Kind | None:
     """Return the first callback of a kind in a run, or None."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)

@@ -1,42 +1,35 @@
 """Signals that end a run: SIGTERM and SIGUSR1, as schedulers send them before they take a machine away, and Ctrl-C."""
-# mypy: disable-error-code="override"
 
 import signal
 import threading
-from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 
 from consistency.runtime import rendezvous, signals
 from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.callbacks.periodic import callback_of
 from consistency.training.io_errors import warn
-from consistency.training.lightning_patches import take_signals
+from consistency.training.lightning_patches import batches_before, take_signals
 from consistency.training.module import ConsistencyModule
 
 
-class Preempted(SystemExit):
-    """The end of a run by a signal. Status: 128 + its number (SIGTERM 143, SIGUSR1 138, Ctrl-C 130)."""
+class Preemption(L.Callback):
+    """On a signal to any rank: completes the optimizer step, writes `last.ckpt`, and ends every rank.
 
-
-class Preemption(Callback):
-    """On a signal to any rank: completes the optimizer step, writes `last.ckpt`, and ends every rank with `Preempted`.
-
-    Under SLURM with requeueing, Lightning's own handler has the job queued again afterwards.
+    The status is 128 + the signal's number: SIGTERM 143, SIGUSR1 138, Ctrl-C 130. Under SLURM with requeueing, Lightning's
+    own handler has the job queued again afterwards.
     """
 
-    def __init__(self) -> None:
-        self._received = (0, 0)  # the signal, and whether the job is queued again
+    _received = (0, 0)  # the signal, and whether the job is queued again
 
     def setup(self, trainer: L.Trainer, module: ConsistencyModule, stage: str) -> None:
         self._requeue = take_signals(trainer, self._note)
 
     def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Handle SIGUSR1 if nothing else does (Lightning restores all handlers at the end), and the first Ctrl-C."""
-        signals.call_instead(partial(self._note, signal.SIGINT))
+        signals.call_instead(lambda: self._note(signal.SIGINT))
         free = signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
         if free and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, lambda number, _: self._note(number))
@@ -44,11 +37,10 @@ class Preemption(Callback):
     def _note(self, number: int, *, requeue: bool = False) -> None:
         self._received = (number, int(requeue))
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: ConsistencyModule, batch: Any, index: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         """Leave before a step: the one before is complete and its metrics are logged."""
-        if index > 0 and index % trainer.accumulate_grad_batches == 0:
+        before = batches_before(trainer)
+        if before > 0 and before % trainer.accumulate_grad_batches == 0:
             self._leave(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
@@ -74,4 +66,4 @@ class Preemption(Callback):
         warn(f"{signal.Signals(number).name}: stopped after step k={module.k}; {saved}")
         if requeue:
             self._requeue(number, None)
-        raise Preempted(128 + number)
+        raise SystemExit(128 + number)

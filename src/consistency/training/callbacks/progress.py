@@ -1,25 +1,23 @@
 """Training speed, and the progress bar that shows it."""
-# mypy: disable-error-code="override"
 
 import time
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from consistency.training.module import ConsistencyModule
 
 
-class Throughput(Callback):
+class Throughput(L.Callback):
     """Logs `images_per_second` over all devices and `training_seconds`, without evaluation, pictures and checkpoints.
 
     The seconds of a resumed run continue those before.
     """
 
     def __init__(self) -> None:
-        self._seconds, self._images = 0.0, 0
-        self.total_seconds = 0.0
+        self.total_seconds, self._seconds, self._images = 0.0, 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"total_seconds": self.total_seconds}
@@ -53,9 +51,8 @@ class StepBar(TQDMProgressBar):
         bar.n = bar.initial = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         bar.refresh()
 
-    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        super().on_train_epoch_start(trainer, *_)
-        self.train_progress_bar.set_description("Training")
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """Keep the bar: a run is one epoch."""
 
     def on_exception(self, *_: Any) -> None:
         """Close the bar, which would otherwise appear once more below the error message."""

@@ -1,11 +1,9 @@
 """The stages of progressive distillation: functions of the step k."""
-# mypy: disable-error-code="override"
 
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
 from consistency.averaging import frozen_copy, update_average
 from consistency.denoiser import Denoiser
@@ -15,7 +13,7 @@ from consistency.training.callbacks.periodic import callback_of
 from consistency.training.module import ConsistencyModule
 
 
-class DistillationStages(Callback):
+class DistillationStages(L.Callback):
     """Sets the module's `target` to the teacher of the stage; a new stage begins when N(k) changes.
 
     The teacher then takes the student's weights, the optimizer forgets its moments, and the evaluation averages restart
@@ -29,19 +27,14 @@ class DistillationStages(Callback):
     def setup(self, trainer: L.Trainer, module: ConsistencyModule, stage: str) -> None:
         states = (denoiser.network.state_dict() for denoiser in (self.teacher, module.online))
         teacher, student = ({name: v.shape for name, v in state.items()} for state in states)
-        require(
-            teacher == student,
-            "a teacher of the same network as model=, because the student will replace it",
-            "a teacher of another network",
-            "choose the model= of the teacher",
-        )
+        expected = "a teacher of the same network as model=, because the student will replace it"
+        remedy = "choose the model= of the teacher"
+        require(teacher == student, expected, "a teacher of another network", remedy)
         averages = callback_of(trainer, EvaluationEMA)
-        require(
-            averages is None or not averages.widths,
-            "averages of constant decay, which restart at every stage",
-            f"callbacks.evaluation_ema.widths={averages and averages.widths}",
-            "give decays and widths=[]",
-        )
+        expected = "averages of constant decay, which restart at every stage"
+        widths = averages.widths if averages else []
+        got = f"callbacks.evaluation_ema.widths={widths}"
+        require(not widths, expected, got, "give decays and widths=[]")
         module.target = frozen_copy(self.teacher)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:

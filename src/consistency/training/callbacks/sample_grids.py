@@ -1,5 +1,4 @@
 """Pictures of a run: samples from fixed noise, and curves of its metrics."""
-# mypy: disable-error-code="override"
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,13 +32,11 @@ class SampleGrids(Periodic):
         seed: int,
     ) -> None:
         super().__init__(every_n_train_steps)
-        expected = "callbacks.samples.num_samples and batch_size of at least 1"
-        numbers = (num_samples, batch_size)
-        require(min(numbers) >= 1, expected, numbers, "give positive numbers")
+        expected = "callbacks.samples.num_samples and batch_size >= 1"
+        require(min(num_samples, batch_size) >= 1, expected, (num_samples, batch_size), "give more")
         self.folder, self.samplers, self.weights = Path(folder), samplers, weights
-        self.newest = self.folder / "latest.png"
+        self.summary = f"Samples:    {self.folder / 'latest.png'}"
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self._last_k = -1
 
     def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         """Refuse unknown weights before the first step."""
@@ -47,13 +44,10 @@ class SampleGrids(Periodic):
             pass
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        if module.k != self._last_k:
-            self.at_step(trainer, module)
+        self.at_step(trainer, module)
 
     @torch.no_grad()
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Draw the samples."""
-        self._last_k = module.k
         if not trainer.is_global_zero:
             return
         assert module.card is not None
@@ -69,12 +63,11 @@ class SampleGrids(Periodic):
         with tolerate_write_errors(f"the picture of step k={module.k}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             sheet.save(self.folder / f"step_{module.k:08d}.png")
-            sheet.save(self.newest)
+            sheet.save(self.folder / "latest.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [sheet], step=module.k)
-            if isinstance(logger, PatientTensorBoardLogger):
-                # At the step of its metrics, which a resumed run keeps.
+            if isinstance(logger, PatientTensorBoardLogger):  # at the step of its metrics
                 logger.log_image("samples", [sheet], step=trainer.global_step - 1)
 
 
@@ -89,7 +82,6 @@ class Curves(Periodic):
         self.at_step(trainer, module)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Draw the curves."""
         for logger in trainer.loggers:
             logger.save()
         if trainer.is_global_zero and self.metrics.is_file():

@@ -1,16 +1,14 @@
 """Schedules N(k) and the learning rate: functions of the step k, so a resumed run needs no state of theirs."""
-# mypy: disable-error-code="override"
 
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
 from consistency.training.module import ConsistencyModule
 
 
-class ScaleSchedule(Callback):
+class ScaleSchedule(L.Callback):
     """Sets N(k), the `num_scales` of the objective."""
 
     def __init__(self, *, num_scales: Callable[[int], int]) -> None:
@@ -21,7 +19,7 @@ class ScaleSchedule(Callback):
         module.log("N", float(module.num_scales), prog_bar=True)
 
 
-class LearningRateSchedule(Callback):
+class LearningRateSchedule(L.Callback):
     """Sets the learning rate to `factor(k)` times the optimizer's own, and logs it."""
 
     def __init__(self, *, factor: Callable[[int], float]) -> None:
