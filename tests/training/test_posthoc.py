@@ -1,5 +1,6 @@
 """Power-function averages of a run, its snapshots, and averages of other widths from them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,19 @@ def test_an_average_wider_than_the_run_can_bear_is_one_line(verb: Run) -> None:
     assert len(lines) == 1
     assert "0.9 (10 steps)" in lines[0]
     assert "0.0 (" not in lines[0]
+
+
+def test_evaluation_finds_the_best_width_and_draws_the_curve(
+    verb: Run, run: Path, tmp_path: Path
+) -> None:
+    given = ["data=digits", "num_samples=40", "samplers=[onestep]", "logger=none", "device=cpu"]
+    metrics = ["evaluation.extractor=classifier", f"output={tmp_path / 'measured'}"]
+    widths = "weights=posthoc:[0.05,0.07,0.1]"
+    outcome = verb("evaluate", f"checkpoint={run}", widths, *given, *metrics)
+    assert outcome.status == 0, outcome.err
+    results = json.loads((tmp_path / "measured" / "evaluation.json").read_text())["results"]
+    values = {result["weights"]: result["frechet_classifier"] for result in results}
+    assert list(values) == ["posthoc:0.05", "posthoc:0.07", "posthoc:0.1"]
+    best = min(values, key=lambda name: values[name])
+    assert f"Best of onestep: weights={best}," in outcome.out
+    assert (tmp_path / "measured" / "widths.png").is_file()

@@ -75,7 +75,7 @@ def reconstruct(
         f"the averages {', '.join(averages) or 'none'}",
         "train with callbacks.evaluation_ema.widths=[0.05,0.1]",
     )
-    width = parsed_width(name)
+    width = width_of(name)
     folder = checkpoint.parent.parent / SNAPSHOTS
     files = {int(file.stem): file for file in folder.glob("*.safetensors") if file.stem.isdigit()}
     files = {step: file for step, file in sorted(files.items()) if step < k}
@@ -99,7 +99,7 @@ def reconstruct(
     return {n: tensor.float() for n, tensor in total.items()}
 
 
-def parsed_width(name: str) -> float:
+def width_of(name: str) -> float:
     """Return the width of posthoc:<width>."""
     text = name.removeprefix(POSTHOC)
     try:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from consistency.checkpoints.load import find, load_sets
+from consistency.checkpoints.posthoc import POSTHOC, width_of
 from consistency.commands.cli import require_fresh
 from consistency.data.decode import MODES, colour_of, read_picture, to_tensor
 from consistency.data.listing import files_at
@@ -28,6 +29,7 @@ from consistency.evaluation.metrics import Measure, measure_against
 from consistency.inference.generate import generate
 from consistency.inference.model import Model
 from consistency.inference.options import fill_process, request_of, require_suited
+from consistency.inference.plots import draw_lines
 from consistency.runtime.devices import chosen_device, require_devices, share_threads
 from consistency.runtime.files import fingerprint, path_of, write_text
 from consistency.runtime.launch import one_job
@@ -211,6 +213,7 @@ class Report:
         seconds = self.measure.clock.read()
         self.results.append({**names, **values, "seconds": seconds})
         self.values += values.values()
+        self.metric = next(iter(values))
         if not self.is_writer:
             return
         text = json.dumps({**self.head, "results": self.results}, indent=2)
@@ -239,6 +242,23 @@ class Report:
         """Print the table, close the loggers, and return the first value."""
         if self.is_writer:
             print(f"\n{self.table()}\nWritten: {self.output / 'evaluation.json'}")
+            self.compare_widths()
         for logger in self.loggers:
             logger.finalize("success")
         return self.values[0]
+
+    def compare_widths(self) -> None:
+        """Draw the first metric over the widths of weights=posthoc:[...], and print the best of each sampler."""
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for result in self.results:
+            if str(result.get("weights")).startswith(POSTHOC):
+                point = width_of(result["weights"]), result[self.metric]
+                lines.setdefault(result["sampler"], []).append(point)
+        if max(map(len, lines.values()), default=0) < 2:
+            return
+        picture = self.output / "widths.png"
+        draw_lines(lines, picture, "relative width of the average", self.metric)
+        for sampler, points in lines.items():
+            width, value = min(points, key=lambda point: point[1])
+            print(f"Best of {sampler}: weights={POSTHOC}{width:g}, {self.metric} {value:.4g}")
+        print(f"Curve:   {picture}")

@@ -80,10 +80,14 @@ def quoted(text: str) -> str:
 def spelled_out(argument: str) -> list[str]:
     """Spell out the short forms of a choice.
 
-    null is its option `none`; a path is its option `file`: mask=a.png is mask=file mask.path=a.png.
+    null is its option `none`; a path is its option `file`: mask=a.png is mask=file mask.path=a.png. Several widths of
+    an average are several sets of weights: weights=posthoc:[0.05,0.1].
     """
     if argument == "experiment=null":
         return []
+    if widths := re.fullmatch(r"weights=posthoc:\[(.+)\]", argument):
+        sets = (f"posthoc:{width.strip()}" for width in widths[1].split(","))
+        return [f"weights=[{','.join(sets)}]"]
     group, _, value = argument.partition("=")
     choice = "sampler" if group == "samplers" else group.partition("@")[0]
     options = {file.stem for file in (ROOT / "conf" / choice).glob("*.yaml")}

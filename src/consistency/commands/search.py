@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.checkpoints import ours
@@ -21,6 +20,7 @@ from consistency.errors import require
 from consistency.evaluation.metrics import Measure, measure_against
 from consistency.inference import options
 from consistency.inference.generate import drawing, in_batches
+from consistency.inference.plots import draw_lines
 from consistency.runtime.allowlist import require_trusted
 from consistency.runtime.devices import chosen_device, require_devices
 from consistency.runtime.files import fingerprint, write_text
@@ -193,13 +193,7 @@ class Log:
         curves: dict[str, list[tuple[float, float]]] = {}
         for name, value in self.values.items():
             before, _, last = name.rpartition(" ")
-            curves.setdefault(before, []).append((float(last), value))
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot()
-        for prefix, points in curves.items():
-            shown = ", ".join(f"{float(t):.4g}" for t in prefix.split())
+            shown = ", ".join(f"{float(t):.4g}" for t in before.split())
             label = f"after t = {shown}" if shown else "one step"
-            axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
-        axes.set(xscale="log", xlabel="time point t", ylabel=self.metric)
-        axes.legend()
-        figure.savefig(self.picture, dpi=110)
+            curves.setdefault(label, []).append((float(last), value))
+        draw_lines(curves, self.picture, "time point t", self.metric)

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -60,6 +60,19 @@ def columns_for(count: int, num_classes: int | None = None) -> int:
     if num_classes is not None and num_classes <= MOST_COLUMNS:
         return num_classes
     return max(1, math.ceil(math.sqrt(count)))
+
+
+def draw_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]], picture: Path, x: str, y: str
+) -> None:
+    """Draw y over x on a logarithmic axis, a line for each label."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
+    axes.set(xscale="log", xlabel=x, ylabel=y)
+    axes.legend()
+    figure.savefig(picture, dpi=110)
 
 
 def read_metrics(file: Path) -> dict[str, tuple[list[float], list[float]]]:
