@@ -15,7 +15,7 @@ import consistency
 from conftest import ROOT, TINY, Run
 from consistency.commands import cli, train
 from consistency.errors import UserError
-from consistency.runtime import launch
+from consistency.runtime import launch, signals
 
 SMALL = [*TINY, "mode=ct", "data=digits", "trainer.max_steps=1", "callbacks.curves=null"]
 
@@ -125,6 +125,7 @@ def test_further_processes_are_told_what_was_changed(
 
     def main(config: object, output: Path) -> None:
         commands.append(launch._rank_command(1)[0])
+        signals.unblock()  # as when all ranks are started
 
     for each in (config, deepcopy(config)):
         cli.called(main, each, "train")

@@ -76,8 +76,8 @@ MUTATIONS = [
     Mutation(
         "dropout drawn anew in the second pass",
         f"{SOURCE}/randomness.py",
-        "    state.restore()\n    try",
-        "    try",
+        "                torch.set_rng_state(self.state)\n            yield",
+        "                pass\n            yield",
     ),
     Mutation(
         "mu of N(k) instead of N(k) - 1",
@@ -114,8 +114,8 @@ MUTATIONS = [
     Mutation(
         "no stop-gradient",
         f"{SOURCE}/objectives.py",
-        "with torch.set_grad_enabled(not self.stop_gradient), replayed",
-        "with torch.enable_grad(), replayed",
+        "with torch.set_grad_enabled(not self.stop_gradient), dropout",
+        "with torch.enable_grad(), dropout",
     ),
     Mutation(
         "teacher in train mode",
