@@ -15,9 +15,9 @@ imports only from its floor and those below it, and torch and jaxtyping:
 
 The shell stands in rooms:
 
-    runtime             devices files ranks rendezvous (of the processes of a job) launch signals redaction (of secrets)
+    runtime             files ranks rendezvous (of the processes of a job) launch signals redaction (of secrets)
                         allowlist (of what a configuration from elsewhere may name)
-    inference           card (what a model is) model (what `load` returns) generate (numbered samples) options plots
+    inference           card (what a model is) model (what `load` returns, and numbered samples) options plots
     checkpoints         load contents; ours openai nvlabs jcm diffusers (folders; diffusers_unet,
                         diffusers_time_embedding); wrapped (state dicts below any keys), pickle_reader,
                         msgpack_reader, pretrained (published files), retention (last, previous, best)

@@ -26,11 +26,9 @@ from consistency.data.memory import load_into_memory
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.metrics import Measure, measure_against
-from consistency.inference.generate import generate
-from consistency.inference.model import Model
-from consistency.inference.options import fill_process, request_of, require_suited
+from consistency.inference import options
+from consistency.inference.model import Model, generate
 from consistency.inference.plots import draw_lines
-from consistency.runtime.devices import chosen_device, require_devices, share_threads
 from consistency.runtime.files import fingerprint, path_of, write_text
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import batches, is_first, print_once, rank_and_size
@@ -50,8 +48,7 @@ def evaluate(config: DictConfig, output: Path) -> float:
     one = "checkpoint=<run or file> to draw from, or samples=<folder or .npz> to measure"
     got = "neither" if config.checkpoint is None else "both"
     require((config.checkpoint is None) != (config.samples is None), one, got, "give one of them")
-    device = chosen_device(config.device)
-    require_devices(device, config.devices, config.precision)
+    device = options.chosen_device(config.device, config.devices, config.precision)
     with one_job():
         fabric = Fabric(
             accelerator=device.type,
@@ -60,7 +57,7 @@ def evaluate(config: DictConfig, output: Path) -> float:
             strategy="ddp" if config.devices * config.num_nodes > 1 else "auto",
         )
         fabric.launch()
-        share_threads(device, config.devices)
+        options.share_threads(device, config.devices)
         measure_all = _evaluate_model if config.samples is None else _evaluate_samples
         return measure_all(config, fabric.device, output).finish()
 
@@ -72,9 +69,9 @@ def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> "
     samplers = [samplers_of(config, model) for model in models]
     report = Report(config, measure_of(config, models[0].shape, device), output)
     clock, shares = report.measure.clock, batches(config.num_samples, config.batch_size)
-    options: Any = {**config, "device": str(device)}
+    settings: Any = {**config, "device": str(device)}
     for model, named in zip(models, samplers, strict=True):
-        request = request_of(options, model)
+        request = options.request_of(settings, model)
         for title, sampler in named.items():
             evaluations = list[int]()
 
@@ -108,9 +105,9 @@ def samplers_of(config: DictConfig, model: Model) -> dict[str, Sampler]:
     """Build the samplers by name, with the time range and time points of this model."""
     own, samplers = deepcopy(config), {}
     for title, node in own.samplers.items():
-        fill_process(own, node, model)
+        options.fill_process(own, node, model)
         sampler = samplers[str(title)] = instantiate(node, _convert_="all")
-        require_suited(sampler, model, force=config.force)
+        options.require_suited(sampler, model, force=config.force)
     return samplers
 
 

@@ -21,9 +21,8 @@ from consistency.commands.cli import require_fresh
 from consistency.data.decode import to_picture
 from consistency.errors import require
 from consistency.inference import options, plots
-from consistency.inference.generate import Request, drawing, in_batches, samples
+from consistency.inference.model import Request, drawing, in_batches, samples
 from consistency.pixels import to_uint8
-from consistency.runtime.devices import chosen_device, require_devices
 from consistency.runtime.files import fingerprint, written_whole
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
@@ -37,7 +36,7 @@ def sample(config: DictConfig, output: Path) -> None:
 
     A folder with samples of the same settings is continued: the missing samples are drawn into parts/.
     """
-    require_devices(chosen_device(config.device), config.devices, config.precision)
+    options.chosen_device(config.device, config.devices, config.precision)
     model = load(config.checkpoint, weights=config.weights, role=config.role)
     options.fill_process(config, config.sampler, model)
     sampler: Sampler = instantiate(config.sampler, _convert_="all")
