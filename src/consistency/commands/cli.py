@@ -253,18 +253,6 @@ def run_folder(resume: str | None, fresh: str) -> str:
     return fresh if resume in (None, AUTO) or not path_of(resume).is_dir() else resume
 
 
-def require_fresh(
-    folder: Path, remedy: str = "choose another output=, or move the old one away"
-) -> None:
-    """Refuse to write into a folder with content."""
-    require(
-        not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
-        f"a new or empty folder to write to at output={folder}",
-        "a folder with content" if folder.is_dir() else "a file",
-        remedy,
-    )
-
-
 def compose(overrides: Sequence[str] = (), verb: str = "train") -> DictConfig:
     """Return the checked configuration of src/<verb>.py with these options, written as on its command line.
 

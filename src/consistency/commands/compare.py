@@ -12,10 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from consistency.checkpoints.load import load
-from consistency.commands.cli import require_fresh
 from consistency.errors import require
 from consistency.inference import plots
-from consistency.runtime.files import ROOT
+from consistency.runtime.files import ROOT, require_fresh
 
 FRECHET, PRECISION, RECALL = "frechet_classifier", "precision_classifier", "recall_classifier"
 STRIP, COLUMNS = 30, 15

@@ -13,12 +13,12 @@ from consistency.checkpoints.diffusers import write_diffusers
 from consistency.checkpoints.load import load
 from consistency.checkpoints.openai import require_openai, write_openai
 from consistency.checkpoints.ours import SEALED, write_sealed
-from consistency.commands.cli import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.errors import require
 from consistency.inference.model import Model
 from consistency.pixels import to_uint8
 from consistency.randomness import generator
+from consistency.runtime.files import require_fresh
 
 TORCH = (".pt", ".pth", ".ckpt")
 CHOICES = {"to": (ours.FORMAT, "openai", "diffusers"), "role": ("teacher", "consistency", None)}

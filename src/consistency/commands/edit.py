@@ -15,7 +15,6 @@ from torch import Generator, Tensor
 
 from consistency import editing
 from consistency.checkpoints.load import load
-from consistency.commands.cli import require_fresh
 from consistency.data.crop import halving
 from consistency.data.decode import read_picture, to_picture
 from consistency.data.listing import read_images
@@ -26,7 +25,7 @@ from consistency.inference.model import Model, Request, by_batch, edits
 from consistency.inference.options import chosen_device, fill_process, request_of
 from consistency.pixels import to_uint8, to_unit
 from consistency.randomness import SampleNoise, generator
-from consistency.runtime.files import path_of, written_whole
+from consistency.runtime.files import path_of, require_fresh, written_whole
 from consistency.samplers import at, heun, indexed_times
 from consistency.tensors import Data, Label
 

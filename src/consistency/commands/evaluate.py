@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from consistency.checkpoints.load import find, load_sets
 from consistency.checkpoints.posthoc import POSTHOC, width_of
-from consistency.commands.cli import require_fresh
 from consistency.data.decode import MODES, colour_of, read_picture, to_tensor
 from consistency.data.listing import files_at
 from consistency.data.memory import load_into_memory
@@ -29,7 +28,7 @@ from consistency.evaluation.metrics import Measure, measure_against
 from consistency.inference import options
 from consistency.inference.model import Model, generate
 from consistency.inference.plots import draw_lines
-from consistency.runtime.files import fingerprint, path_of, write_text
+from consistency.runtime.files import fingerprint, path_of, require_fresh, write_text
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import batches, is_first, print_once, rank_and_size
 from consistency.samplers import Sampler

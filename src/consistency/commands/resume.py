@@ -17,11 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 from consistency.checkpoints.load import CHECKPOINTS, LAST, PREVIOUS
 from consistency.checkpoints.retention import newest
 from consistency.commands import schema
-from consistency.commands.cli import AUTO, require_fresh
+from consistency.commands.cli import AUTO
 from consistency.commands.overrides import given_options
 from consistency.errors import UserError, require
 from consistency.runtime import allowlist, rendezvous
-from consistency.runtime.files import path_of
+from consistency.runtime.files import path_of, require_fresh
 from consistency.runtime.redaction import MASK, masked
 
 CONFIG, ABSENT = "config.yaml", "nothing"
@@ -82,25 +82,20 @@ def _folder_of_run(resume: str | None, output: Path) -> Path | None:
         # At most a part of its configuration, of a process that died at once.
         print(f"No run to resume at {output}: it begins there.", flush=True)
         return None
-    got = (
-        "a folder without one"
-        if folder.is_dir()
-        else "a file"
-        if folder.exists()
-        else "no such folder"
-    )
+    kind = "a folder without one" if folder.is_dir() else "a file"
+    got = kind if folder.exists() else "no such folder"
     remedy = "check the path, which is relative to the folder the command runs in"
     for run in folder.parents[:2]:
         if folder.exists() and (run / CONFIG).is_file():
             remedy = f"say {shlex.quote(f'resume={run}')}"
     expected = f"a run folder with its {CONFIG} at resume={folder}"
     require((folder / CONFIG).is_file(), expected, got, remedy)
-    got, remedy = (
+    require(
+        folder.resolve() == output.resolve(),
+        "the same folder at output= and resume=",
         f"output={output} and resume={folder}",
         "leave output= out; in a sweep say output=<folder> resume=auto",
     )
-    same = folder.resolve() == output.resolve()
-    require(same, "the same folder at output= and resume=", got, remedy)
     return folder
 
 

@@ -17,13 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from consistency.checkpoints.load import load
-from consistency.commands.cli import require_fresh
 from consistency.data.decode import to_picture
 from consistency.errors import require
 from consistency.inference import options, plots
 from consistency.inference.model import Request, drawing, in_batches, samples
 from consistency.pixels import to_uint8
-from consistency.runtime.files import fingerprint, written_whole
+from consistency.runtime.files import fingerprint, write_text, written_whole
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
 
@@ -73,9 +72,7 @@ def begin(folder: Path, settings: dict[str, Any], checkpoint: Path) -> set[int]:
     fixed = {k: v for k, v in settings.items() if k not in FREE}
     text = json.dumps(fixed | {"checkpoint": fingerprint(checkpoint)}, default=str)
     if not options.record_of(state, json.loads(text), "samples"):
-        require_fresh(folder)
-        with written_whole(state) as file:
-            file.write(text.encode())
+        write_text(state, text)
         return set()
     known = set(read(folder))
     needed = max(known, default=-1) + 1

@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from consistency.checkpoints import ours
 from consistency.checkpoints.load import find, load
-from consistency.commands.cli import require_fresh
 from consistency.commands.overrides import shell_line
 from consistency.data.source import Source
 from consistency.errors import require
@@ -152,8 +151,6 @@ class Log:
         if record := options.record_of(self.file, settings, "search"):
             self.values = record["values"]
             print(f"{folder} has {len(self.values)} measured values: going on")
-        else:
-            require_fresh(folder)
 
     def search(self, grid: list[float], points: int) -> list[float]:
         """Search so many points of the grid after the first, greedily; each lies after the one before it."""

@@ -4,9 +4,8 @@ Noise and label of number i depend on (seed, i) alone: batches and devices chang
 """
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -210,7 +209,7 @@ def drawing(prepare: Callable[[int, int], Request], processes: int) -> Iterator[
         ranks.put(rank)
     pool = ProcessPoolExecutor(processes, context, _start, (os.getpid(), prepare, ranks, processes))
     try:
-        yield partial(_generate_on, pool, 2 * processes)
+        yield partial(_generate_on, pool)
     except BrokenProcessPool as error:
         remedy = "look at the memory of the machine; the same command again goes on"
         raise UserError("processes that draw to the end", "one that was killed", remedy) from error
@@ -219,21 +218,12 @@ def drawing(prepare: Callable[[int, int], Request], processes: int) -> Iterator[
 
 
 def _generate_on(
-    pool: ProcessPoolExecutor, ahead: int, sampler: Sampler, batches: Batches
+    pool: ProcessPoolExecutor, sampler: Sampler, batches: Batches
 ) -> Iterator[Numbered]:
-    waiting: deque[Future[tuple[Sequence[int], np.ndarray]]] = deque()
-
-    def first() -> Numbered:
-        numbers, pixels = waiting.popleft().result()
-        return numbers, torch.from_numpy(pixels)
-
-    for numbers in batches:
-        if len(waiting) == ahead:
-            yield first()
-        with signals.blocked():  # a process that starts would answer Ctrl-C with a stack trace
-            waiting.append(pool.submit(_generate, sampler, numbers))
-    while waiting:
-        yield first()
+    with signals.blocked():  # a process that starts would answer Ctrl-C with a stack trace
+        drawn = pool.map(partial(_generate, sampler), batches)
+    for numbers, pixels in drawn:
+        yield numbers, torch.from_numpy(pixels)
 
 
 _request: Callable[[], Request]  # of a process that draws

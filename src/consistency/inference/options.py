@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from consistency.checkpoints.load import load
 from consistency.errors import UserError, require
 from consistency.inference.model import Model, Request
-from consistency.runtime.files import ROOT, fingerprint
+from consistency.runtime.files import ROOT, fingerprint, require_fresh
 from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
 from consistency.tensors import Denoise
 
@@ -28,9 +28,10 @@ def chosen_device(name: str, devices: int = 1, precision: str = "32-true") -> to
 
     Refuse more devices than this machine has, and a precision that the device lacks.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
-        device = (accelerator or torch.device("cpu")) if name == "auto" else torch.device(name)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         got = f"device={name} ({str(error).splitlines()[0]})"
@@ -134,8 +135,9 @@ def require_suited(sampler: Sampler, model: Model, *, force: bool) -> None:
 
 
 def record_of(file: Path, settings: dict[str, Any], work: str) -> dict[str, Any]:
-    """Return the record of the work in a folder; empty if there is none. Refuse to go on with other settings."""
+    """Return the record of the work in a folder; empty in a fresh one. Refuse other content and other settings."""
     if not file.is_file():
+        require_fresh(file.parent)
         return {}
     record: dict[str, Any] = json.loads(file.read_text())
     before = record.get("settings", record)

@@ -33,6 +33,18 @@ def path_of(path: str | os.PathLike[str]) -> Path:
     return Path(expanded(os.fspath(path)))
 
 
+def require_fresh(
+    folder: Path, remedy: str = "choose another output=, or move the old one away"
+) -> None:
+    """Refuse to write into a folder with content."""
+    require(
+        not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+        f"a new or empty folder to write to at output={folder}",
+        "a folder with content" if folder.is_dir() else "a file",
+        remedy,
+    )
+
+
 def part_path(path: Path) -> Path:
     """Return the path at which a file is written before it is renamed."""
     return path.with_name(f"{path.name}.part")
@@ -83,17 +95,13 @@ def move(old: Path, new: Path) -> None:
 
     At no moment a file stands beside the checksum of another, and what needs room on the disk comes first.
     """
-    beside, stamp = checksum_path(old), part_path(checksum_path(new))
+    beside, replaced = checksum_path(old), checksum_path(new)
     digest = beside.read_text().split()[0] if beside.is_file() else fingerprint(old)
-    try:
-        stamp.write_text(f"{digest}  {new.name}\n")
-        checksum_path(new).unlink(missing_ok=True)
+    with written_whole(replaced) as stamp:
+        stamp.write(f"{digest}  {new.name}\n".encode())
+        stamp.flush()
+        replaced.unlink(missing_ok=True)
         old.replace(new)
-        stamp.replace(checksum_path(new))
-    except OSError:
-        with suppress(OSError):
-            stamp.unlink(missing_ok=True)
-        raise
     beside.unlink(missing_ok=True)
 
 
