@@ -112,8 +112,8 @@ def test_classes_are_chosen_by_name(trained: dict[str, Path]) -> None:
     actions = Actions(model, Path())
     assert actions.labels[0] == "any"
     assert len(actions.labels) == 11
-    assert actions.label_of("any") is None
-    assert actions.label_of(actions.labels[4]) == 3
+    assert actions.labels["any"] is None
+    assert list(actions.labels.values())[4] == 3
 
 
 def test_wrong_options_are_told(process: Run, trained: dict[str, Path]) -> None:

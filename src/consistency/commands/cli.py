@@ -35,22 +35,18 @@ RECORD = "_composed"  # the attribute of a configuration with what Hydra compose
 AUTO = "auto"  # resume=auto: continue the run at output=, or begin one there
 PATIENCE = 300.0  # seconds that processes wait at the start, without trainer.strategy.timeout
 
+# Errors that a person can act on: printed without a traceback, with exit status 2.
 ERRORS = (UserError, HydraException, OmegaConfBaseException)
-"""Errors that a person can act on: printed without a traceback, with exit status 2."""
-
+# The commands that run on several ranks, and the prefix of their options `devices` and `num_nodes`.
 COLLECTIVE = {"train": "trainer.", "evaluate": ""}
-"""The commands that run on several ranks, and the prefix of their options `devices` and `num_nodes`."""
+CONTINUED = ("sample", "search", "prepare")  # commands that continue their unfinished output
 
-CONTINUED = ("sample", "search", "prepare")
-"""The commands that continue their unfinished output when they are run again."""
-
+# The function of a command, of configuration and output folder; a sweeper minimises the number that it returns.
 Main: TypeAlias = Callable[[DictConfig, Path], Any]
-"""The function of a command, of configuration and output folder; a sweeper minimises the number that it returns."""
 
+# The output of every command here; for a fresh folder its `output=` with ${dated:}, and "" for one that was named.
 outputs: dict[str, str] = {}
-"""The output of every command here; for a fresh folder its `output=` with ${dated:}, and "" for one that was named."""
-
-_made: list[Path] = []
+_made: list[Path] = []  # folders, for `remove_unused`
 
 
 def run(verb: str, main: Main) -> None:

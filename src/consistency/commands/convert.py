@@ -23,8 +23,7 @@ from consistency.runtime.files import require_fresh
 TORCH = (".pt", ".pth", ".ckpt")
 CHOICES = {"to": (ours.FORMAT, "openai", "diffusers"), "role": ("teacher", "consistency", None)}
 HINTS = ["image_size", "num_head_channels", "attention_resolutions", "num_heads", "num_heads_upsample"]  # fmt: skip
-LEVELS = 9
-"""Number of noise levels at which `verify` checks the outputs."""
+LEVELS = 9  # noise levels at which `verify` checks the outputs
 
 
 def convert(config: DictConfig, target: Path) -> None:

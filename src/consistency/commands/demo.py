@@ -32,17 +32,13 @@ from consistency.inference.options import chosen_device
 SIDE = 320  # pixels at which a single image is shown
 Shown: TypeAlias = tuple[PILImage.Image, str]  # a picture and a line on its time
 
+# Settings of a picture: without the default button that sends it to a public place.
 SHOWN = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
-"""Settings of a picture: without the default button that sends it to a public place."""
-
 TALL = {"height": SIDE + 100}
 UPLOADED = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"]}
-
+# Files painter.<suffix> beside this one, by gradio's name for their content; its value without an image.
 PAINTER = {"html_template": "html", "css_template": "css", "js_on_load": "js"}
-"""Files painter.<suffix> beside this one, by gradio's name for their content."""
-
 BLANK = {"image": "", "free": ""}
-"""Value of the painter without an image; see painter.js."""
 
 
 def library() -> ModuleType:
@@ -109,16 +105,13 @@ class Actions:
         self.model, self.uploads = model, uploads.resolve()
         self.background = decode.colour_of(background)
         names = model.card.class_names or [str(n) for n in range(model.card.num_classes or 0)]
-        self.labels = ["any", *names]
-
-    def label_of(self, label: str) -> int | None:
-        """Return the index of a class; None for "any"."""
-        return None if label == "any" else self.labels.index(label) - 1
+        self.labels: dict[str, int | None] = {"any": None}
+        self.labels.update((name, index) for index, name in enumerate(names))
 
     def timed(self, draw: Callable[..., Tensor], seed: float, label: str) -> Shown:
         """Return the images as one picture of a visible size, and the time of an image."""
         start = time.perf_counter()
-        images = draw(seed=int(seed), labels=self.label_of(label)).reshape(-1, *self.model.shape)
+        images = draw(seed=int(seed), labels=self.labels[label]).reshape(-1, *self.model.shape)
         each = (time.perf_counter() - start) / len(images)
         picture = plots.grid(images, plots.columns_for(len(images)))
         factor = max(1, SIDE // picture.width)
@@ -185,7 +178,7 @@ def page(model: Model, uploads: Path, background: str | None = None) -> Any:
         gr.Markdown(f"## Consistency model\n{about}")
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-            label = gr.Dropdown(actions.labels, value="any", label="Class", elem_id="class")
+            label = gr.Dropdown([*actions.labels], value="any", label="Class", elem_id="class")
         with gr.Tab("Sample"):
             with gr.Row():
                 count = gr.Slider(1, 64, 16, step=1, label="Images")

@@ -30,7 +30,7 @@ from consistency.inference.model import Model, generate
 from consistency.inference.plots import draw_lines
 from consistency.runtime.files import fingerprint, path_of, require_fresh, write_text
 from consistency.runtime.launch import one_job
-from consistency.runtime.ranks import batches, is_first, print_once, rank_and_size
+from consistency.runtime.ranks import batches, print_once, rank_and_size, this_launch
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
 from consistency.training.build import build_loggers, quiet
@@ -42,7 +42,7 @@ def evaluate(config: DictConfig, output: Path) -> float:
     Writes evaluation.json and evaluation.md into `output`, and to the loggers. Returns the first value.
     """
     quiet()
-    if is_first():
+    if this_launch().first:
         require_fresh(output)
     one = "checkpoint=<run or file> to draw from, or samples=<folder or .npz> to measure"
     got = "neither" if config.checkpoint is None else "both"

@@ -143,8 +143,14 @@ def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:
     path = folder / CONFIG
     try:
         loaded = allowlist.read(path, also)
-    except UserError:
-        _require_present(path)
+    except UserError:  # from a version whose classes have moved since, or from elsewhere
+        with path.open(errors="replace") as file:
+            text = file.read(allowlist.MOST_BYTES)
+        targets = re.findall(r"_target_: (consistency(?:\.\w+)+)\s*$", text, re.M)
+        gone = next((target for target in targets if allowlist.named(target) is None), None)
+        got = f"one of another version: it names {gone}, which is missing here"
+        remedy = "finish it with that version; its checkpoints still open: init=, teacher= and checkpoint= take them"
+        require(gone is None, f"a run that this version began, in {folder}", got, remedy)
         raise
     saved: DictConfig = OmegaConf.structured(schema.structure("train"))
     try:
@@ -154,17 +160,6 @@ def _saved_config(folder: Path, also: Collection[str]) -> DictConfig:
         raise UserError(f"the configuration of a run in {path}", error, remedy) from error
     OmegaConf.set_struct(saved, True)
     return saved
-
-
-def _require_present(path: Path) -> None:
-    """Refuse a run that was begun with a version whose classes have moved since."""
-    with path.open(errors="replace") as file:
-        text = file.read(allowlist.MOST_BYTES)
-    targets = re.findall(r"_target_: (consistency(?:\.\w+)+)\s*$", text, re.M)
-    gone = next((target for target in targets if allowlist.named(target) is None), None)
-    got = f"one of another version: it names {gone}, which is missing here"
-    remedy = "finish it with that version; its checkpoints still open: init=, teacher= and checkpoint= take them"
-    require(gone is None, f"a run that this version began, in {path.parent}", got, remedy)
 
 
 def _moved(node: Any, old: str, new: str) -> Any:

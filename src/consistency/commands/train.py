@@ -21,14 +21,14 @@ from consistency.commands.resume import CONFIG, RunStart, begin
 from consistency.errors import require
 from consistency.runtime.files import ROOT, write_text
 from consistency.runtime.launch import one_job
-from consistency.runtime.ranks import is_first, require_launched
+from consistency.runtime.ranks import require_launched, this_launch
 from consistency.training import build
 from consistency.training.arguments import require_taken
 from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import Periodic, callback_of
 from consistency.training.io_errors import as_user_error
-from consistency.training.loggers import MetricsFile, PatientTensorBoardLogger, PatientWandbLogger
+from consistency.training.loggers import PatientWandbLogger
 from consistency.training.module import ConsistencyModule
 
 
@@ -44,7 +44,7 @@ def train(config: DictConfig, output: Path) -> float:
     require(config.seed >= 0, "seed >= 0", config.seed, "give another seed")
     require(steps >= 1, "trainer.max_steps >= 1", steps, "give the number of optimizer steps")
     if start.checkpoint is not None and start.step >= steps:
-        if is_first():
+        if this_launch().first:
             settle(start.checkpoint)
             print("All its steps are done; trainer.max_steps=<more> makes it longer.")
         return start.value
@@ -63,9 +63,7 @@ def train(config: DictConfig, output: Path) -> float:
             _announce(start, module, output)
             print(data.summary(trainer.world_size), flush=True)
         for logger in loggers:
-            if trainer.is_global_zero and isinstance(
-                logger, MetricsFile | PatientTensorBoardLogger
-            ):
+            if trainer.is_global_zero and hasattr(logger, "cut"):
                 logger.cut(start.step)
             logger.log_hyperparams(module.config)
         trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint and str(start.checkpoint))

@@ -208,22 +208,19 @@ def drawing(prepare: Callable[[int, int], Request], processes: int) -> Iterator[
     for rank in range(processes):
         ranks.put(rank)
     pool = ProcessPoolExecutor(processes, context, _start, (os.getpid(), prepare, ranks, processes))
+
+    def draw(sampler: Sampler, batches: Batches) -> Iterator[Numbered]:
+        with signals.blocked():  # a process that starts would answer Ctrl-C with a stack trace
+            drawn = pool.map(partial(_generate, sampler), batches)
+        return ((numbers, torch.from_numpy(pixels)) for numbers, pixels in drawn)
+
     try:
-        yield partial(_generate_on, pool)
+        yield draw
     except BrokenProcessPool as error:
         remedy = "look at the memory of the machine; the same command again goes on"
         raise UserError("processes that draw to the end", "one that was killed", remedy) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _generate_on(
-    pool: ProcessPoolExecutor, sampler: Sampler, batches: Batches
-) -> Iterator[Numbered]:
-    with signals.blocked():  # a process that starts would answer Ctrl-C with a stack trace
-        drawn = pool.map(partial(_generate, sampler), batches)
-    for numbers, pixels in drawn:
-        yield numbers, torch.from_numpy(pixels)
 
 
 _request: Callable[[], Request]  # of a process that draws

@@ -15,9 +15,8 @@ from consistency.errors import require
 
 T = TypeVar("T")
 
-PARENT = (
-    "_CONSISTENCY_PARENT"  # the variable with the id of the process that starts its machine's ranks
-)
+# The variable with the id of the process that starts its machine's ranks.
+PARENT = "_CONSISTENCY_PARENT"
 NOT_SLURM = ("bash", "interactive")  # names of SLURM jobs inside which Lightning ignores SLURM
 JSRUN = {"LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK"}
 UNSET = "\n      or, for processes without SLURM: unset SLURM_NTASKS"
@@ -96,11 +95,6 @@ def this_launch() -> Launch:
     rank, processes, nodes, node, local = map(number, VARIABLES[launcher])
     is_parent = env.get(PARENT) == str(os.getpid())
     return Launch(launcher, rank, processes, nodes, node or 0, 0 if is_parent else local or 0)
-
-
-def is_first() -> bool:
-    """Return whether this process decides and writes for all."""
-    return this_launch().first
 
 
 def is_started_here() -> bool:

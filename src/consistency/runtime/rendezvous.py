@@ -17,14 +17,12 @@ from datetime import timedelta
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from queue import Empty, Queue
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from consistency.errors import UserError, require
-from consistency.runtime.ranks import Launch, is_started_here, require_launched, this_launch
+from consistency.runtime.ranks import Launch, T, is_started_here, require_launched, this_launch
 from consistency.runtime.redaction import masked_text
 from consistency.runtime.signals import STOPPED, Interrupted
-
-T = TypeVar("T")
 
 # The variable with address, port and token of the first process, for processes started from inside the job.
 ADDRESS = "_CONSISTENCY_RENDEZVOUS"

@@ -19,9 +19,7 @@ from consistency.runtime.ranks import PARENT, is_started_here
 
 STOPPED = 130  # exit status of a command that Ctrl-C has ended
 SAME_SECONDS = 0.3  # within them a launcher repeats the Ctrl-C of the terminal: both are one
-STUCK_SECONDS = (
-    2.0  # after them a process is ended whose main thread is stuck in other code than Python's
-)
+STUCK_SECONDS = 2.0  # after them a process is ended whose main thread is stuck in native code
 FIRST, SECOND = "stopped by Ctrl-C", "stopped at once by another Ctrl-C"
 PR_SET_PDEATHSIG = 1
 
