@@ -20,9 +20,9 @@ from consistency.editing import Box, colorize, inpaint
 from consistency.errors import UserError
 from consistency.inference import model as inference_model
 from consistency.inference.card import ModelCard, random_labels
-from consistency.inference.model import Request, samples
-from consistency.inference.options import in_precision
+from consistency.inference.generate import Request, samples
 from consistency.randomness import SampleNoise
+from consistency.runtime.devices import in_precision
 from consistency.samplers import multistep, onestep, trigflow_multistep
 from tiny_models import tiny_card
 
@@ -183,7 +183,7 @@ def test_a_sample_passes_at_most_25_functions(
             inside.append(frame)
         if len(inside) == 1 and "<" not in name and name not in passed:
             passed.append(name)
-        if name.startswith("samplers.") and "inference.model.generate" in passed:
+        if name.startswith("samplers.") and "inference.generate.generate" in passed:
             down.append(len(passed))
 
     sys.setprofile(profile)

@@ -117,12 +117,12 @@ def card_of(
     process: Process = PUBLISHED,
     second_time: float = 0.821,
 ) -> ModelCard:
-    """Return the card of a network; `second_time` is that of two-step sampling. Without a role its scalings stay open."""
+    """Return the card of a network; `second_time` is that of two-step sampling, unless `process` has one. Without a role its scalings stay open."""
     card = ModelCard(
         role=None,
         network=network,
         preconditioning={"sigma_data": process.sigma_data, "c_noise_scale": c_noise_scale},
-        process=replace(process, times=(process.t_max, second_time)),
+        process=replace(process, times=process.times or (process.t_max, second_time)),
         channels=network["in_channels"],
         image_size=network["image_size"],
         num_classes=network["num_classes"],

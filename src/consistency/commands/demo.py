@@ -27,7 +27,7 @@ from consistency.editing import Pairing, colorize, inpaint, superres
 from consistency.errors import UserError, require
 from consistency.inference import plots
 from consistency.inference.model import Model
-from consistency.inference.options import chosen_device
+from consistency.runtime.devices import chosen_device
 
 SIDE = 320  # pixels at which a single image is shown
 Shown: TypeAlias = tuple[PILImage.Image, str]  # a picture and a line on its time

@@ -21,10 +21,12 @@ from consistency.data.listing import read_images
 from consistency.errors import UserError, require
 from consistency.grids import KarrasGrid
 from consistency.inference import plots
-from consistency.inference.model import Model, Request, by_batch, edits
-from consistency.inference.options import chosen_device, fill_process, request_of
+from consistency.inference.generate import Request, by_batch, edits
+from consistency.inference.model import Model
+from consistency.inference.options import fill_process, request_of
 from consistency.pixels import to_uint8, to_unit
 from consistency.randomness import SampleNoise, generator
+from consistency.runtime.devices import chosen_device
 from consistency.runtime.files import path_of, require_fresh, written_whole
 from consistency.samplers import at, heun, indexed_times
 from consistency.tensors import Data, Label

@@ -26,8 +26,10 @@ from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.metrics import Measure, measure_against
 from consistency.inference import options
-from consistency.inference.model import Model, generate
+from consistency.inference.generate import generate
+from consistency.inference.model import Model
 from consistency.inference.plots import draw_lines
+from consistency.runtime.devices import chosen_device, share_threads
 from consistency.runtime.files import fingerprint, path_of, require_fresh, write_text
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import batches, print_once, rank_and_size, this_launch
@@ -47,7 +49,7 @@ def evaluate(config: DictConfig, output: Path) -> float:
     one = "checkpoint=<run or file> to draw from, or samples=<folder or .npz> to measure"
     got = "neither" if config.checkpoint is None else "both"
     require((config.checkpoint is None) != (config.samples is None), one, got, "give one of them")
-    device = options.chosen_device(config.device, config.devices, config.precision)
+    device = chosen_device(config.device, config.devices, config.precision)
     with one_job():
         fabric = Fabric(
             accelerator=device.type,
@@ -56,7 +58,7 @@ def evaluate(config: DictConfig, output: Path) -> float:
             strategy="ddp" if config.devices * config.num_nodes > 1 else "auto",
         )
         fabric.launch()
-        options.share_threads(device, config.devices)
+        share_threads(device, config.devices)
         measure_all = _evaluate_model if config.samples is None else _evaluate_samples
         return measure_all(config, fabric.device, output).finish()
 

@@ -20,8 +20,9 @@ from consistency.checkpoints.load import load
 from consistency.data.decode import to_picture
 from consistency.errors import require
 from consistency.inference import options, plots
-from consistency.inference.model import Request, drawing, in_batches, samples
+from consistency.inference.generate import Request, drawing, in_batches, samples
 from consistency.pixels import to_uint8
+from consistency.runtime.devices import chosen_device
 from consistency.runtime.files import fingerprint, write_text, written_whole
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
@@ -35,7 +36,7 @@ def sample(config: DictConfig, output: Path) -> None:
 
     A folder with samples of the same settings is continued: the missing samples are drawn into parts/.
     """
-    options.chosen_device(config.device, config.devices, config.precision)
+    chosen_device(config.device, config.devices, config.precision)
     model = load(config.checkpoint, weights=config.weights, role=config.role)
     options.fill_process(config, config.sampler, model)
     sampler: Sampler = instantiate(config.sampler, _convert_="all")

@@ -18,9 +18,10 @@ from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.metrics import Measure, measure_against
 from consistency.inference import options
-from consistency.inference.model import drawing, in_batches
+from consistency.inference.generate import drawing, in_batches
 from consistency.inference.plots import draw_lines
 from consistency.runtime.allowlist import require_trusted
+from consistency.runtime.devices import chosen_device
 from consistency.runtime.files import fingerprint, write_text
 from consistency.samplers import multistep
 
@@ -38,7 +39,7 @@ def search(config: DictConfig, output: Path) -> float:
     fewest, finer = config.points + 2, "give more scales or search fewer points"
     grid = f"a grid of num_scales >= points + 2 = {fewest}"
     require(config.num_scales >= fewest, grid, config.num_scales, finer)
-    options.chosen_device(config.device, config.devices)
+    chosen_device(config.device, config.devices)
     path = find(config.checkpoint)
     model = load(path, weights=config.weights, role="consistency")
     plain: Any = OmegaConf.to_container(config, resolve=True)
@@ -92,7 +93,7 @@ def measure_of(config: DictConfig, path: Path) -> Measure:
     return measure_against(
         partial(local, "source"),
         partial(local, "held_out") if data.get("held_out") else None,
-        options.chosen_device(config.device),
+        chosen_device(config.device),
         **config.evaluation,
         batch_size=config.batch_size,
         num_workers=0,

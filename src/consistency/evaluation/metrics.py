@@ -21,7 +21,7 @@ from consistency.evaluation import reference as references
 from consistency.evaluation.extractors import Extractor
 from consistency.evaluation.reference import FrechetDistance, Reference, in_order
 from consistency.evaluation.timing import Clock
-from consistency.inference.model import Numbered
+from consistency.inference.generate import Numbered
 from consistency.runtime.files import cache_folder, path_of
 from consistency.runtime.ranks import gathered, print_once, rank_and_size
 from consistency.tensors import sent

@@ -1,54 +1,23 @@
-"""A model from a checkpoint; its numbered samples and edits, drawn by one process or several.
+"""A model that was read from a checkpoint: its denoiser, and samples and edits that are drawn with it."""
 
-Noise and label of number i depend on (seed, i) alone: batches and devices change nothing but roundings.
-"""
-
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import repeat
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
 
-import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
-from consistency import editing
 from consistency.denoiser import Denoiser
-from consistency.errors import UserError, require
+from consistency.editing import Pairing, Start, edit, grid_times
+from consistency.errors import require
 from consistency.inference.card import ModelCard
-from consistency.pixels import quantised, to_uint8, to_unit
-from consistency.randomness import SampleNoise, generator
-from consistency.runtime import signals
+from consistency.inference.generate import Request, edits, samples
+from consistency.pixels import to_uint8, to_unit
+from consistency.randomness import generator
 from consistency.samplers import Sampler
-from consistency.tensors import Data, Denoise, Label, Time, sent
-
-# Numbers of samples, batch by batch; numbers with their samples; and (sampler, batches) -> the samples of each in turn.
-Batches: TypeAlias = Iterable[Sequence[int]]
-Numbered: TypeAlias = tuple[Sequence[int], UInt8[Tensor, "_b _c _h _w"]]
-Draw: TypeAlias = Callable[[Sampler, Batches], Iterator[Numbered]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """Everything that samples depend on, except the sampler and their numbers.
-
-    denoise: the model, on `device`.
-    labels: classes of the samples, as `ModelCard.labels` takes them.
-    """
-
-    denoise: Denoise
-    card: ModelCard
-    labels: object = None
-    seed: int = 0
-    device: torch.device | str = "cpu"
+from consistency.tensors import Data, Label, Time
 
 
 @dataclass(frozen=True)
@@ -109,13 +78,13 @@ class Model:
     def edit(
         self,
         images: UInt8[Tensor, "n c h w"],
-        pairing: editing.Pairing,
+        pairing: Pairing,
         *,
         outputs: int = 1,
         seed: int = 0,
         labels: int | str | Sequence[int | str] | None = None,
         times: Sequence[float] | None = None,
-        start: editing.Start = "reference",
+        start: Start = "reference",
         batch_size: int = 64,
     ) -> UInt8[Tensor, "n m c h w"]:
         """Edit images by Algorithm 4 of Song et al. 2023; return `outputs` of each.
@@ -128,9 +97,9 @@ class Model:
         require(shape == self.shape, f"images of shape {self.shape}", shape, "resize them first")
         grid = self.card.process.grid
         loop = partial(
-            editing.edit,
+            edit,
             task=pairing(self.shape, generator(seed, "edit")),
-            times=editing.grid_times(grid) if times is None else times,
+            times=grid_times(grid) if times is None else times,
             t_min=grid.t_min,
             start=start,
             clip=True,
@@ -138,100 +107,3 @@ class Model:
         request = self._request(labels, seed)
         x_0 = edits(request, loop, to_unit(images), outputs=outputs, batch_size=batch_size)
         return to_uint8(x_0).unflatten(0, (len(images), outputs))
-
-
-def in_batches(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
-    """Cut numbers into batches."""
-    return [numbers[first : first + size] for first in range(0, len(numbers), size)]
-
-
-def generate(request: Request, sampler: Sampler, batches: Batches) -> Iterator[Numbered]:
-    """Yield numbers and uint8 samples of every batch, on the device of the request."""
-    card, device = request.card, request.device
-    for numbers in batches:
-        noise = SampleNoise(request.seed, numbers, card.shape, device)
-        labels = card.labels(request.labels, request.seed, numbers)
-        label = None if labels is None else sent(labels, device)
-        with torch.inference_mode():
-            images = quantised(sampler(request.denoise, noise, label))
-        yield numbers, images
-
-
-def samples(
-    request: Request, sampler: Sampler, count: int, batch_size: int
-) -> UInt8[Tensor, "n c h w"]:
-    """Return samples number 0 to count - 1, on the CPU."""
-    batches = generate(request, sampler, in_batches(range(count), batch_size))
-    return torch.cat([images for _, images in batches]).cpu()
-
-
-def edits(
-    request: Request, edit: Callable[..., Data], y: Data, *, outputs: int, batch_size: int
-) -> Float[Tensor, "m c h w"]:
-    """Return `outputs` edits of every image of y in turn, in [-1, 1] on the CPU.
-
-    edit: `consistency.editing.edit` with its settings: (denoise, noise, images, label=...) -> edited images.
-    """
-
-    def edited(numbers: Tensor, y: Data, label: Label) -> tuple[Data]:
-        noise = SampleNoise(request.seed, numbers.tolist(), y.shape[1:], request.device)
-        return (edit(request.denoise, noise, y, label=label),)
-
-    numbers, each = torch.arange(len(y) * outputs), y.repeat_interleave(outputs, 0)
-    labels = request.card.edit_labels(request.labels, request.seed, len(y), outputs)
-    return by_batch(edited, request, batch_size, numbers, each, labels)[0]
-
-
-def by_batch(
-    function: Callable[..., tuple[Tensor, ...]], request: Request, size: int, *inputs: Tensor | None
-) -> list[Tensor]:
-    """Apply a function to batches of tensors on the device, and return its outputs whole, on the CPU."""
-    outputs = []
-    for batch in zip(*(repeat(x) if x is None else x.split(size) for x in inputs), strict=False):
-        with torch.inference_mode():
-            values = function(*(x if x is None else x.to(request.device) for x in batch))
-        outputs.append([value.cpu() for value in values])
-    return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
-
-
-@contextmanager
-def drawing(prepare: Callable[[int, int], Request], processes: int) -> Iterator[Draw]:
-    """Yield `generate` with a request of this process, or the same on several processes of this machine.
-
-    prepare: (rank, processes) -> the request of a process; it is pickled.
-    """
-    if processes == 1:
-        yield partial(generate, prepare(0, 1))
-        return
-    context = get_context("spawn")
-    ranks = context.SimpleQueue()
-    for rank in range(processes):
-        ranks.put(rank)
-    pool = ProcessPoolExecutor(processes, context, _start, (os.getpid(), prepare, ranks, processes))
-
-    def draw(sampler: Sampler, batches: Batches) -> Iterator[Numbered]:
-        with signals.blocked():  # a process that starts would answer Ctrl-C with a stack trace
-            drawn = pool.map(partial(_generate, sampler), batches)
-        return ((numbers, torch.from_numpy(pixels)) for numbers, pixels in drawn)
-
-    try:
-        yield draw
-    except BrokenProcessPool as error:
-        remedy = "look at the memory of the machine; the same command again goes on"
-        raise UserError("processes that draw to the end", "one that was killed", remedy) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_request: Callable[[], Request]  # of a process that draws
-
-
-def _start(parent: int, prepare: Callable[[int, int], Request], ranks: Any, processes: int) -> None:
-    global _request
-    signals.die_with(parent)
-    _request = cache(partial(prepare, ranks.get(), processes))
-
-
-def _generate(sampler: Sampler, numbers: Sequence[int]) -> tuple[Sequence[int], np.ndarray]:
-    ((_, images),) = generate(_request(), sampler, [numbers])
-    return numbers, images.cpu().numpy()

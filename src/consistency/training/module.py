@@ -14,7 +14,7 @@ from consistency.data.module import DataModule, unpack_batch
 from consistency.denoiser import Denoiser
 from consistency.errors import require
 from consistency.inference.card import ModelCard
-from consistency.inference.model import Request
+from consistency.inference.generate import Request
 from consistency.objectives import Losses
 from consistency.preconditioning import Preconditioning
 from consistency.randomness import WHOLE, Share, generator, key

@@ -15,7 +15,7 @@ from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION
 from consistency.evaluation.metrics import Measure, measure_against
 from consistency.evaluation.reference import images_of
-from consistency.inference.model import Numbered, generate
+from consistency.inference.generate import Numbered, generate
 from consistency.randomness import generator
 from consistency.runtime.files import write_text
 from consistency.runtime.ranks import batches, print_once

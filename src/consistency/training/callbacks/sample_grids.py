@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from consistency.errors import require
 from consistency.inference import plots
-from consistency.inference.model import samples
+from consistency.inference.generate import samples
 from consistency.samplers import Sampler
 from consistency.training.callbacks.periodic import Periodic
 from consistency.training.io_errors import tolerate_write_errors

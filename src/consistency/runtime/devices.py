@@ -1,0 +1,49 @@
+"""The device of a process, its threads, and the precision of the network."""
+
+import os
+
+import torch
+
+from consistency.errors import UserError, require
+from consistency.tensors import Denoise
+
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Types that the network computes in, by the names of `trainer.precision`."""
+
+
+def chosen_device(name: str, devices: int = 1, precision: str = "32-true") -> torch.device:
+    """Return the device of that name; `auto` is the accelerator of this machine, else the CPU.
+
+    Refuse more devices than this machine has, and a precision that the device lacks.
+    """
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        got = f"device={name} ({str(error).splitlines()[0]})"
+        raise UserError("a device of this machine", got, "use device=auto") from error
+    names = [n for n in PRECISIONS if device.type != "cpu" or n != "16-mixed"]
+    wanted = f"precision among {', '.join(names)} on {device.type}"
+    require(precision in names, wanted, precision, "choose one")
+    count = torch.accelerator.device_count()
+    require(
+        device.type == "cpu" or devices == 1 or (device.index is None and devices <= count),
+        f"devices=1 to {count} on this machine, and a device without a number",
+        f"devices={devices} device={device}",
+        f"say devices={count} device={device.type}",
+    )
+    return device
+
+
+def share_threads(device: torch.device, processes: int) -> None:
+    """Give this process its share of the CPU's threads, unless OMP_NUM_THREADS sets their number."""
+    if device.type == "cpu" and processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
+def in_precision(denoise: Denoise, precision: str, device: torch.device) -> Denoise:
+    """Return the denoiser with its network in that precision; the state of the sampler stays float32."""
+    half = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype=half)(denoise) if half else denoise  # type: ignore[no-any-return]
