@@ -61,6 +61,8 @@ def test_our_model_and_the_real_pipeline_draw_the_same_images(name: str, tmp_pat
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(tmp_path / "theirs")
     loaded = consistency.load(tmp_path / "theirs")
+    process = loaded.card.process  # the second of two steps is the middle of their 40 points
+    assert process.times == (80.0, pytest.approx(float(process.grid.points(40)[20])))
     label = [3, 7] if "num_class_embeds" in REAL[name] else None
     same_images(pipe, loaded, label)
 

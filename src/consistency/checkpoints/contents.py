@@ -117,7 +117,10 @@ def card_of(
     process: Process = PUBLISHED,
     second_time: float = 0.821,
 ) -> ModelCard:
-    """Return the card of a network; `second_time` is that of two-step sampling, unless `process` has one. Without a role its scalings stay open."""
+    """Return the card of a network. Without a role its scalings stay open.
+
+    second_time: of two-step sampling, unless `process` has time points.
+    """
     card = ModelCard(
         role=None,
         network=network,
