@@ -4,13 +4,11 @@ import tarfile
 from pathlib import Path
 
 import torch
-from jaxtyping import Int64, UInt8
-from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import download_url
 
 from consistency.checkpoints.pickle_reader import Machine
-from consistency.data.download import Downloaded
+from consistency.data.memory import Downloaded
 from consistency.data.source import Classes, Images
 from consistency.errors import UserError
 
@@ -41,8 +39,8 @@ class CIFAR10(Downloaded):
         return read_batch(folder / part)
 
 
-def read_batch(file: Path) -> tuple[UInt8[Tensor, "n 3 32 32"], Int64[Tensor, "n"]]:
-    """Read images and class indices of one batch: the rows of b"data" are 1,024 red, green and blue values each."""
+def read_batch(file: Path) -> tuple[Images, Classes]:
+    """Read images (n, 3, 32, 32) and class indices of one batch: the rows of b"data" are 1,024 red, green and blue values each."""
     try:
         content = file.read_bytes()
         table = Machine(len(content)).run(content)
