@@ -11,21 +11,22 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import ImageStat
+from torchvision.transforms.functional import to_pil_image
 
 from consistency.commands.overrides import shell_line
 from consistency.data import shards
 from consistency.data.cifar10 import CIFAR10
 from consistency.data.crop import Crop
-from consistency.data.decode import MODES, ImageError, to_picture
+from consistency.data.decode import MODES, ImageError
 from consistency.data.huggingface import HuggingFace
 from consistency.data.image_files import ImageFiles
 from consistency.data.listing import LABELS, has_labels
@@ -125,7 +126,8 @@ def detect_source(
     return images
 
 
-class ImageFacts(NamedTuple):
+@dataclass(frozen=True)
+class ImageFacts:
     """A written image. index: its number in the source; means: of each channel, 0 ... 255."""
 
     index: int
@@ -147,8 +149,7 @@ class ImageFacts(NamedTuple):
         require(str(self) == str(first), alike, f"{self.name} of {self}", remedy)
 
 
-Chunks: TypeAlias = dict[Path, list[ImageFacts]]
-"""The images of finished chunks, by the chunk's file."""
+Chunks: TypeAlias = dict[Path, list[ImageFacts]]  # the images of finished chunks, by file
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class ChunkWriter:
                 except ImageError as error:
                     bad.append(f"{error.name}: {error.got}")
                     continue
-                image = to_picture(pixels)
+                image = to_pil_image(pixels)
                 if channels is not None:
                     image = image.convert(MODES[channels])
                 if resolution is not None:
@@ -194,16 +195,13 @@ class ChunkWriter:
                     image.save(entry, format="PNG", compress_level=0, optimize=False)
                 name, means = self.source.name_of(index), ImageStat.Stat(image).mean
                 images.append(ImageFacts(index, name, label, image.height, image.width, means))
-            facts = {"images": [image._asdict() for image in images], "bad": bad}
+            facts = {"images": [vars(image) for image in images], "bad": bad}
             archive.writestr(_entry(FACTS), json.dumps(facts))
 
     def write_all(
         self, files: Mapping[Path, range], workers: int | None
     ) -> tuple[Chunks, list[str]]:
-        """Write the chunks that are missing; return the images of all, and the unusable ones with their reasons.
-
-        Stop at the first image of another size or mode.
-        """
+        """Return all chunks, missing ones written, and lines about unusable images; stop at another size or mode."""
         chunks, bad, first = Chunks(), list[str](), None
         with closing(write_missing(files, self.write, workers=workers, title="preparing")) as done:
             for file in done:
@@ -263,14 +261,12 @@ def _summary(images: Sequence[ImageFacts], bad: Sequence[str], on_bad: str) -> d
 
 def _facts_of(target: Path) -> dict[str, Any]:
     """Return the facts that an earlier run wrote with its zip or shards; nothing for other files."""
-    try:
+    with suppress(OSError, TypeError, ValueError, zipfile.BadZipFile):
         if target.is_dir():
-            return json.loads((target / PREPARED).read_text())
+            return dict(json.loads((target / PREPARED).read_text()))
         with zipfile.ZipFile(target) as archive:
-            facts = json.loads(archive.comment)
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+            return dict(json.loads(archive.comment))
+    return {}
 
 
 def _print_result(target: Path, facts: dict[str, Any]) -> None:

@@ -12,8 +12,6 @@ from consistency.data.memory import Downloaded
 from consistency.data.source import Classes, Images
 from consistency.errors import UserError
 
-CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-
 
 class CIFAR10(Downloaded):
     """60,000 colour images of 32x32 pixels, 10 classes [Krizhevsky 2009]; 50,000 to train on, 10,000 to test.
@@ -24,7 +22,8 @@ class CIFAR10(Downloaded):
     home = datasets.CIFAR10.base_folder
     train = tuple(name for name, _ in datasets.CIFAR10.train_list)
     test = tuple(name for name, _ in datasets.CIFAR10.test_list)
-    marks, class_names = (*train, *test), CLASSES
+    marks = (*train, *test)
+    class_names = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
     def download(self, root: Path) -> None:
         origin = datasets.CIFAR10
@@ -46,7 +45,9 @@ def read_batch(file: Path) -> tuple[Images, Classes]:
         table = Machine(len(content)).run(content)
         entries = {k.decode() if isinstance(k, bytes) else k: v for k, v in table.items()}
         images, labels = entries["data"].state.reshape(-1, 3, 32, 32), entries["labels"]
-        known = all(type(label) is int and 0 <= label < len(CLASSES) for label in labels)
+        known = all(
+            type(label) is int and 0 <= label < len(CIFAR10.class_names) for label in labels
+        )
         if not known or len(labels) != len(images) or images.dtype != torch.uint8:
             got = f"{len(labels):,} labels up to {max(labels)}"
             raise ValueError(f"{len(images):,} images of {images.dtype}, {got}")

@@ -36,7 +36,6 @@ class InMemory(Source):
         return self.images[indices], self.labels[indices]
 
     def stamp(self, index: int) -> bytes:
-        """Return the pixels of an image."""
         return self.images[index].numpy().tobytes()
 
 
@@ -108,8 +107,8 @@ def load_into_memory(source: Source) -> InMemory:
         images[index] = image
 
     in_threads(load, len(source), "decoding")
-    mebibytes = images.nbytes / 2**20
-    rank_zero_only(print)(f"held in memory: {len(source):,} images, {mebibytes:,.0f} MiB")
+    size = f"{len(source):,} images, {images.nbytes / 2**20:,.0f} MiB"
+    rank_zero_only(print)(f"held in memory: {size}")
     return InMemory(images, labels, source.class_names, source.left_out)
 
 

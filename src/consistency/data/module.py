@@ -147,8 +147,7 @@ class DataModule(L.LightningDataModule):
         self, *, split: BatchSplit, rank: int = 0, start: int = 0, total: int = 0
     ) -> PositionedBatches:
         """Return the index lists of the micro-batches start ... total-1 of one rank."""
-        source, seed = self.train_source, self.seed
-        return PositionedBatches(source, split, rank=rank, seed=seed, start=start, total=total)
+        return PositionedBatches(self.train_source, split, rank, self.seed, start, total)
 
     def loader(
         self, batches: PositionedBatches, *, pin_memory: bool = False

@@ -79,10 +79,6 @@ class Extractor(nn.Module):
         """The device that sums statistics: the network's, or the CPU if that has no float64."""
         return torch.device("cpu") if self.device.type == "mps" else self.device
 
-    def train(self, mode: bool = True) -> "Extractor":
-        """Stay in eval mode."""
-        return super().train(False)
-
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Extracted:
         return self.extract(self.network, images.expand(-1, 3, -1, -1))
 

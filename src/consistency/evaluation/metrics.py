@@ -170,10 +170,10 @@ def measure_against(
     require(reference_features >= FEWEST, fewest, reference_features, "give a larger number")
     network = available(extractor).to(device)
     own = "held_out" if network.trained_on_train_set and held_out is not None else "train"
-    sources, name = {"train": train, "held_out": held_out}, reference or own
-    if name not in sources:
+    name = reference or own
+    if name not in ("train", "held_out"):
         return Measure(network, references.read_reference(path_of(name), network))
-    source = sources[name]
+    source = train if name == "train" else held_out
     if source is None:
         expected = "a data set with held-out images for evaluation.reference=held_out"
         raise UserError(expected, "one without", "choose evaluation.reference=train")
