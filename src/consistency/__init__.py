@@ -24,8 +24,8 @@ The shell stands in rooms:
                         (averages of any width)
     data                module (the LightningDataModule, order by position, foreign loaders) source; memory: digits
                         mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; decode crop listing
-                        download parallel
-    evaluation          metrics extractors (with the small classifier) reference timing
+                        parallel
+    evaluation          metrics extractors (with the small classifier) reference
     training            build (configuration -> parts) module (the LightningModule) arguments (of Lightning) nonfinite loggers
                         lpips lightning_patches io_errors; callbacks: schedules ema progressive_distillation periodic
                         checkpoints preemption evaluation sample_grids progress

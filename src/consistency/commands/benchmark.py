@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from consistency.data.module import DataModule
 from consistency.errors import require
-from consistency.evaluation.timing import Clock
+from consistency.evaluation.metrics import Clock
 from consistency.runtime.files import require_fresh, write_text
 from consistency.training import build
 from consistency.training.arguments import require_taken

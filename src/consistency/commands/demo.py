@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from PIL import Image as PILImage
 from PIL import ImageOps
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from consistency.checkpoints.load import load
 from consistency.data import decode
@@ -137,7 +138,7 @@ class Actions:
         if photo is None:
             return BLANK
         file = io.BytesIO()
-        decode.to_picture(self.read(photo)).save(file, "PNG")
+        to_pil_image(self.read(photo)).save(file, "PNG")
         content = base64.b64encode(file.getvalue()).decode()
         return {**BLANK, "image": f"data:image/png;base64,{content}"}
 

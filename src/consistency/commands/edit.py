@@ -12,11 +12,12 @@ from hydra.utils import instantiate
 from jaxtyping import Float, UInt8
 from omegaconf import DictConfig, OmegaConf
 from torch import Generator, Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from consistency import editing
 from consistency.checkpoints.load import load
 from consistency.data.crop import halving
-from consistency.data.decode import read_picture, to_picture
+from consistency.data.decode import read_picture
 from consistency.data.listing import read_images
 from consistency.errors import UserError, require
 from consistency.grids import KarrasGrid
@@ -211,4 +212,4 @@ def write(edited: Edited, output: Path, *, moving: bool, single: bool) -> None:
         (output / "images").mkdir()
         for row, column in np.ndindex(*results.shape[:2]):
             file_name = f"{row:05d}_{column:03d}.png"
-            to_picture(results[row, column]).save(output / "images" / file_name)
+            to_pil_image(results[row, column]).save(output / "images" / file_name)

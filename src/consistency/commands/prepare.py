@@ -10,22 +10,23 @@ import json
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import ImageStat
+from torchvision.transforms.functional import to_pil_image
 
 from consistency.commands.overrides import shell_line
 from consistency.data import shards
 from consistency.data.cifar10 import CIFAR10
 from consistency.data.crop import Crop
-from consistency.data.decode import MODES, ImageError, to_picture
+from consistency.data.decode import MODES, ImageError
 from consistency.data.huggingface import HuggingFace
 from consistency.data.image_files import ImageFiles
 from consistency.data.listing import LABELS, has_labels
@@ -67,9 +68,10 @@ def prepare(config: DictConfig, target: Path) -> None:
         require(facts.get("identity") == identity, expected, got, remedy)
         print(f"nothing to do: {target} is made from this source with these settings")
     else:
-        chunks = list(writer.write_all(files, config.num_workers))
+        chunks, bad = writer.write_all(files, config.num_workers)
+        images = [image for chunk in chunks.values() for image in chunk]
         facts = {"identity": identity, "num_classes": count or None}
-        facts |= _summary(chunks, len(source), config.on_bad)
+        facts |= _summary(images, bad, config.on_bad)
         file, folder = target if config.to == "zip" else parts / "joined.zip", parts / "shards"
         join(chunks, file, facts)
         if config.to == "shards":
@@ -147,13 +149,7 @@ class ImageFacts:
         require(str(self) == str(first), alike, f"{self.name} of {self}", remedy)
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A finished chunk: its file, its images, and the unusable images with their reasons."""
-
-    file: Path
-    images: list[ImageFacts]
-    bad: list[str]
+Chunks: TypeAlias = dict[Path, list[ImageFacts]]  # the images of finished chunks, by file
 
 
 @dataclass(frozen=True)
@@ -190,7 +186,7 @@ class ChunkWriter:
                 except ImageError as error:
                     bad.append(f"{error.name}: {error.got}")
                     continue
-                image = to_picture(pixels)
+                image = to_pil_image(pixels)
                 if channels is not None:
                     image = image.convert(MODES[channels])
                 if resolution is not None:
@@ -199,21 +195,24 @@ class ChunkWriter:
                     image.save(entry, format="PNG", compress_level=0, optimize=False)
                 name, means = self.source.name_of(index), ImageStat.Stat(image).mean
                 images.append(ImageFacts(index, name, label, image.height, image.width, means))
-            facts = {"images": [asdict(image) for image in images], "bad": bad}
+            facts = {"images": [vars(image) for image in images], "bad": bad}
             archive.writestr(_entry(FACTS), json.dumps(facts))
 
-    def write_all(self, files: Mapping[Path, range], workers: int | None) -> Iterator[Chunk]:
-        """Yield all chunks in order, written if they are missing; stop at the first image of another size or mode."""
-        first: ImageFacts | None = None
+    def write_all(
+        self, files: Mapping[Path, range], workers: int | None
+    ) -> tuple[Chunks, list[str]]:
+        """Return all chunks, missing ones written, and lines about unusable images; stop at another size or mode."""
+        chunks, bad, first = Chunks(), list[str](), None
         with closing(write_missing(files, self.write, workers=workers, title="preparing")) as done:
             for file in done:
                 with zipfile.ZipFile(file) as archive:
                     facts = json.loads(archive.read(FACTS))
-                images = [ImageFacts(**image) for image in facts["images"]]
-                for image in images:
+                bad += facts["bad"]
+                chunks[file] = [ImageFacts(**image) for image in facts["images"]]
+                for image in chunks[file]:
                     first = first or image
                     image.require_alike(first)
-                yield Chunk(file, images, facts["bad"])
+        return chunks, bad
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
@@ -223,13 +222,13 @@ def _entry(name: str) -> zipfile.ZipInfo:
     return head
 
 
-def join(chunks: Sequence[Chunk], file: Path, facts: dict[str, Any]) -> None:
+def join(chunks: Chunks, file: Path, facts: dict[str, Any]) -> None:
     """Write the zip: 00000/img00000000.png ... in order, dataset.json, and the facts as the archive's comment."""
     table: list[list[Any]] = []
     with written_whole(file) as whole, zipfile.ZipFile(whole, "w") as archive:
-        for chunk in chunks:
-            with zipfile.ZipFile(chunk.file) as part:
-                for image in chunk.images:
+        for chunk, images in chunks.items():
+            with zipfile.ZipFile(chunk) as part:
+                for image in images:
                     number = f"{len(table):08d}"
                     name = f"{number[:5]}/img{number}.png"
                     archive.writestr(_entry(name), part.read(str(image.index)))
@@ -239,10 +238,9 @@ def join(chunks: Sequence[Chunk], file: Path, facts: dict[str, Any]) -> None:
         archive.comment = json.dumps(facts, sort_keys=True).encode()
 
 
-def _summary(chunks: Sequence[Chunk], total: int, on_bad: str) -> dict[str, Any]:
+def _summary(images: Sequence[ImageFacts], bad: Sequence[str], on_bad: str) -> dict[str, Any]:
     """Return the facts of the images; print those that cannot be used, and refuse them unless they may be skipped."""
-    images = [image for chunk in chunks for image in chunk.images]
-    bad = [line for chunk in chunks for line in chunk.bad]
+    total = len(images) + len(bad)
     if bad:
         print(f"{len(bad):,} of {total:,} images cannot be used:")
         print(*(f"  {line}" for line in bad), sep="\n")
@@ -263,14 +261,12 @@ def _summary(chunks: Sequence[Chunk], total: int, on_bad: str) -> dict[str, Any]
 
 def _facts_of(target: Path) -> dict[str, Any]:
     """Return the facts that an earlier run wrote with its zip or shards; nothing for other files."""
-    try:
+    with suppress(OSError, TypeError, ValueError, zipfile.BadZipFile):
         if target.is_dir():
-            return json.loads((target / PREPARED).read_text())
+            return dict(json.loads((target / PREPARED).read_text()))
         with zipfile.ZipFile(target) as archive:
-            facts = json.loads(archive.comment)
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+            return dict(json.loads(archive.comment))
+    return {}
 
 
 def _print_result(target: Path, facts: dict[str, Any]) -> None:

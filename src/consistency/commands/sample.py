@@ -14,10 +14,10 @@ from hydra.utils import instantiate
 from jaxtyping import UInt8
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from consistency.checkpoints.load import load
-from consistency.data.decode import to_picture
 from consistency.errors import require
 from consistency.inference import options, plots
 from consistency.inference.generate import Request, drawing, in_batches, samples
@@ -59,7 +59,7 @@ def sample(config: DictConfig, output: Path) -> None:
     if config.images:
         (output / "images").mkdir(exist_ok=True)
         for number, image in enumerate(images):
-            to_picture(image).save(output / "images" / f"{number:05d}.png")
+            to_pil_image(image).save(output / "images" / f"{number:05d}.png")
     if config.trajectory:
         request = options.request_of(settings | {"compile": False}, model)
         write_trajectory(request, sampler, min(8, len(images)), output)

@@ -4,17 +4,13 @@ import tarfile
 from pathlib import Path
 
 import torch
-from jaxtyping import Int64, UInt8
-from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import download_url
 
 from consistency.checkpoints.pickle_reader import Machine
-from consistency.data.download import Downloaded
+from consistency.data.memory import Downloaded
 from consistency.data.source import Classes, Images
 from consistency.errors import UserError
-
-CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 class CIFAR10(Downloaded):
@@ -26,7 +22,8 @@ class CIFAR10(Downloaded):
     home = datasets.CIFAR10.base_folder
     train = tuple(name for name, _ in datasets.CIFAR10.train_list)
     test = tuple(name for name, _ in datasets.CIFAR10.test_list)
-    marks, class_names = (*train, *test), CLASSES
+    marks = (*train, *test)
+    class_names = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
     def download(self, root: Path) -> None:
         origin = datasets.CIFAR10
@@ -41,14 +38,16 @@ class CIFAR10(Downloaded):
         return read_batch(folder / part)
 
 
-def read_batch(file: Path) -> tuple[UInt8[Tensor, "n 3 32 32"], Int64[Tensor, "n"]]:
-    """Read images and class indices of one batch: the rows of b"data" are 1,024 red, green and blue values each."""
+def read_batch(file: Path) -> tuple[Images, Classes]:
+    """Read images (n, 3, 32, 32) and class indices of one batch: the rows of b"data" are 1,024 red, green and blue values each."""
     try:
         content = file.read_bytes()
         table = Machine(len(content)).run(content)
         entries = {k.decode() if isinstance(k, bytes) else k: v for k, v in table.items()}
         images, labels = entries["data"].state.reshape(-1, 3, 32, 32), entries["labels"]
-        known = all(type(label) is int and 0 <= label < len(CLASSES) for label in labels)
+        known = all(
+            type(label) is int and 0 <= label < len(CIFAR10.class_names) for label in labels
+        )
         if not known or len(labels) != len(images) or images.dtype != torch.uint8:
             got = f"{len(labels):,} labels up to {max(labels)}"
             raise ValueError(f"{len(images):,} images of {images.dtype}, {got}")

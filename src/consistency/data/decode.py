@@ -11,13 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-import torch
 from jaxtyping import UInt8
 from PIL import Image as PILImage
 from PIL import ImageColor, ImageOps, features
 from PIL.Image import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from consistency.data.source import require_existing
 from consistency.errors import UserError
@@ -93,14 +92,8 @@ def read_image(
 
 
 def to_tensor(image: Image) -> UInt8[Tensor, "c h w"]:
-    """Return the grey values of a grey or RGB image."""
-    return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1).contiguous()
-
-
-def to_picture(pixels: UInt8[Tensor, "c h w"]) -> Image:
-    """Invert `to_tensor`."""
-    rows = pixels.permute(1, 2, 0).numpy()
-    return PILImage.fromarray(rows[..., 0] if len(pixels) == 1 else rows)
+    """Return the grey values of a grey or RGB image; torchvision's `to_pil_image` is the inverse."""
+    return pil_to_tensor(image).contiguous()
 
 
 def colour_of(background: str | None) -> Colour | None:
@@ -221,11 +214,11 @@ def _stored_deep(kind: str | None, content: bytes) -> bool:
     if kind == "AVIF":
         match = re.search(rb"av1C..(.)", content, re.DOTALL)
         return match is not None and bool(match[1][0] & 0x40)  # high_bitdepth
-    match = (
-        re.search(rb"\xff\x4f\xff\x51.{36}(..)", content, re.DOTALL) if kind == "JPEG2000" else None
-    )
-    end, count = (match.end(), int.from_bytes(match[1])) if match else (0, 0)
-    return any((bits & 0x7F) >= 8 for bits in content[end : end + 3 * count : 3])
+    match = re.search(rb"\xff\x4f\xff\x51.{36}(..)", content, re.DOTALL)
+    if kind != "JPEG2000" or match is None:
+        return False
+    channels = content[match.end() : match.end() + 3 * int.from_bytes(match[1]) : 3]
+    return any((bits & 0x7F) >= 8 for bits in channels)
 
 
 def _without_metadata(content: bytes) -> bytes | None:

@@ -9,9 +9,6 @@ from sklearn.datasets import load_digits
 from consistency.data.memory import InMemory
 from consistency.errors import require
 
-SPLIT_SEED = 0
-TRAIN_SIZE = 899
-
 
 class Digits(InMemory):
     """1,797 handwritten digits of 8x8 pixels, 10 classes [Alpaydin and Kaynak 1998, UCI; shipped with scikit-learn].
@@ -22,11 +19,9 @@ class Digits(InMemory):
     def __init__(self, *, split: Literal["train", "held_out"]) -> None:
         require(split in ("train", "held_out"), "split=train or held_out", split, "choose one")
         bundle = load_digits()
-        order = np.random.RandomState(SPLIT_SEED).permutation(len(bundle.images))
-        chosen = np.sort(order[:TRAIN_SIZE] if split == "train" else order[TRAIN_SIZE:])
+        order = np.random.RandomState(0).permutation(len(bundle.images))
+        chosen = np.sort(order[:899] if split == "train" else order[899:])
         grey = np.rint(bundle.images[chosen] * (255 / 16)).astype(np.uint8)
-        super().__init__(
-            torch.from_numpy(grey)[:, None],
-            torch.from_numpy(bundle.target[chosen]).long(),
-            [str(digit) for digit in bundle.target_names],
-        )
+        images, labels = torch.from_numpy(grey), torch.from_numpy(bundle.target[chosen])
+        names = [str(digit) for digit in bundle.target_names]
+        super().__init__(images[:, None], labels.long(), names)

@@ -1,25 +1,28 @@
-"""Images in memory."""
+"""Images in memory, among them the sets that are downloaded if they are missing."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import torch
-from jaxtyping import Int64, UInt8
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
 
+from consistency.data import source as sources
 from consistency.data.parallel import in_threads
-from consistency.data.source import Classes, Image, Images, Source
-from consistency.errors import require
+from consistency.data.source import Classes, Image, Images, Source, Split
+from consistency.errors import UserError, require
 from consistency.randomness import generator
+from consistency.runtime.files import locked
 
 
 @dataclass(eq=False, repr=False)
 class InMemory(Source):
     """Images (n, c, h, w) of grey values 0 ... 255, with their class indices."""
 
-    images: UInt8[Tensor, "n c h w"]
-    labels: Int64[Tensor, "n"]
+    images: Images
+    labels: Classes
     class_names: Sequence[str] = ()
     left_out: int = 0
 
@@ -33,8 +36,59 @@ class InMemory(Source):
         return self.images[indices], self.labels[indices]
 
     def stamp(self, index: int) -> bytes:
-        """Return the pixels of an image."""
         return self.images[index].numpy().tobytes()
+
+
+class Downloaded(InMemory):
+    """Base of sets in files that torchvision downloads.
+
+    path: the folder of the files, or the one below which torchvision puts them, in `home`.
+
+    train, test: names of the parts of the splits.
+    marks: files of which every copy of the set has one.
+    """
+
+    home: ClassVar[str]
+    train: ClassVar[Sequence[str]]
+    test: ClassVar[Sequence[str]]
+    marks: ClassVar[Sequence[str]]
+
+    def __init__(self, *, path: str | None, split: Split, download: bool = False) -> None:
+        sources.require_split(split)
+        root = sources.required_path(path, "a folder", exists=False)
+        needed = f"{root / self.home / self.marks[0]} and its companions (data.path={root})"
+        remedy = "add data.download=true on a machine with a network, or put the files there"
+        remedy += f" from {', '.join(self.sources())}"
+        folder = self.find(root)
+        if download and folder is None:
+            with sources.downloading(needed, remedy):
+                root.mkdir(parents=True, exist_ok=True)
+                with locked(root / ".download.lock"):
+                    if self.find(root) is None:
+                        self.download(root)
+                if (folder := self.find(root)) is None:
+                    raise ValueError("it brought other files")
+        if folder is None:
+            raise UserError(needed, "no such file, and data.download=false", remedy)
+        names = {"train": self.train, "test": self.test, "all": [*self.train, *self.test]}[split]
+        parts = [self.read(folder, name) for name in names]
+        images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+        super().__init__(images, labels, self.class_names)
+
+    @classmethod
+    def find(cls, root: Path) -> Path | None:
+        """Return the folder of the files: `root` or one in it."""
+        folders = (root, root / "raw", root / cls.home)
+        return next((f for f in folders if any((f / name).is_file() for name in cls.marks)), None)
+
+    @abstractmethod
+    def download(self, root: Path) -> None: ...
+
+    @abstractmethod
+    def sources(self) -> list[str]: ...
+
+    @abstractmethod
+    def read(self, folder: Path, part: str) -> tuple[Images, Classes]: ...
 
 
 def load_into_memory(source: Source) -> InMemory:
@@ -53,8 +107,8 @@ def load_into_memory(source: Source) -> InMemory:
         images[index] = image
 
     in_threads(load, len(source), "decoding")
-    mebibytes = images.nbytes / 2**20
-    rank_zero_only(print)(f"held in memory: {len(source):,} images, {mebibytes:,.0f} MiB")
+    size = f"{len(source):,} images, {images.nbytes / 2**20:,.0f} MiB"
+    rank_zero_only(print)(f"held in memory: {size}")
     return InMemory(images, labels, source.class_names, source.left_out)
 
 

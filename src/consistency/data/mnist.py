@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torchvision import datasets
 
-from consistency.data.download import Downloaded
+from consistency.data.memory import Downloaded
 from consistency.data.source import Classes, Images
 from consistency.errors import UserError, require
 

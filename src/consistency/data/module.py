@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from jaxtyping import Int, UInt8
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -36,10 +35,8 @@ class BatchSplit(NamedTuple):
     accumulated: int
 
     def __str__(self) -> str:
-        many = "s" * (self.devices > 1)
-        return (
-            f"{self.devices} device{many} x {self.images} images x {self.accumulated} accumulated"
-        )
+        devices = f"{self.devices} device{'s' * (self.devices > 1)}"
+        return f"{devices} x {self.images} images x {self.accumulated} accumulated"
 
 
 @dataclass(eq=False, repr=False)
@@ -61,10 +58,6 @@ class PositionedBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.total
 
-    def epoch(self, number: int) -> Int[Tensor, "n"]:
-        """Return the permutation of epoch `number`, 0 the first."""
-        return self.source.order(generator(self.seed, "order", number))
-
     def __iter__(self) -> Iterator[list[int]]:
         devices, share, accumulated = self.split
         per_epoch = len(self.source) // math.prod(self.split)
@@ -73,7 +66,7 @@ class PositionedBatches(Sampler[list[int]]):
             step, micro = divmod(position, accumulated)
             epoch, batch = divmod(step, per_epoch)
             if epoch != current:
-                current, order = epoch, self.epoch(epoch)
+                current, order = epoch, self.source.order(generator(self.seed, "order", epoch))
             first = ((batch * accumulated + micro) * devices + self.rank) * share
             yield order[first : first + share].tolist()
 
@@ -154,8 +147,7 @@ class DataModule(L.LightningDataModule):
         self, *, split: BatchSplit, rank: int = 0, start: int = 0, total: int = 0
     ) -> PositionedBatches:
         """Return the index lists of the micro-batches start ... total-1 of one rank."""
-        source, seed = self.train_source, self.seed
-        return PositionedBatches(source, split, rank=rank, seed=seed, start=start, total=total)
+        return PositionedBatches(self.train_source, split, rank, self.seed, start, total)
 
     def loader(
         self, batches: PositionedBatches, *, pin_memory: bool = False
@@ -185,7 +177,7 @@ class DataModule(L.LightningDataModule):
     @cached_property
     def order(self) -> str:
         """A digest of the order of the images, the same for any number of devices and workers."""
-        first = self.batches(split=self.split(1)).epoch(0).numpy().tobytes()
+        first = self.train_source.order(generator(self.seed, "order", 0)).numpy().tobytes()
         settings = str((self.seed, self.batch_size)).encode()
         return hashlib.blake2b(first + settings, digest_size=16).hexdigest()
 
@@ -228,9 +220,7 @@ class DataModule(L.LightningDataModule):
             count.ready = count.started = count.processed = position
             count.completed = position - unfinished
 
-    def augmented(
-        self, images: UInt8[Tensor, "b c h w"], draw: Generator, share: Share = WHOLE
-    ) -> Data:
+    def augmented(self, images: Images, draw: Generator, share: Share = WHOLE) -> Data:
         """Scale images to [-1, 1] and mirror them at random; they are `share` of the optimizer step's batch."""
         x_0 = to_unit(images)
         if not self.flip:

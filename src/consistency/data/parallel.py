@@ -61,8 +61,9 @@ def write_missing(
     """
     missing = {file: span for file, span in files.items() if not file.is_file()}
     total, images = (sum(map(len, spans)) for spans in (files.values(), missing.values()))
-    if show and images < total:
-        print(f"continued   {total - images:,} images are done already")
+    done = total - images
+    if show and done:
+        print(f"continued   {done:,} images are done already")
     workers = min(workers or min(os.cpu_count() or 1, images // IMAGES_PER_PROCESS), len(missing))
     mapped: Callable[..., Any] = partial(map, write)
     with ExitStack() as stack:
@@ -71,10 +72,8 @@ def write_missing(
             pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, start)
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
             mapped = partial(pool.map, _write_in_process)
-        progress = tqdm(
-            total=total, initial=total - images, unit="img", desc=title, disable=not show
-        )
-        bar = stack.enter_context(progress)
+        bar = tqdm(desc=title, total=total, initial=done, unit="img", disable=not show)
+        stack.enter_context(bar)
         with signals.blocked():
             written = mapped(missing.values(), missing)
         for file, span in files.items():

@@ -213,11 +213,21 @@ def write_shards(
     same settings is continued; other folders are refused. Call it under `if __name__ == "__main__"`: it starts processes.
     """
     engine()
-    count = len(source)
+    count, present = len(source), count_images(folder)
     require(count >= 1, "a source with images", "none", "check its path")
-    if count_images(folder) == count:
+    if present == count:
         return count
-    _begin(folder, [count, shard_bytes, seed])
+    unfinished, settings = folder / UNFINISHED, [count, shard_bytes, seed]
+    same, got = True, "interrupted shards, made otherwise"
+    if unfinished.is_file():
+        same = json.loads(unfinished.read_text()) == settings
+    elif folder.exists() and any(folder.iterdir()):
+        same, got = False, f"shards of {present} images" if present else "a folder with content"
+    expected = f"output={folder} to be new, or begun from the same images with the same settings"
+    require(same, expected, got, "choose another output=, or move the old one away")
+    write_text(unfinished, json.dumps(settings))
+    for part in folder.glob(f"{PART}*"):
+        shutil.rmtree(part)
     order = torch.randperm(count, generator=generator(seed, "shards")).tolist()
     item, _ = _writer(folder, shard_bytes, 0).serialize(_stored(source, order[0]))
     each, positions = max(1, shard_bytes // len(item)), range(count)
@@ -227,7 +237,7 @@ def write_shards(
     indices = [json.loads(file.read_text()) for file in files]
     shards = [shard for index in indices for shard in index["chunks"]]
     write_text(folder / INDEX, json.dumps({"chunks": shards, "config": indices[0]["config"]}))
-    for file in [*files, folder / UNFINISHED]:
+    for file in [*files, unfinished]:
         file.unlink()
     return count
 
@@ -238,21 +248,6 @@ def count_images(folder: Path) -> int | None:
     if (folder / UNFINISHED).exists() or not file.is_file():
         return None
     return sum(int(shard["chunk_size"]) for shard in json.loads(file.read_text())["chunks"])
-
-
-def _begin(folder: Path, settings: list[int]) -> None:
-    """Make the folder and note the settings in it; refuse a folder with other content."""
-    unfinished, count = folder / UNFINISHED, count_images(folder)
-    same, got = True, "interrupted shards, made otherwise"
-    if unfinished.is_file():
-        same = json.loads(unfinished.read_text()) == settings
-    elif folder.exists() and any(folder.iterdir()):
-        same, got = False, f"shards of {count} images" if count else "a folder with content"
-    expected = f"output={folder} to be new, or begun from the same images with the same settings"
-    require(same, expected, got, "choose another output=, or move the old one away")
-    write_text(unfinished, json.dumps(settings))
-    for part in folder.glob(f"{PART}*"):
-        shutil.rmtree(part)
 
 
 def _write_shard(

@@ -1,7 +1,10 @@
 """The interface of a source of images: a map-style data set of (uint8 image, class index)."""
 
+import socket
+import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -9,13 +12,15 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Generator, Tensor
 
-from consistency.errors import require
+from consistency.errors import UserError, require
 from consistency.runtime.files import path_of
 
 Image: TypeAlias = UInt8[Tensor, "c h w"]
 Images: TypeAlias = UInt8[Tensor, "b c h w"]
 Classes: TypeAlias = Int[Tensor, "b"]
 Split: TypeAlias = Literal["train", "test", "all"]
+
+PATIENCE = 30.0  # seconds without an answer after which a download fails
 
 
 class Source(ABC):
@@ -72,3 +77,18 @@ def require_existing(file: Path, expected: str) -> None:
     """Refuse a missing file or folder."""
     remedy = "check the path; a relative one starts at the folder the command runs in"
     require(file.exists(), expected, "missing", remedy)
+
+
+@contextmanager
+def downloading(needed: str, remedy: str) -> Iterator[None]:
+    """Download what is `needed` in the body, with a time limit for answers; if that fails, name the remedy."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
+        last_line = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
+        got = f"no such file, and the download failed ({last_line})"
+        raise UserError(needed, got, remedy) from error
+    finally:
+        socket.setdefaulttimeout(before)

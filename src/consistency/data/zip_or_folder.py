@@ -61,13 +61,21 @@ class Archive(Folder):
         self.where = str(path)
         self.files = FolderFiles(path) if path.is_dir() else ZipFiles(path)
         table = None if self.classes is False else self._label_table()
+        if table is None and self.classes:
+            names, tables = self.files.names, self.files.tables
+            chunks = all(CHUNKED.search(name) for name in names)
+            fits = not tables and not chunks and any("/" in name for name in names)
+            expected = f"class labels in {LABELS} of {path}, or a folder a class"
+            got = f"{LABELS} without labels" if tables else "neither"
+            remedy = (
+                "set data.source.classes=false data.num_classes=null (preparing: classes=false)"
+            )
+            require(fits, expected, got, remedy)
+            if path.is_dir():
+                self.files = FolderFiles(path, classes=True)
         if table is None:
-            if self.classes:
-                self._require_class_folders()
-                if path.is_dir():
-                    self.files = FolderFiles(path, classes=True)
             return self.files.index(classes=bool(self.classes))
-        names = self.files.index().names
+        names = list(self.files.index().names)
         without = [name for name in names if name not in table]
         unused = sorted(table.keys() - set(names))
         expected = f"one label for every image and no other in {LABELS} of {path}"
@@ -97,22 +105,11 @@ class Archive(Folder):
             got = f"other or unreadable content ({type(error).__name__}: {error})"
             raise UserError(expected, got, remedy) from error
         got = "" if len(table) == len(rows) else "two labels for one image"
-        for name, label in table.items():
-            if type(label) is not int or not 0 <= label < 2**31:
-                is_list = isinstance(label, list)
-                got = f"a vector of {len(label)} numbers, " if is_list else "the label "
-                got += f"{str(label)[:40]}, for {name}"
-                break
+        wrong = [n for n, x in table.items() if type(x) is not int or not 0 <= x < 2**31]
+        if wrong:
+            label = table[wrong[0]]
+            kind = f"a vector of {len(label)} numbers," if type(label) is list else "the label"
+            got = f"{kind} {str(label)[:40]}, for {wrong[0]}"
         require(not got, expected, got, remedy)
         above = tables[0].removesuffix(LABELS)
         return {above + name: label for name, label in table.items()} or None
-
-    def _require_class_folders(self) -> None:
-        """Refuse folders as classes if a dataset.json has none, or if dataset_tool made the folders."""
-        names, tables = self.files.names, self.files.tables
-        chunks = all(CHUNKED.search(name) for name in names)
-        fits = not tables and not chunks and any("/" in name for name in names)
-        expected = f"class labels in {LABELS} of {self.where}, or a folder a class"
-        got = f"{LABELS} without labels" if tables else "neither"
-        remedy = "set data.source.classes=false data.num_classes=null (preparing: classes=false)"
-        require(fits, expected, got, remedy)

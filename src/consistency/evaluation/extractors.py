@@ -2,8 +2,8 @@
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -19,8 +19,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from torchvision.transforms import v2
 
 from consistency.data.digits import Digits
-from consistency.data.download import downloading
-from consistency.data.source import Source
+from consistency.data.source import Source, downloading
 from consistency.errors import UserError, require
 from consistency.pixels import IMAGENET_MEAN, IMAGENET_STD, to_unit
 from consistency.randomness import generator
@@ -79,10 +78,6 @@ class Extractor(nn.Module):
     def summing(self) -> torch.device:
         """The device that sums statistics: the network's, or the CPU if that has no float64."""
         return torch.device("cpu") if self.device.type == "mps" else self.device
-
-    def train(self, mode: bool = True) -> "Extractor":
-        """Stay in eval mode."""
-        return super().train(False)
 
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> Extracted:
         return self.extract(self.network, images.expand(-1, 3, -1, -1))
@@ -228,42 +223,32 @@ class SmallClassifier(nn.Module):
         return self.head(functional.silu(features))
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute the body on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@one_thread()
 def train_classifier(source: Source, *, num_classes: int, epochs: int = 24) -> SmallClassifier:
     """Train by AdamW with a one-cycle rate, in batches of 64, each shifted by up to a pixel with its border repeated.
 
     The result is a function of the arguments: it computes on one thread, because sums differ with the number of threads.
     """
     images, labels = source.batch(list(range(len(source))))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), ExitStack() as after:
+        after.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         torch.manual_seed(0)
         classifier = SmallClassifier(channels=images.shape[1], num_classes=num_classes)
-    padded = functional.pad(images.float(), (1, 1, 1, 1), mode="replicate").to(images.dtype)
-    height, width = images.shape[-2:]
-    draw, steps = generator(0, "classifier"), epochs * -(-len(images) // 64)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.05)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(images), generator=draw).split(64):
-            top, left = torch.randint(3, (2,), generator=draw).tolist()
-            shifted = padded[chosen, :, top : top + height, left : left + width]
-            logits = classifier.logits(classifier(shifted))
-            loss = functional.cross_entropy(logits, labels[chosen], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            rate.step()
+        padded = functional.pad(images.float(), (1, 1, 1, 1), mode="replicate").to(images.dtype)
+        height, width = images.shape[-2:]
+        draw, steps = generator(0, "classifier"), epochs * -(-len(images) // 64)
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.05)
+        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(images), generator=draw).split(64):
+                top, left = torch.randint(3, (2,), generator=draw).tolist()
+                shifted = padded[chosen, :, top : top + height, left : left + width]
+                logits = classifier.logits(classifier(shifted))
+                loss = functional.cross_entropy(logits, labels[chosen], label_smoothing=0.1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                rate.step()
     return classifier.eval().requires_grad_(False)
 
 

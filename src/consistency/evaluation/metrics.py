@@ -4,7 +4,10 @@ FID by torchmetrics; inception score, KID, precision and recall by torch-fidelit
 of the samples' numbers, because these metrics draw subsets by position.
 """
 
-from collections.abc import Callable, Iterable
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +23,6 @@ from consistency.evaluation import extractors
 from consistency.evaluation import reference as references
 from consistency.evaluation.extractors import Extractor
 from consistency.evaluation.reference import FrechetDistance, Reference, in_order
-from consistency.evaluation.timing import Clock
 from consistency.inference.generate import Numbered
 from consistency.runtime.files import cache_folder, path_of
 from consistency.runtime.ranks import gathered, print_once, rank_and_size
@@ -29,6 +31,40 @@ from consistency.tensors import sent
 NEIGHBOURHOOD = 3  # k of precision and recall [Kynkäänniemi et al. 2019, arXiv:1904.06991]
 FEWEST = 10  # smallest number of samples, and of features of a reference: the parts of the inception score
 QUANTISATION = "uint8, round(127.5 x + 127.5) of x clamped to [-1, 1]"
+
+
+class Clock:
+    """Sums of seconds by name. On a GPU it records events in the stream and waits for nothing."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._spans: dict[str, list[Callable[[], float]]] = defaultdict(list)
+
+    @contextmanager
+    def running(self, name: str, device: torch.device) -> Iterator[None]:
+        """Count the body under `name`."""
+        if device.type == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            yield
+            last.record()
+            self._spans[name].append(lambda: first.elapsed_time(last) / 1000)
+            return
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self._spans[name].append(lambda: seconds)
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds since the start or the last reading, by name and in `total`."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        seconds = {name: sum(span() for span in spans) for name, spans in self._spans.items()}
+        seconds["total"] = now - self._start
+        self._spans.clear()
+        self._start = now
+        return seconds
 
 
 class Measure:
@@ -134,10 +170,10 @@ def measure_against(
     require(reference_features >= FEWEST, fewest, reference_features, "give a larger number")
     network = available(extractor).to(device)
     own = "held_out" if network.trained_on_train_set and held_out is not None else "train"
-    sources, name = {"train": train, "held_out": held_out}, reference or own
-    if name not in sources:
+    name = reference or own
+    if name not in ("train", "held_out"):
         return Measure(network, references.read_reference(path_of(name), network))
-    source = sources[name]
+    source = train if name == "train" else held_out
     if source is None:
         expected = "a data set with held-out images for evaluation.reference=held_out"
         raise UserError(expected, "one without", "choose evaluation.reference=train")

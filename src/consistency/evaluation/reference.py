@@ -58,20 +58,25 @@ class Reference:
             np.savez(file, allow_pickle=False, protocol=np.array(text), **arrays)
 
 
-def read_reference(path: Path, extractor: Extractor) -> Reference:
+def read_reference(
+    path: Path, extractor: Extractor, protocol: dict[str, Any] | None = None
+) -> Reference:
     """Read a file of `Reference.write`, NVlabs' or guided-diffusion's programs.
 
     The latter two record no extractor and are taken to be of the published Inception; images in the file
-    (guided-diffusion's arr_0) serve the metrics that need features. Raises `UserError` for a file of another extractor.
+    (guided-diffusion's arr_0) serve the metrics that need features. Raises `UserError` for another extractor or `protocol`.
     """
     arrays = _read_arrays(path)
     mu, sigma = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in ("mu", "sigma"))
-    protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {}
-    count = protocol.pop("count", None)
-    if protocol:
-        require_same(protocol, extractor.protocol, path)
-    else:
-        protocol = {**extractor.protocol, "reference": _foreign(path, arrays, extractor)}
+    recorded = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {}
+    count, wanted = recorded.pop("count", None), protocol or extractor.protocol
+    if not recorded:
+        recorded = {**extractor.protocol, "reference": _foreign(path, arrays, extractor)}
+    other = sorted(name for name in wanted if recorded.get(name) != wanted[name])
+    expected = f"a reference with {', '.join(f'{n}={wanted[n]}' for n in other)}"
+    got = f"{path} with {', '.join(f'{n}={recorded.get(n)}' for n in other)}"
+    remedy = "measure with the extractor of the reference, or name another evaluation.reference"
+    require(not other, expected, got, remedy)
     features = None
     if "features" in arrays:
         features = torch.from_numpy(arrays["features"])
@@ -80,7 +85,7 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
         with torch.inference_mode():
             parts = [extractor(part.to(extractor.device)).features.cpu() for part in images]
         features = torch.cat(parts)
-    return Reference(mu, sigma, count, features, protocol)
+    return Reference(mu, sigma, count, features, recorded)
 
 
 def _read_arrays(path: Path) -> dict[str, Any]:
@@ -116,15 +121,6 @@ def _foreign(path: Path, arrays: dict[str, Any], extractor: Extractor) -> dict[s
     print_once(f"{path.name}: {program}{spatial}")
     features = len(arrays.get("arr_0", ()))
     return {"file": path.name, "sha256": fingerprint(path), "features": features}
-
-
-def require_same(protocol: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """Refuse a reference that was measured in another way."""
-    other = sorted(name for name in wanted if protocol.get(name) != wanted[name])
-    expected = f"a reference with {', '.join(f'{n}={wanted[n]}' for n in other)}"
-    got = f"{path} with {', '.join(f'{n}={protocol.get(n)}' for n in other)}"
-    remedy = "measure with the extractor of the reference, or name another evaluation.reference"
-    require(not other, expected, got, remedy)
 
 
 class FrechetDistance(FrechetInceptionDistance):
@@ -176,9 +172,7 @@ def reference_of(
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:32]
     path = cache / f"{key}.npz"
     if all(gathered(os.path.isfile(path))):  # False also for a folder that may not be read
-        reference = read_reference(path, extractor)
-        require_same(reference.protocol, protocol, path)
-        return reference
+        return read_reference(path, extractor, protocol)
     images = images_of(source, batch_size, num_workers, "Reference")
     reference = Reference(*_statistics(images, count, extractor, stored), protocol)
     if rank_and_size()[0] == 0:
@@ -220,10 +214,9 @@ def spread(count: int, most: int) -> list[int]:
 
 def images_of(source: Source, batch_size: int, num_workers: int, title: str) -> Iterator[Numbered]:
     """Yield this rank's share of a source."""
-    numbers: Any = range(len(source))
-    parts: Any = batches(len(source), batch_size)
-    options: dict[str, Any] = {"collate_fn": source.batch, "num_workers": num_workers}
-    loader = DataLoader(numbers, batch_sampler=parts, **options)
+    every, parts = range(len(source)), batches(len(source), batch_size)
+    options = {"collate_fn": source.batch, "num_workers": num_workers}
+    loader: Any = DataLoader(every, batch_sampler=parts, **options)  # type: ignore[arg-type]
     shown = tqdm(parts, desc=title, unit="batch", disable=rank_and_size()[0] > 0 or len(parts) < 2)
     for numbers, (images, _) in zip(shown, loader, strict=True):
         yield numbers, images
