@@ -18,9 +18,8 @@ The shell stands in rooms:
     runtime             devices files ranks rendezvous (of the processes of a job) launch signals redaction (of secrets)
                         allowlist (of what a configuration from elsewhere may name)
     inference           card (what a model is) model (what `load` returns) generate (numbered samples) options plots
-    checkpoints         load contents; ours openai nvlabs jcm diffusers (folders; diffusers_unet,
-                        diffusers_time_embedding); wrapped (state dicts below any keys), pickle_reader,
-                        msgpack_reader, pretrained (published files), retention (last, previous, best)
+    checkpoints         load contents; ours (posthoc: averages of any width) openai nvlabs jcm diffusers (folders;
+                        diffusers_unet); wrapped (state dicts below any keys), pickle_reader, pretrained (published files)
     data                module (the LightningDataModule, order by position, foreign loaders) source; memory: digits
                         mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; decode crop listing
                         download parallel

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from consistency.checkpoints import contents, diffusers_unet, openai, wrapped
-from consistency.checkpoints import diffusers_time_embedding as time_embedding
 from consistency.checkpoints.contents import Hints, StateDict, assumes, brief, card_of, check
 from consistency.checkpoints.diffusers_unet import UNET, VERSION, our_weights, their_weights
 from consistency.checkpoints.ours import read_card, read_sealed, write_sealed
@@ -26,7 +25,7 @@ FORMAT = "diffusers"
 ANCHORS = ("time_embedding.linear_1.weight", "conv_in.weight")
 PIPELINE, SCHEDULER = "ConsistencyModelPipeline", "CMStochasticIterativeScheduler"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
-TIME_EMBEDDING = "time_embedding.safetensors"  # original layers, see `diffusers_time_embedding`
+TIME_EMBEDDING = "time_embedding.safetensors"  # original layers, see `diffusers_unet`
 UNETS = {"online": "unet/", "ema": "unet_ema/"}  # in a pipeline; accelerate keeps both
 
 WEIGHTS = "diffusion_pytorch_model"  # files of weights begin so
@@ -98,11 +97,11 @@ def open_path(path: Path, hints: Hints) -> contents.Checkpoint:
 
 def checked(card: ModelCard, weights: StateDict, unet: Path, pipeline: Path) -> StateDict:
     """Return weights that we wrote, with the original time embedding. Refuse settings of a folder that have changed."""
-    if time_embedding.needs_rewriting(card):
+    if diffusers_unet.needs_rewriting(card):
         layers = read_sealed(unet / TIME_EMBEDDING)
         same = ModelCard.parse(layers.get("card", {}), unet) == card
         check(same, f"a {TIME_EMBEDDING} that was not written with its weights")
-        weights = time_embedding.restored(weights, layers["weights"])
+        weights = diffusers_unet.restored(weights, layers["weights"])
     pairs = [(diffusers_unet.unet_settings(card, weights), read_json(unet / "config.json"))]
     if is_pipeline(pipeline):
         pairs.append((scheduler_settings(card), read_json(pipeline / SCHEDULER_FILE)))
@@ -227,10 +226,10 @@ def write_diffusers(folder: Path, card: ModelCard, weights: StateDict) -> None:
     config = diffusers_unet.unet_settings(card, weights)
     student = card.role == "consistency"
     unet = folder / "unet" if student else folder
-    if time_embedding.needs_rewriting(card):
-        layers = {name: weights[name] for name in time_embedding.LAYERS}
+    if diffusers_unet.needs_rewriting(card):
+        layers = {name: weights[name] for name in diffusers_unet.LAYERS}
         write_sealed(unet / TIME_EMBEDDING, card, layers)
-        weights = time_embedding.rewritten(weights, card)
+        weights = diffusers_unet.rewritten(weights, card)
     files = {unet / "config.json": config}
     if student:
         index: dict[str, Any] = {"_class_name": PIPELINE, "_diffusers_version": VERSION}
@@ -248,6 +247,6 @@ def scheduler_settings(card: ModelCard) -> dict[str, Any]:
     return {
         **{"_class_name": SCHEDULER, "_diffusers_version": VERSION},
         **{"sigma_min": scalings["t_min"], "sigma_max": process.t_max, "rho": process.rho},
-        **{"sigma_data": scalings["sigma_data"], "num_train_timesteps": time_embedding.POINTS},
+        **{"sigma_data": scalings["sigma_data"], "num_train_timesteps": diffusers_unet.POINTS},
         **{"s_noise": 1.0, "clip_denoised": True},
     }

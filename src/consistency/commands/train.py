@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from consistency.checkpoints.retention import settle
+from consistency.checkpoints.ours import settle
 from consistency.commands.cli import called
 from consistency.commands.overrides import shell_line
 from consistency.commands.resume import CONFIG, RunStart, begin
