@@ -10,7 +10,6 @@ A run keeps its checkpoints next, last and previous. A whole one exists at whate
 import hashlib
 import json
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,7 +57,7 @@ def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
         path=path,
         format=OPENAI if content.get("format") == OPENAI else FORMAT,
         card=ModelCard.parse(content["card"], path),
-        sets=posthoc.Sets(sets, partial(posthoc.reconstruct, path, content.get("k", 0), averages)),
+        sets=posthoc.Sets(sets, path, content.get("k", 0)),
     )
 
 
