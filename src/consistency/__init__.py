@@ -24,8 +24,8 @@ The shell stands in rooms:
                         mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; decode crop listing
                         download parallel
     evaluation          metrics extractors (with the small classifier) reference timing
-    training            build (configuration -> parts) module (the LightningModule) arguments (of Lightning) nonfinite loggers
-                        lpips lightning_patches io_errors; callbacks: schedules ema progressive_distillation periodic
+    training            build (configuration -> parts) module (the LightningModule) nonfinite loggers lpips
+                        lightning_patches io_errors; callbacks: schedules ema progressive_distillation periodic
                         checkpoints preemption evaluation sample_grids progress
     commands            cli schema overrides resume, and one file a verb, which src/<verb>.py starts: train.py sample.py
                         evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py benchmark.py

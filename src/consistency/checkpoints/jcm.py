@@ -16,19 +16,9 @@ import torch
 from torch import Tensor
 
 from consistency.checkpoints import contents
-from consistency.checkpoints.contents import (
-    Checkpoint,
-    ContentError,
-    Hints,
-    StateDict,
-    assumes,
-    check,
-)
+from consistency.checkpoints.contents import ContentError, Hints, StateDict, assumes, check
 from consistency.networks.song import SongUNet
 from consistency.networks.unet import UNetBlock, fir_filter
-
-MOST_ITEMS = 100_000
-"""Items of a list or a map, of which no checkpoint has as many."""
 
 DTYPES: dict[bytes, torch.dtype] = {
     name.encode(): getattr(torch, name)
@@ -57,7 +47,7 @@ BLOCK = {
 """Names in the JAX code of the weight of a layer, and of the layers of our residual blocks."""
 
 
-def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
+def open_content(content: Any, path: Path, hints: Hints) -> contents.Checkpoint | None:
     """Return the averaged (`ema`), online and target parameters of a training state; None for any other content."""
     average = content.get("params_ema") if isinstance(content, dict) else None
     if not isinstance(average, dict) or any(isinstance(v, Tensor) for v in average.values()):
@@ -71,7 +61,9 @@ def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
     def read(tree: Any) -> StateDict:
         return song_weights(flattened(tree), song)
 
-    return Checkpoint(path=path, format=FORMAT, card=card, sets=trees, read=read, notes=notes)
+    return contents.Checkpoint(
+        path=path, format=FORMAT, card=card, sets=trees, read=read, notes=notes
+    )
 
 
 def flattened(tree: Any, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
@@ -173,7 +165,7 @@ def read_messagepack(path: Path) -> Any:
     import msgpack  # needed for this format alone
 
     hooks = {"object_pairs_hook": _mapping, "ext_hook": _array, "strict_map_key": False}
-    most = {"max_array_len": MOST_ITEMS, "max_map_len": MOST_ITEMS}
+    most = dict.fromkeys(("max_array_len", "max_map_len"), 100_000)  # more than any checkpoint has
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         try:
             return msgpack.unpackb(content, **hooks, **most)

@@ -19,7 +19,6 @@ from consistency.errors import UserError, require
 from consistency.runtime.files import written_whole
 
 POSTHOC, POWER = "posthoc:", "power:"
-SNAPSHOTS = "snapshots"
 
 
 def set_name(average: str) -> str:
@@ -45,7 +44,7 @@ class Sets(dict[str, StateDict]):
         expected = f"power-function averages in {self.checkpoint}, for weights={name}"
         remedy = "train with callbacks.evaluation_ema.widths=[0.05,0.1]"
         require(bool(own), expected, f"the sets {', '.join(self)}", remedy)
-        width, folder = width_of(name), self.checkpoint.parent.parent / SNAPSHOTS
+        width, folder = width_of(name), self.checkpoint.parent.parent / "snapshots"
         steps = {int(f.stem): f for f in folder.glob("*.safetensors") if f.stem.isdigit()}
         files = {step: steps[step] for step in sorted(steps) if step < self.k}
         require(

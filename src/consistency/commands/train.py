@@ -23,7 +23,6 @@ from consistency.runtime.files import ROOT, write_text
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import is_first, require_launched
 from consistency.training import build
-from consistency.training.arguments import require_taken
 from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import Periodic, callback_of
@@ -40,7 +39,7 @@ def train(config: DictConfig, output: Path) -> float:
     build.quiet()
     start = begin(config, output)
     config, steps = start.config, start.config.trainer.max_steps
-    require_taken(config.trainer)
+    build.require_taken(config.trainer)
     require(config.seed >= 0, "seed >= 0", config.seed, "give another seed")
     require(steps >= 1, "trainer.max_steps >= 1", steps, "give the number of optimizer steps")
     if start.checkpoint is not None and start.step >= steps:
