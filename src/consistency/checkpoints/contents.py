@@ -98,6 +98,7 @@ class Checkpoint:
 
     card: without a role if the file does not record one.
     sets: the sets of weights by name, as the file holds them; `read` turns one into a state dict under our names.
+    reconstruct: takes posthoc:<width> and returns that average; None if the format has no averages of any width.
     notes: assumptions that the file leaves open.
     """
 
@@ -106,6 +107,7 @@ class Checkpoint:
     card: ModelCard
     sets: Mapping[str, Any]
     read: Callable[[Any], StateDict] = dict
+    reconstruct: Callable[[str], StateDict] | None = None
     notes: Sequence[str] = ()
 
 
@@ -122,7 +124,7 @@ def card_of(
         role=None,
         network=network,
         preconditioning={"sigma_data": process.sigma_data, "c_noise_scale": c_noise_scale},
-        process=replace(process, times=(process.t_max, second_time)),
+        process=replace(process, times=process.times or (process.t_max, second_time)),
         channels=network["in_channels"],
         image_size=network["image_size"],
         num_classes=network["num_classes"],

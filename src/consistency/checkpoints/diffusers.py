@@ -80,7 +80,7 @@ def open_path(path: Path, hints: Hints) -> contents.Checkpoint:
         known: dict[str, Any] = {}
         if is_pipeline(pipeline):
             process = scheduled(read_json(pipeline / SCHEDULER_FILE))
-            known = {"role": "consistency", "process": process, "second_time": process.times[1]}
+            known = {"role": "consistency", "process": process}
         card = card_of(network(unet), contents.C_NOISE_OPENAI, **known)
 
     def weights(file: Path) -> StateDict:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from consistency.checkpoints import diffusers, jcm, nvlabs, openai, ours, pretrained, wrapped
 from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, check, checking
 from consistency.checkpoints.pickle_reader import read_pickle, read_zip
+from consistency.checkpoints.posthoc import POSTHOC
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import LARGEST, MOST_CHARACTERS, MOST_LISTED, Role
@@ -207,9 +208,11 @@ def build_model(checkpoint: Checkpoint, weights: str, role: Role | None) -> Mode
         card = card.with_role(role, checkpoint.path)
     name = next(iter(sets)) if weights == "ema" and len(sets) == 1 else weights
     known = f"weights among {', '.join(sets)}"
-    require(name in sets, known, weights, "choose one of those that this checkpoint holds")
+    rebuild = checkpoint.reconstruct if name.startswith(POSTHOC) else None
+    remedy = "choose one of those that this checkpoint holds"
+    require(name in sets or rebuild is not None, known, weights, remedy)
     with checking(checkpoint.path):
-        state, settings = checkpoint.read(sets[name]), card.network
+        state, settings = rebuild(name) if rebuild else checkpoint.read(sets[name]), card.network
         for key, value in state.items():
             numbers = isinstance(value, Tensor) and value.is_floating_point()
             finite = numbers and bool(value.isfinite().all())

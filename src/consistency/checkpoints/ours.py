@@ -10,6 +10,7 @@ A run keeps its checkpoints next, last and previous. A whole one exists at whate
 import hashlib
 import json
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,12 +53,13 @@ def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
     averages = content.get("callbacks", {}).get("EvaluationEMA", {}).get("averages", {})
     for name, average in averages.items():
         sets.setdefault("ema", average)
-        sets[posthoc.set_name(name)] = average
+        sets[name if name.startswith(posthoc.POWER) else f"ema:{name}"] = average
     return Checkpoint(
         path=path,
         format=OPENAI if content.get("format") == OPENAI else FORMAT,
         card=ModelCard.parse(content["card"], path),
-        sets=posthoc.Sets(sets, path, content.get("k", 0)),
+        sets=sets,
+        reconstruct=partial(posthoc.reconstruct, sets, path, content.get("k", 0)),
     )
 
 

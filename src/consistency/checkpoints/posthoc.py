@@ -21,46 +21,35 @@ from consistency.runtime.files import written_whole
 POSTHOC, POWER = "posthoc:", "power:"
 
 
-def set_name(average: str) -> str:
-    """Return the name of the set of weights of an average: power:<width>, or ema:<decay>."""
-    return average if average.startswith(POWER) else f"ema:{average}"
+def reconstruct(
+    sets: Mapping[str, StateDict], checkpoint: Path, k: int, name: str
+) -> dict[str, Tensor]:
+    """Return the weights of `name`, posthoc:<width>, at step k.
 
-
-class Sets(dict[str, StateDict]):
-    """The sets of weights in the checkpoint of step k by name; those of posthoc:<width> are reconstructed when looked up.
-
-    The snapshots lie beside the folder of the checkpoint.
+    sets: those in the checkpoint of step k. The snapshots lie beside its folder.
     """
-
-    def __init__(self, sets: Mapping[str, StateDict], checkpoint: Path, k: int) -> None:
-        super().__init__(sets)
-        self.checkpoint, self.k = checkpoint, k
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or str(name).startswith(POSTHOC)
-
-    def __missing__(self, name: str) -> StateDict:
-        own = {float(n.removeprefix(POWER)): s for n, s in self.items() if n.startswith(POWER)}
-        expected = f"power-function averages in {self.checkpoint}, for weights={name}"
-        remedy = "train with callbacks.evaluation_ema.widths=[0.05,0.1]"
-        require(bool(own), expected, f"the sets {', '.join(self)}", remedy)
-        width, folder = width_of(name), self.checkpoint.parent.parent / "snapshots"
-        steps = {int(f.stem): f for f in folder.glob("*.safetensors") if f.stem.isdigit()}
-        files = {step: steps[step] for step in sorted(steps) if step < self.k}
-        require(
-            bool(files) or width in own,
-            f"snapshots of the run in {folder}, for weights={name}",
-            "none before the step of the checkpoint",
-            "train with callbacks.snapshots.every_n_train_steps below the length of the run",
-        )
-        stored = [(step, w) for step in (*files, self.k) for w in own]
-        coefficients = posthoc_coefficients(*zip(*stored, strict=True), self.k, width)
-        total: dict[str, Any] = {}
-        for (step, w), coefficient in zip(stored, coefficients.tolist(), strict=True):
-            average = own[w] if step == self.k else _read(files[step], w)
-            for parameter, tensor in average.items():
-                total[parameter] = total.get(parameter, 0) + coefficient * tensor.double()
-        return {parameter: tensor.float() for parameter, tensor in total.items()}
+    own = {float(n.removeprefix(POWER)): s for n, s in sets.items() if n.startswith(POWER)}
+    expected = f"power-function averages in {checkpoint}, for weights={name}"
+    remedy = "train with callbacks.evaluation_ema.widths=[0.05,0.1]"
+    require(bool(own), expected, f"the sets {', '.join(sets)}", remedy)
+    width, folder = width_of(name), checkpoint.parent.parent / "snapshots"
+    steps = {int(f.stem): f for f in folder.glob("*.safetensors") if f.stem.isdigit()}
+    files = {step: steps[step] for step in sorted(steps) if step < k}
+    require(
+        bool(files) or width in own,
+        f"snapshots of the run in {folder}, for weights={name}",
+        "none before the step of the checkpoint",
+        "train with callbacks.snapshots.every_n_train_steps below the length of the run",
+    )
+    stored = [(step, w) for step in (*files, k) for w in own]
+    of_steps, widths = zip(*stored, strict=True)
+    coefficients = posthoc_coefficients(of_steps, widths, k, width)
+    total: dict[str, Any] = {}
+    for (step, w), coefficient in zip(stored, coefficients.tolist(), strict=True):
+        average = own[w] if step == k else _read(files[step], w)
+        for parameter, tensor in average.items():
+            total[parameter] = total.get(parameter, 0) + coefficient * tensor.double()
+    return {parameter: tensor.float() for parameter, tensor in total.items()}
 
 
 def write_snapshot(file: Path, averages: Mapping[str, StateDict]) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from consistency.averaging import WIDEST, frozen_copy, power_decay, update_average
-from consistency.checkpoints.posthoc import POWER, set_name, write_snapshot
+from consistency.checkpoints.posthoc import POWER, write_snapshot
 from consistency.errors import require
 from consistency.runtime.ranks import print_once
 from consistency.training.callbacks.periodic import Periodic, callback_of
@@ -66,7 +66,7 @@ class EvaluationEMA(Callback):
             average = self.averages[name] = frozen_copy(module.online.network)
             if name in self._saved:
                 average.load_state_dict(self._saved[name])
-            module.averages[set_name(name)] = average
+            module.averages[f"ema:{name}" if name in self.decays else name] = average
         self._saved = {}
         module.after_each_step(lambda: self._update(module))
         self._warn_of_wide(trainer.max_steps)
