@@ -18,16 +18,15 @@ The shell stands in rooms:
     runtime             devices files ranks rendezvous (of the processes of a job) launch signals redaction (of secrets)
                         allowlist (of what a configuration from elsewhere may name)
     inference           card (what a model is) model (what `load` returns) generate (numbered samples) options plots
-    checkpoints         load contents; ours openai nvlabs jcm diffusers (folders; diffusers_unet,
-                        diffusers_time_embedding); wrapped (state dicts below any keys), pickle_reader,
-                        msgpack_reader, pretrained (published files), retention (last, previous, best), posthoc
-                        (averages of any width)
+    checkpoints         load contents; ours (posthoc: averages of any width) openai nvlabs jcm diffusers (folders; diffusers_unet,
+                        diffusers_time_embedding); wrapped (state dicts below any keys), pickle_reader, pretrained (published
+                        files)
     data                module (the LightningDataModule, order by position, foreign loaders) source; memory: digits
                         mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; decode crop listing
                         parallel
     evaluation          metrics extractors (with the small classifier) reference
-    training            build (configuration -> parts) module (the LightningModule) arguments (of Lightning) nonfinite loggers
-                        lpips lightning_patches io_errors; callbacks: schedules ema progressive_distillation periodic
+    training            build (configuration -> parts) module (the LightningModule) nonfinite loggers lpips
+                        lightning_patches io_errors; callbacks: schedules ema progressive_distillation periodic
                         checkpoints preemption evaluation sample_grids progress
     commands            cli schema overrides resume, and one file a verb, which src/<verb>.py starts: train.py sample.py
                         evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py benchmark.py

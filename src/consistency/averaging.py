@@ -31,9 +31,7 @@ def update_average(average: nn.Module, online: nn.Module, decay: float) -> None:
     [Song et al. 2023, arXiv:2303.01469, Algorithms 2 and 3, for the target network]. Buffers are constants of our
     networks and stay as they are.
     """
-    torch._foreach_lerp_(
-        [p for p in average.parameters()], [p.detach() for p in online.parameters()], 1 - decay
-    )
+    torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), 1 - decay)
 
 
 def power_exponent(width: float) -> float:

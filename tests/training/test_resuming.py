@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from comparing_runs import assert_equal, assert_same, content, rows
 from conftest import TINY, Run
 from consistency.checkpoints import ours
-from consistency.checkpoints.load import LAST, NEXT, PREVIOUS, load
-from consistency.checkpoints.retention import newest, promote, settle
+from consistency.checkpoints.load import load
+from consistency.checkpoints.ours import LAST, NEXT, PREVIOUS, newest, promote, settle
 from consistency.commands import cli, resume, train
 from consistency.errors import UserError
 from consistency.runtime import files
@@ -312,7 +312,7 @@ def test_a_checkpoint_comes_after_the_row_of_its_step(
         seen.append((k, [int(row["step"]) for row in rows(run)]))
         promote(folder)
 
-    monkeypatch.setattr("consistency.checkpoints.retention.promote", watched)
+    monkeypatch.setattr("consistency.checkpoints.ours.promote", watched)
     given = ["data.device_batch_size=4", f"trainer.max_steps={STEPS}", f"output={run}"]
     outcome = verb("train", *BEGUN, *given)
     assert outcome.status == 0, outcome.err

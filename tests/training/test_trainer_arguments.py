@@ -19,7 +19,7 @@ from consistency.checkpoints.ours import read
 from consistency.commands.overrides import spelled_out
 from consistency.errors import UserError
 from consistency.training import build
-from consistency.training.arguments import REFUSED, STRATEGIES, require_taken, require_whole
+from consistency.training.build import REFUSED, STRATEGIES, require_taken, require_whole
 from consistency.training.lightning_patches import AtomicCheckpointIO
 from consistency.training.nonfinite import OVERFLOWS
 

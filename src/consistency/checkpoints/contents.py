@@ -98,6 +98,7 @@ class Checkpoint:
 
     card: without a role if the file does not record one.
     sets: the sets of weights by name, as the file holds them; `read` turns one into a state dict under our names.
+    reconstruct: takes posthoc:<width> and returns that average; None if the format has no averages of any width.
     notes: assumptions that the file leaves open.
     """
 
@@ -106,6 +107,7 @@ class Checkpoint:
     card: ModelCard
     sets: Mapping[str, Any]
     read: Callable[[Any], StateDict] = dict
+    reconstruct: Callable[[str], StateDict] | None = None
     notes: Sequence[str] = ()
 
 

@@ -1,4 +1,4 @@
-"""The network of diffusers, `UNet2DModel`, and our `ADM`: names of the weights and settings, in both directions.
+"""The network of diffusers, `UNet2DModel`, and our `ADM`: names and settings, in both directions.
 
 They are one network under the settings `FIXED`. q, k and v are three linear maps in diffusers, in that order the thirds of
 our qkv.
@@ -248,7 +248,6 @@ def unet_settings(card: ModelCard, weights: StateDict) -> dict[str, Any]:
     """Return the settings of `UNet2DModel` for our model. Refuse one that it cannot be."""
     require_expressible(card)
     network, size = OPTIONAL | card.network, card.image_size
-    rewritten = time_embedding.needs_rewriting(card)
     widths = [int(m * network["model_channels"]) for m in network["channel_mult"]]
     attention = [size >> k in network["attention_resolutions"] for k in range(len(widths))]
     shift, groups = network["use_scale_shift_norm"], network["num_groups"]
@@ -258,7 +257,9 @@ def unet_settings(card: ModelCard, weights: StateDict) -> dict[str, Any]:
         **FIXED,
         **{name: network[ours] for name, ours in SAME.items()},
         **block_settings(attention, network["resblock_updown"], shift, groups),
-        "time_embedding_dim": time_embedding.width(card) if rewritten else None,
+        "time_embedding_dim": time_embedding.width(card)
+        if time_embedding.needs_rewriting(card)
+        else None,
         "sample_size": size,
         "out_channels": network["out_channels"] or network["in_channels"],
         "block_out_channels": widths,

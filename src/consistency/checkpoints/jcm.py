@@ -1,9 +1,14 @@
-"""openai/consistency_models_cifar10: the training state of the JAX code, written by flax, read without JAX.
+"""openai/consistency_models_cifar10: the training state of the JAX code, written by flax, read without JAX and flax.
 
 The network is NCSN++, our `SongUNet`, with c_noise = 0.25 ln t. Convolutions are stored (h, w, in, out), linear maps
 (in, out), and q, k and v apart. The file does not record its role, nor the levels with attention if all are equally wide.
+
+The file is MessagePack: maps, lists, plain values, and arrays in the extension of `flax.serialization`. `msgpack` holds every
+length against that of the file before it takes memory.
 """
 
+import math
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +16,14 @@ import torch
 from torch import Tensor
 
 from consistency.checkpoints import contents
-from consistency.checkpoints.contents import Checkpoint, Hints, StateDict, assumes, check
+from consistency.checkpoints.contents import ContentError, Hints, StateDict, assumes, check
 from consistency.networks.song import SongUNet
 from consistency.networks.unet import UNetBlock, fir_filter
+
+DTYPES: dict[bytes, torch.dtype] = {
+    name.encode(): getattr(torch, name)
+    for name in "float32 float64 float16 bfloat16 int8 int16 int32 int64 uint8 uint32 bool".split()
+}
 
 FORMAT = "JAX (flax)"
 PARAMETERS = {"ema": "params_ema", "online": "params", "target": "target_params"}
@@ -37,7 +47,7 @@ BLOCK = {
 """Names in the JAX code of the weight of a layer, and of the layers of our residual blocks."""
 
 
-def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
+def open_content(content: Any, path: Path, hints: Hints) -> contents.Checkpoint | None:
     """Return the averaged (`ema`), online and target parameters of a training state; None for any other content."""
     average = content.get("params_ema") if isinstance(content, dict) else None
     if not isinstance(average, dict) or any(isinstance(v, Tensor) for v in average.values()):
@@ -51,7 +61,9 @@ def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
     def read(tree: Any) -> StateDict:
         return song_weights(flattened(tree), song)
 
-    return Checkpoint(path=path, format=FORMAT, card=card, sets=trees, read=read, notes=notes)
+    return contents.Checkpoint(
+        path=path, format=FORMAT, card=card, sets=trees, read=read, notes=notes
+    )
 
 
 def flattened(tree: Any, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
@@ -146,3 +158,44 @@ def song_weights(params: StateDict, network: SongUNet) -> StateDict:
     check(not rest, f"{OTHER}, such as {min(rest, default='')[:80]}")
     filters = (name for name in own if name.endswith("resample_filter"))
     return ours | {name: fir_filter(TAPS) for name in filters}
+
+
+def read_messagepack(path: Path) -> Any:
+    """Return the one value that a file consists of."""
+    import msgpack  # needed for this format alone
+
+    hooks = {"object_pairs_hook": _mapping, "ext_hook": _array, "strict_map_key": False}
+    most = dict.fromkeys(("max_array_len", "max_map_len"), 100_000)  # more than any checkpoint has
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        try:
+            return msgpack.unpackb(content, **hooks, **most)
+        except ContentError:
+            raise
+        except ValueError as error:
+            reason = f"{type(error).__name__} {error}".strip()
+            fault = "ends early or late, or holds more values, or deeper ones, than any checkpoint"
+            raise ContentError(f"a MessagePack file that {fault} ({reason[:120]})") from error
+
+
+def _mapping(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    named = all(isinstance(key, str) for key, _ in pairs) and len(dict(pairs)) == len(pairs)
+    check(named, "a map whose keys are not different names")
+    return dict(pairs)
+
+
+def _array(kind: int, content: bytes) -> Tensor:
+    """Return an array (kind 1) or a scalar (3) of flax: (shape, name of its type, bytes), itself in MessagePack."""
+    import msgpack
+
+    check(kind in (1, 3), "a value that is no array")
+    shape, name, values = msgpack.unpackb(content, raw=True)
+    sides = shape if isinstance(shape, list) and len(shape) <= 8 else [None]
+    possible = all(isinstance(n, int) and 0 <= n < 2**40 for n in sides)
+    check(possible, "an array with an impossible shape")
+    check(name in DTYPES, "an array of an unknown type")
+    dtype = DTYPES[name]
+    size = math.prod(shape) * dtype.itemsize
+    check(len(values) == size, "an array of another size than its shape")
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(values), dtype=dtype).reshape(shape)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from consistency.checkpoints import diffusers, jcm, nvlabs, openai, ours, pretrained, wrapped
 from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, check, checking
-from consistency.checkpoints.msgpack_reader import read_messagepack
 from consistency.checkpoints.pickle_reader import read_pickle, read_zip
+from consistency.checkpoints.posthoc import POSTHOC
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import LARGEST, MOST_CHARACTERS, MOST_LISTED, Role
@@ -27,16 +27,12 @@ from consistency.runtime.files import expanded, verify_checksum
 NETWORKS = "consistency.networks."
 PRECONDITIONING = "consistency.preconditioning."
 
-CHECKPOINTS = "checkpoints"
-NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
-"""A run's checkpoints: the newest until it is renamed to `last`; the newest; the one before it."""
-
 CONTAINERS: dict[bytes, Callable[[Path], Any]] = {
     rb"PK\x03\x04": read_zip,
     rb".{4}\0{4}\{": ours.read_sealed,
     rb"\x80[\x02-\x05]": read_pickle,
     rb"\{": diffusers.read_shards,
-    rb"[\x81-\x8f\xde\xdf]": read_messagepack,
+    rb"[\x81-\x8f\xde\xdf]": jcm.read_messagepack,
 }
 """First bytes of a file -> the reader of its container. A safetensors file begins with a length and a brace."""
 
@@ -132,7 +128,7 @@ def find(checkpoint: str | os.PathLike[str]) -> Path:
         weights = "pytorch_model.bin"
         accelerate = (f"{ours.SEALED}.index.json", weights, f"{weights}.index.json")
         # A run that died while it renamed may have its newest checkpoint under the other name.
-        names = (*accelerate, f"{CHECKPOINTS}/{LAST}", f"{CHECKPOINTS}/{NEXT}")
+        names = (*accelerate, f"{ours.CHECKPOINTS}/{ours.LAST}", f"{ours.CHECKPOINTS}/{ours.NEXT}")
         file = next((path / name for name in names if (path / name).is_file()), None)
         if file is None:
             expected = f"a run folder with checkpoints/last.ckpt at {path}, or a diffusers folder"
@@ -212,9 +208,11 @@ def build_model(checkpoint: Checkpoint, weights: str, role: Role | None) -> Mode
         card = card.with_role(role, checkpoint.path)
     name = next(iter(sets)) if weights == "ema" and len(sets) == 1 else weights
     known = f"weights among {', '.join(sets)}"
-    require(name in sets, known, weights, "choose one of those that this checkpoint holds")
+    rebuild = checkpoint.reconstruct if name.startswith(POSTHOC) else None
+    remedy = "choose one of those that this checkpoint holds"
+    require(name in sets or rebuild is not None, known, weights, remedy)
     with checking(checkpoint.path):
-        state, settings = checkpoint.read(sets[name]), card.network
+        state, settings = rebuild(name) if rebuild else checkpoint.read(sets[name]), card.network
         for key, value in state.items():
             numbers = isinstance(value, Tensor) and value.is_floating_point()
             finite = numbers and bool(value.isfinite().all())

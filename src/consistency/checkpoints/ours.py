@@ -3,10 +3,13 @@
 A run's checkpoint (`.ckpt`) is what Lightning saves, with `card` beside it; other torch files have `card` and `weights`. A
 converted model is a safetensors file, whose metadata hold the card as JSON and a SHA-256 over card and weights: a file
 that changed is recognised wherever it is copied to. The card is what `ModelCard.saved` returns.
+
+A run keeps its checkpoints next, last and previous. A whole one exists at whatever moment the process dies.
 """
 
 import hashlib
 import json
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -18,8 +21,9 @@ from safetensors.torch import save_file
 from consistency.checkpoints import posthoc
 from consistency.checkpoints.contents import Checkpoint, Hints, StateDict, check, checking
 from consistency.checkpoints.pickle_reader import OPENAI, read_zip
+from consistency.errors import require
 from consistency.inference.card import ModelCard
-from consistency.runtime.files import verify_checksum, written_whole
+from consistency.runtime import files
 
 FORMAT = "ours"
 SEALED = "model.safetensors"
@@ -27,6 +31,10 @@ SEALED = "model.safetensors"
 
 CARD, DIGEST = "consistency", "sha256"
 """Names of the card and of the checksum in the metadata of a safetensors file."""
+
+CHECKPOINTS = "checkpoints"
+NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
+"""A run's checkpoints: the newest until it is renamed to `last`; the newest; the one before it."""
 
 
 def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
@@ -45,18 +53,19 @@ def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
     averages = content.get("callbacks", {}).get("EvaluationEMA", {}).get("averages", {})
     for name, average in averages.items():
         sets.setdefault("ema", average)
-        sets[posthoc.set_name(name)] = average
+        sets[name if name.startswith(posthoc.POWER) else f"ema:{name}"] = average
     return Checkpoint(
         path=path,
         format=OPENAI if content.get("format") == OPENAI else FORMAT,
         card=ModelCard.parse(content["card"], path),
-        sets=posthoc.Sets(sets, partial(posthoc.reconstruct, path, content.get("k", 0), averages)),
+        sets=sets,
+        reconstruct=partial(posthoc.reconstruct, sets, path, content.get("k", 0)),
     )
 
 
 def read(path: Path) -> dict[str, Any]:
     """Return all that a run's checkpoint holds, checked against its checksum."""
-    verify_checksum(path)
+    files.verify_checksum(path)
     with checking(path):
         content: dict[str, Any] = read_zip(path)
         known = isinstance(content, dict) and "card" in content
@@ -66,7 +75,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(content: dict[str, Any], path: Path) -> None:
     """Write a checkpoint and its checksum, whole or not at all. Raise OSError if that fails."""
-    with written_whole(path, checksum=True) as file:
+    with files.written_whole(path, checksum=True) as file:
         save(content, file)
 
 
@@ -95,7 +104,7 @@ def write_sealed(path: Path, card: ModelCard, weights: StateDict) -> None:
     """Write weights with their card, whole or not at all."""
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     text = json.dumps(card.saved(), sort_keys=True)
-    with written_whole(path) as file:
+    with files.written_whole(path) as file:
         metadata = {"format": "pt", CARD: text, DIGEST: digest(text, own)}
         save_file(own, file.name, metadata=metadata)
 
@@ -117,3 +126,46 @@ def read_card(path: Path) -> dict[str, Any] | None:
     with safe_open(path, framework="pt") as file:
         card: dict[str, Any] | None = json.loads((file.metadata() or {}).get(CARD, "null"))
     return card
+
+
+def promote(folder: Path) -> None:
+    """Rename next to last, and last to previous; a second call completes an interrupted first."""
+    if (folder / NEXT).is_file():
+        if (folder / LAST).is_file():
+            files.move(folder / LAST, folder / PREVIOUS)
+        files.move(folder / NEXT, folder / LAST)
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest whole checkpoint and its content, or None if there is no checkpoint.
+
+    Raises `UserError` if all are damaged. Changes nothing, so every process of a run chooses the same one.
+    """
+    paths = [folder / name for name in (NEXT, LAST, PREVIOUS) if (folder / name).is_file()]
+    for path in paths:
+        with suppress(Exception):  # a damaged file can fail in any way
+            files.verify_checksum(path)
+            return path, torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    require(
+        not paths,
+        f"a checkpoint in {folder} as it was written",
+        f"{' and '.join(path.name for path in paths)}, damaged",
+        "begin a new run; init= may start it from a best.ckpt or another run",
+    )
+    return None
+
+
+def settle(start: Path) -> None:
+    """Make the checkpoint that `newest` returned the last of a resumed run, and remove the leftovers of a dead process."""
+    folder = start.parent
+    if start.name == NEXT:
+        promote(folder)
+    if start.name == PREVIOUS and (folder / LAST).is_file():
+        # The damaged last must not become the previous of the next one, in the place of a whole checkpoint.
+        (folder / LAST).replace(folder / "damaged.ckpt")
+        files.checksum_path(folder / LAST).unlink(missing_ok=True)
+    for file in (folder / LAST, folder / PREVIOUS):
+        if file.is_file() and not files.checksum_path(file).is_file():
+            files.write_checksum(file, files.fingerprint(file))
+    for left in (folder / NEXT, files.checksum_path(folder / NEXT), *folder.glob("*.part")):
+        left.unlink(missing_ok=True)

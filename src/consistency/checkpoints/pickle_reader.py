@@ -87,10 +87,6 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> Te
     return storage.as_strided(tuple(size), tuple(stride), offset) if count else storage[:0]
 
 
-def _tensor_with_state(function: Name, _: object, arguments: Any, *__: object) -> Tensor:
-    return TENSORS[function.path](*arguments)
-
-
 def _storage_from_bytes(content: bytes) -> Any:
     """Return a storage that a bare pickle holds as a file in the older torch form."""
     stream = io.BytesIO(content)
@@ -146,7 +142,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     **TENSORS,
     **{path: partial(Object, path) for path in MODULES},
     "collections.defaultdict": lambda *_: {},
-    "torch._tensor._rebuild_from_type_v2": _tensor_with_state,
+    "torch._tensor._rebuild_from_type_v2": lambda name, _, arguments, *__: TENSORS[name.path](
+        *arguments
+    ),
     "torch.device": lambda *_: Object("setting"),
     "torch_utils.persistence._reconstruct_persistent_obj": lambda meta: Object(
         brief(meta["class_name"]).strip("'"), meta["state"]

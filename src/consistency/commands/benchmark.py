@@ -19,7 +19,6 @@ from consistency.errors import require
 from consistency.evaluation.metrics import Clock
 from consistency.runtime.files import require_fresh, write_text
 from consistency.training import build
-from consistency.training.arguments import require_taken
 
 PARTS = ("data", "train")
 ENDLESS = 10**12
@@ -32,7 +31,7 @@ def benchmark(config: DictConfig, output: Path) -> None:
     require(config.part in PARTS, f"part among {', '.join(PARTS)}", config.part, "choose one")
     for name, right in (("seconds", config.seconds > 0), ("train_steps", config.train_steps >= 1)):
         require(right, f"{name} > 0", config[name], "give a positive number")
-    require_taken(config.trainer)
+    build.require_taken(config.trainer)
     config = measured(config)
     data = build.build_data(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,8 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from consistency.checkpoints.load import CHECKPOINTS, LAST, PREVIOUS
-from consistency.checkpoints.retention import newest
+from consistency.checkpoints.ours import CHECKPOINTS, LAST, PREVIOUS, newest
 from consistency.commands import schema
 from consistency.commands.cli import AUTO
 from consistency.commands.overrides import given_options

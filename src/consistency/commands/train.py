@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from consistency.checkpoints.retention import settle
+from consistency.checkpoints.ours import settle
 from consistency.commands.cli import called
 from consistency.commands.overrides import shell_line
 from consistency.commands.resume import CONFIG, RunStart, begin
@@ -23,7 +23,6 @@ from consistency.runtime.files import ROOT, write_text
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import require_launched, this_launch
 from consistency.training import build
-from consistency.training.arguments import require_taken
 from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import Periodic, callback_of
@@ -40,7 +39,7 @@ def train(config: DictConfig, output: Path) -> float:
     build.quiet()
     start = begin(config, output)
     config, steps = start.config, start.config.trainer.max_steps
-    require_taken(config.trainer)
+    build.require_taken(config.trainer)
     require(config.seed >= 0, "seed >= 0", config.seed, "give another seed")
     require(steps >= 1, "trainer.max_steps >= 1", steps, "give the number of optimizer steps")
     if start.checkpoint is not None and start.step >= steps:

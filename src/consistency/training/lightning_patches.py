@@ -7,8 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from consistency.checkpoints import ours, retention
-from consistency.checkpoints.load import NEXT
+from consistency.checkpoints import ours
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -16,8 +15,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, content: Any, path: Any, storage_options: Any = None) -> None:
         ours.write(content, Path(path))
-        if Path(path).name == NEXT:
-            retention.promote(Path(path).parent)
+        if Path(path).name == ours.NEXT:
+            ours.promote(Path(path).parent)
 
 
 def batches_before(trainer: L.Trainer) -> int:

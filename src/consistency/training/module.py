@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from consistency.data.module import DataModule, unpack_batch
 from consistency.denoiser import Denoiser
@@ -64,7 +63,6 @@ class ConsistencyModule(L.LightningModule):
         self.averages: dict[str, nn.Module] = {}
         self.step_started = 0.0
         self._range_checked = False
-        self._step_hooks: list[RemovableHandle] = []
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Return the callbacks of the method, except kinds that the trainer has already."""
@@ -79,9 +77,8 @@ class ConsistencyModule(L.LightningModule):
         return optimizer
 
     def after_each_step(self, action: Callable[[], None]) -> None:
-        """Call `action` after every optimizer step that is taken, until the fit ends."""
-        optimizer = self.trainer.optimizers[0]
-        self._step_hooks.append(optimizer.register_step_post_hook(lambda *_: action()))
+        """Call `action` after every optimizer step that is taken. Each fit has an optimizer of its own."""
+        self.trainer.optimizers[0].register_step_post_hook(lambda *_: action())
 
     def on_fit_start(self) -> None:
         """Count the steps. The callbacks' `on_fit_start` came first, so their actions see k before it grows."""
@@ -92,8 +89,6 @@ class ConsistencyModule(L.LightningModule):
         self.after_each_step(count)
 
     def on_fit_end(self) -> None:
-        while self._step_hooks:
-            self._step_hooks.pop().remove()
         self.guard.report_overflows()
 
     def on_train_batch_start(self, batch: object, batch_idx: int) -> None:

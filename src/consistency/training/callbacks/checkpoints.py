@@ -7,8 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from consistency.checkpoints import retention
-from consistency.checkpoints.load import LAST, NEXT
+from consistency.checkpoints import ours
 from consistency.errors import require
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import Periodic, callback_of
@@ -29,7 +28,7 @@ class RunCheckpoints(Periodic, Checkpoint):
     def __init__(self, *, folder: str, every_n_train_steps: int, monitor: str | None) -> None:
         super().__init__(every_n_train_steps)
         self.folder, self.monitor = Path(folder), monitor
-        self.last = self.folder / LAST
+        self.last = self.folder / ours.LAST
         self.summary = f"Checkpoint: {self.last}"
         self.best_value = self._tried = math.inf
         self._due = False
@@ -49,7 +48,7 @@ class RunCheckpoints(Periodic, Checkpoint):
             evaluation = callback_of(trainer, Evaluation)
             self.monitor = evaluation.monitor if evaluation is not None else None
         if trainer.is_global_zero and trainer.ckpt_path is not None:
-            retention.settle(Path(trainer.ckpt_path))
+            ours.settle(Path(trainer.ckpt_path))
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         """Save when the next step begins: only then do the metrics have the row of the last one."""
@@ -76,7 +75,7 @@ class RunCheckpoints(Periodic, Checkpoint):
 
     def keep_last(self, trainer: L.Trainer) -> str | None:
         """Write `last.ckpt`; return on every rank why that failed, with the old one still there, or None."""
-        return _written(trainer, self.folder / NEXT)
+        return _written(trainer, self.folder / ours.NEXT)
 
     def _save_best(self, trainer: L.Trainer) -> None:
         value = float(trainer.callback_metrics.get(self.monitor or "", math.inf))

@@ -1,7 +1,6 @@
 """EMAs of the online network: the target of the loss, and the averages for samples."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from consistency.averaging import WIDEST, frozen_copy, power_decay, update_average
-from consistency.checkpoints.posthoc import power_name, set_name, write_snapshot
+from consistency.checkpoints.posthoc import POWER, write_snapshot
 from consistency.errors import require
 from consistency.runtime.ranks import print_once
 from consistency.training.callbacks.periodic import Periodic, callback_of
 from consistency.training.io_errors import tolerate_write_errors
 from consistency.training.module import ConsistencyModule
-
-SHORTEST_RUN = 4
-"""A run in lengths of an average that does not hide its best weights."""
 
 
 class TargetEMA(Callback):
@@ -52,42 +48,34 @@ class EvaluationEMA(Callback):
     """
 
     def __init__(self, *, decays: Sequence[float] = (), widths: Sequence[float] = ()) -> None:
-        require(
-            all(0 <= d < 1 for d in decays),
-            "callbacks.evaluation_ema.decays from 0 to below 1",
-            list(decays),
-            "for example [0.999,0.9999]",
-        )
-        require(
-            all(0 < w <= WIDEST for w in widths),
-            f"callbacks.evaluation_ema.widths above 0 and at most {WIDEST:.3f}, relative to the run so far",
-            list(widths),
-            "for example [0.05,0.1]",
-        )
-        both = "callbacks.evaluation_ema.decays, .widths or both"
+        name, possible = "callbacks.evaluation_ema", all(0 <= d < 1 for d in decays)
+        expected = f"{name}.decays from 0 to below 1"
+        require(possible, expected, list(decays), "for example [0.999,0.9999]")
+        possible = all(0 < w <= WIDEST for w in widths)
+        expected = f"{name}.widths above 0 and at most {WIDEST:.3f}, relative to the run so far"
+        require(possible, expected, list(widths), "for example [0.05,0.1]")
+        both = f"{name}.decays, .widths or both"
         require(bool(decays or widths), both, "neither", "for example widths=[0.05,0.1]")
-        self.decays: dict[str, Callable[[int], float]] = {
-            **{str(decay): partial(_constant, decay) for decay in decays},
-            **{power_name(width): partial(power_decay, width=width) for width in widths},
-        }
-        self.steps = {str(d): 1 / (1 - d) for d in decays}  # that an average reaches over
-        self.widths = list(widths)
+        self.decays = {str(decay): decay for decay in decays}
+        self.widths = {f"{POWER}{width:g}": width for width in widths}
         self.averages: dict[str, nn.Module] = {}
         self._saved: dict[str, dict[str, Tensor]] = {}
 
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        for name in self.decays:
+        for name in (*self.decays, *self.widths):
             average = self.averages[name] = frozen_copy(module.online.network)
             if name in self._saved:
                 average.load_state_dict(self._saved[name])
-            module.averages[set_name(name)] = average
+            module.averages[f"ema:{name}" if name in self.decays else name] = average
         self._saved = {}
         module.after_each_step(lambda: self._update(module))
         self._warn_of_wide(trainer.max_steps)
 
     def _warn_of_wide(self, steps: int) -> None:
-        reach = self.steps | {power_name(width): width * steps for width in self.widths}
-        wide = [f"{name} ({n:.0f} steps)" for name, n in reach.items() if steps < SHORTEST_RUN * n]
+        """Name the averages of more than a quarter of the run, which hide its best weights."""
+        reach = {name: 1 / (1 - decay) for name, decay in self.decays.items()}
+        reach |= {name: width * steps for name, width in self.widths.items()}
+        wide = [f"{name} ({n:.0f} steps)" for name, n in reach.items() if steps < 4 * n]
         if wide and steps > 0:
             print_once(
                 f"Averages over more than a quarter of the {steps} steps: {', '.join(wide)}. Their samples are those of "
@@ -96,7 +84,9 @@ class EvaluationEMA(Callback):
 
     def _update(self, module: ConsistencyModule) -> None:
         for name, average in self.averages.items():
-            update_average(average, module.online.network, self.decays[name](module.k + 1))
+            width = self.widths.get(name)
+            decay = self.decays[name] if width is None else power_decay(module.k + 1, width)
+            update_average(average, module.online.network, decay)
 
     def state_dict(self) -> dict[str, Any]:
         current = {name: average.state_dict() for name, average in self.averages.items()}
@@ -104,10 +94,6 @@ class EvaluationEMA(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict["averages"]
-
-
-def _constant(decay: float, k: int) -> float:
-    return decay
 
 
 class Snapshots(Periodic):
@@ -122,9 +108,9 @@ class Snapshots(Periodic):
             self.at_step(trainer, module)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        averages = callback_of(trainer, EvaluationEMA)
-        if averages is None or not averages.widths or not trainer.is_global_zero:
+        ema = callback_of(trainer, EvaluationEMA)
+        if ema is None or not ema.widths or not trainer.is_global_zero:
             return
-        stored = {w: averages.averages[power_name(w)].state_dict() for w in averages.widths}
+        stored = {name: ema.averages[name].state_dict() for name in ema.widths}
         with tolerate_write_errors(f"the snapshot of step k={module.k}"):
-            write_snapshot(self.folder, module.k, stored)
+            write_snapshot(self.folder / f"{module.k:08d}.safetensors", stored)

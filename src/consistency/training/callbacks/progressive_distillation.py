@@ -32,7 +32,7 @@ class DistillationStages(L.Callback):
         require(teacher == student, expected, "a teacher of another network", remedy)
         averages = callback_of(trainer, EvaluationEMA)
         expected = "averages of constant decay, which restart at every stage"
-        widths = averages.widths if averages else []
+        widths = [*averages.widths.values()] if averages else []
         got = f"callbacks.evaluation_ema.widths={widths}"
         require(not widths, expected, got, "give decays and widths=[]")
         module.target = frozen_copy(self.teacher)
