@@ -17,6 +17,7 @@ from consistency.inference.generate import Request
 from consistency.objectives import Losses
 from consistency.preconditioning import Preconditioning
 from consistency.randomness import WHOLE, Share, generator, key
+from consistency.runtime.devices import share_threads
 from consistency.tensors import Data, Label
 from consistency.training.io_errors import warn
 from consistency.training.lightning_patches import batches_before
@@ -79,6 +80,10 @@ class ConsistencyModule(L.LightningModule):
     def after_each_step(self, action: Callable[[], None]) -> None:
         """Call `action` after every optimizer step that is taken. Each fit has an optimizer of its own."""
         self.trainer.optimizers[0].register_step_post_hook(lambda *_: action())
+
+    def setup(self, stage: str) -> None:
+        """Give each process of a machine its share of the CPU."""
+        share_threads(self.trainer.strategy.root_device, self.trainer.num_devices)
 
     def on_fit_start(self) -> None:
         """Count the steps. The callbacks' `on_fit_start` came first, so their actions see k before it grows."""
@@ -149,13 +154,14 @@ class ConsistencyModule(L.LightningModule):
             raise self.guard.verdict
 
     @property
-    def _logs_this_step(self) -> bool:
+    def logs_this_step(self) -> bool:
+        """Whether the step in progress gets a row of metrics."""
         return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def _log_losses(self, losses: Losses, loss: Tensor) -> None:
-        self.log("loss", loss, prog_bar=True, logger=False)
-        if not self._logs_this_step:
+        if not self.logs_this_step:
             return
+        self.log("loss", loss, prog_bar=True, logger=False)
         self.log("train/loss", loss, sync_dist=True)
         quarters = losses.loss.detach()[losses.t.argsort()].tensor_split(4)
         for number, quarter in enumerate(quarters, start=1):
@@ -163,7 +169,7 @@ class ConsistencyModule(L.LightningModule):
                 self.log(f"train/loss_noise_quartile_{number}", quarter.mean(), sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._logs_this_step:
+        if self.logs_this_step:
             gradients = [p.grad for p in self.online.parameters() if p.grad is not None]
             self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 

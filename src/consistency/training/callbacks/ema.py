@@ -37,7 +37,8 @@ class TargetEMA(Callback):
         update_average(module.target, module.online, self.decay(module.num_scales))
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
-        module.log("mu", self.decay(module.num_scales), prog_bar=True)
+        if module.logs_this_step:
+            module.log("mu", self.decay(module.num_scales), prog_bar=True)
 
 
 class EvaluationEMA(Callback):

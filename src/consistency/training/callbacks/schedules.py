@@ -16,7 +16,8 @@ class ScaleSchedule(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         module.num_scales = self.num_scales(module.k)
-        module.log("N", float(module.num_scales), prog_bar=True)
+        if module.logs_this_step:
+            module.log("N", float(module.num_scales), prog_bar=True)
 
 
 class LearningRateSchedule(L.Callback):
@@ -29,4 +30,5 @@ class LearningRateSchedule(L.Callback):
         groups = trainer.optimizers[0].param_groups
         for group in groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.factor(module.k)
-        module.log("train/learning_rate", groups[0]["lr"])
+        if module.logs_this_step:
+            module.log("train/learning_rate", groups[0]["lr"])
