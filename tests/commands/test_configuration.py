@@ -12,7 +12,7 @@ from PIL import Image
 
 import originals
 from configurations import composed, options
-from conftest import ROOT
+from conftest import MODES, ROOT
 from consistency.checkpoints.load import NETWORKS, PRECONDITIONING, build
 from consistency.errors import UserError
 from consistency.training import build as training
@@ -153,6 +153,17 @@ def test_nothing_of_one_recipe_reaches_another_pair() -> None:
     assert list(other.callbacks.evaluation_ema.decays) == list(plain.evaluation_ema.decays)
     assert other.callbacks.checkpoint.every_n_train_steps == 5000
     assert other.callbacks.learning_rate.factor.start == 1.0
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in (CONF / "recipe").glob("*.yaml")))
+def test_no_average_reaches_over_more_than_a_quarter_of_its_run(recipe: str) -> None:
+    data, mode = next(
+        (recipe[: -len(mode) - 1], mode) for mode in MODES if recipe.endswith(f"_{mode}")
+    )
+    config = composed("train", f"data={data}", f"mode={mode}", "teacher=x")
+    ema, steps = config.callbacks.evaluation_ema, config.trainer.max_steps
+    assert all(4 / (1 - decay) <= steps for decay in ema.decays)
+    assert all(4 * width <= 1 for width in ema.widths)
 
 
 def test_consistency_training_on_lsun_is_as_published() -> None:
