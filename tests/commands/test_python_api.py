@@ -17,7 +17,7 @@ from consistency.commands import cli, train
 from consistency.errors import UserError
 from consistency.runtime import launch, signals
 
-SMALL = [*TINY, "mode=ct", "data=digits", "trainer.max_steps=1", "callbacks.curves=null"]
+SMALL = [*TINY, "mode=ct", "data=digits", "trainer.max_steps=1"]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from consistency.errors import UserError
 from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
 
-SHORT = [*TINY, "mode=ect", "trainer.max_steps=1", "callbacks.curves=null"]
+SHORT = [*TINY, "mode=ect", "trainer.max_steps=1"]
 
 
 def values(out: str) -> list[float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import TINY, Run
+from conftest import NO_CURVES, TINY, Run
 from consistency.runtime import files
 
 NOWHERE = ["/proc", "/dev/null/x", None]
@@ -80,7 +80,7 @@ def test_a_run_without_a_home_trains_measures_and_says_nothing_of_it(
     process: Run, tmp_path: Path
 ) -> None:
     """With W&B, matplotlib and a reference, as a process of its own: libraries look for a home when they are imported."""
-    tiny = [a for a in TINY if not a.startswith(("logger=", "callbacks.evaluation="))]
+    tiny = [a for a in TINY if not a.startswith(("logger=", "callbacks.evaluation=", NO_CURVES))]
     given = ["evaluation@callbacks.evaluation=classifier", "callbacks.evaluation.seeds=[0]", "callbacks.evaluation.num_samples=16"]  # fmt: skip
     output = tmp_path / "run"
     outcome = process(

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from comparing_runs import assert_same
-from conftest import MODES, REPORT, ROOT, TINY
+from conftest import MODES, NO_CURVES, REPORT, ROOT, TINY
 
+DRAWING = [option for option in TINY if option != NO_CURVES]
 STEPS = [
     "trainer.max_steps=7",
     "data.batch_size=288",
@@ -48,18 +49,18 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def setting(name: str, teacher: Path, shards: Path) -> tuple[list[str], list[str]]:
     """The arguments of a run, and those added when it is resumed."""
     if name == "two processes":
-        return [*TINY, *STEPS, "mode=ct", *TWO], []
+        return [*DRAWING, *STEPS, "mode=ct", *TWO], []
     if name == "other workers":
-        return [*TINY, *STEPS, "mode=ect", "data.num_workers=1"], ["data.num_workers=2"]
+        return [*DRAWING, *STEPS, "mode=ect", "data.num_workers=1"], ["data.num_workers=2"]
     if name == "shards":
         stream = ["data=stream", f"data.path={shards}", "data.image_size=8", "data.channels=1"]
         stream += ["data.num_classes=10", "data.num_workers=0", "data.source.mixing=2"]
-        return [*TINY, *stream, *STEPS, "mode=ict"], ["data.num_workers=1"]
+        return [*DRAWING, *stream, *STEPS, "mode=ict"], ["data.num_workers=1"]
     if name == "measured":
-        tiny = [a for a in TINY if "evaluation=null" not in a and "monitor=null" not in a]
+        tiny = [a for a in DRAWING if "evaluation=null" not in a and "monitor=null" not in a]
         cache = f"callbacks.evaluation.cache={shards.parent}"
         return [*tiny, *STEPS, *MEASURED, cache, "mode=ct"], []
-    return [*TINY, *STEPS, f"mode={name}", f"teacher={teacher}"], []
+    return [*DRAWING, *STEPS, f"mode={name}", f"teacher={teacher}"], []
 
 
 ALL = ["measured", *MODES, "two processes", "other workers", "shards"]

@@ -27,7 +27,6 @@ STEPS = 4
 BEGUN = [
     *TINY,
     "mode=ct",
-    "callbacks.curves=null",
     "callbacks.checkpoint.every_n_train_steps=2",
 ]
 
@@ -240,7 +239,7 @@ def test_a_used_folder_says_how_to_go_on(verb: Run, begun: Path) -> None:
 def test_auto_begins_where_nothing_is_and_goes_on_in_every_folder_of_a_sweep(
     verb: Run, tmp_path: Path
 ) -> None:
-    tiny = [*TINY, "callbacks.curves=null"]
+    tiny = TINY
     sweep = ["-m", "mode=ct,ect", *tiny, f"output={tmp_path / 'sweep'}", "resume=auto"]
     for steps, begins in ((1, 2), (2, 0)):
         outcome = verb("train", *sweep, f"trainer.max_steps={steps}", "mode.total_steps=9")
@@ -258,7 +257,7 @@ def test_wandb_goes_on_with_the_same_run(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     run, tiny = tmp_path / "run", [a for a in TINY if a != "logger=csv"]
-    begin = [*tiny, "callbacks.curves=null", "trainer.max_steps=1", f"output={run}"]
+    begin = [*tiny, "trainer.max_steps=1", f"output={run}"]
     outcome = verb("train", *begin)
     assert outcome.status == 0, outcome.err
     outcome = verb("train", f"resume={run}", "trainer.max_steps=2")
