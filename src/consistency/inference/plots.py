@@ -108,7 +108,7 @@ def draw_curves(file: Path, picture: Path) -> None:
         figsize=(11, 2.8 * rows)
     )  # fixed margins, for a layout engine draws everything twice
     top, bottom = 1 - 0.3 / (2.8 * rows), 0.45 / (2.8 * rows)
-    figure.subplots_adjust(left=0.06, right=0.98, top=top, bottom=bottom, wspace=0.14, hspace=0.4)
+    figure.subplots_adjust(left=0.09, right=0.98, top=top, bottom=bottom, wspace=0.24, hspace=0.4)
     for number, (title, names) in enumerate(shown.items(), start=1):
         axes = figure.add_subplot(rows, 2, number)
         for name in names:
