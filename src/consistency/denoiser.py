@@ -1,5 +1,6 @@
 """Denoiser = network + preconditioning."""
 
+import torch
 from torch import nn
 
 from consistency.preconditioning import Preconditioning
@@ -15,7 +16,9 @@ class Denoiser(nn.Module):
 
     def __init__(self, network: nn.Module, preconditioning: Preconditioning) -> None:
         super().__init__()
-        self.network, self.preconditioning = network, preconditioning
+        # Convolutions on a CPU are a tenth faster with the channels last, on a GPU in half precision more.
+        self.network = network.to(memory_format=torch.channels_last)
+        self.preconditioning = preconditioning
 
     def forward(self, x_t: Data, t: Time, label: Label = None) -> Data:
         c = self.preconditioning(t)

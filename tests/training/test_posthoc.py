@@ -81,9 +81,11 @@ def test_what_is_no_width_is_refused(run: Path, name: str, words: str) -> None:
         load(run, weights=name)
 
 
-def test_a_checkpoint_without_power_averages_says_how_to_get_them(trained: dict[str, Path]) -> None:
+def test_a_checkpoint_without_power_averages_says_how_to_get_them(tmp_path: Path) -> None:
+    decays = ["callbacks.evaluation_ema.decays=[0.5]", "callbacks.evaluation_ema.widths=[]"]
+    train(compose([*TINY, *decays, "trainer.max_steps=2", f"output={tmp_path / 'run'}"]))
     with pytest.raises(UserError, match=r"widths=\[0.05,0.1\]"):
-        load(trained["ect"], weights="posthoc:0.1")
+        load(tmp_path / "run", weights="posthoc:0.1")
 
 
 def test_without_snapshots_another_width_is_refused(run: Path, tmp_path: Path) -> None:
