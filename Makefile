@@ -4,8 +4,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # The newest run that has a checkpoint.
 CHECKPOINT ?= $(patsubst %/checkpoints/last.ckpt,%,$(firstword $(shell ls -t runs/*/checkpoints/last.ckpt 2>/dev/null)))
-# A file of tests stays in one process: fixtures and the golden account belong to it.
-TOGETHER := --numprocesses auto --maxprocesses 8 --dist loadfile
+# A file of tests stays in one process: fixtures and the golden account belong to it. Files of few, long tests do not come last.
+TOGETHER := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 
