@@ -18,7 +18,7 @@ from conftest import REPORT, ROOT, TINY, Run
 from consistency import load
 from consistency.editing import Box, colorize, inpaint
 from consistency.errors import UserError
-from consistency.inference import model as inference_model
+from consistency.inference import generate
 from consistency.inference.card import ModelCard, random_labels
 from consistency.inference.generate import Request, samples
 from consistency.randomness import SampleNoise
@@ -205,14 +205,14 @@ def test_a_stopped_run_goes_on_and_a_finished_one_grows(
     arguments = [f"checkpoint={trained['ect']}", "batch_size=8"]
     assert verb("sample", *arguments, "num_samples=40", f"output={whole}").status == 0
 
-    real, calls = inference_model.SampleNoise, itertools.count()
+    real, calls = generate.SampleNoise, itertools.count()
 
     def until_the_plug_is_pulled(*given: Any) -> Any:
         if next(calls) == 2:
             raise KeyboardInterrupt
         return real(*given)
 
-    monkeypatch.setattr(inference_model, "SampleNoise", until_the_plug_is_pulled)
+    monkeypatch.setattr(generate, "SampleNoise", until_the_plug_is_pulled)
     with pytest.raises(KeyboardInterrupt):
         verb("sample", *arguments, "num_samples=24", f"output={stopped}")
     assert len(list((stopped / "parts").glob("*.npz"))) == 2
@@ -223,7 +223,7 @@ def test_a_stopped_run_goes_on_and_a_finished_one_grows(
         drawn.extend(numbers)
         return real(seed, numbers, *given)
 
-    monkeypatch.setattr(inference_model, "SampleNoise", counted)
+    monkeypatch.setattr(generate, "SampleNoise", counted)
     for count, new in ((24, range(16, 24)), (40, range(24, 40))):
         drawn.clear()
         outcome = verb("sample", *arguments, f"num_samples={count}", f"output={stopped}")

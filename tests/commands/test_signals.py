@@ -11,7 +11,7 @@ import pytest
 
 from conftest import ROOT, TINY, Run
 from consistency.commands import prepare
-from consistency.inference import model
+from consistency.inference import generate
 
 WAITS = """
 import os, sys, time
@@ -124,7 +124,7 @@ def test_a_sweep_stops_as_a_whole(verb: Run, monkeypatch: pytest.MonkeyPatch) ->
 def test_samples_say_how_they_go_on(
     verb: Run, monkeypatch: pytest.MonkeyPatch, trained: dict[str, Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(model, "SampleNoise", interrupts)
+    monkeypatch.setattr(generate, "SampleNoise", interrupts)
     given = [f"checkpoint={trained['ect']}", "device=cpu"]
     outcome = verb("sample", *given, f"output={tmp_path / 'samples'}")
     assert outcome.status == 130

@@ -78,9 +78,9 @@ def test_it_brings_the_schedules_and_averages_of_its_method() -> None:
     constants = {name: schedule[name] for name in ("s_0", "s_1", "total_steps")}
     assert ours.num_scales == square_root(2, **constants) > 2
     assert ours.target is not None
-    assert list(ours.averages) == [
-        f"ema:{d}" for d in ours.config["callbacks"]["evaluation_ema"]["decays"]
-    ]
+    ema = ours.config["callbacks"]["evaluation_ema"]
+    names = [f"ema:{decay}" for decay in ema["decays"]] + [f"power:{w}" for w in ema["widths"]]
+    assert list(ours.averages) == names
     kinds = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
     assert kinds.count(ScaleSchedule) == kinds.count(TargetEMA) == kinds.count(EvaluationEMA) == 1
 

@@ -39,6 +39,7 @@ def weights(path: Path, name: str) -> Tensor:
 def test_a_run_leaves_a_snapshot_of_two_widths_at_every_interval(run: Path) -> None:
     files = sorted((run / "snapshots").iterdir())
     assert [file.name for file in files] == [f"{k:08d}.safetensors" for k in (4, 8, 12, 16, 20)]
+    assert files[0].stat().st_mode == (run / "config.yaml").stat().st_mode
     kinds = {name.partition("/")[0] for name in load_file(files[0])}
     assert kinds == {"power:0.05", "power:0.1"}
 

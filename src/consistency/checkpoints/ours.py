@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 
 from consistency.checkpoints import posthoc
 from consistency.checkpoints.contents import Checkpoint, Hints, StateDict, check, checking
@@ -106,7 +106,7 @@ def write_sealed(path: Path, card: ModelCard, weights: StateDict) -> None:
     text = json.dumps(card.saved(), sort_keys=True)
     with files.written_whole(path) as file:
         metadata = {"format": "pt", CARD: text, DIGEST: digest(text, own)}
-        save_file(own, file.name, metadata=metadata)
+        file.write(safetensors_bytes(own, metadata))  # `save_file` would replace the file, unsynced
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

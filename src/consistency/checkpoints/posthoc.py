@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from consistency.averaging import WIDEST, posthoc_coefficients
@@ -60,7 +60,7 @@ def write_snapshot(file: Path, averages: Mapping[str, StateDict]) -> None:
         for name, tensor in weights.items()
     }
     with written_whole(file) as part:
-        save_file(tensors, part.name)
+        part.write(save(tensors))
 
 
 def width_of(name: str) -> float:
