@@ -242,7 +242,11 @@ def test_initial_weights_from_any_format(files: dict[str, Path]) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("network", "scale"),
-    [(SHORT, 0.25), (TINY, 0.25), pytest.param(TINY, 250, marks=pytest.mark.slow)],
+    [
+        pytest.param(SHORT, 0.25, marks=pytest.mark.slow),
+        (TINY, 0.25),
+        pytest.param(TINY, 250, marks=pytest.mark.slow),
+    ],
     ids=["the default network", "a tiny one", "another time input"],
 )
 def test_a_model_trained_here_opens_in_diffusers(

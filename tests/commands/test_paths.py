@@ -297,6 +297,7 @@ def pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pasted:
     return paste
 
 
+@pytest.mark.slow
 def test_every_printed_line_works_pasted(
     verb: Run, pasted: Pasted, odd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ def test_optuna_finds_the_best_value(verb: Run, tmp_path: Path) -> None:
     assert "mean of the last" in outcome.out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_other_verbs_return_what_they_measure(
     verb: Run, trained: dict[str, Path], tmp_path: Path

@@ -201,6 +201,7 @@ def test_shards_of_a_folder_of_classes(process: Run, tmp_path: Path) -> None:
     assert "nothing to do" in again.out
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_the_bytes(verb: Run, tmp_path: Path) -> None:
     originals.write_files(tmp_path / "set", colours(10) | {"bad.png": b"bad"})
     for workers in (1, 2):

@@ -76,6 +76,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_one_process_resumes_where_it_was(tmp_path: Path) -> None:
     """Inside an epoch and at its end, with accumulation, with other numbers of workers."""
     given = {"steps": [3, 4, 9], "workers": [0, 2]}

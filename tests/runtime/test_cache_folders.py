@@ -59,6 +59,7 @@ def test_only_what_cannot_be_written_moves(tmp_path: Path, monkeypatch: pytest.M
     Path(os.environ["XDG_CACHE_HOME"]).rmdir()
 
 
+@pytest.mark.slow
 def test_a_reference_that_cannot_be_kept_measures_the_same(
     verb: Run, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

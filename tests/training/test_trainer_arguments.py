@@ -154,6 +154,7 @@ def test_plugins_of_a_person_stand_beside_ours(
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt.sha256").is_file()
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_as_the_trainer_is_told(verb: Run, tmp_path: Path) -> None:
     """Under SGD of rate 1 a step is as long as its gradient; by value, no coordinate is longer."""
     sgd = ["~optimizer", "+optimizer={_target_: torch.optim.SGD, _partial_: true, lr: 1.0}"]
@@ -184,6 +185,7 @@ def test_a_callback_that_is_switched_off_is_not_replaced_by_lightnings(
     assert "it/s" not in outcome.out + outcome.err
 
 
+@pytest.mark.slow
 def test_a_scaler_that_falls_for_ever_ends_a_run_and_its_checkpoint_stays(
     verb: Run, tmp_path: Path
 ) -> None:
@@ -200,6 +202,7 @@ def test_a_scaler_that_falls_for_ever_ends_a_run_and_its_checkpoint_stays(
     assert (kept["k"], kept["overflows"]) == (0, [OVERFLOWS, OVERFLOWS])
 
 
+@pytest.mark.slow
 def test_a_run_with_the_constant_rate_can_be_made_longer(verb: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
     constant = "callbacks.learning_rate.factor.start=1.0"

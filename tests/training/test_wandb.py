@@ -11,6 +11,7 @@ from consistency.training.loggers import PatientWandbLogger
 from wandb_files import contents
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_in_wandb(
     verb: Run, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
