@@ -233,6 +233,7 @@ def odd(trained: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     return run
 
 
+@pytest.mark.slow
 def test_odd_folders_are_read_and_written(verb: Run, odd: Path, tmp_path: Path) -> None:
     output = tmp_path / "out, it's (1)=[2]"
     few = ["num_samples=4", "batch_size=4"]

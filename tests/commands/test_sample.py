@@ -142,6 +142,7 @@ def test_multistep_at_one_point_is_onestep_and_counts_its_evaluations() -> None:
     assert calls[2:] == [80.0, 4.0, 1.0]
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_the_number_of_devices(
     verb: Run, process: Run, trained: dict[str, Path], tmp_path: Path
 ) -> None:

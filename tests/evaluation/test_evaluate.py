@@ -201,6 +201,7 @@ def test_the_numbers_are_torch_fidelitys(
     )
 
 
+@pytest.mark.slow
 def test_without_inceptions_weights_the_command_goes_on(
     verb: Run, trained: dict[str, Path], tmp_path: Path, offline: None
 ) -> None:
@@ -274,6 +275,7 @@ def test_a_mistake_is_one_message(
     assert not (output / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_samples_of_a_teacher_are_measured_with_its_own_sampler(
     verb: Run, trained: dict[str, Path], tmp_path: Path
 ) -> None:

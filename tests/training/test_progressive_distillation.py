@@ -139,6 +139,7 @@ def test_a_teacher_of_another_network_is_refused() -> None:
         train(other, denoiser(2))
 
 
+@pytest.mark.slow
 def test_the_teacher_of_the_stage_is_in_the_checkpoint(
     verb: Run, trained: dict[str, Path], tmp_path: Path
 ) -> None:

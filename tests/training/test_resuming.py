@@ -236,6 +236,7 @@ def test_a_used_folder_says_how_to_go_on(verb: Run, begun: Path) -> None:
     assert f"resume={begun}" in outcome.err
 
 
+@pytest.mark.slow
 def test_auto_begins_where_nothing_is_and_goes_on_in_every_folder_of_a_sweep(
     verb: Run, tmp_path: Path
 ) -> None:
