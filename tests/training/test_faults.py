@@ -82,7 +82,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Signals
 
 
-@pytest.mark.parametrize("batch", [4, 5])
+@pytest.mark.parametrize("batch", [pytest.param(4, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     name: str,
