@@ -1,5 +1,7 @@
 """Comparisons of power-function averages with those of EDM2."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,10 @@ def compare_power_averages(archive: Archive) -> None:
     archive.compare("correlation.value", profile_product(*a, *b), EXACT)
     for name in archive.matching("coefs.*.coefs"):
         case = name.removesuffix(".coefs")
-        stored = (archive.tensor(f"{case}.in_{n}").tolist() for n in ("ofs", "std"))
-        ours = coefficients(*stored, archive.number(f"{case}.out_ofs"), archive, f"{case}.out_std")
+        ofs, std, outs = (
+            archive.tensor(f"{case}.{n}").tolist() for n in ("in_ofs", "in_std", "out_std")
+        )
+        ours = _coefficients(ofs, std, archive.number(f"{case}.out_ofs"), outs)
         archive.compare(name, ours, EXACT)
     compare_run(archive)
 
@@ -44,7 +48,7 @@ def compare_run(archive: Archive) -> None:
     """The averages of a run of weights, stored, and reconstructed from its snapshots."""
     weights = archive.tensor("run.weights").double()
     for name in archive.matching("run.track_*") + archive.matching("run.direct_*"):
-        width = float(name.removesuffix(".f64").rpartition("_")[2])
+        width = _width_in(name)
         averages = [weights[0]]
         for k, online in enumerate(weights[1:], start=1):
             averages.append(averages[-1].lerp(online, 1 - power_decay(k, width)))
@@ -52,17 +56,13 @@ def compare_run(archive: Archive) -> None:
         archive.compare(name, ours, EXACT if name.endswith(".f64") else ROUNDED)
     tracks = sorted(archive.matching("run.track_*.f64"))
     at = archive.tensor("run.snapshot_step")
-    stored = [
-        (int(k), float(t.removesuffix(".f64").rpartition("_")[2])) for k in at for t in tracks
-    ]
+    stored = [(int(k), _width_in(track)) for k in at for track in tracks]
     rows = torch.stack(
         [torch.from_numpy(archive.arrays[t][int(k) - 1]) for k in at for t in tracks]
     )
-    outs = [n for n in archive.matching("run.direct_*.f64")]
-    widths = sorted(float(n.removesuffix(".f64").rpartition("_")[2]) for n in outs)
+    widths = sorted(map(_width_in, archive.matching("run.direct_*.f64")))
     steps, stds = zip(*stored, strict=True)
-    columns = [posthoc_coefficients(steps, stds, max(steps), width) for width in widths]
-    ours = torch.stack(columns, dim=1)
+    ours = _coefficients(steps, stds, max(steps), widths)
     archive.compare("run.coefs", ours, EXACT)
     archive.compare("run.reconstructed.f64", ours.T @ rows, EXACT)
     archive.compare("run.reconstructed", ours.T @ rows, ROUNDED)
@@ -72,9 +72,13 @@ def _exponents(widths: Tensor) -> Tensor:
     return torch.tensor([power_exponent(w) for w in widths.tolist()], dtype=torch.float64)
 
 
-def coefficients(
-    steps: list[float], stds: list[float], step: float, archive: Archive, name: str
+def _width_in(name: str) -> float:
+    """The relative width at the end of the name of an array."""
+    return float(name.removesuffix(".f64").rpartition("_")[2])
+
+
+def _coefficients(
+    steps: Sequence[float], stds: Sequence[float], step: float, widths: Sequence[float]
 ) -> Tensor:
-    """Our coefficients of stored averages, a column for each width of the array `name`."""
-    widths = archive.tensor(name).tolist()
+    """Our coefficients of stored averages, a column for each width."""
     return torch.stack([posthoc_coefficients(steps, stds, step, w) for w in widths], dim=1)

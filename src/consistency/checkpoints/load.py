@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from consistency.checkpoints import diffusers, jcm, nvlabs, openai, ours, pretrained, wrapped
 from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, check, checking
 from consistency.checkpoints.pickle_reader import read_pickle, read_zip
-from consistency.checkpoints.posthoc import POSTHOC
+from consistency.checkpoints.posthoc import POSTHOC, POWER
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import LARGEST, MOST_CHARACTERS, MOST_LISTED, Role
@@ -74,7 +74,7 @@ def load_sets(
 ) -> list[Model]:
     """Open several sets of weights of a checkpoint, all if `weights` is None. The file is read once."""
     content = read(checkpoint, Hints())
-    averages = [name for name in content.sets if name.startswith(("ema:", "power:"))]
+    averages = [name for name in content.sets if name.startswith(("ema:", POWER))]
     names = [name for name in content.sets if name != "ema" or not averages]
     return [build_model(content, name, role) for name in weights or names]
 
