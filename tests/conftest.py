@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
+from hydra.types import RunMode
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = sorted(p.stem for p in (ROOT / "conf" / "mode").glob("*.yaml"))
@@ -71,6 +73,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 terminalreporter.write_line(f"\n{text}")
 
 
+compose_for_mode = Hydra.get_mode
+
+
+def hydra_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
+    """Return `hydra.mode`; only if these options may set it, compose the configuration for it, as Hydra does always."""
+    if any(option.startswith(("hydra.mode", "experiment=")) for option in overrides):
+        return compose_for_mode(hydra, config_name, overrides)
+    return None
+
+
 @pytest.fixture
 def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """verb("train", "mode=ct", ...) runs src/train.py in this process, in an empty folder."""
@@ -79,6 +91,7 @@ def verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp
     home = tmp_path / "cwd"
     home.mkdir()
     monkeypatch.chdir(home)
+    monkeypatch.setattr(Hydra, "get_mode", hydra_mode)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
     def call(name: str, *arguments: str) -> Outcome:

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
@@ -176,19 +176,24 @@ REFUSED = "persid inst obj newobj_ex ext1 ext2 ext4 frozenset next_buffer readon
 Unpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 
-class Instructions:
+class Instructions(dict[int, Callable[[Any], None]]):
     """The methods of `Machine` by the codes of instructions, counted as they are looked up."""
 
     count = 0
 
+    @no_type_check  # a checkpoint has tens of thousands of instructions
     def __getitem__(self, code: int) -> Callable[[Any], None]:
         self.count += 1
-        check(self.count <= MAX_INSTRUCTIONS, "a pickle of more parts than any checkpoint has")
+        if self.count > MAX_INSTRUCTIONS:
+            raise ContentError("a pickle of more parts than any checkpoint has")
+        return super().__getitem__(code)
+
+    def __missing__(self, code: int) -> Callable[[Any], None]:
         method = Unpickler.dispatch[code].__name__
         name = method.removeprefix("load_")
         if name in REFUSED.split():
             raise ContentError(f"a pickle with the instruction {name.upper()}")
-        return getattr(Machine, method)
+        return self.setdefault(code, getattr(Machine, method))
 
 
 class Machine(Unpickler):
