@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+import golden_augmentation as augmentation
 import golden_averages as averages
 import golden_editing as editing
 import golden_formulas as formulas
@@ -56,6 +57,7 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("openai_editing.npz", editing.compare_editing),
     ("piq_lpips_recipe.npz", perceptual.compare_lpips),
     ("later/edm2_ema.npz", averages.compare_power_averages),
+    ("later/augment_*.npz", augmentation.compare_augmentation),
 ]
 
 WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
@@ -78,6 +80,7 @@ SETTINGS = [
     "MANIFEST.json",
     "TOLERANCES.json",
     "openai_ema_scales.json",
+    "later/augment_configs.json",
     "later/edm2_ema.json",
     "*/config.json",
     "*/configs.json",
