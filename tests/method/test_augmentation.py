@@ -53,9 +53,7 @@ def test_a_quarter_turn_is_a_rotation_of_the_pixels() -> None:
     across, down = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="xy")
     smooth = (0.3 * across + 0.1 * down).sin().expand(4, 1, 16, 16)
     out, labels = augmentation(smooth, draws)
-    inside = slice(2, -2)
-    expected = smooth.rot90(1, (2, 3))[..., inside, inside]
-    torch.testing.assert_close(out[..., inside, inside], expected, rtol=0, atol=0.01)
+    torch.testing.assert_close(out, smooth.rot90(1, (2, 3)), rtol=0, atol=0.04)
     torch.testing.assert_close(labels, torch.tensor([[-1.0, 1.0]]).expand(4, 2))
 
 
