@@ -173,6 +173,15 @@ def test_shards_from_elsewhere_are_files_of_their_folder_and_hold_no_pickles(
     record_property(REPORT, f"shards: {len(changes)} hostile indices refused, near and far")
 
 
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"chunks": []}', '{"chunks": [{}], "config": {}}', '{"chunks": 1, "config": null}']
+)  # fmt: skip
+def test_a_damaged_table_of_shards_is_one_message(content: str, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(UserError, match=r"a table of shards .*index\.json"):
+        stream(str(tmp_path))
+
+
 class Store(http.server.SimpleHTTPRequestHandler):
     """As much of an object store as reading needs: GET and HEAD of /bucket/key, with ranges."""
 

@@ -79,10 +79,9 @@ class Stream(Source):
             self.folder = base / hashlib.blake2b(self.path.encode(), digest_size=8).hexdigest()
             self._download_index()
         shards = self._checked_shards()
-        self.files = [str(shard["filename"]) for shard in shards]
-        self.sizes = torch.tensor([int(shard["chunk_size"]) for shard in shards])
+        self.files, sizes, bytes_ = ([shard[n] for shard in shards] for n in range(3))
+        self.sizes = torch.tensor(sizes)
         self.ends = self.sizes.cumsum(0)
-        bytes_ = [int(shard["chunk_bytes"]) for shard in shards]
         least = min(2 * (mixing + 1) * max(bytes_), sum(bytes_))
         expected = f"data.source.cache_gigabytes of at least {least / 1e9:.3g}, twice the shards read at a time"
         large = not self.remote or self.budget >= least
@@ -111,14 +110,22 @@ class Stream(Source):
                     shard.unlink(missing_ok=True)
             fresh.replace(file)
 
-    def _checked_shards(self) -> list[dict[str, Any]]:
-        """Read the table of the shards; refuse shards that run code or lie elsewhere."""
+    def _checked_shards(self) -> list[Any]:
+        """Return name, images and bytes of the shards in their table; refuse shards that run code or lie elsewhere."""
         file, at = self.folder / INDEX, f"at data.path={self.path}"
         self._require(file)
-        index = json.loads(file.read_text())
-        shards, config = index["chunks"], index["config"]
-        packed, kinds = config.get("compression"), config.get("data_format")
-        names = [str(shard["filename"]) for shard in shards]
+        shards: list[Any]
+        try:
+            index = json.loads(file.read_text())
+            packed, kinds = (index["config"].get(name) for name in ("compression", "data_format"))
+            sizes = ("chunk_size", "chunk_bytes")
+            shards = [(str(s["filename"]), *(int(s[n]) for n in sizes)) for s in index["chunks"]]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            got = f"a damaged or incomplete one ({type(error).__name__}: {error})"[:200]
+            raise UserError(
+                f"a table of shards {file}", got, f"copy it again, or {WRITE}"
+            ) from error
+        names = [name for name, *_ in shards]
         inside = all(Path(name).name == name and name.endswith(".bin") for name in names)
         expected = f"uncompressed shards of {sorted(FORMATS)} {at}, each a file *.bin in it"
         got = f"{kinds} in {names[:3]}, compression {packed}"[:200]
