@@ -129,7 +129,7 @@ class ContinuousObjective(Objective):
         super().__init__()
         holds = not stop_gradient or isinstance(tangent, TangentMetric)
         expected = "for stop_gradient=true a metric tensor: L2Tangent or HessianTangent"
-        remedy = "set mode.objective.stop_gradient=false, or one of those as mode.objective.tangent"
+        remedy = "set mode.objective.stop_gradient=false, or mode.tangent=l2 or hessian"
         require(holds, expected, type(tangent).__name__, remedy)
         self.times, self.velocity, self.tangent = times, velocity, tangent
         self.weighting, self.stop_gradient = weighting, stop_gradient

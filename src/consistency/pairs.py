@@ -36,7 +36,7 @@ def require_scales(num_scales: float, least: int) -> None:
         num_scales >= least,
         f"N(k) >= {least}, the number of scales",
         f"N(k) = {num_scales}" + (", which no callback has set" if num_scales == 0 else ""),
-        "choose another schedule mode.callbacks.scale_schedule; in a script add a ScaleSchedule to the trainer, as "
+        "choose another schedule mode.scales; in a script add a ScaleSchedule to the trainer, as "
         "consistency.training.build.build_module(config) does",
     )
 

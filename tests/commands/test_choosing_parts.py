@@ -1,5 +1,6 @@
 """Every part of a method can be chosen on the command line, and the chosen part is the one that trains."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+import consistency
 from analytic import Gaussian, normal, times
 from configurations import composed
+from conftest import TINY, Run
 from consistency import distances, pairs, preconditioning, solvers, steps, tangents
 from consistency.distances import LPIPS
+from consistency.errors import UserError
+from consistency.training.build import expanded
 from consistency.training.lpips import RESIZING, TAPS
-
-GRID = "{_target_: consistency.grids.KarrasGrid, t_min: 0.002, t_max: 80.0, rho: 7.0}"
 
 
 def built(place: str, *overrides: str) -> Any:
@@ -23,30 +26,34 @@ def built(place: str, *overrides: str) -> Any:
     return instantiate(OmegaConf.select(composed("train", *overrides), place), _convert_="all")
 
 
-def replaced(place: str, part: str) -> list[str]:
-    """Overrides that put another part where one with other settings stands."""
-    return [f"~{place}", f"+{place}={{{part}}}"]
-
-
-SIMPLE = ["L1", "L2", "LInf", "L2At32", "SquaredNorm"]
+DISTANCE = "mode.objective.distance"
+SIMPLE = {
+    "l1": "L1",
+    "l2": "L2",
+    "linf": "LInf",
+    "l2_at_32": "L2At32",
+    "squared_norm": "SquaredNorm",
+}
 
 
 @pytest.mark.parametrize("name", SIMPLE)
 @pytest.mark.parametrize("mode", ["ct", "progdist", "edm"])
 def test_a_distance_is_one_word(name: str, mode: str) -> None:
-    place = "mode.objective.distance"
-    chosen = f"{place}._target_=consistency.distances.{name}"
-    assert type(built(place, f"mode={mode}", chosen)) is getattr(distances, name)
+    ours = built(DISTANCE, f"mode={mode}", f"mode.distance={name}")
+    assert type(ours) is getattr(distances, SIMPLE[name])
 
 
 def test_a_distance_with_settings_replaces_the_mode_s() -> None:
-    place, huber = "mode.objective.distance", "_target_:consistency.distances.PseudoHuber"
-    chosen = replaced(place, f"{huber},c:0.03,per_root_dimension:false")
-    ours = built(place, "mode=ct", *chosen)
+    huber = [
+        "parts.distance.pseudo_huber.c=0.03",
+        "parts.distance.pseudo_huber.per_root_dimension=false",
+    ]
+    ours = built(DISTANCE, "mode=ct", "mode.distance=pseudo_huber", *huber)
     assert (type(ours), ours.c) == (distances.PseudoHuber, 0.03)
-    assert built(place, "mode=ict", f"{place}.c=0.1").c == 0.1
-    plain = replaced(place, "_target_:consistency.distances.L2")
-    assert type(built(place, "mode=ict", *plain)) is distances.L2
+    assert built(DISTANCE, "mode=ict", "parts.distance.pseudo_huber.c=0.1").c == 0.1
+    assert type(built(DISTANCE, "mode=ict", "mode.distance=l2")) is distances.L2
+    own = "+parts.distance.own={_target_:consistency.distances.PseudoHuber,c:2.0,per_root_dimension:false}"
+    assert built(DISTANCE, "mode=ict", own, "mode.distance=own").c == 2.0
 
 
 @pytest.mark.parametrize("variant", RESIZING)
@@ -57,9 +64,9 @@ def test_every_lpips_is_named_by_backbone_and_variant(
     monkeypatch.setattr(
         "consistency.training.lpips._imagenet_weights", lambda name: _random_features(name)
     )
-    place = "mode.objective.distance"
-    lpips = f"_target_:consistency.training.lpips.load_lpips,backbone:{backbone},variant:{variant}"
-    ours = built(place, "mode=ct", f"+{place}={{{lpips}}}")
+    name = "lpips_average_pooled" if variant == "average_pooled_unit" else "lpips_max_pooled"
+    options = [f"mode.distance={name}", f"parts.distance.{name}.backbone={backbone}"]
+    ours = built(DISTANCE, "mode=ct", *options)
     assert isinstance(ours, LPIPS)
     assert ours.resize is RESIZING[variant]
     assert len(ours.weights) == len(TAPS[backbone])
@@ -79,101 +86,69 @@ def test_without_its_weights_lpips_is_an_error_before_training(
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
-    place = "mode.objective.distance"
-    lpips = (
-        "_target_:consistency.training.lpips.load_lpips,backbone:vgg16,variant:average_pooled_unit"
-    )
     with pytest.raises(InstantiationException, match=r"vgg16-397923af\.pth"):
-        built(place, "mode=ct", f"+{place}={{{lpips}}}")
+        built(DISTANCE, "mode=ct", "mode.distance=lpips_average_pooled")
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "at_half"),
-    [
-        ("uniform", "", 1.0),
-        ("snr", "", 4.0),
-        ("snr_plus_one", "", 5.0),
-        ("truncated_snr", "", 4.0),
-        ("inverse_gap", "", 4.0),
-        ("karras", ",sigma_data:0.5", 8.0),
-    ],
-)
-def test_every_weighting(name: str, settings: str, at_half: float) -> None:
-    place = "mode.objective.weighting"
-    part = f"_target_:consistency.weightings.{name},_partial_:true{settings}"
-    ours = built(place, "mode=ct", *replaced(place, part))
+    ("name", "at_half"),
+    [("uniform", 1.0), ("snr", 4.0), ("snr_plus_one", 5.0), ("truncated_snr", 4.0), ("inverse_gap", 4.0), ("karras", 8.0)],
+)  # fmt: skip
+def test_every_weighting(name: str, at_half: float) -> None:
+    ours = built("mode.objective.weighting", "mode=ct", f"mode.weighting={name}")
     assert float(ours(torch.tensor([0.5]), torch.tensor([0.25]))) == at_half
 
 
 @pytest.mark.parametrize(
-    ("part", "scales"),
+    ("name", "options", "scales"),
     [
-        ("constant,num_scales:18", [18, 18]),
-        ("square_root,s_0:2,s_1:150,total_steps:800000", [2, 107]),
-        ("doubling,s_0:10,s_1:1280,total_steps:800000", [11, 161]),
-        ("powers,q:4,stages:4,total_steps:800000", [4, 64]),
-        ("halving,s_0:4096,total_steps:800000", [4096, 16]),
+        ("constant", ["constant.num_scales=18"], [18, 18]),
+        ("square_root", ["square_root.s_1=150"], [2, 107]),
+        ("doubling", [], [11, 161]),
+        ("powers", ["powers.q=4", "powers.stages=4"], [4, 64]),
+        ("halving", [], [4096, 16]),
     ],
 )
-def test_every_schedule_of_scales(part: str, scales: list[int]) -> None:
-    place = "mode.callbacks.scale_schedule.num_scales"
-    chosen = replaced(place, f"_partial_:true,_target_:consistency.schedules.{part}")
-    ours = built(place, "mode=ct", *chosen)
+def test_every_schedule_of_scales(name: str, options: list[str], scales: list[int]) -> None:
+    given = [
+        f"mode.scales={name}",
+        "mode.total_steps=800000",
+        *(f"parts.scales.{o}" for o in options),
+    ]
+    ours = built("mode.callbacks.scale_schedule.num_scales", "mode=ct", *given)
     assert [ours(0), ours(400_000)] == scales
 
 
-@pytest.mark.parametrize(
-    ("part", "mu"),
-    [
-        ("fixed_decay,mu:0.95", 0.95),
-        ("decay_as_released,s_0:2,mu_0:0.9", 0.81),
-        ("decay_as_printed,s_0:2,mu_0:0.9", 0.9),
-    ],
-)
-def test_every_schedule_of_the_decay(part: str, mu: float) -> None:
-    place = "mode.callbacks.target_ema.decay"
-    chosen = replaced(place, f"_partial_:true,_target_:consistency.schedules.{part}")
-    assert built(place, "mode=ct", *chosen)(2) == pytest.approx(mu)
+@pytest.mark.parametrize(("name", "mu"), [("fixed", 0.95), ("released", 0.81), ("printed", 0.9)])
+def test_every_schedule_of_the_decay(name: str, mu: float) -> None:
+    given = [f"mode.target={name}", "parts.target.released.mu_0=0.9"]
+    assert built("mode.callbacks.target_ema.decay", "mode=ct", *given)(2) == pytest.approx(mu)
 
 
 @pytest.mark.parametrize(
-    ("mode", "part", "kind"),
-    [
-        ("ct", f"UniformPairs,grid:{GRID}", pairs.UniformPairs),
-        (
-            "ct",
-            f"DiscreteLognormalPairs,p_mean:-1.1,p_std:2.0,grid:{GRID}",
-            pairs.DiscreteLognormalPairs,
-        ),
-        ("ct", "RatioPairs,p_mean:-1.1,p_std:2.0,k:8.0,b:1.0", pairs.RatioPairs),
-    ],
-)
-def test_every_law_of_pairs(mode: str, part: str, kind: type) -> None:
-    place = "mode.objective.pairs"
-    chosen = replaced(place, f"_target_:consistency.pairs.{part}")
-    assert type(built(place, f"mode={mode}", *chosen)) is kind
+    ("name", "kind"),
+    [("uniform", pairs.UniformPairs), ("lognormal", pairs.DiscreteLognormalPairs), ("ratio", pairs.RatioPairs)],
+)  # fmt: skip
+def test_every_law_of_pairs(name: str, kind: type) -> None:
+    assert type(built("mode.objective.pairs", "mode=ct", f"mode.pairs={name}")) is kind
 
 
 def test_every_law_of_times() -> None:
     place = "mode.objective.times"
-    assert built(place, "mode=edm", f"+{place}.even=true").even
-    assert built("mode.objective.pairs", "mode=ect", "mode.objective.pairs.k=0.0").k == 0.0
-    chosen = replaced(place, f"_target_:consistency.pairs.UniformTimes,grid:{GRID}")
-    assert type(built(place, "mode=edm", *chosen)) is pairs.UniformTimes
-    law = "_target_:consistency.pairs.LognormalTimes,p_mean:-1.2,p_std:1.2"
-    ours = built(place, "mode=ct_continuous", *replaced(place, law))
-    assert type(ours) is pairs.LognormalTimes
+    assert built(place, "mode=edm", "parts.times.lognormal.even=true").even
+    assert built("mode.objective.pairs", "mode=ect", "parts.pairs.ratio.k=0.0").k == 0.0
+    assert type(built(place, "mode=edm", "mode.times=uniform")) is pairs.UniformTimes
+    assert type(built(place, "mode=ct_continuous", "mode.times=lognormal")) is pairs.LognormalTimes
 
 
-@pytest.mark.parametrize("name", ["euler_step", "heun_step"])
+@pytest.mark.parametrize("name", ["euler", "heun"])
 def test_every_solver(name: str, trained: dict[str, Path]) -> None:
-    place = "mode.objective.step"
-    chosen = f"{place}.solver._target_=consistency.solvers.{name}"
-    ours = built(place, "mode=cd", f"teacher={trained['edm']}", chosen)
+    given = [f"teacher={trained['edm']}", f"mode.solver={name}"]
+    ours = built("mode.objective.step", "mode=cd", *given)
     assert isinstance(ours, steps.TeacherStep)
     law, x = Gaussian(0.0, 0.5), normal(2, 1, 2, 2)
     arguments = (law.denoise, x, times(2, 3.0), times(2, 1.0), None)
-    assert torch.equal(ours.solver(*arguments), getattr(solvers, name)(*arguments))
+    assert torch.equal(ours.solver(*arguments), getattr(solvers, f"{name}_step")(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -197,28 +172,24 @@ def test_the_scale_of_the_time_input_is_the_network_s() -> None:
         assert ours.c_noise_scale == scale
 
 
-@pytest.mark.parametrize("name", ["L1Tangent", "L2Tangent", "LInfTangent"])
+@pytest.mark.parametrize("name", ["L1", "L2", "LInf"])
 def test_every_continuous_length(name: str) -> None:
-    ours = built(
-        "mode.objective",
-        "mode=ct_continuous",
-        "mode.objective.stop_gradient=false",
-        f"mode.objective.tangent._target_=consistency.tangents.{name}",
-    )
-    assert type(ours.tangent) is getattr(tangents, name)
+    given = ["mode.objective.stop_gradient=false", f"mode.tangent={name.lower()}"]
+    ours = built("mode.objective", "mode=ct_continuous", *given)
+    assert type(ours.tangent) is getattr(tangents, f"{name}Tangent")
     assert ours.stop_gradient is False
 
 
 @pytest.mark.parametrize("stop_gradient", ["true", "false"])
 def test_continuous_time_with_any_distance(stop_gradient: str) -> None:
-    hessian = "_target_:consistency.tangents.HessianTangent"
-    ours = built(
-        "mode.objective",
-        "mode=ct_continuous",
+    given = [
         f"mode.objective.stop_gradient={stop_gradient}",
-        f"+mode.objective.tangent={{{hessian},distance:{{_target_:consistency.distances.L2}}}}",
-    )
+        "mode.tangent=hessian",
+        "mode.distance=squared_norm",
+    ]
+    ours = built("mode.objective", "mode=ct_continuous", *given)
     assert isinstance(ours.tangent, tangents.HessianTangent)
+    assert isinstance(ours.tangent.distance, distances.SquaredNorm)
     assert ours.stop_gradient is (stop_gradient == "true")
 
 
@@ -228,15 +199,67 @@ def test_the_gradient_through_the_target_is_an_option() -> None:
     assert ours.stop_gradient is False
 
 
+@pytest.mark.parametrize("name", ["constant", "falling", "rising", "falling_in_stages"])
+def test_every_schedule_of_the_rate(name: str) -> None:
+    ours = built("callbacks.learning_rate.factor", "mode=ct", f"mode.rate={name}")
+    assert 0 <= ours(100) <= 1
+
+
+def test_every_part_of_the_menu_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("consistency.training.lpips._imagenet_weights", _random_features)
+    menu = composed("train").parts
+    for kind in menu:
+        for name in [None] if kind == "grid" else menu[kind]:
+            assert instantiate(menu[kind] if name is None else menu[kind][name], _convert_="all")
+
+
+def test_a_run_saves_its_parts_and_no_menu() -> None:
+    config = expanded(composed("train", "mode=ict", "mode.distance=l1", "mode.pairs=ratio"))
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    assert "parts" not in plain
+    assert "${parts" not in OmegaConf.to_yaml(config)
+    assert plain["mode"]["distance"] == "l1"
+    assert plain["mode"]["objective"]["distance"] == {"_target_": "consistency.distances.L1"}
+    pair = {
+        "_target_": "consistency.pairs.RatioPairs",
+        "p_mean": -1.1,
+        "p_std": 2.0,
+        "k": 8.0,
+        "b": 1.0,
+    }
+    assert plain["mode"]["objective"]["pairs"] == pair
+
+
+def test_a_sweep_swaps_parts(tmp_path: Path, verb: Run) -> None:
+    given = [
+        "-m",
+        "mode=ct",
+        "mode.distance=l1,pseudo_huber",
+        f"output={tmp_path / 'sweep'}",
+        *TINY,
+    ]
+    outcome = verb("train", *given, "trainer.max_steps=1", "logger=none")
+    assert outcome.status == 0, outcome.err
+    saved = [OmegaConf.load(file) for file in sorted((tmp_path / "sweep").glob("*/config.yaml"))]
+    chosen = [dict(config.mode.objective.distance) for config in saved]
+    assert chosen == [
+        {"_target_": "consistency.distances.L1"},
+        {"_target_": "consistency.distances.PseudoHuber", "c": 0.00054, "per_root_dimension": True},
+    ]
+
+
 @pytest.mark.parametrize(
-    "part",
+    ("given", "said"),
     [
-        "falling_in_stages,s_0:4096,total_steps:800000",
-        "rising_rate,ramp_steps:19531",
-        "constant_rate",
+        (["mode=ct", "mode.distance=huber"], "mode.distance among l1, l2, squared_norm"),
+        (["mode=ct_continuous", "mode.tangent=hessian", "mode.distance=huber"], "mode.distance among"),
+        (["mode=ict", "mode.objective.distance.c=3"], "parts.distance.<name>.c=<value>"),
+        (["mode=ict", "+mode.objective.pairs.grid.rho=3"], "parts.pairs.<name>.grid.rho=<value>"),
+        (["callbacks.evaluation_ema.decays=[0.5]"], "parts.average.<name>.decays=<value>"),
+        (["~mode.objective.distance", "+mode.objective.distance={_target_: consistency.distances.L1}"], "to be named by"),
+        (["mode.rate=null"], "rate"),
     ],
-)
-def test_every_schedule_of_the_rate(part: str) -> None:
-    place = "callbacks.learning_rate.factor"
-    chosen = replaced(place, f"_partial_:true,_target_:consistency.schedules.{part}")
-    assert 0 <= built(place, "mode=ct", *chosen)(100) <= 1
+)  # fmt: skip
+def test_a_part_that_is_chosen_otherwise_is_one_message(given: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        consistency.compose(given)

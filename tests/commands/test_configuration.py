@@ -147,12 +147,12 @@ def test_the_benchmark_chooses_as_training_does() -> None:
 def test_nothing_of_one_recipe_reaches_another_pair() -> None:
     """What the default recipe sets is as the groups say for a pair without a recipe."""
     other = composed("train", "data=folder", "mode=ect")
-    plain = OmegaConf.load(CONF / "callbacks" / "default.yaml")
+    average = OmegaConf.load(CONF / "parts" / "average.yaml").constant
     assert other.trainer.max_steps == OmegaConf.load(CONF / "trainer" / "default.yaml").max_steps
     assert other.optimizer.lr == OmegaConf.load(CONF / "optimizer" / "radam.yaml").lr
-    assert list(other.callbacks.evaluation_ema.decays) == list(plain.evaluation_ema.decays)
+    assert list(other.callbacks.evaluation_ema.decays) == list(average.decays)
     assert other.callbacks.checkpoint.every_n_train_steps == 5000
-    assert other.callbacks.learning_rate.factor.start == 1.0
+    assert other.mode.rate == "constant"
 
 
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in (CONF / "recipe").glob("*.yaml")))
@@ -174,7 +174,7 @@ def test_consistency_training_on_lsun_is_as_published() -> None:
     assert config.model.c_noise_scale == 250.0
     assert config.optimizer._target_ == "torch.optim.RAdam"
     assert config.optimizer.lr == 5e-5
-    assert config.callbacks.learning_rate.factor.start == 1.0
+    assert config.callbacks.learning_rate.factor._target_ == "consistency.schedules.constant_rate"
     assert config.data.batch_size == 256
     assert config.data.flip is True
     assert config.mode.objective.distance._target_ == "consistency.training.lpips.load_lpips"

@@ -12,20 +12,20 @@ from consistency.errors import UserError
 NOWHERE = ["data=folder", "data.path=/nowhere"]
 SWAPS = {
     "a schedule": (
-        ["mode=ct", "mode.callbacks.scale_schedule.num_scales._target_=consistency.schedules.constant"],
-        ["mode.callbacks.scale_schedule.num_scales", "s_1, which it does not take", "no num_scales, which"],
+        ["mode=ct", "parts.scales.square_root._target_=consistency.schedules.constant"],
+        ["parts.scales.square_root", "s_1, which it does not take", "no num_scales, which"],
     ),
     "pairs": (
-        ["mode=ct", "mode.objective.pairs._target_=consistency.pairs.RatioPairs"],
-        ["mode.objective.pairs", "grid, which it does not take", "no p_mean"],
+        ["mode=ct", "parts.pairs.uniform._target_=consistency.pairs.RatioPairs"],
+        ["parts.pairs.uniform", "grid, which it does not take", "no p_mean"],
     ),
     "a distance": (
-        ["mode=ict", "mode.objective.distance._target_=consistency.distances.L2"],
-        ["mode.objective.distance", "c, which it does not take"],
+        ["mode=ict", "+parts.distance.l2.c=3"],
+        ["parts.distance.l2", "c, which it does not take"],
     ),
     "a weighting": (
-        ["mode=ct", "mode.objective.weighting._target_=consistency.weightings.karras"],
-        ["mode.objective.weighting", "no sigma_data, which it needs"],
+        ["mode=ct", "+parts.weighting.own={_target_: consistency.weightings.karras, _partial_: true}"],
+        ["parts.weighting.own", "no sigma_data, which it needs"],
     ),
     "an optimizer": (
         ["optimizer._target_=torch.optim.SGD"],
@@ -45,8 +45,8 @@ SWAPS = {
         ["mode.samplers.one_step", "t_max, which it does not take", "no steps"],
     ),
     "nothing of that name": (
-        ["mode.objective.distance._target_=consistency.distances.L3"],
-        ["mode.objective.distance._target_", "consistency.distances.L3"],
+        ["parts.distance.l2._target_=consistency.distances.L3"],
+        ["parts.distance.l2._target_", "consistency.distances.L3"],
     ),
 }  # fmt: skip
 
@@ -61,7 +61,7 @@ def test_a_part_with_the_arguments_of_another_is_told_before_data_are_opened(nam
 
 
 def test_what_the_message_proposes_mends_it() -> None:
-    place = "mode.callbacks.scale_schedule.num_scales"
+    place = "parts.scales.square_root"
     given = ["mode=ct", f"{place}._target_=consistency.schedules.constant"]
     with pytest.raises(UserError) as caught:
         consistency.compose(given)
@@ -78,16 +78,30 @@ def test_an_experiment_that_swaps_a_part_is_told(
 ) -> None:
     folder = tmp_path / "experiments"
     folder.mkdir()
-    swap = "{callbacks: {scale_schedule: {num_scales: {_target_: consistency.schedules.constant}}}}"
-    (folder / "swapped_schedule.yaml").write_text(f"mode: {swap}\n")
+    swap = "{scales: {square_root: {_target_: consistency.schedules.constant}}}"
+    (folder / "swapped_schedule.yaml").write_text(f"parts: {swap}\n")
     real = schema.register_experiments
     monkeypatch.setattr(schema, "register_experiments", lambda: real(folder))
     output = tmp_path / "run"
     outcome = verb("train", "experiment=swapped_schedule", "mode=ct", *NOWHERE, f"output={output}")
     assert outcome.status == 2
     assert "Traceback" not in outcome.err
-    assert "mode.callbacks.scale_schedule.num_scales: num_scales" in outcome.err
+    assert "parts.scales.square_root: num_scales" in outcome.err
     assert "/nowhere" not in outcome.err.split("error:")[1]
+
+
+def test_an_experiment_that_replaces_a_part_is_told(
+    verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    swap = "{objective: {distance: {_target_: consistency.distances.L1}}}"
+    (folder / "replaced.yaml").write_text(f"mode: {swap}\n")
+    real = schema.register_experiments
+    monkeypatch.setattr(schema, "register_experiments", lambda: real(folder))
+    outcome = verb("train", "experiment=replaced", "mode=ct", *NOWHERE)
+    assert outcome.status == 2
+    assert "the part at mode.objective.distance to be named by mode.distance" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_mistakes_are_errors_of_ours() -> None:
         (["trainer.max_stepz=3"], "max_stepz"),
         (["mode=xyz"], "mode/xyz"),
         (["mode"], "mode"),
-        (["+mode.objective.pairs.p_meen=1"], "p_meen"),
+        (["+parts.pairs.ratio.p_meen=1"], "p_meen"),
     ):
         with pytest.raises(UserError, match=said):
             consistency.compose(given)
@@ -118,9 +118,7 @@ def test_further_processes_are_told_what_was_changed(
     config.callbacks.curves = None
     config.callbacks.evaluation_ema.decays = [0.9, 0.99]
     config.data.path = "a,b (it's)"
-    config.mode.callbacks.scale_schedule.num_scales = {
-        "_target_": "consistency.schedules.constant", "_partial_": True, "num_scales": 7,
-    }  # fmt: skip
+    config.mode.scales, config.parts.scales.constant.num_scales = "constant", 7
     commands = []
 
     def main(config: object, output: Path) -> None:

@@ -86,8 +86,8 @@ ORACLES = {
         [
             "~mode.objective.step.teacher",
             f"+mode.objective.step.teacher={EXACT}",
-            "mode.callbacks.scale_schedule.num_scales.num_scales=18",
-            "mode.callbacks.target_ema.decay.mu=0.99",
+            "parts.scales.constant.num_scales=18",
+            "parts.target.fixed.mu=0.99",
         ],
         tuned=True,
         reached=".111 .072 .026  .978",
@@ -98,7 +98,7 @@ ORACLES = {
         [
             "~mode.callbacks.stages.teacher",
             "+mode.callbacks.stages.teacher={_target_: oracle.trained_denoiser}",
-            "mode.callbacks.scale_schedule.num_scales.s_0=64",
+            "parts.scales.halving.s_0=64",
         ],
         tuned=True,
     ),

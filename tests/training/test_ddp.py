@@ -16,7 +16,7 @@ TWO = [
     "trainer.log_every_n_steps=1",
     "trainer.max_steps=3",
     "mode=ct",
-    "callbacks.learning_rate.factor.start=1.0",
+    "mode.rate=constant",
     "+callbacks.probe._target_=probe.RankProbe",
     "+callbacks.probe.folder=${output}",
 ]

@@ -376,8 +376,8 @@ def test_what_is_not_finite_leaves_the_checkpoint_of_before(
     parameter = "online.network.time_embed.0.weight"
     fault = {
         "loss": [
-            "~mode.objective.weighting",
-            "+mode.objective.weighting={_target_: probe.Poisoned, calls: [7]}",
+            "+parts.weighting.poisoned={_target_: probe.Poisoned, calls: [7]}",
+            "mode.weighting=poisoned",
         ],
         "gradient": [probe("Exploding", parameter=parameter, batch=7)],
     }[kind]

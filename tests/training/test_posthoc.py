@@ -15,8 +15,7 @@ from consistency.checkpoints.load import load, load_sets
 from consistency.errors import UserError
 
 WIDTHS = [
-    "callbacks.evaluation_ema.decays=[]",
-    "callbacks.evaluation_ema.widths=[0.05,0.1]",
+    "mode.average=power",
     "callbacks.snapshots.every_n_train_steps=4",
     "callbacks.samples=null",
     "optimizer.lr=0.01",
@@ -55,7 +54,7 @@ def test_another_width_is_the_average_that_the_run_would_have_stored(
 ) -> None:
     """The same run with that width stored: the bits of training do not depend on the averages."""
 
-    other = [*WIDTHS, "callbacks.evaluation_ema.widths=[0.07]", "callbacks.snapshots=null"]
+    other = [*WIDTHS, "parts.average.power.widths=[0.07]", "callbacks.snapshots=null"]
     train(compose([*TINY, *other, "trainer.max_steps=20", f"output={tmp_path / 'run'}"]))
     assert not (tmp_path / "run" / "snapshots").exists()
     expected = weights(tmp_path / "run", "ema")
@@ -83,7 +82,7 @@ def test_what_is_no_width_is_refused(run: Path, name: str, words: str) -> None:
 
 
 def test_a_checkpoint_without_power_averages_says_how_to_get_them(tmp_path: Path) -> None:
-    decays = ["callbacks.evaluation_ema.decays=[0.5]", "callbacks.evaluation_ema.widths=[]"]
+    decays = ["mode.average=constant", "parts.average.constant.decays=[0.5]"]
     train(compose([*TINY, *decays, "trainer.max_steps=2", f"output={tmp_path / 'run'}"]))
     with pytest.raises(UserError, match=r"widths=\[0.05,0.1\]"):
         load(tmp_path / "run", weights="posthoc:0.1")
@@ -123,7 +122,7 @@ def test_a_run_that_is_resumed_has_the_same_averages_and_snapshots(
 
 def test_an_average_wider_than_the_run_can_bear_is_one_line(verb: Run) -> None:
     steps = ["trainer.max_steps=4", "callbacks.samples=null"]
-    outcome = verb("train", *TINY, *steps, "callbacks.evaluation_ema.decays=[0.9,0.0]")
+    outcome = verb("train", *TINY, *steps, "parts.average.power.decays=[0.9,0.0]")
     lines = [line for line in outcome.out.splitlines() if "more than a quarter" in line]
     assert len(lines) == 1
     assert "0.9 (10 steps)" in lines[0]

@@ -347,8 +347,8 @@ def test_a_sample_that_is_not_finite_on_the_other_rank_stops_both(
         "trainer.devices=2",
         "trainer.log_every_n_steps=1",
         "trainer.max_steps=4",
-        "~mode.objective.weighting",
-        "+mode.objective.weighting={_target_: probe.Poisoned, calls: [2], rank: 1}",
+        "+parts.weighting.poisoned={_target_: probe.Poisoned, calls: [2], rank: 1}",
+        "mode.weighting=poisoned",
         f"output={tmp_path / 'run'}",
         PYTHONPATH=str(ROOT / "tests" / "support"),
     )

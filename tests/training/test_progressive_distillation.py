@@ -145,7 +145,7 @@ def test_the_teacher_of_the_stage_is_in_the_checkpoint(
 ) -> None:
     run = tmp_path / "run"
     given: list[str] = ["mode=progdist", f"teacher={trained['edm']}", f"output={run}"]
-    scales = "mode.callbacks.scale_schedule.num_scales.s_0=4"
+    scales = "parts.scales.halving.s_0=4"
     outcome = verb("train", *TINY, *given, "trainer.max_steps=6", scales)
     assert outcome.status == 0, outcome.err
     first = row(load(trained["edm"]).denoiser)

@@ -32,7 +32,7 @@ TWO = [
     "data.device_batch_size=2",
     "data.num_workers=1",
     "callbacks.checkpoint.every_n_train_steps=5",
-    "callbacks.learning_rate.factor.start=1.0",
+    "mode.rate=constant",
 ]
 Report = Callable[[str, object], None]
 

@@ -205,7 +205,7 @@ def test_a_scaler_that_falls_for_ever_ends_a_run_and_its_checkpoint_stays(
 @pytest.mark.slow
 def test_a_run_with_the_constant_rate_can_be_made_longer(verb: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    constant = "callbacks.learning_rate.factor.start=1.0"
+    constant = "mode.rate=constant"
     first = verb("train", *TINY, constant, "trainer.max_steps=2", f"output={run}")
     assert first.status == 0, first.err
     longer = verb("train", f"resume={run}", "trainer.max_steps=5")

@@ -81,7 +81,7 @@ def test_accumulation_takes_the_same_number_of_optimizer_steps(verb: Run, tmp_pa
 def test_averages_and_target_follow_their_formula(verb: Run, tmp_path: Path) -> None:
     """After one step from theta_0: average = d theta_0 + (1 - d) theta_1, for the target with d = mu(N(0))."""
     first, second = tmp_path / "first", tmp_path / "second"
-    base = ["mode=ct", "seed=3", "callbacks.evaluation_ema.decays=[0.75]"]
+    base = ["mode=ct", "seed=3", "mode.average=constant", "parts.average.constant.decays=[0.75]"]
     assert (
         verb(
             "train", *TINY, *base, "optimizer.lr=1e-12", "trainer.max_steps=1", f"output={first}"

@@ -30,7 +30,7 @@ def reconstruct(
     """
     own = {float(n.removeprefix(POWER)): s for n, s in sets.items() if n.startswith(POWER)}
     expected = f"power-function averages in {checkpoint}, for weights={name}"
-    remedy = "train with callbacks.evaluation_ema.widths=[0.05,0.1]"
+    remedy = "train with mode.average=power"
     require(bool(own), expected, f"the sets {', '.join(sets)}", remedy)
     width, folder = width_of(name), checkpoint.parent.parent / "snapshots"
     steps = {int(f.stem): f for f in folder.glob("*.safetensors") if f.stem.isdigit()}

@@ -52,7 +52,7 @@ def benchmark(config: DictConfig, output: Path) -> None:
 
 def measured(config: DictConfig) -> DictConfig:
     """Return the configuration without held-out images and, if images= is given, without files."""
-    config = deepcopy(config)
+    config = deepcopy(build.expanded(config))
     config.data.held_out = None
     if config.images is not None:
         require(config.images >= 1, "images >= 1, or null", config.images, "give a number")

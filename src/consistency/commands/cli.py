@@ -161,6 +161,7 @@ def _allow_processes() -> None:
 
 def require_complete(config: DictConfig) -> None:
     """Refuse a configuration with a missing value, a count below one, or arguments that its parts do not take."""
+    schema.require_parts(config)
     missing = sorted(OmegaConf.missing_keys(config))
     remedy = f"add {' '.join(f'{key}=...' for key in missing)} to the command"
     require(not missing, f"a value for {', '.join(missing)}", "none", remedy)

@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
-from consistency.commands.schema import is_path
+from consistency.commands import schema
 from consistency.errors import require
 from consistency.runtime.files import ROOT, expanded, path_of
 
@@ -32,12 +32,26 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with every path quoted, so that Hydra's grammar takes it literally."""
     sweep = is_sweep(arguments)
     options = [option for argument in arguments for option in spelled_out(argument)]
+    for option in options:
+        _require_in_menu(option)
     return [_with_quoted_paths(option, sweep=sweep) for option in options]
+
+
+def _require_in_menu(argument: str) -> None:
+    """Refuse an argument of a part at its place in the mode instead of in the menu."""
+    match = OVERRIDE.fullmatch(argument)
+    key = match[2] if match else ""
+    kinds = schema.places() if key.startswith(("mode.", "callbacks.")) else {}
+    place = next((place for place in kinds if key.startswith(f"{place}.")), "")
+    kind = kinds.get(place)
+    expected = f"the arguments of a part at parts.{kind}.<name>, with the name of mode.{kind}"
+    remedy = f"say parts.{kind}.<name>{key.removeprefix(place)}=<value>"
+    require(not place, expected, argument, remedy)
 
 
 def _with_quoted_paths(argument: str, *, sweep: bool) -> str:
     match = OVERRIDE.fullmatch(argument)
-    if match is None or not is_path(match[2]):
+    if match is None or not schema.is_path(match[2]):
         return argument
     prefix, key, value = match.groups()
     single = not sweep or key in FOLDERS or _exists(value)

@@ -176,6 +176,11 @@ def _named(hydra: Any, saved: DictConfig) -> tuple[str, ...]:
     for override in OverridesParser.create().parse_overrides(given_options(hydra)):
         key, package = override.key_or_group, override.package
         name = (package or key).replace("/", ".")
+        if name.startswith("parts."):  # the menu, of which the run saves what it chose
+            kind = name.split(".")[1]
+            named += tuple(
+                f"{place}." for place, k in schema.places().items() if kind in (k, "grid")
+            )
         choice = key if package is None else f"{key}@{package}"
         everywhere = choice in hydra.runtime.choices and name not in saved
         named += ("" if everywhere and "." not in name else f"{name}.",)

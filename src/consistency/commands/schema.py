@@ -9,7 +9,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, make_dataclass
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ OPTIONAL = {
 """Types of the options that are null or the mode's by default, if they are no text."""
 
 
+CHOICE = re.compile(r"\$\{parts\.(\w+)\.\$\{mode\.\1\}\}")
+"""The value at the place of a part that a mode names."""
+
+
 def is_path(key: str) -> bool:
     """Return whether an option takes a path: one of `PATHS`, or one below the top that ends with one of `PATH_WORDS`."""
     return key in PATHS or ("." in key and re.split(r"[._]", key)[-1] in PATH_WORDS)
@@ -56,12 +60,22 @@ class Process:
 
 @dataclass(kw_only=True)
 class Mode:
-    """A training method, named part by part."""
+    """A training method, named part by part: `distance` and those below it are names in conf/parts/<kind>.yaml."""
 
     role: str
     init: str | None = None
     total_steps: int
     process: Process
+    distance: str | None = None
+    pairs: str | None = None
+    times: str | None = None
+    tangent: str | None = None
+    weighting: str
+    solver: str | None = None
+    scales: str | None = None
+    target: str | None = None
+    rate: str
+    average: str
     preconditioning: Any
     sampling_preconditioning: Any
     objective: Any
@@ -122,13 +136,52 @@ def __getattr__(name: str) -> Any:
 NODES = dict[str, Any]
 GROUPS = {
     **dict.fromkeys(("crop", "mask", "optimizer", "sampler", "task", "trainer"), Any),
-    **dict.fromkeys(("callbacks", "logger", "samplers"), NODES),
+    **dict.fromkeys(("callbacks", "logger", "parts", "samplers"), NODES),
     "data": Data,
     "evaluation": structure("metrics/inception"),
     "mode": Mode,
     "model": structure("model/unet"),
 }
 """Types of the groups in a defaults list."""
+
+
+@cache
+def places() -> dict[str, str]:
+    """Return the keys at which modes and callbacks take a part from the menu, and its kind, a file of conf/parts."""
+    files = [*(ROOT / "conf" / "mode").glob("*.yaml"), ROOT / "conf" / "callbacks" / "default.yaml"]
+    found = {}
+    for file in files:
+        waiting = [(file.parent.name, OmegaConf.to_container(OmegaConf.load(file), resolve=False))]
+        for key, value in waiting:
+            if isinstance(value, dict):
+                waiting += [(f"{key}.{name!s}", child) for name, child in value.items()]
+            elif kind := CHOICE.fullmatch(str(value)):
+                found[key] = kind[1]
+    return found
+
+
+def require_parts(config: DictConfig) -> None:
+    """Refuse a name that the menu of parts lacks, and arguments at the place of a part."""
+    tree: Any = OmegaConf.to_container(config, resolve=False)
+    if "parts" not in tree:
+        return
+    named = {kind: tree["mode"].get(kind) for kind in tree["parts"]}
+    waiting = list(places().items())
+    for key, kind in waiting:
+        node = reduce(lambda node, name: (node or {}).get(name), key.split("."), tree)
+        name, menu = named[kind], tree["parts"][kind]
+        require(
+            not isinstance(node, dict),
+            f"the part at {key} to be named by mode.{kind}",
+            f"settings of its own: {node}",
+            f"say parts.{kind}.{name}.<argument>=<value>, or for a part of your own "
+            f"'+parts.{kind}.<name>={{_target_: ...}}' mode.{kind}=<name>",
+        )
+        if isinstance(node, str):
+            expected = f"mode.{kind} among {', '.join(menu)}"
+            require(name in menu, expected, name, "choose one; conf/parts has their arguments")
+            inner = (CHOICE.fullmatch(str(value)) for value in menu[name].values())
+            waiting += [(f"parts.{kind}.{name}.{match[1]}", match[1]) for match in inner if match]
 
 
 def require_bound(config: DictConfig) -> None:

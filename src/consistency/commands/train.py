@@ -37,7 +37,7 @@ def train(config: DictConfig, output: Path) -> float:
         config.output = str(output)
         return called(train, config, "train")
     build.quiet()
-    start = begin(config, output)
+    start = begin(build.expanded(config), output)
     config, steps = start.config, start.config.trainer.max_steps
     build.require_taken(config.trainer)
     require(config.seed >= 0, "seed >= 0", config.seed, "give another seed")

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import warnings
+from copy import deepcopy
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from torch import nn
 
 from consistency.checkpoints.load import find, load_initial
@@ -70,6 +71,28 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def expanded(config: DictConfig) -> DictConfig:
+    """Return the configuration with each part of the menu, conf/parts, in its place, and without the menu."""
+    if "parts" not in config:
+        return config
+    config = deepcopy(config)
+    with read_write(config), open_dict(config):
+        for node in (config.mode, config.callbacks):
+            _fill(node)
+        del config["parts"]
+    return config
+
+
+def _fill(node: Any) -> None:
+    plain: Any = OmegaConf.to_container(node, resolve=False)
+    for key, value in plain.items():
+        is_part = isinstance(value, str) and value.startswith("${parts.")
+        if is_part:
+            node[key] = OmegaConf.to_container(node[key], resolve=False)
+        if is_part or isinstance(value, dict):
+            _fill(node[key])
+
+
 def build_data(config: DictConfig) -> DataModule:
     """Build the data module; raises `UserError` if the data contradict the configuration."""
     node = config.data
@@ -106,6 +129,7 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
 
         L.Trainer(max_steps=1000).fit(build_module(config), loader)
     """
+    config = expanded(config)
     _require_fit(config)
     network: nn.Module = instantiate(config.model.network, _convert_="all")
     optimizer = instantiate(config.optimizer, _convert_="all")

@@ -49,7 +49,7 @@ class EvaluationEMA(Callback):
     """
 
     def __init__(self, *, decays: Sequence[float] = (), widths: Sequence[float] = ()) -> None:
-        name, possible = "callbacks.evaluation_ema", all(0 <= d < 1 for d in decays)
+        name, possible = "parts.average.<name>", all(0 <= d < 1 for d in decays)
         expected = f"{name}.decays from 0 to below 1"
         require(possible, expected, list(decays), "for example [0.999,0.9999]")
         possible = all(0 < w <= WIDEST for w in widths)
@@ -80,7 +80,7 @@ class EvaluationEMA(Callback):
         if wide and steps > 0:
             print_once(
                 f"Averages over more than a quarter of the {steps} steps: {', '.join(wide)}. Their samples are those of "
-                "an earlier network; callbacks.evaluation_ema.widths=[0.05,0.1] suits any length"
+                "an earlier network; mode.average=power suits any length"
             )
 
     def _update(self, module: ConsistencyModule) -> None:

@@ -33,8 +33,8 @@ class DistillationStages(L.Callback):
         averages = callback_of(trainer, EvaluationEMA)
         expected = "averages of constant decay, which restart at every stage"
         widths = [*averages.widths.values()] if averages else []
-        got = f"callbacks.evaluation_ema.widths={widths}"
-        require(not widths, expected, got, "give decays and widths=[]")
+        got = f"widths={widths}"
+        require(not widths, expected, got, "say mode.average=constant")
         module.target = frozen_copy(self.teacher)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
