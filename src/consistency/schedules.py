@@ -114,6 +114,14 @@ def rising_rate(k: float, *, ramp_steps: float) -> float:
     return min(k / max(ramp_steps, 1e-8), 1.0)
 
 
+def inverse_root_rate(k: float, *, ref_steps: float, ramp_steps: float) -> float:
+    """1 / sqrt(max(k / ref_steps, 1)) after a linear rise to `ramp_steps`; 0 leaves out either [Karras et al. 2024,
+    arXiv:2312.02696, Eq. 67; its released code].
+    """
+    fall = max(k / ref_steps, 1.0) if ref_steps else 1.0
+    return rising_rate(k, ramp_steps=ramp_steps) / math.sqrt(fall) if ramp_steps else fall**-0.5
+
+
 def half_life_decay(k: float, *, half_life: float, ramp_up: float) -> float:
     """2^(-1 / min(half_life, ramp_up k)): the decay of an average that forgets half in `half_life` steps.
 

@@ -18,6 +18,7 @@ from consistency.schedules import (
     fixed_decay,
     half_life_decay,
     halving,
+    inverse_root_rate,
     powers,
     rising_rate,
     square_root,
@@ -198,6 +199,18 @@ def test_rates_are_factors_between_0_and_1() -> None:
     assert rising_rate(5, ramp_steps=10) == 0.5
     assert rising_rate(50, ramp_steps=10) == 1.0
     assert rising_rate(0, ramp_steps=0) == 0.0
+
+
+def test_the_rate_falls_with_the_root_of_the_steps_after_its_rise() -> None:
+    """Closed form of Karras et al. 2024, Eq. 67: 10 M images of warm-up at batch 2048, 35,000 reference steps."""
+    published = {"ref_steps": 35_000, "ramp_steps": 1e7 / 2048}
+    rates = [
+        inverse_root_rate(k, **published) for k in (0, 1e7 / 4096, 1e7 / 2048, 35_000, 140_000)
+    ]
+    assert rates == pytest.approx([0.0, 0.5, 1.0, 1.0, 0.5])
+    assert inverse_root_rate(8_000, ref_steps=2_000, ramp_steps=0) == 0.5
+    assert inverse_root_rate(8_000, ref_steps=0, ramp_steps=0) == 1.0
+    assert inverse_root_rate(0, ref_steps=2_000, ramp_steps=0) == 1.0
 
 
 def test_rate_of_distillation_falls_once_in_every_stage() -> None:
