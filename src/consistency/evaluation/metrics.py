@@ -242,7 +242,7 @@ def own_classifier(train: Source, cache: Path) -> Extractor:
             with suppress(OSError), written_whole(file) as stream:
                 stream.write(save(state))
     network = SmallClassifier(channels=channels, size=size, num_classes=classes)
-    network.load_state_dict(gathered(state)[0])
+    network.load_state_dict(gathered(state)[0] or {})
     return extractors.extractor_with(network, extractors.OWN_CLASSIFIER)
 
 
