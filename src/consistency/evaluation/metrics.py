@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch_fidelity.defaults import DEFAULTS
@@ -224,13 +225,13 @@ def own_classifier(train: Source, cache: Path) -> Extractor:
     channels, size = train[0][0].shape[:2]
     described = repr((references.content_key(train), classes, OWN_IMAGES, OWN_STEPS))
     file = cache / f"{hashlib.sha256(described.encode()).hexdigest()[:32]}.safetensors"
-    state: dict[str, Tensor] | None = None
+    state: dict[str, Tensor] = {}
     if rank_and_size()[0] == 0:
-        if file.is_file():
+        with suppress(OSError, SafetensorError):  # missing, or damaged
             state = load_file(file)
-        else:
+        if not state:
             print(
-                "Training a classifier on the training images, whose features measure the samples",
+                "Training a classifier, whose features measure the samples, on the training images",
                 flush=True,
             )
             images, labels = train.batch(references.spread(len(train), OWN_IMAGES))
@@ -242,7 +243,7 @@ def own_classifier(train: Source, cache: Path) -> Extractor:
             with suppress(OSError), written_whole(file) as stream:
                 stream.write(save(state))
     network = SmallClassifier(channels=channels, size=size, num_classes=classes)
-    network.load_state_dict(gathered(state)[0] or {})
+    network.load_state_dict(gathered(state)[0])
     return extractors.extractor_with(network, extractors.OWN_CLASSIFIER)
 
 
