@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from consistency.checkpoints.load import load
 from consistency.denoiser import Denoiser
 from consistency.errors import require
-from consistency.evaluation.sampling_speed import count, draw, measure
+from consistency.evaluation.sampling_speed import counted, draw
 from consistency.evaluation.timing import Window, machine
 from consistency.inference import options
 from consistency.inference.model import Model
@@ -107,16 +107,16 @@ def of_sampling(config: DictConfig, _: int, baseline: Any) -> Figures:
     settings = {name: config[name] for name in ("device", "precision", "seed")}
     request = options.request_of(settings, model)
     device = model.device
-    speed, evaluations = count(request, sampler, config.batch_size)
+    speed, evaluations = counted(request, sampler, config.batch_size)
     if baseline is not None and find_spec("diffusers") is None:
-        print("no baseline: the package diffusers is missing")
+        print("No baseline: the package diffusers is missing.")
         baseline = None
-    other = baseline and baseline(model, config.batch_size, evaluations)
+    other = baseline and partial(baseline, model, config.batch_size, evaluations)
     if config.compile:
         model.denoiser.network.compile()
-    ours = partial(draw, request, sampler, config.batch_size)
-    windows, seconds = config.windows, config.seconds
-    measure(speed, ours, other, windows=windows, seconds=seconds, device=device)
+    draw(request, sampler, config.batch_size)
+    for _ in speed.measured(config.windows, config.seconds, device, other):
+        draw(request, sampler, config.batch_size)
     figures = speed.figures(device, config.precision)
     return figures | {"evaluations": evaluations, "machine": machine(device)}
 
@@ -161,6 +161,7 @@ LABELS = {
     "images_per_second": "images a second",
     "baseline_images_per_second": "  the baseline",
     "ratio": "  ratio to the baseline",
+    "ratio_of_processor_time": "  the same of processor time",
     "evaluations": "network evaluations an image",
     "batch": "images a batch",
     "peak_memory_mib": "peak memory, MiB",
@@ -179,7 +180,7 @@ def table(title: str, figures: Figures) -> str:
     for name, label in LABELS.items():
         value = figures.get(name)
         if isinstance(value, dict):
-            ends = f"{figure(value['min'])} .. {figure(value['max'])} in {len(value['windows'])} windows"
+            ends = f"{figure(value['min'])} .. {figure(value['max'])} in {len(value['values'])} windows"
             rows.append((label, figure(value["median"]), ends))
         elif value is not None:
             rows.append((label, figure(value), ""))

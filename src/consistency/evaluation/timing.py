@@ -1,4 +1,4 @@
-"""Speed: windows of repeated work, ratios of neighbouring ones, memory, and the peak rate of the machine."""
+"""Speed: windows of repeated work in turn with a baseline's, memory, and the peak rate of the machine."""
 
 import os
 import platform
@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,8 @@ from torch.nn.functional import conv2d
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
 """Types that the network computes in, by the beginning of `trainer.precision`; the others are float32."""
 
+Work = Callable[[], object]
+
 
 def now(device: torch.device) -> float:
     """Return the clock in seconds, after the work that the device has been given."""
@@ -27,62 +29,74 @@ def now(device: torch.device) -> float:
 
 
 class Window:
-    """Repetitions of some work during about `seconds`, at least one.
-
-    window = Window(3.0, device)
-    while window.open():
-        work()
-    """
+    """Repetitions of some work during about `seconds`, at least one: `while window.open(): work()`."""
 
     def __init__(self, seconds: float, device: torch.device) -> None:
-        self.limit, self.device = seconds, device
-        self.count, self.seconds, self._began = -1, 0.0, 0.0
+        self.limit, self.device, self.count = seconds, device, -1
+        self.seconds = self.processor_seconds = 0.0
 
     def open(self) -> bool:
-        """Return whether to do the work once more; the last call reads the clock."""
+        """Return whether to do the work once more; the last call reads the clocks."""
         self.count += 1
         if self.count == 0:
-            self._began = now(self.device)
-        elif time.perf_counter() - self._began >= self.limit:
-            self.seconds = now(self.device) - self._began
+            self.seconds, self.processor_seconds = -now(self.device), -time.process_time()
+        elif time.perf_counter() + self.seconds >= self.limit:
+            self.seconds += now(self.device)
+            self.processor_seconds += time.process_time()
             return False
         return True
-
-    def rate(self, each: int) -> float:
-        """Return the images a second, of `each` in every repetition."""
-        return self.count * each / self.seconds
-
-
-def repeated(work: Callable[[], object], each: int, seconds: float, device: torch.device) -> float:
-    """Return the images a second of one window of `work`, of `each` images."""
-    window = Window(seconds, device)
-    while window.open():
-        work()
-    return window.rate(each)
 
 
 @dataclass
 class Speed:
-    """The measured speed of some work on batches.
+    """The measured speed of some work on batches, and of a baseline in windows in turn.
 
     flops: counted floating-point operations of a batch, two for a multiplication and its addition. memory: peak in MiB.
-    rates, baseline_rates: images a second of each window, the two in turn.
     """
 
     batch: int
     flops: int = 0
     memory: float = 0.0
-    rates: list[float] = field(default_factory=list)
-    baseline_rates: list[float] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
+    baseline: list[Window] = field(default_factory=list)
+
+    def measured(
+        self, count: int, seconds: float, device: torch.device, baseline: Callable[[], Work] | None
+    ) -> Iterator[bool]:
+        """Measure `count` windows; at every step of the iterator the caller does the work once.
+
+        baseline: builds the work of the windows in between, after the first one and its peak of memory.
+        """
+        begin_peak_memory(device)
+        other: Work | None = None
+        for _ in range(count):
+            self.windows.append(window := Window(seconds, device))
+            while window.open():
+                yield False
+            self.memory = self.memory or peak_memory(device)
+            if baseline is not None:
+                if other is None:
+                    other = baseline()
+                    other()
+                self.baseline.append(window := Window(seconds, device))
+                while window.open():
+                    other()
 
     def figures(self, device: torch.device, precision: str) -> dict[str, Any]:
         """Return all figures by name and unit, with the machine's peak rates, which are measured here."""
-        rate, peaks = spread(self.rates), peak_rates(device, precision, seconds=1.0)
+        ours, theirs = ([w.seconds / w.count for w in ws] for ws in (self.windows, self.baseline))
+        rate = spread([self.batch / seconds for seconds in ours])
+        peaks = peak_rates(device, precision, seconds=1.0)
         achieved = self.flops / self.batch * rate["median"] / 1e9
         figures: dict[str, Any] = {"batch": self.batch, "images_per_second": rate}
-        if self.baseline_rates:
-            figures["baseline_images_per_second"] = spread(self.baseline_rates)
-            figures["ratio"] = spread(ratios(self.rates, self.baseline_rates))
+        if theirs:
+            figures["baseline_images_per_second"] = spread([self.batch / s for s in theirs])
+            figures["ratio"] = spread(ratios(theirs, ours))
+        if theirs and device.type == "cpu":
+            busy = (
+                [w.processor_seconds / w.count for w in ws] for ws in (self.baseline, self.windows)
+            )
+            figures["ratio_of_processor_time"] = spread(ratios(*busy))
         return figures | {
             "peak_memory_mib": self.memory,
             "gflop_per_image": self.flops / self.batch / 1e9,
@@ -94,13 +108,13 @@ class Speed:
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Return median, minimum, maximum and the values themselves."""
-    middle, ends = statistics.median(values), {"min": min(values), "max": max(values)}
-    return {"median": middle, **ends, "windows": list(values)}
+    ends = {"min": min(values), "max": max(values)}
+    return {"median": statistics.median(values), **ends, "values": list(values)}
 
 
-def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Return ours / theirs of all neighbours in the sequence ours[0], theirs[0], ours[1], theirs[1], ..."""
-    pairs = [*zip(ours, theirs, strict=False), *zip(ours[1:], theirs, strict=False)]
+def ratios(baseline: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """Return baseline / ours of all neighbours in the sequence ours[0], baseline[0], ours[1], baseline[1], ..."""
+    pairs = [*zip(baseline, ours, strict=False), *zip(baseline, ours[1:], strict=False)]
     return [a / b for a, b in pairs]
 
 
@@ -126,23 +140,22 @@ def peak_rates(device: torch.device, precision: str, seconds: float) -> dict[str
     cpu = device.type == "cpu"
     side, batch, channels, pixels = (1536, 8, 128, 32) if cpu else (8192, 64, 256, 64)
     a = torch.randn(side, side, dtype=dtype, device=device)
-    x = torch.randn(batch, channels, pixels, pixels, dtype=dtype, device=device)
-    kernel = torch.randn(channels, channels, 3, 3, dtype=dtype, device=device)
+    shapes = (batch, channels, pixels, pixels), (channels, channels, 3, 3)
+    x, kernel = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
     x, kernel = (tensor.to(memory_format=torch.channels_last) for tensor in (x, kernel))
-    work: dict[str, tuple[Callable[[], object], int]] = {
-        "matrix product": (lambda: a @ a, 2 * side**3),
-        "3x3 convolution": (
-            lambda: conv2d(x, kernel, padding=1),
-            18 * batch * channels**2 * pixels**2,
-        ),
+    product, convolution = 2 * side**3, 18 * batch * channels**2 * pixels**2
+    work: dict[str, tuple[Work, int]] = {
+        "matrix product": (lambda: a @ a, product),
+        "3x3 convolution": (lambda: conv2d(x, kernel, padding=1), convolution),
     }
     best = {}
     for name, (run, flops) in work.items():
         run()
-        until, rate = now(device) + seconds, 0.0
-        while now(device) < until or rate == 0:
-            rate = max(rate, repeated(run, 1, 0, device))
-        best[name] = rate * flops / 1e9
+        shortest, until = float("inf"), now(device) + seconds
+        while (began := now(device)) < until:
+            run()
+            shortest = min(shortest, now(device) - began)
+        best[name] = flops / shortest / 1e9
     return best
 
 
@@ -153,11 +166,10 @@ def machine(device: torch.device) -> dict[str, str | int]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         models = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
         processor = next(models, processor)
-    accelerated = device.type == "cuda"
     return {
         "processor": f"{processor}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if accelerated else device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
     }

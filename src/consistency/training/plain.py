@@ -2,34 +2,33 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import singledispatch
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from consistency.averaging import power_decay
-from consistency.errors import require
 from consistency.networks.adm import AttentionBlock
 from consistency.networks.unet import UNetBlock
 from consistency.objectives import ConsistencyObjective, Losses, Objective
 from consistency.processes import variance_exploding
 from consistency.randomness import DropoutState, generator
-from consistency.runtime.devices import PRECISIONS
-from consistency.tensors import Data, Denoise, Label, Time, broadcast_time
+from consistency.runtime.devices import PRECISIONS, chosen_device
+from consistency.tensors import Data, Denoise, Label, broadcast_time
 from consistency.training.callbacks.ema import EvaluationEMA, TargetEMA
 from consistency.training.callbacks.periodic import callback_of
 from consistency.training.callbacks.schedules import ScaleSchedule
 from consistency.training.module import ConsistencyModule
+from consistency.training.speed import ENDLESS
 
-ENDLESS = 10**12
-Module = TypeVar("Module", bound=nn.Module)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def plain(module: Module) -> Module:
+def plain(module: ModuleT) -> ModuleT:
     """Return a copy with contiguous weights and attention by the formula, as in the published networks."""
     module = copy.deepcopy(module)
     for tensor in (*module.parameters(), *module.buffers()):
@@ -60,11 +59,10 @@ def _(
     target: Denoise,
     x_0: Data,
     label: Label,
-    t: Time,
-    r: Time,
-    z: Data,
+    *drawn: Any,
 ) -> Losses:
     """Online network, step and target network in three passes, whatever `ConsistencyObjective` makes of them."""
+    t, r, z = drawn
     x_t = variance_exploding(x_0, z, t)
     dropout = DropoutState(x_0.device)
     estimate = online(x_t, t, label)
@@ -84,33 +82,26 @@ class PlainLoop:
     three times for the logged losses of a batch (their mean, the times, the losses) and once for the norm of every
     weight and of every gradient. Loader, draws and parts of the objective are the run's own.
 
-    precision: of the networks, as `trainer.precision`, which this loop does not follow: 32-true or bf16-mixed.
+    precision: of the networks, as `trainer.precision`, which this loop does not follow.
     """
 
     part: ClassVar[str] = "train"
 
     def __init__(self, module: ConsistencyModule, trainer: L.Trainer, *, precision: str) -> None:
-        possible = ("32-true", "bf16-mixed")
-        wanted = f"baseline.precision among {', '.join(possible)}"
-        require(precision in possible, wanted, precision, "choose one")
         self.device, self.k, self.data = module.device, module.k, module.data
+        chosen_device(self.device.type, precision=precision)
         self.half = PRECISIONS[precision]
-        self.online, self.objective = plain(module.online), plain(module.objective)
+        self.online, self.objective = plain(module.online), cast(Objective, plain(module.objective))
         self.target = self.online if module.target is None else plain(module.target)
         self.optimizer = module.make_optimizer(self.online.parameters())
         for group in self.optimizer.param_groups:
             group["foreach"] = group["fused"] = False
         schedule, target_ema = callback_of(trainer, ScaleSchedule), callback_of(trainer, TargetEMA)
         self.num_scales = (lambda _: 0) if schedule is None else schedule.num_scales
-        self.averages: list[tuple[list[Tensor], Callable[[int], float]]] = []
-        if target_ema is not None:
-            mu = target_ema.decay
-            self._average(self.target, lambda k: mu(self.num_scales(k)))
-        if (ema := callback_of(trainer, EvaluationEMA)) is not None:
-            for rate in ema.decays.values():
-                self._average(plain(self.online), lambda k, rate=rate: rate)
-            for width in ema.widths.values():
-                self._average(plain(self.online), lambda k, width=width: power_decay(k + 1, width))
+        self.mu, self.ema = target_ema and target_ema.decay, callback_of(trainer, EvaluationEMA)
+        averaged = [self.target.network] if self.mu else []
+        averaged += [plain(average) for average in module.averages.values()]
+        self.averages = [[p.detach() for p in network.parameters()] for network in averaged]
         self.split = self.data.split(1)
         first = self.k * self.split.accumulated
         order = self.data.batches(split=self.split, start=first, total=ENDLESS)
@@ -118,10 +109,15 @@ class PlainLoop:
         self.draw = generator(module.seed, "train", 0, self.k, device=self.device)
         self.logged: dict[str, float] = defaultdict(float)
 
-    def _average(self, average: nn.Module, decay: Callable[[int], float]) -> None:
-        self.averages.append(([p.detach() for p in average.parameters()], decay))
+    def _decays(self) -> list[float]:
+        """Return the decays of this step: of the target network and of the averages for samples."""
+        target = [self.mu(self.num_scales(self.k))] if self.mu else []
+        if self.ema is None:
+            return target
+        powers = (power_decay(self.k + 1, width) for width in self.ema.widths.values())
+        return [*target, *self.ema.decays.values(), *powers]
 
-    def step(self) -> float:
+    def __call__(self) -> float:
         """Take one optimizer step and return its loss."""
         loss = 0.0
         for parameter in self.online.parameters():
@@ -132,8 +128,7 @@ class PlainLoop:
         self._log_norms()
         self.optimizer.step()
         with torch.no_grad():
-            for average, decay in self.averages:
-                rate = decay(self.k)
+            for average, rate in zip(self.averages, self._decays(), strict=True):
                 for mean, parameter in zip(average, self.online.parameters(), strict=True):
                     mean.mul_(rate).add_(parameter, alpha=1 - rate)
         self.k += 1
@@ -143,7 +138,7 @@ class PlainLoop:
         images, label = next(self.batches)
         x_0 = self.data.augmented(images.to(self.device), self.draw).contiguous()
         label = None if self.data.num_classes is None else label.to(self.device)
-        drawn = self.objective.draw(len(x_0), self.num_scales(self.k), self.draw)  # type: ignore[operator]
+        drawn = self.objective.draw(len(x_0), self.num_scales(self.k), self.draw)
         z = torch.randn(x_0.shape, generator=self.draw, device=self.device)
         with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
             losses = losses_of(self.objective, self.online, self.target, x_0, label, *drawn, z)

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from functools import wraps
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
@@ -13,14 +13,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from consistency.evaluation.timing import (
-    Speed,
-    Window,
-    begin_peak_memory,
-    now,
-    peak_memory,
-    repeated,
-)
+from consistency.evaluation.timing import Speed, Window, Work, now
 from consistency.steps import Frozen
 from consistency.training import build
 from consistency.training.lightning_patches import batches_before
@@ -42,12 +35,6 @@ ACTIONS = {"train_dataloader_next": "data", "batch_to_device": "data", "backward
 """Names that Lightning gives its profiler, behind the last dot -> part."""
 
 
-class Loop(Protocol):
-    """A loop that is compared with the run's."""
-
-    def step(self) -> float: ...
-
-
 class Stopwatch(Profiler):
     """Seconds of each part of the steps; time in a part within another one is not counted in the outer one.
 
@@ -56,18 +43,21 @@ class Stopwatch(Profiler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self.device = torch.device("cpu")
+        self.seconds, self.device = dict.fromkeys(PARTS, 0.0), torch.device("cpu")
         self._stack: list[str] = []
         self._last = 0.0
 
-    def enter(self, part: str) -> None:
-        if self._stack:
+    def start(self, action_name: str) -> None:
+        """Begin a part, or an action of Lightning that is one."""
+        part = ACTIONS.get(action_name.rpartition(".")[2], action_name)
+        if self._stack and part in PARTS:
             self._charge()
             self._stack.append(part)
 
-    def leave(self) -> None:
-        if len(self._stack) > 1:
+    def stop(self, action_name: str) -> None:
+        """End it."""
+        part = ACTIONS.get(action_name.rpartition(".")[2], action_name)
+        if len(self._stack) > 1 and part in PARTS:
             self._charge()
             self._stack.pop()
 
@@ -76,55 +66,36 @@ class Stopwatch(Profiler):
         self.seconds[self._stack[-1]] += time - self._last
         self._last = time
 
-    def start(self, action_name: str) -> None:
-        if (part := ACTIONS.get(action_name.rpartition(".")[2])) is not None:
-            self.enter(part)
-
-    def stop(self, action_name: str) -> None:
-        if action_name.rpartition(".")[2] in ACTIONS:
-            self.leave()
-
-    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function with its time counted under `part`."""
-
-        @wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.enter(part)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.leave()
-
-        return wrapped
-
     @contextmanager
     def running(self, module: ConsistencyModule) -> Iterator[None]:
         """Measure the steps of the body, by hooks on the parts of the module."""
+        optimizer, members = module.trainer.optimizers[0], vars(module.data)
+
+        def started(part: str) -> Callable[..., None]:
+            return lambda *_: self.start(part)
+
+        def started_online(*_: Any) -> None:
+            # A mode without a target network evaluates the online one a second time, without gradient.
+            self.start("forward" if torch.is_grad_enabled() else "target")
+
+        def stopped(*_: Any) -> None:
+            self.stop("forward")
+
         with ExitStack() as hooks:
             for part, name in parts_of(module):
-                hooks.enter_context(part.register_forward_pre_hook(self._entering(name)))
-                leaving = part.register_forward_hook(lambda *_: self.leave(), always_call=True)
-                hooks.enter_context(leaving)
-            optimizer = module.trainer.optimizers[0]
-            hooks.enter_context(optimizer.register_step_pre_hook(self._entering("optimizer")))
-            # The last of the hooks behind a step, after those of the averages.
-            hooks.enter_context(optimizer.register_step_post_hook(lambda *_: self.leave()))
-            members = vars(module.data)
-            members["augmented"] = self.timed("data", module.data.augmented)
+                before = started(name) if name != "forward" else started_online
+                hooks.enter_context(part.register_forward_pre_hook(before))
+                hooks.enter_context(part.register_forward_hook(stopped, always_call=True))
+            hooks.enter_context(optimizer.register_step_pre_hook(started("optimizer")))
+            # The last hook behind a step, after those of the averages.
+            hooks.enter_context(optimizer.register_step_post_hook(stopped))
+            members["augmented"] = self.profile("data")(module.data.augmented)
             hooks.callback(members.pop, "augmented")
             self.device, self._stack = module.device, ["bookkeeping"]
             self._last = now(self.device)
             yield
             self._charge()
             self._stack = []
-
-    def _entering(self, name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            # A mode without a target network evaluates the online one a second time, without gradient.
-            second = name == "forward" and not torch.is_grad_enabled()
-            self.enter("target" if second else name)
-
-        return hook
 
 
 def parts_of(module: ConsistencyModule) -> Iterator[tuple[nn.Module, str]]:
@@ -143,61 +114,42 @@ def parts_of(module: ConsistencyModule) -> Iterator[tuple[nn.Module, str]]:
 class Measurement(L.Callback):
     """Measures the steps of a fit, and ends it: operations, warm-up, windows with a baseline's in between, parts of a step.
 
-    baseline: (module, trainer) -> a loop with the run's weights, or None.
+    baseline: (module, trainer) -> the step of a loop with the run's weights, or None.
     parts: the seconds of each part of a step, in a window of its own.
     """
 
     def __init__(
-        self,
-        *,
-        windows: int,
-        seconds: float,
-        baseline: Callable[[ConsistencyModule, L.Trainer], Loop] | None = None,
+        self, *, windows: int, seconds: float, baseline: Callable[..., Work] | None = None
     ) -> None:
         self.windows, self.seconds, self.baseline = windows, seconds, baseline
         self.stopwatch, self.parts = Stopwatch(), dict.fromkeys(PARTS, 0.0)
 
-    def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         if (bar := trainer.progress_bar_callback) is not None:
             bar.train_progress_bar.total = None  # type: ignore[attr-defined]
         self._plan = self._steps(trainer, module)
         next(self._plan)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if (batches_before(trainer) + 1) % trainer.accumulate_grad_batches == 0:
             trainer.should_stop = next(self._plan, True)
 
     def _steps(self, trainer: L.Trainer, module: ConsistencyModule) -> Iterator[bool]:
         """Go through the measurements; at every yield the run takes an optimizer step."""
-        device, loop = module.device, None
-        speed = self.speed = Speed(module.data.batch_size)
+        device, baseline = module.device, self.baseline and partial(self.baseline, module, trainer)
+        self.speed = Speed(module.data.batch_size)
         with FlopCounterMode(display=False) as counter:
             yield False
-        speed.flops = counter.get_total_flops()
+        self.speed.flops = counter.get_total_flops()
         window = Window(self.seconds / 2, device)
         while window.open():
             yield False
-        begin_peak_memory(device)
-        for _ in range(self.windows):
-            window = Window(self.seconds, device)
-            while window.open():
-                yield False
-            speed.rates.append(window.rate(speed.batch))
-            speed.memory = speed.memory or peak_memory(device)
-            if self.baseline is not None:
-                loop = loop or self._begun(self.baseline(module, trainer))
-                rate = repeated(loop.step, speed.batch, self.seconds, device)
-                speed.baseline_rates.append(rate)
+        yield from self.speed.measured(self.windows, self.seconds, device, baseline)
         window = Window(self.seconds, device)
         with self.stopwatch.running(module):
             while window.open():
                 yield False
         self.parts = {part: s / window.count for part, s in self.stopwatch.seconds.items()}
-
-    def _begun(self, loop: Loop) -> Loop:
-        for _ in range(2):
-            loop.step()
-        return loop
 
 
 def fit(config: DictConfig, measurement: Measurement) -> None:
@@ -213,10 +165,9 @@ def fit(config: DictConfig, measurement: Measurement) -> None:
     module = build.build_module(config, data)
     callbacks = [*build.build_callbacks(config), measurement]
     trainer = build.build_trainer(config, callbacks, loggers, data)
-    trainer.profiler, register = measurement.stopwatch, module.after_each_step
-
-    def register_timed(action: Callable[[], None]) -> None:
-        register(measurement.stopwatch.timed("averages", action))
-
-    vars(module)["after_each_step"] = register_timed
+    register = module.after_each_step
+    vars(trainer)["profiler"] = measurement.stopwatch
+    vars(module)["after_each_step"] = lambda action: register(
+        measurement.stopwatch.profile("averages")(action)
+    )
     trainer.fit(module, datamodule=data)
