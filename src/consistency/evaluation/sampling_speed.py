@@ -50,7 +50,9 @@ class DiffusersPipeline:
 
         with TemporaryDirectory() as folder:
             write_diffusers(Path(folder), model.card, model.denoiser.network.state_dict())
-            pipeline = ConsistencyModelPipeline.from_pretrained(folder, use_safetensors=True)
+            pipeline = ConsistencyModelPipeline.from_pretrained(
+                folder, use_safetensors=True, low_cpu_mem_usage=False
+            )
         pipeline.set_progress_bar_config(disable=True)
         labels = model.card.labels(None, 0, range(batch))
         self.pipeline = pipeline.to(model.device)

@@ -1,12 +1,11 @@
 """Speed: windows of repeated work in turn with a baseline's, memory, and the peak rate of the machine."""
 
-import os
 import platform
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
 """Types that the network computes in, by the beginning of `trainer.precision`; the others are float32."""
 
 Work = Callable[[], object]
+RATE = "images a second"
 
 
 def now(device: torch.device) -> float:
@@ -86,24 +86,53 @@ class Speed:
         """Return all figures by name and unit, with the machine's peak rates, which are measured here."""
         ours, theirs = ([w.seconds / w.count for w in ws] for ws in (self.windows, self.baseline))
         rate = spread([self.batch / seconds for seconds in ours])
-        peaks = peak_rates(device, precision, seconds=1.0)
-        achieved = self.flops / self.batch * rate["median"] / 1e9
-        figures: dict[str, Any] = {"batch": self.batch, "images_per_second": rate}
+        figures: dict[str, Any] = {"batch, images": self.batch, RATE: rate}
         if theirs:
-            figures["baseline_images_per_second"] = spread([self.batch / s for s in theirs])
-            figures["ratio"] = spread(ratios(theirs, ours))
+            figures["baseline, images a second"] = spread([self.batch / s for s in theirs])
+            figures["ratio to the baseline"] = spread(ratios(theirs, ours))
         if theirs and device.type == "cpu":
             busy = (
                 [w.processor_seconds / w.count for w in ws] for ws in (self.baseline, self.windows)
             )
-            figures["ratio_of_processor_time"] = spread(ratios(*busy))
+            figures["ratio of processor time"] = spread(ratios(*busy))
+        peaks = peak_rates(device, precision, seconds=1.0)
+        achieved = self.flops / self.batch * rate["median"] / 1e9
         return figures | {
-            "peak_memory_mib": self.memory,
-            "gflop_per_image": self.flops / self.batch / 1e9,
-            "gflop_per_second": achieved,
-            "peak_gflop_per_second": peaks,
-            "share_of_peak": achieved / max(peaks.values()),
+            "peak memory, MiB": self.memory,
+            "operations an image, GFLOP": self.flops / self.batch / 1e9,
+            "achieved, GFLOP/s": achieved,
+            **peaks,
+            "achieved, share of the better": achieved / max(peaks.values()),
         }
+
+
+def figure(value: float) -> str:
+    """Three digits and the thousands apart: 0.0123, 1.23, 1,230,000."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(title: str, figures: Mapping[str, Any]) -> str:
+    """Return figures by name as text: numbers, spreads, and groups of them."""
+    rows: list[tuple[str, str, str]] = []
+
+    def add(name: str, value: Any) -> None:
+        if not isinstance(value, dict):
+            rows.append((name, value if isinstance(value, str) else figure(value), ""))
+        elif "median" in value:
+            ends = f"{figure(value['min'])} .. {figure(value['max'])} of {len(value['values'])}"
+            rows.append((name, figure(value["median"]), ends))
+        elif "ms" in value:
+            busy = f"{value['share']:>6.1%}, {figure(value['processor_ms'])} ms of processor"
+            rows.append((name, figure(value["ms"]), busy))
+        else:
+            rows.append((name, "", ""))
+            for inner, each in value.items():
+                add(f"  {inner}", each)
+
+    for name, value in figures.items():
+        add(name, value)
+    width = max(len(name) for name, *_ in rows)
+    return "\n".join([title, *(f"{n:<{width}}{v:>12}  {c}".rstrip() for n, v, c in rows)])
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -145,8 +174,8 @@ def peak_rates(device: torch.device, precision: str, seconds: float) -> dict[str
     x, kernel = (tensor.to(memory_format=torch.channels_last) for tensor in (x, kernel))
     product, convolution = 2 * side**3, 18 * batch * channels**2 * pixels**2
     work: dict[str, tuple[Work, int]] = {
-        "matrix product": (lambda: a @ a, product),
-        "3x3 convolution": (lambda: conv2d(x, kernel, padding=1), convolution),
+        "peak of a matrix product, GFLOP/s": (lambda: a @ a, product),
+        "peak of a 3x3 convolution, GFLOP/s": (lambda: conv2d(x, kernel, padding=1), convolution),
     }
     best = {}
     for name, (run, flops) in work.items():
@@ -160,15 +189,12 @@ def peak_rates(device: torch.device, precision: str, seconds: float) -> dict[str
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """Describe the machine: processor, cores, threads, device and torch."""
-    processor = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-        processor = next(models, processor)
+    """Describe the machine: processor, threads, device and torch."""
+    processor = platform.processor()
+    with suppress(OSError, IndexError):
+        processor = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].splitlines()[0]
     return {
         "processor": f"{processor}, {torch.backends.cpu.get_cpu_capability()}",
-        "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,

@@ -1,5 +1,6 @@
 """The speed of a run's optimizer step, measured inside Lightning's Trainer as `train.py` runs it."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -36,16 +37,17 @@ ACTIONS = {"train_dataloader_next": "data", "batch_to_device": "data", "backward
 
 
 class Stopwatch(Profiler):
-    """Seconds of each part of the steps; time in a part within another one is not counted in the outer one.
+    """Seconds of each part of the steps, and of the processor in the main thread; a part within another is not counted in it.
 
     Off except inside of `running`. On a GPU it waits for the device wherever a part begins or ends.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds, self.device = dict.fromkeys(PARTS, 0.0), torch.device("cpu")
+        self.seconds = {part: (0.0, 0.0) for part in PARTS}
+        self.device = torch.device("cpu")
         self._stack: list[str] = []
-        self._last = 0.0
+        self._last = (0.0, 0.0)
 
     def start(self, action_name: str) -> None:
         """Begin a part, or an action of Lightning that is one."""
@@ -62,9 +64,10 @@ class Stopwatch(Profiler):
             self._stack.pop()
 
     def _charge(self) -> None:
-        time = now(self.device)
-        self.seconds[self._stack[-1]] += time - self._last
-        self._last = time
+        clocks, part = (now(self.device), time.thread_time()), self._stack[-1]
+        wall, processor = (c - last for c, last in zip(clocks, self._last, strict=True))
+        self.seconds[part] = self.seconds[part][0] + wall, self.seconds[part][1] + processor
+        self._last = clocks
 
     @contextmanager
     def running(self, module: ConsistencyModule) -> Iterator[None]:
@@ -92,7 +95,7 @@ class Stopwatch(Profiler):
             members["augmented"] = self.profile("data")(module.data.augmented)
             hooks.callback(members.pop, "augmented")
             self.device, self._stack = module.device, ["bookkeeping"]
-            self._last = now(self.device)
+            self._last = now(self.device), time.thread_time()
             yield
             self._charge()
             self._stack = []
@@ -115,14 +118,15 @@ class Measurement(L.Callback):
     """Measures the steps of a fit, and ends it: operations, warm-up, windows with a baseline's in between, parts of a step.
 
     baseline: (module, trainer) -> the step of a loop with the run's weights, or None.
-    parts: the seconds of each part of a step, in a window of its own.
+    parts: milliseconds of each part of a step, its share, and milliseconds of the processor in the main thread, measured
+    in a window of its own.
     """
 
     def __init__(
         self, *, windows: int, seconds: float, baseline: Callable[..., Work] | None = None
     ) -> None:
         self.windows, self.seconds, self.baseline = windows, seconds, baseline
-        self.stopwatch, self.parts = Stopwatch(), dict.fromkeys(PARTS, 0.0)
+        self.stopwatch, self.parts = Stopwatch(), dict[str, dict[str, float]]()
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         if (bar := trainer.progress_bar_callback) is not None:
@@ -149,7 +153,9 @@ class Measurement(L.Callback):
         with self.stopwatch.running(module):
             while window.open():
                 yield False
-        self.parts = {part: s / window.count for part, s in self.stopwatch.seconds.items()}
+        for part, (wall, processor) in self.stopwatch.seconds.items():
+            ms, busy = 1e3 * wall / window.count, 1e3 * processor / window.count
+            self.parts[part] = {"ms": ms, "share": wall / window.seconds, "processor_ms": busy}
 
 
 def fit(config: DictConfig, measurement: Measurement) -> None:
