@@ -74,7 +74,7 @@ def of_training(config: DictConfig, batch: int, baseline: Any) -> Figures:
     measurement = Measurement(windows=config.windows, seconds=config.seconds, baseline=baseline)
     fit(config, measurement)
     device, steps = measurement.stopwatch.device, config.mode.total_steps
-    figures = measurement.speed.figures(device, config.trainer.precision)
+    figures = measurement.speed.figures(device, config.trainer.precision, config.seconds)
     hours = f"hours of {steps:,} steps of {batch} images"
     figures[hours] = steps * batch / figures[RATE]["median"] / 3600
     parts = {"a step with the clocks of its parts, ms": measurement.parts}
@@ -108,7 +108,7 @@ def of_sampling(config: DictConfig, _: int, baseline: Any) -> Figures:
     draw(request, sampler, config.batch_size)
     for _ in speed.measured(config.windows, config.seconds, device, other):
         draw(request, sampler, config.batch_size)
-    figures = speed.figures(device, config.precision)
+    figures = speed.figures(device, config.precision, config.seconds)
     return figures | {"evaluations an image": evaluations, "machine": machine(device)}
 
 

@@ -82,7 +82,7 @@ class Speed:
                 while window.open():
                     other()
 
-    def figures(self, device: torch.device, precision: str) -> dict[str, Any]:
+    def figures(self, device: torch.device, precision: str, seconds: float) -> dict[str, Any]:
         """Return all figures by name and unit, with the machine's peak rates, which are measured here."""
         ours, theirs = ([w.seconds / w.count for w in ws] for ws in (self.windows, self.baseline))
         rate = spread([self.batch / seconds for seconds in ours])
@@ -95,7 +95,7 @@ class Speed:
                 [w.processor_seconds / w.count for w in ws] for ws in (self.baseline, self.windows)
             )
             figures["ratio of processor time"] = spread(ratios(*busy))
-        peaks = peak_rates(device, precision, seconds=1.0)
+        peaks = peak_rates(device, precision, seconds)
         achieved = self.flops / self.batch * rate["median"] / 1e9
         return figures | {
             "peak memory, MiB": self.memory,
@@ -180,8 +180,9 @@ def peak_rates(device: torch.device, precision: str, seconds: float) -> dict[str
     best = {}
     for name, (run, flops) in work.items():
         run()
-        shortest, until = float("inf"), now(device) + seconds
-        while (began := now(device)) < until:
+        window, shortest = Window(seconds, device), float("inf")
+        while window.open():
+            began = now(device)
             run()
             shortest = min(shortest, now(device) - began)
         best[name] = flops / shortest / 1e9
