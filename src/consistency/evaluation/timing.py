@@ -85,7 +85,7 @@ class Speed:
     def figures(self, device: torch.device, precision: str, seconds: float) -> dict[str, Any]:
         """Return all figures by name and unit, with the machine's peak rates, which are measured here."""
         ours, theirs = ([w.seconds / w.count for w in ws] for ws in (self.windows, self.baseline))
-        rate = spread([self.batch / seconds for seconds in ours])
+        rate = spread([self.batch / s for s in ours])
         figures: dict[str, Any] = {"batch, images": self.batch, RATE: rate}
         if theirs:
             figures["baseline, images a second"] = spread([self.batch / s for s in theirs])
