@@ -89,7 +89,7 @@ def test_sampling_of_a_run_is_compared_with_diffusers(
     [
         *("part=all", "seconds=0", "windows=0", "images=0", "train_batch=0", "batch_size=0"),
         *("baseline=diffusers", "baseline=plain part=sample", "baseline=plain part=data"),
-        "sampler=heun part=sample",
+        *("sampler=heun part=sample", "precision=bf16-mixed", "checkpoint=run part=data"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(wrong: str, verb: Run, tmp_path: Path) -> None:
@@ -223,7 +223,9 @@ def test_rates_and_ratios_come_from_windows() -> None:
 
 def test_the_table_has_a_row_for_every_figure() -> None:
     part = {"ms": 1.234, "share": 0.5, "processor_ms": 1}
-    figures = {"a rate": timing.spread([1.0, 4.0, 3.0]), "parts": {"forward": part}, "device": "x"}
+    none = {**part, "ms": 0}
+    parts = {"forward": part, "teacher": none}
+    figures = {"a rate": timing.spread([1.0, 4.0, 3.0]), "parts": parts, "device": "x"}
     lines = timing.table("title", figures).splitlines()
     assert [line.split() for line in lines] == [
         ["title"],

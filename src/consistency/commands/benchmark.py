@@ -26,7 +26,8 @@ from consistency.runtime.files import require_fresh, write_text
 from consistency.training import build
 from consistency.training.speed import ENDLESS, Measurement, fit
 
-Figures = dict[str, Any]
+OF_SAMPLING = {"checkpoint": None, "device": "auto", "precision": "32-true", "compile": False}
+"""Options of part=sample alone, with their defaults."""
 
 
 def benchmark(config: DictConfig, output: Path) -> None:
@@ -38,6 +39,10 @@ def benchmark(config: DictConfig, output: Path) -> None:
     for name in ("seconds", "windows", "train_batch", "images"):
         value = config[name]
         require(value is None or value > 0, f"{name} > 0", value, "give a positive number")
+    for name, default in OF_SAMPLING.items():
+        expected, remedy = f"part=sample with {name}=", "trainer.* has the settings of training"
+        fits = config.part == "sample" or config[name] == default
+        require(fits, expected, f"part={config.part}", remedy)
     build.require_taken(config.trainer)
     baseline = instantiate(config.baseline) if config.baseline else None
     fits = baseline is None or baseline.func.part == config.part
@@ -45,9 +50,8 @@ def benchmark(config: DictConfig, output: Path) -> None:
     require(fits, expected, f"part={config.part}", "choose another baseline= or part=")
     figures = parts[config.part](measured(config), config.data.batch_size, baseline)
     choices: Any = HydraConfig.get().runtime.choices
-    names = ("data", "model", "mode", "sampler", "baseline")
-    title = " ".join(f"{name}={choices.get(name)}" for name in names)
-    title = f"part={config.part} {title}"
+    names = ["data", "model", "mode", "baseline", *(["sampler"] if config.part == "sample" else [])]
+    title = " ".join([f"part={config.part}", *(f"{n}={choices.get(n)}" for n in names)])
     content = {"title": title, **figures, "settings": OmegaConf.to_container(config)}
     write_text(output / "benchmark.json", json.dumps(content, indent=2))
     print(f"\n{table(title, figures)}\nWritten: {output / 'benchmark.json'}")
@@ -69,21 +73,22 @@ def measured(config: DictConfig) -> DictConfig:
     return config
 
 
-def of_training(config: DictConfig, batch: int, baseline: Any) -> Figures:
+def of_training(config: DictConfig, batch: int, baseline: Any) -> dict[str, Any]:
     """Measure the training step; `batch` is that of the experiment."""
     measurement = Measurement(windows=config.windows, seconds=config.seconds, baseline=baseline)
     fit(config, measurement)
     device, steps = measurement.stopwatch.device, config.mode.total_steps
     figures = measurement.speed.figures(device, config.trainer.precision, config.seconds)
-    hours = f"hours of {steps:,} steps of {batch} images"
-    figures[hours] = steps * batch / figures[RATE]["median"] / 3600
-    parts = {"a step with the clocks of its parts, ms": measurement.parts}
-    return figures | parts | {"machine": machine(device)}
+    hours = steps * batch / figures[RATE]["median"] / 3600
+    return figures | {
+        f"hours of {steps:,} steps of {batch} images": hours,
+        "a step with the clocks of its parts, ms": measurement.parts,
+        "machine": machine(device),
+    }
 
 
-def of_sampling(config: DictConfig, _: int, baseline: Any) -> Figures:
+def of_sampling(config: DictConfig, _: int, baseline: Any) -> dict[str, Any]:
     """Measure batches of samples of a checkpoint, or of the configured network with random weights."""
-    torch.manual_seed(config.seed)
     if config.checkpoint is None:
         build.require_fit(config)
         network = instantiate(config.model.network, _convert_="all")
@@ -96,23 +101,22 @@ def of_sampling(config: DictConfig, _: int, baseline: Any) -> Figures:
     sampler = instantiate(config.sampler, _convert_="all")
     options.require_suited(sampler, model, force=False)
     settings = {name: config[name] for name in ("device", "precision", "seed")}
-    request = options.request_of(settings, model)
-    device = model.device
-    speed, evaluations = counted(request, sampler, config.batch_size)
+    request, batch = options.request_of(settings, model), config.batch_size
+    speed, evaluations = counted(request, sampler, batch)
     if baseline is not None and find_spec("diffusers") is None:
         print("No baseline: the package diffusers is missing.")
         baseline = None
-    other = baseline and partial(baseline, model, config.batch_size, evaluations)
+    other = baseline and partial(baseline, model, batch, evaluations)
     if config.compile:
         model.denoiser.network.compile()
-    draw(request, sampler, config.batch_size)
-    for _ in speed.measured(config.windows, config.seconds, device, other):
-        draw(request, sampler, config.batch_size)
-    figures = speed.figures(device, config.precision, config.seconds)
-    return figures | {"evaluations an image": evaluations, "machine": machine(device)}
+    draw(request, sampler, batch)
+    for _ in speed.measured(config.windows, config.seconds, model.device, other):
+        draw(request, sampler, batch)
+    figures = speed.figures(model.device, config.precision, config.seconds)
+    return figures | {"evaluations an image": evaluations, "machine": machine(model.device)}
 
 
-def of_data(config: DictConfig, batch: int, _: Any) -> Figures:
+def of_data(config: DictConfig, batch: int, _: Any) -> dict[str, Any]:
     """Measure the source image by image, its loader, and the loader with scaling and flips on the device, beside the training."""
     data = build.build_data(config)
     training = of_training(config, batch, None)

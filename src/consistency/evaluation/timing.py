@@ -123,7 +123,7 @@ def table(title: str, figures: Mapping[str, Any]) -> str:
             rows.append((name, figure(value["median"]), ends))
         elif "ms" in value:
             busy = f"{value['share']:>6.1%}, {figure(value['processor_ms'])} ms of processor"
-            rows.append((name, figure(value["ms"]), busy))
+            rows.extend([(name, figure(value["ms"]), busy)] if value["ms"] else [])
         else:
             rows.append((name, "", ""))
             for inner, each in value.items():
@@ -166,8 +166,10 @@ def peak_memory(device: torch.device) -> float:
 def peak_rates(device: torch.device, precision: str, seconds: float) -> dict[str, float]:
     """Return the best GFLOP/s of a matrix product and of a 3x3 convolution in the type of a `trainer.precision`."""
     dtype = DTYPES.get(precision.split("-")[0], torch.float32)
-    cpu = device.type == "cpu"
-    side, batch, channels, pixels = (1536, 8, 128, 32) if cpu else (8192, 64, 256, 64)
+    side, batch, channels, pixels = 8192, 64, 256, 64
+    if device.type == "cpu":  # so short that another program rarely interrupts one
+        threads = torch.get_num_threads()
+        side, batch, channels, pixels = round(768 * threads**0.5), 4 * threads, 128, 32
     a = torch.randn(side, side, dtype=dtype, device=device)
     shapes = (batch, channels, pixels, pixels), (channels, channels, 3, 3)
     x, kernel = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
