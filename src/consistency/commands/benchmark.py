@@ -23,6 +23,7 @@ from consistency.evaluation.timing import RATE, Window, machine, table
 from consistency.inference import options
 from consistency.inference.model import Model
 from consistency.runtime.files import require_fresh, write_text
+from consistency.runtime.redaction import masked
 from consistency.training import build
 from consistency.training.speed import ENDLESS, Measurement, fit
 
@@ -52,7 +53,7 @@ def benchmark(config: DictConfig, output: Path) -> None:
     choices: Any = HydraConfig.get().runtime.choices
     names = ["data", "model", "mode", "baseline", *(["sampler"] if config.part == "sample" else [])]
     title = " ".join([f"part={config.part}", *(f"{n}={choices.get(n)}" for n in names)])
-    content = {"title": title, **figures, "settings": OmegaConf.to_container(config)}
+    content = {"title": title, **figures, "settings": masked(OmegaConf.to_container(config))}
     write_text(output / "benchmark.json", json.dumps(content, indent=2))
     print(f"\n{table(title, figures)}\nWritten: {output / 'benchmark.json'}")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.profilers import Profiler
 from omegaconf import DictConfig
 from torch import nn
@@ -129,8 +130,8 @@ class Measurement(L.Callback):
         self.stopwatch, self.parts = Stopwatch(), dict[str, dict[str, float]]()
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        if (bar := trainer.progress_bar_callback) is not None:
-            bar.train_progress_bar.total = None  # type: ignore[attr-defined]
+        if isinstance(bar := trainer.progress_bar_callback, TQDMProgressBar):
+            bar.train_progress_bar.total = None
         self._plan = self._steps(trainer, module)
         next(self._plan)
 
@@ -161,9 +162,7 @@ class Measurement(L.Callback):
 def fit(config: DictConfig, measurement: Measurement) -> None:
     """Measure the step of the configured run on one device, without evaluation, pictures and checkpoints."""
     config = deepcopy(config)
-    config.mode.total_steps = (
-        config.mode.total_steps
-    )  # a number, which the next line leaves as it is
+    config.mode.total_steps = int(config.mode.total_steps)  # else it would be max_steps
     config.trainer.max_steps, config.trainer.devices = ENDLESS, 1
     config.callbacks = {name: v for name, v in config.callbacks.items() if name not in LEFT_OUT}
     L.seed_everything(config.seed, workers=True, verbose=False)
