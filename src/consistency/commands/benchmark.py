@@ -22,6 +22,7 @@ from consistency.evaluation.sampling_speed import counted, draw
 from consistency.evaluation.timing import RATE, Window, machine, table
 from consistency.inference import options
 from consistency.inference.model import Model
+from consistency.runtime.devices import PRECISIONS
 from consistency.runtime.files import require_fresh, write_text
 from consistency.runtime.redaction import masked
 from consistency.training import build
@@ -40,15 +41,16 @@ def benchmark(config: DictConfig, output: Path) -> None:
     for name in ("seconds", "windows", "train_batch", "images"):
         value = config[name]
         require(value is None or value > 0, f"{name} > 0", value, "give a positive number")
-    for name, default in OF_SAMPLING.items():
-        expected, remedy = f"part=sample with {name}=", "trainer.* has the settings of training"
-        fits = config.part == "sample" or config[name] == default
-        require(fits, expected, f"part={config.part}", remedy)
+    others = [n for n, v in OF_SAMPLING.items() if config.part != "sample" and config[n] != v]
+    expected, remedy = f"part=sample with {', '.join(others)}", "say trainer.* for the training"
+    require(not others, expected, f"part={config.part}", remedy)
     build.require_taken(config.trainer)
     baseline = instantiate(config.baseline) if config.baseline else None
     fits = baseline is None or baseline.func.part == config.part
     expected = "baseline=plain for part=train, baseline=diffusers for part=sample, or none"
     require(fits, expected, f"part={config.part}", "choose another baseline= or part=")
+    half, names = config.baseline.get("precision", "32-true"), ", ".join(PRECISIONS)
+    require(half in PRECISIONS, f"baseline.precision among {names}", half, "choose one")
     figures = parts[config.part](measured(config), config.data.batch_size, baseline)
     choices: Any = HydraConfig.get().runtime.choices
     names = ["data", "model", "mode", "baseline", *(["sampler"] if config.part == "sample" else [])]

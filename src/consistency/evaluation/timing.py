@@ -174,7 +174,7 @@ def peak_rates(device: torch.device, precision: str, seconds: float) -> dict[str
     side, batch, channels, pixels = 8192, 64, 256, 64
     if device.type == "cpu":
         threads, clock = torch.get_num_threads(), time.thread_time
-        side, batch, channels, pixels = round(768 * threads**0.5), 4 * threads, 128, 32
+        side, batch, channels, pixels = round(768 * threads**0.5), 4 * threads, 256, 16
     a = torch.randn(side, side, dtype=dtype, device=device)
     shapes = (batch, channels, pixels, pixels), (channels, channels, 3, 3)
     x, kernel = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)

@@ -17,7 +17,7 @@ from consistency.networks.unet import UNetBlock
 from consistency.objectives import ConsistencyObjective, Losses, Objective
 from consistency.processes import variance_exploding
 from consistency.randomness import DropoutState, generator
-from consistency.runtime.devices import PRECISIONS, chosen_device
+from consistency.runtime.devices import PRECISIONS
 from consistency.tensors import Data, Denoise, Label, broadcast_time
 from consistency.training.callbacks.ema import EvaluationEMA, TargetEMA
 from consistency.training.callbacks.periodic import callback_of
@@ -82,14 +82,13 @@ class PlainLoop:
     three times for the logged losses of a batch (their mean, the times, the losses) and once for the norm of every
     weight and of every gradient. Loader, draws and parts of the objective are the run's own.
 
-    precision: of the networks, as `trainer.precision`, which this loop does not follow.
+    precision: of the networks, as `trainer.precision`, which this loop does not follow; half ones without a gradient scaler.
     """
 
     part: ClassVar[str] = "train"
 
     def __init__(self, module: ConsistencyModule, trainer: L.Trainer, *, precision: str) -> None:
         self.device, self.k, self.data = module.device, module.k, module.data
-        chosen_device(self.device.type, precision=precision)
         self.half = PRECISIONS[precision]
         self.online, self.objective = plain(module.online), cast(Objective, plain(module.objective))
         self.target = self.online if module.target is None else plain(module.target)
