@@ -9,14 +9,15 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from configurations import composed
 from conftest import TINY, Run
-from consistency.commands.benchmark import measured, rate
+from consistency.commands.benchmark import benchmark, measured, rate
 from consistency.data.memory import noise
 from consistency.denoiser import Denoiser
+from consistency.errors import UserError
 from consistency.evaluation import timing
 from consistency.solvers import heun_step
 from consistency.steps import TeacherStep
@@ -84,19 +85,30 @@ def test_sampling_of_a_run_is_compared_with_diffusers(
     assert results(tmp_path / "out")["ratio to the baseline"]["median"] > 0
 
 
+@pytest.fixture(scope="module")
+def configuration() -> DictConfig:
+    return composed("benchmark", "baseline=plain")
+
+
 @pytest.mark.parametrize(
-    "wrong",
+    ("name", "value", "expected"),
     [
-        *("part=all", "seconds=0", "images=0", "batch_size=0"),
-        *("baseline=diffusers", "baseline=plain part=sample", "baseline=plain part=data"),
-        *("sampler=heun part=sample", "precision=bf16-mixed", "checkpoint=run part=data"),
-        "baseline.precision=8 baseline=plain",
+        ("part", "all", "part among train, data, sample"),
+        ("part", "sample", "baseline=plain for part=train"),
+        *((name, 0, f"{name} > 0") for name in ("seconds", "windows", "images", "train_batch")),
+        ("precision", "bf16-mixed", "part=sample with precision"),
+        ("checkpoint", "run", "part=sample with checkpoint"),
+        ("baseline.precision", "8", "baseline.precision among 32-true"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(wrong: str, verb: Run, tmp_path: Path) -> None:
-    outcome = verb("benchmark", *wrong.split(), f"output={tmp_path / 'out'}")
-    assert outcome.status == 2
-    assert wrong.split("=")[0] in outcome.err
+def test_what_cannot_be_measured_is_refused(
+    name: str, value: object, expected: str, configuration: DictConfig, tmp_path: Path
+) -> None:
+    config = deepcopy(configuration)
+    OmegaConf.update(config, name, value)
+    with pytest.raises(UserError, match=expected):
+        benchmark(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 class TwoConvolutions(nn.Module):

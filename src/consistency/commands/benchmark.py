@@ -49,8 +49,8 @@ def benchmark(config: DictConfig, output: Path) -> None:
     fits = baseline is None or baseline.func.part == config.part
     expected = "baseline=plain for part=train, baseline=diffusers for part=sample, or none"
     require(fits, expected, f"part={config.part}", "choose another baseline= or part=")
-    half, names = config.baseline.get("precision", "32-true"), ", ".join(PRECISIONS)
-    require(half in PRECISIONS, f"baseline.precision among {names}", half, "choose one")
+    half, wanted = config.baseline.get("precision", "32-true"), ", ".join(PRECISIONS)
+    require(half in PRECISIONS, f"baseline.precision among {wanted}", half, "choose one")
     figures = parts[config.part](measured(config), config.data.batch_size, baseline)
     choices: Any = HydraConfig.get().runtime.choices
     names = ["data", "model", "mode", "baseline", *(["sampler"] if config.part == "sample" else [])]
