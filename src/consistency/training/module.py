@@ -87,6 +87,7 @@ class ConsistencyModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Count the steps. The callbacks' `on_fit_start` came first, so their actions see k before it grows."""
+        self.named = list(self.online.named_parameters())
 
         def count() -> None:
             self.k += 1
@@ -141,7 +142,7 @@ class ConsistencyModule(L.LightningModule):
         loss = optimizer_closure()
         step = f"in the term {type(self.objective).__name__} at step k={self.k}"
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        gradients = {n: p.grad for n, p in self.online.named_parameters() if p.grad is not None}
+        gradients = {n: p.grad for n, p in self.named if p.grad is not None}
         # A gradient scaler looks for overflows itself.
         if self.guard.allows({} if scaler else gradients, self.trainer.strategy, step):
             optimizer.step(closure=lambda: loss)
@@ -170,7 +171,7 @@ class ConsistencyModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.logs_this_step:
-            gradients = [p.grad for p in self.online.parameters() if p.grad is not None]
+            gradients = [p.grad for _, p in self.named if p.grad is not None]
             self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
     @property
