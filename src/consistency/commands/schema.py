@@ -122,7 +122,7 @@ def __getattr__(name: str) -> Any:
 NODES = dict[str, Any]
 GROUPS = {
     **dict.fromkeys(("crop", "mask", "optimizer", "sampler", "task", "trainer"), Any),
-    **dict.fromkeys(("callbacks", "logger", "samplers"), NODES),
+    **dict.fromkeys(("baseline", "callbacks", "logger", "samplers"), NODES),
     "data": Data,
     "evaluation": structure("metrics/inception"),
     "mode": Mode,

@@ -107,7 +107,7 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
 
         L.Trainer(max_steps=1000).fit(build_module(config), loader)
     """
-    _require_fit(config)
+    require_fit(config)
     network: nn.Module = instantiate(config.model.network, _convert_="all")
     optimizer = instantiate(config.optimizer, _convert_="all")
     try:
@@ -145,7 +145,7 @@ def _sources(config: DictConfig) -> dict[str, dict[str, str]]:
     return sources
 
 
-def _require_fit(config: DictConfig) -> None:
+def require_fit(config: DictConfig) -> None:
     """Compare the network's shapes with the data's, on the meta device, before anything is built."""
     data, shape = config.data, None
     image = (1, data.channels, data.image_size, data.image_size)
