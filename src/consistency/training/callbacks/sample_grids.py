@@ -28,12 +28,13 @@ class SampleGrids(Periodic):
         weights: str,
         every_n_train_steps: int,
         num_samples: int,
-        batch_size: int,
+        batch_size: int | None,
         seed: int,
     ) -> None:
         super().__init__(every_n_train_steps)
         expected = "callbacks.samples.num_samples and batch_size >= 1"
-        require(min(num_samples, batch_size) >= 1, expected, (num_samples, batch_size), "give more")
+        right = num_samples >= 1 and (batch_size is None or batch_size >= 1)
+        require(right, expected, (num_samples, batch_size), "give more")
         self.folder, self.samplers, self.weights = Path(folder), samplers, weights
         self.summary = f"Samples:    {self.folder / 'latest.png'}"
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
