@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import warnings
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import lightning as L
@@ -137,11 +137,11 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
 def _sources(config: DictConfig) -> dict[str, dict[str, str]]:
     """Return path, weights and SHA-256 of the checkpoints that the run begins with; a teacher is part of the mode."""
     mode = json.dumps(OmegaConf.to_container(config.mode, resolve=True))
-    sources = {}
+    sources, digest = {}, cache(fingerprint)  # init is often the teacher
     for name in ("init", "teacher") if json.dumps(config.teacher) in mode else ("init",):
         if config[name] is not None:
             path, weights = find(config[name]).absolute(), config[f"{name}_weights"]
-            sources[name] = {"path": str(path), "weights": weights, "sha256": fingerprint(path)}
+            sources[name] = {"path": str(path), "weights": weights, "sha256": digest(path)}
     return sources
 
 

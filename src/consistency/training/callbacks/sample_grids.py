@@ -1,5 +1,6 @@
 """Pictures of a run: samples from fixed noise, and curves of its metrics."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -63,8 +64,8 @@ class SampleGrids(Periodic):
         sheet = plots.side_by_side(panels)
         with tolerate_write_errors(f"the picture of step k={module.k}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            sheet.save(self.folder / f"step_{module.k:08d}.png")
-            sheet.save(self.folder / "latest.png")
+            sheet.save(picture := self.folder / f"step_{module.k:08d}.png")
+            shutil.copyfile(picture, self.folder / "latest.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [sheet], step=module.k)
