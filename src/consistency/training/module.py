@@ -25,6 +25,9 @@ from consistency.training.nonfinite import NonfiniteGuard
 
 OBJECTIVE = "objective."
 
+SMALL = 20_000
+"""Numbers in the mean tensor of a network up to which a CPU updates all tensors at once faster than one after the other."""
+
 
 class ConsistencyModule(L.LightningModule):
     """Trains `online` with `objective`, on a `DataModule` or on any loader of (images, labels) (`consistency.data.module`).
@@ -75,6 +78,10 @@ class ConsistencyModule(L.LightningModule):
         # A fused optimizer would skip an overflow inside its kernel, unseen by k and the averages.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        sizes = [parameter.numel() for parameter in self.online.parameters()]
+        for group in optimizer.param_groups:
+            if group.get("foreach", False) is None and sum(sizes) <= SMALL * len(sizes):
+                group["foreach"] = True  # which torch chooses on a GPU alone
         return optimizer
 
     def after_each_step(self, action: Callable[[], None]) -> None:
