@@ -26,11 +26,12 @@ def frozen_copy(module: ModuleT) -> ModuleT:
 
 def averaging(average: nn.Module, online: nn.Module) -> Callable[[float], None]:
     """Return the update of `update_average` as a function of the decay; to list the parameters takes longer than to average."""
-    parameters = list(average.parameters()), list(online.parameters())
+    averages: list[Tensor] = list(average.parameters())
+    weights: list[Tensor] = list(online.parameters())
 
     @torch.no_grad()
     def update(decay: float) -> None:
-        torch._foreach_lerp_(*parameters, 1 - decay)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     return update
 
