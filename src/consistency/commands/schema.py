@@ -29,7 +29,7 @@ PATH_WORDS = ("cache", "dir", "dirpath", "extractor", "file", "folder", "metrics
 POSITIVE = ("batch_size", "devices", "num_nodes", "num_samples", "outputs", "points")
 """Counts at the top of a configuration that must be at least 1; null is no count."""
 
-COUNTS = ("channels", "image_size", "images", "num_head_channels", "num_heads", "num_heads_upsample", "num_samples", "num_workers", "resolution", "train_batch")  # fmt: skip
+COUNTS = ("batch_size", "channels", "image_size", "images", "num_head_channels", "num_heads", "num_heads_upsample", "num_samples", "num_workers", "resolution", "train_batch")  # fmt: skip
 OPTIONAL = {
     **dict.fromkeys(COUNTS, int | None),
     **dict.fromkeys(("callbacks", "labels", "model", "process", "weights"), Any),

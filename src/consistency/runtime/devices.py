@@ -1,14 +1,19 @@
 """The device of a process, its threads, and the precision of the network."""
 
 import os
+import sys
 
 import torch
 
 from consistency.errors import UserError, require
+from consistency.runtime.ranks import this_launch
 from consistency.tensors import Denoise
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """Types that the network computes in, by the names of `trainer.precision`."""
+
+BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+"""Instructions for bfloat16 of x86 and ARM, by torch's names."""
 
 
 def chosen_device(name: str, devices: int = 1, precision: str = "32-true") -> torch.device:
@@ -34,7 +39,19 @@ def chosen_device(name: str, devices: int = 1, precision: str = "32-true") -> to
         f"devices={devices} device={device}",
         f"say devices={count} device={device.type}",
     )
+    warn_of_slow(precision, device)
     return device
+
+
+def warn_of_slow(precision: str, device: torch.device) -> None:
+    """Print a warning of bfloat16 on a CPU without instructions for it, which computes it through float32."""
+    known = torch.cpu.get_capabilities()
+    slow = (
+        device.type == "cpu" and precision.startswith("bf16") and not any(map(known.get, BFLOAT16))
+    )
+    if slow and this_launch().first:
+        text = "this CPU has no instructions for bfloat16 (AVX512-BF16, AMX, ARM BF16)"
+        print(f"warning: {text}: precision=32-true is many times faster", file=sys.stderr)
 
 
 def share_threads(device: torch.device, processes: int) -> None:

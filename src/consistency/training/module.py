@@ -25,6 +25,9 @@ from consistency.training.nonfinite import NonfiniteGuard
 
 OBJECTIVE = "objective."
 
+SMALL = 20_000
+"""Numbers in the mean tensor of a network up to which a CPU updates all tensors at once faster than one after the other."""
+
 
 class ConsistencyModule(L.LightningModule):
     """Trains `online` with `objective`, on a `DataModule` or on any loader of (images, labels) (`consistency.data.module`).
@@ -75,6 +78,10 @@ class ConsistencyModule(L.LightningModule):
         # A fused optimizer would skip an overflow inside its kernel, unseen by k and the averages.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        sizes = [parameter.numel() for parameter in self.online.parameters()]
+        for group in optimizer.param_groups:
+            if group.get("foreach", False) is None and sum(sizes) <= SMALL * len(sizes):
+                group["foreach"] = True  # which torch chooses on a GPU alone
         return optimizer
 
     def after_each_step(self, action: Callable[[], None]) -> None:
@@ -87,6 +94,7 @@ class ConsistencyModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Count the steps. The callbacks' `on_fit_start` came first, so their actions see k before it grows."""
+        self.named = list(self.online.named_parameters())
 
         def count() -> None:
             self.k += 1
@@ -141,7 +149,7 @@ class ConsistencyModule(L.LightningModule):
         loss = optimizer_closure()
         step = f"in the term {type(self.objective).__name__} at step k={self.k}"
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        gradients = {n: p.grad for n, p in self.online.named_parameters() if p.grad is not None}
+        gradients = {n: p.grad for n, p in self.named if p.grad is not None}
         # A gradient scaler looks for overflows itself.
         if self.guard.allows({} if scaler else gradients, self.trainer.strategy, step):
             optimizer.step(closure=lambda: loss)
@@ -170,7 +178,7 @@ class ConsistencyModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.logs_this_step:
-            gradients = [p.grad for p in self.online.parameters() if p.grad is not None]
+            gradients = [p.grad for _, p in self.named if p.grad is not None]
             self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
     @property

@@ -78,7 +78,9 @@ class RunCheckpoints(Periodic, Checkpoint):
         return _written(trainer, self.folder / ours.NEXT)
 
     def _save_best(self, trainer: L.Trainer) -> None:
-        value = float(trainer.callback_metrics.get(self.monitor or "", math.inf))
+        if self.monitor is None:
+            return
+        value = float(trainer.callback_metrics.get(self.monitor, math.inf))
         # After a failed write the same value is not tried again at every step until the next measurement.
         if not math.isfinite(value) or value >= self.best_value or value == self._tried:
             return

@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from consistency.averaging import WIDEST, frozen_copy, power_decay, update_average
+from consistency.averaging import WIDEST, averaging, frozen_copy, power_decay
 from consistency.checkpoints.posthoc import POWER, write_snapshot
 from consistency.errors import require
 from consistency.runtime.ranks import print_once
@@ -30,11 +30,9 @@ class TargetEMA(Callback):
         module.target = frozen_copy(module.online)
 
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        module.after_each_step(lambda: self._update(module))
-
-    def _update(self, module: ConsistencyModule) -> None:
         assert module.target is not None
-        update_average(module.target, module.online, self.decay(module.num_scales))
+        update = averaging(module.target, module.online)
+        module.after_each_step(lambda: update(self.decay(module.num_scales)))
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         if module.logs_this_step:
@@ -60,6 +58,7 @@ class EvaluationEMA(Callback):
         self.decays = {str(decay): decay for decay in decays}
         self.widths = {f"{POWER}{width:g}": width for width in widths}
         self.averages: dict[str, nn.Module] = {}
+        self._updates: dict[str, Callable[[float], None]] = {}
         self._saved: dict[str, dict[str, Tensor]] = {}
 
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
@@ -68,6 +67,7 @@ class EvaluationEMA(Callback):
             if name in self._saved:
                 average.load_state_dict(self._saved[name])
             module.averages[f"ema:{name}" if name in self.decays else name] = average
+            self._updates[name] = averaging(average, module.online.network)
         self._saved = {}
         module.after_each_step(lambda: self._update(module))
         self._warn_of_wide(trainer.max_steps)
@@ -84,10 +84,9 @@ class EvaluationEMA(Callback):
             )
 
     def _update(self, module: ConsistencyModule) -> None:
-        for name, average in self.averages.items():
+        for name, update in self._updates.items():
             width = self.widths.get(name)
-            decay = self.decays[name] if width is None else power_decay(module.k + 1, width)
-            update_average(average, module.online.network, decay)
+            update(self.decays[name] if width is None else power_decay(module.k + 1, width))
 
     def state_dict(self) -> dict[str, Any]:
         current = {name: average.state_dict() for name, average in self.averages.items()}
