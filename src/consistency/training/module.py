@@ -17,7 +17,7 @@ from consistency.inference.generate import Request
 from consistency.objectives import Losses
 from consistency.preconditioning import Preconditioning
 from consistency.randomness import WHOLE, Share, generator, key
-from consistency.runtime.devices import share_threads
+from consistency.runtime.devices import compile_in_place, share_threads
 from consistency.tensors import Data, Label
 from consistency.training.io_errors import warn
 from consistency.training.lightning_patches import batches_before
@@ -32,7 +32,7 @@ class ConsistencyModule(L.LightningModule):
     online: the network under its training preconditioning; optimizer: parameters -> optimizer.
     card, config, sources: the description of the denoiser, the resolved plain configuration, and path, weights and SHA-256
     of the teacher and of the initial weights, part of every checkpoint.
-    on_nonfinite: policy of `NonfiniteGuard`.
+    on_nonfinite: policy of `NonfiniteGuard`; compilation: whether to compile the networks, or a mode of `torch.compile`.
     callbacks: builds the callbacks of the method, for a trainer that has none of their kind.
 
     k counts the optimizer steps that were taken, `k_before` those before this batch; under a gradient scaler
@@ -52,13 +52,14 @@ class ConsistencyModule(L.LightningModule):
         on_nonfinite: str,
         sources: dict[str, dict[str, str]],
         callbacks: Callable[[], Sequence[L.Callback]] = tuple,
+        compilation: bool | str = False,
     ) -> None:
         super().__init__()
         self.online, self.objective = online, objective.requires_grad_(False)
         self.sampling_preconditioning = sampling_preconditioning
         self.make_optimizer, self.make_callbacks = optimizer, callbacks
         self.card, self.config, self.seed, self.sources = card, config, seed, sources
-        self.guard = NonfiniteGuard(on_nonfinite)
+        self.guard, self.compilation = NonfiniteGuard(on_nonfinite), compilation
         self.k = self.k_before = self.num_scales = 0
         self.target: Denoiser | None = None
         self.averages: dict[str, nn.Module] = {}
@@ -86,12 +87,17 @@ class ConsistencyModule(L.LightningModule):
         share_threads(self.trainer.strategy.root_device, self.trainer.num_devices)
 
     def on_fit_start(self) -> None:
-        """Count the steps. The callbacks' `on_fit_start` came first, so their actions see k before it grows."""
+        """Count the steps and compile the networks. The callbacks' `on_fit_start` came first: their actions see k before it
+        grows, and all copies of the networks are made.
+        """
 
         def count() -> None:
             self.k += 1
 
         self.after_each_step(count)
+        denoisers = (part for part in self.modules() if isinstance(part, Denoiser))
+        for network in (*(denoise.network for denoise in denoisers), *self.averages.values()):
+            compile_in_place(network, self.compilation)
 
     def on_fit_end(self) -> None:
         self.guard.report_overflows()
