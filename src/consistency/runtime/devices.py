@@ -3,7 +3,6 @@
 import os
 
 import torch
-
 from torch import nn
 
 from consistency.errors import UserError, require

@@ -281,7 +281,9 @@ def build_trainer(
     require_whole(trainer.strategy)
     trainer.accumulate_grad_batches = accumulated = data.split(trainer.world_size).accumulated
     # A later replay of a graph would overwrite the gradients of the micro-batches before.
-    expected = f"with compile={config.compile} and its CUDA graphs a batch that a device holds at once"
+    expected = (
+        f"with compile={config.compile} and its CUDA graphs a batch that a device holds at once"
+    )
     remedy = "compile=true, or a data.device_batch_size that fits the batch"
     graphs = config.compile in CUDA_GRAPHS and accumulated > 1
     require(not graphs, expected, f"{accumulated} micro-batches", remedy)

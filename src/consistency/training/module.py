@@ -149,7 +149,7 @@ class ConsistencyModule(L.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         gradients = {n: p.grad for n, p in self.online.named_parameters() if p.grad is not None}
         # A gradient scaler looks for overflows itself.
-        if self.guard.allows({} if scaler else gradients, self.trainer.strategy, step):
+        if self.guard.allows({} if scaler else gradients, step):
             optimizer.step(closure=lambda: loss)
             if scaler is not None:
                 self.guard.scaled(taken=self.k > self.k_before, scale=scaler.get_scale, step=step)
@@ -164,10 +164,14 @@ class ConsistencyModule(L.LightningModule):
         """Whether the step in progress gets a row of metrics."""
         return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
+    def show(self, name: str, value: float | Tensor, **options: bool) -> None:
+        """Log a number for the progress bar too. It stays on the CPU, as Lightning reads those again in every step."""
+        self.log(name, torch.tensor(float(value)), prog_bar=True, **options)  # type: ignore[arg-type]
+
     def _log_losses(self, losses: Losses, loss: Tensor) -> None:
         if not self.logs_this_step:
             return
-        self.log("loss", loss, prog_bar=True, logger=False)
+        self.show("loss", loss, logger=False)
         self.log("train/loss", loss, sync_dist=True)
         quarters = losses.loss.detach()[losses.t.argsort()].tensor_split(4)
         for number, quarter in enumerate(quarters, start=1):
