@@ -16,12 +16,11 @@ from torch import Tensor, nn
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS), *(str(TESTS / name) for name in ("support", "golden"))]
 
+import consistency
 import golden_networks as networks
 from configurations import composed
 from conftest import TINY
 from golden_harness import FOLDER, Archive
-
-import consistency
 
 GOLDEN: dict[str, Callable[[Archive], None]] = {
     "openai_unet/adm64_classcond_convresample": networks.compare_openai_unet,
@@ -39,7 +38,9 @@ def placed(network: nn.Module, device: str, dtype: torch.dtype = torch.float32) 
 
     def moved(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         there = (x.to(device) if isinstance(x, Tensor) else x for x in inputs)
-        return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in there)
+        return tuple(
+            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in there
+        )
 
     network.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.register_forward_pre_hook(moved)
@@ -61,13 +62,21 @@ def golden(device: str, *names: str) -> None:
         archive = Archive(FOLDER / f"{name}.npz")
         GOLDEN[name](archive)
         used, array = max((used, array) for array, used in archive.compared.items())
-        print(f"{name}: {len(archive.compared)} arrays, {used:.1%} of the tolerance at most: {array}")
+        print(
+            f"{name}: {len(archive.compared)} arrays, {used:.1%} of the tolerance at most: {array}"
+        )
 
 
 def trained(device: str, mode: str, folder: Path, *overrides: str) -> dict[str, Tensor]:
     """Train a few steps, and return weights, target and averages."""
     dropout = "model.network.dropout=0.1"
-    given = [*TINY, f"mode={mode}", dropout, f"trainer.accelerator={device}", "callbacks.samples=null"]
+    given = [
+        *TINY,
+        f"mode={mode}",
+        dropout,
+        f"trainer.accelerator={device}",
+        "callbacks.samples=null",
+    ]
     if mode == "progdist":
         given.append(f"teacher={folder.parent / 'edm'}")
     config = composed("train", *given, *overrides)
@@ -75,13 +84,17 @@ def trained(device: str, mode: str, folder: Path, *overrides: str) -> dict[str, 
     consistency.train(config)
     content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     averages = next(s["averages"] for s in content["callbacks"].values() if "averages" in s)
-    return content["state_dict"] | {f"{n}.{k}": v for n, a in averages.items() for k, v in a.items()}
+    return content["state_dict"] | {
+        f"{n}.{k}": v for n, a in averages.items() for k, v in a.items()
+    }
 
 
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest difference of two states, relative to the largest weight of each tensor."""
     assert one.keys() == other.keys()
-    return max(float((w - other[n]).abs().max() / w.abs().max().clamp_min(1e-3)) for n, w in one.items())
+    return max(
+        float((w - other[n]).abs().max() / w.abs().max().clamp_min(1e-3)) for n, w in one.items()
+    )
 
 
 def modes(device: str, *names: str) -> None:
@@ -91,7 +104,9 @@ def modes(device: str, *names: str) -> None:
         trained(device, "edm", Path(folder) / "edm", *short)
         for mode in names or MODES:
             runs = [
-                trained(device, mode, Path(folder) / f"{mode}_{choice}", f"compile={choice}", *short)
+                trained(
+                    device, mode, Path(folder) / f"{mode}_{choice}", f"compile={choice}", *short
+                )
                 for choice in ("false", "true")
             ]
             print(f"{mode}: weights {apart(*runs):.1e} apart after 4 steps")

@@ -95,7 +95,10 @@ class Small(nn.Module):
 
 
 def distilled(
-    compilation: bool | str, *callbacks: Callback, teacher: nn.Module | None = None
+    compilation: bool | str,
+    *callbacks: Callback,
+    teacher: nn.Module | None = None,
+    averages_on: str | None = None,
 ) -> ConsistencyModule:
     """Distil a teacher for a few steps with an EMA target, two averages and an N(k) that moves."""
     scalings, constants = (
@@ -120,11 +123,11 @@ def distilled(
         sources={},
         compilation=compilation,
     )
-    fit(module, *callbacks)
+    fit(module, *callbacks, averages_on=averages_on)
     return module
 
 
-def fit(module: ConsistencyModule, *callbacks: Callback) -> None:
+def fit(module: ConsistencyModule, *callbacks: Callback, averages_on: str | None = None) -> None:
     torch.manual_seed(0)
     images = torch.randint(256, (STEPS, 8, 1, 2, 2), dtype=torch.uint8)
     trainer = L.Trainer(
@@ -137,7 +140,7 @@ def fit(module: ConsistencyModule, *callbacks: Callback) -> None:
         callbacks=[
             ScaleSchedule(num_scales=partial(square_root, s_0=2, s_1=50, total_steps=STEPS)),
             TargetEMA(decay=lambda n: 0.5),
-            EvaluationEMA(decays=[0.9], widths=[0.1]),
+            EvaluationEMA(decays=[0.9], widths=[0.1], device=averages_on),
             *callbacks,
         ],
     )
@@ -237,3 +240,35 @@ def test_cuda_graphs_and_micro_batches_exclude_each_other(tmp_path: Path) -> Non
 def test_an_unknown_way_to_compile_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="reduce-overhead"):
         fitted(tmp_path, "compile=fast")
+
+
+# Averages on the host
+
+
+class Averages(Callback):
+    """The averages that a reader finds after each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        weights = [
+            w.flatten() for network in module.averages.values() for w in network.parameters()
+        ]
+        self.steps.append(torch.cat(weights))
+
+
+def test_averages_on_the_host_are_the_same() -> None:
+    """In every step, to the bit, although they are computed beside the next one."""
+    here, host = Averages(), Averages()
+    distilled(False, here)
+    distilled(False, host, averages_on="cpu")
+    assert len(here.steps) == STEPS
+    for one, other in zip(here.steps, host.steps, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_fault_in_an_average_on_the_host_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EvaluationEMA, "_average", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        distilled(False, averages_on="cpu")

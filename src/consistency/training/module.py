@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from consistency.averaging import frozen_copy
 from consistency.data.module import DataModule, unpack_batch
 from consistency.denoiser import Denoiser
 from consistency.errors import require
@@ -62,7 +63,8 @@ class ConsistencyModule(L.LightningModule):
         self.guard, self.compilation = NonfiniteGuard(on_nonfinite), compilation
         self.k = self.k_before = self.num_scales = 0
         self.target: Denoiser | None = None
-        self.averages: dict[str, nn.Module] = {}
+        self.settle_averages: Callable[[], None] = lambda: None
+        self._averages: dict[str, nn.Module] = {}
         self.step_started = 0.0
         self._range_checked = False
 
@@ -160,6 +162,12 @@ class ConsistencyModule(L.LightningModule):
             raise self.guard.verdict
 
     @property
+    def averages(self) -> dict[str, nn.Module]:
+        """The averaged networks by name, after the last step."""
+        self.settle_averages()
+        return self._averages
+
+    @property
     def logs_this_step(self) -> bool:
         """Whether the step in progress gets a row of metrics."""
         return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
@@ -207,6 +215,8 @@ class ConsistencyModule(L.LightningModule):
         network, card = networks[weights], self.card
         before = network.training
         assert card is not None
+        if next(network.parameters()).device != self.device:  # an average on the host
+            network = frozen_copy(network).to(self.device)
         try:
             denoise = Denoiser(network, self.sampling_preconditioning).eval()
             yield Request(denoise=denoise, card=card, labels=labels, seed=seed, device=self.device)
