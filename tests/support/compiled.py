@@ -1,9 +1,11 @@
 """Compiled networks with the channels last against golden numbers and uncompiled runs: a process without the type checker.
 
-`python tests/support/compiled.py <golden|modes|resume> <cpu|cuda> [name ...]` prints how near they come, and ends with 1
+`PYTHONPATH=src:tests:tests/support:tests/golden python tests/support/compiled.py <golden|modes|resume> <cpu|cuda> [name ...]`
+prints how near they come, and ends with 1
 where they do not.
 """
 
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), *(str(TESTS / name) for name in ("support", "golden"))]
-
 import consistency
 import golden_networks as networks
 from configurations import composed
-from conftest import TINY
+from conftest import ROOT, TINY
 from golden_harness import FOLDER, Archive
+
+PATHS = os.pathsep.join(
+    str(ROOT / name) for name in ("src", "tests", "tests/support", "tests/golden")
+)
+"""PYTHONPATH of the process."""
 
 GOLDEN: dict[str, Callable[[Archive], None]] = {
     "openai_unet/adm64_classcond_convresample": networks.compare_openai_unet,
