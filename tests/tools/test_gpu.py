@@ -6,13 +6,10 @@ import gpu
 import pytest
 import torch
 
+from conftest import TINY
 from consistency.checkpoints.load import load_teacher
 
-SMALL = [
-    "model.network.channel_mult=[1]",
-    "model.network.model_channels=8",
-    "model.network.num_groups=4",
-]
+SMALL = [option for option in TINY if option.startswith("model.")]
 
 
 def test_without_a_gpu_one_line_says_so(
