@@ -95,6 +95,10 @@ def channels_last(network: nn.Module) -> nn.Module:
     return network
 
 
+as_it_is = patch.object(nn.Module, "to", lambda module, *_, **__: module)
+"""`nn.Module.to` without effect."""
+
+
 def steps(config: Any, batch: int) -> Callable[[], None]:
     """Build the parts of a run, and return its optimizer step for `batch` images on the device."""
 
@@ -142,8 +146,7 @@ def teacher_of(**_: Any) -> Denoiser:
 def peak(config: Any, batch: int) -> float:
     """Return the peak of a step in GiB, computed with fake tensors."""
     sys.modules.setdefault("memory", sys.modules[__name__])
-    fixed = patch.object(nn.Module, "to", lambda module, *_, **__: module)
-    with fixed, FakeTensorMode(), Storages() as storages:
+    with as_it_is, FakeTensorMode(), Storages() as storages:
         step = steps(config, batch)
         step()
         storages.peak = storages.now

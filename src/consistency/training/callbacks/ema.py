@@ -110,7 +110,8 @@ class EvaluationEMA(Callback):
     @torch.no_grad()
     def _update(self, module: ConsistencyModule) -> None:
         powers = {name: power_decay(module.k + 1, width) for name, width in self.widths.items()}
-        decays, weights = self.decays | powers, list(module.online.network.parameters())
+        decays: dict[str, float] = self.decays | powers
+        weights: list[Tensor] = [*module.online.network.parameters()]
         if not self.on_host:
             self._average(decays, weights)
             return
