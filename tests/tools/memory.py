@@ -32,9 +32,6 @@ from consistency.runtime.files import ROOT
 from consistency.training import lpips
 
 GIB = 2**30
-CARDS = (24, 40, 80)
-OVERHEAD = 2.0
-"""GiB of a card that are left for CUDA, its libraries and gaps."""
 
 
 class Storages(TorchDispatchMode):
