@@ -24,10 +24,10 @@ def frozen_copy(module: ModuleT) -> ModuleT:
     return copy.deepcopy(module).requires_grad_(False)
 
 
-def averaging(average: nn.Module, online: nn.Module) -> Callable[[float], None]:
+def averaging(average: nn.Module, online: nn.Module | Sequence[Tensor]) -> Callable[[float], None]:
     """Return the update of `update_average` as a function of the decay; to list the parameters takes longer than to average."""
     averages: list[Tensor] = list(average.parameters())
-    weights: list[Tensor] = list(online.parameters())
+    weights = list(online.parameters() if isinstance(online, nn.Module) else online)
 
     @torch.no_grad()
     def update(decay: float) -> None:
@@ -36,8 +36,10 @@ def averaging(average: nn.Module, online: nn.Module) -> Callable[[float], None]:
     return update
 
 
-def update_average(average: nn.Module, online: nn.Module, decay: float) -> None:
+def update_average(average: nn.Module, online: nn.Module | Sequence[Tensor], decay: float) -> None:
     """average <- decay average + (1 - decay) online, over all parameters, in place; decay in [0, 1].
+
+    online: a network, or its parameters on the device of the average.
 
     [Song et al. 2023, arXiv:2303.01469, Algorithms 2 and 3, for the target network]. Buffers are constants of our
     networks and stay as they are.

@@ -28,7 +28,7 @@ from consistency.runtime.redaction import masked
 from consistency.training import build
 from consistency.training.speed import ENDLESS, Measurement, fit
 
-OF_SAMPLING = {"checkpoint": None, "device": "auto", "precision": "32-true", "compile": False}
+OF_SAMPLING = {"checkpoint": None, "device": "auto", "precision": "32-true"}
 """Options of part=sample alone, with their defaults."""
 
 

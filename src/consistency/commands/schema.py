@@ -36,6 +36,8 @@ OPTIONAL = {
     "attention_resolutions": list[int] | None,
 }
 """Types of the options that are null or the mode's by default, if they are no text."""
+UNIONS = {"compile": bool | str}
+"""Types of the options that their default does not show."""
 
 
 def is_path(key: str) -> bool:
@@ -94,7 +96,7 @@ def _type(name: str, default: Any) -> Any:
     if default is None or str(default).startswith("${mode."):
         return OPTIONAL.get(name, str | None)
     types: dict[type, Any] = {dict: Any, list: list[str]}
-    return types.get(type(default), type(default))
+    return UNIONS.get(name) or types.get(type(default), type(default))
 
 
 @cache

@@ -22,6 +22,7 @@ from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import ModelCard
+from consistency.runtime.devices import CUDA_GRAPHS, require_compiling, set_float32_matmul
 from consistency.runtime.files import fingerprint
 from consistency.runtime.redaction import masked
 from consistency.training.lightning_patches import AtomicCheckpointIO
@@ -108,6 +109,7 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
         L.Trainer(max_steps=1000).fit(build_module(config), loader)
     """
     require_fit(config)
+    require_compiling(config.compile)
     network: nn.Module = instantiate(config.model.network, _convert_="all")
     optimizer = instantiate(config.optimizer, _convert_="all")
     try:
@@ -129,6 +131,7 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
         config=masked(OmegaConf.to_container(config, resolve=True)),
         seed=config.seed,
         on_nonfinite=config.on_nonfinite,
+        compilation=config.compile,
         sources=_sources(config),
         callbacks=tuple if data is not None else lambda: _built(*method),
     )
@@ -286,5 +289,16 @@ def build_trainer(
         _convert_="all",
     )
     require_whole(trainer.strategy)
-    trainer.accumulate_grad_batches = data.split(trainer.world_size).accumulated
+    trainer.accumulate_grad_batches = accumulated = data.split(trainer.world_size).accumulated
+    # A later replay of a graph would overwrite the gradients of the micro-batches before.
+    expected = (
+        f"with compile={config.compile} and its CUDA graphs a batch that a device holds at once"
+    )
+    remedy = "compile=true, or a data.device_batch_size that fits the batch"
+    graphs = config.compile in CUDA_GRAPHS and accumulated > 1
+    require(not graphs, expected, f"{accumulated} micro-batches", remedy)
+    if trainer.strategy.root_device.type == "cuda":
+        set_float32_matmul(config.float32_matmul)
+        if config.trainer.benchmark is None:
+            torch.backends.cudnn.benchmark = not config.trainer.deterministic
     return trainer
