@@ -23,6 +23,7 @@ from consistency.evaluation.timing import RATE, Window, machine, table
 from consistency.inference import options
 from consistency.inference.model import Model
 from consistency.runtime.devices import PRECISIONS
+from consistency.runtime.devices import compile_in_place
 from consistency.runtime.files import require_fresh, write_text
 from consistency.runtime.redaction import masked
 from consistency.training import build
@@ -110,8 +111,7 @@ def of_sampling(config: DictConfig, _: int, baseline: Any) -> dict[str, Any]:
         print("No baseline: the package diffusers is missing.")
         baseline = None
     other = baseline and partial(baseline, model, batch, evaluations)
-    if config.compile:
-        model.denoiser.network.compile()
+    compile_in_place(model.denoiser.network, config.compile)
     draw(request, sampler, batch)
     for _ in speed.measured(config.windows, config.seconds, model.device, other):
         draw(request, sampler, batch)
