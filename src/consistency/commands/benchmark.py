@@ -22,8 +22,7 @@ from consistency.evaluation.sampling_speed import counted, draw
 from consistency.evaluation.timing import RATE, Window, machine, table
 from consistency.inference import options
 from consistency.inference.model import Model
-from consistency.runtime.devices import PRECISIONS
-from consistency.runtime.devices import compile_in_place
+from consistency.runtime.devices import PRECISIONS, compile_in_place
 from consistency.runtime.files import require_fresh, write_text
 from consistency.runtime.redaction import masked
 from consistency.training import build
