@@ -45,6 +45,9 @@ test-kill: $(READY) ## kill a hundred runs and compare each with one that was ne
 oracle: $(READY) ## train every mode on a law with exact answers, a minute of CPU each, and print the errors
 	$(BIN)/python tests/tools/oracle.py $(ARGS)
 
+gpu: $(READY) ## run what needs a GPU, tests and benchmarks (8 minutes); says so in one line where there is none
+	@PYTHONPATH=tests:tests/support:tests/golden $(BIN)/python tests/tools/gpu.py $(ARGS)
+
 mutations: $(READY) ## plant known mistakes; the tests must notice each
 	$(BIN)/python tests/tools/mutations.py $(ARGS)
 
@@ -71,4 +74,4 @@ audit: $(READY) ## compare the locked packages with the known advisories, where 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help setup train demo compare test test-slow test-kill oracle mutations lint format lock audit clean
+.PHONY: help setup train demo compare test test-slow test-kill oracle gpu mutations lint format lock audit clean

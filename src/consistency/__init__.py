@@ -24,10 +24,12 @@ The shell stands in rooms:
     data                module (the LightningDataModule, order by position, foreign loaders) source; memory: digits
                         mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; decode crop listing
                         parallel
-    evaluation          metrics extractors (with the small classifier) reference
+    evaluation          metrics extractors (with the small classifier) reference; timing (windows, memory, peak rates)
+                        sampling_speed
     training            build (configuration -> parts) module (the LightningModule) nonfinite loggers lpips
                         lightning_patches io_errors; callbacks: schedules ema progressive_distillation periodic
-                        checkpoints preemption evaluation sample_grids progress
+                        checkpoints preemption evaluation sample_grids progress; speed (of the step, in its parts)
+                        plain (the published loop)
     commands            cli schema overrides resume, and one file a verb, which src/<verb>.py starts: train.py sample.py
                         evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py benchmark.py
 """

@@ -6,7 +6,7 @@ Section 3]. Averages of other widths follow from stored ones after the training 
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -24,14 +24,27 @@ def frozen_copy(module: ModuleT) -> ModuleT:
     return copy.deepcopy(module).requires_grad_(False)
 
 
-@torch.no_grad()
-def update_average(average: nn.Module, online: nn.Module, decay: float) -> None:
+def averaging(average: nn.Module, online: nn.Module | Sequence[Tensor]) -> Callable[[float], None]:
+    """Return the update of `update_average` as a function of the decay; to list the parameters takes longer than to average."""
+    averages: list[Tensor] = list(average.parameters())
+    weights = list(online.parameters() if isinstance(online, nn.Module) else online)
+
+    @torch.no_grad()
+    def update(decay: float) -> None:
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    return update
+
+
+def update_average(average: nn.Module, online: nn.Module | Sequence[Tensor], decay: float) -> None:
     """average <- decay average + (1 - decay) online, over all parameters, in place; decay in [0, 1].
+
+    online: a network, or its parameters on the device of the average.
 
     [Song et al. 2023, arXiv:2303.01469, Algorithms 2 and 3, for the target network]. Buffers are constants of our
     networks and stay as they are.
     """
-    torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), 1 - decay)
+    averaging(average, online)(decay)
 
 
 def power_exponent(width: float) -> float:

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from consistency.errors import require
 from consistency.grids import KarrasGrid
-from consistency.tensors import Time
+from consistency.tensors import Time, sent
 
 
 @runtime_checkable
@@ -88,7 +88,7 @@ class DiscreteLognormalPairs(Lognormal):
 
     def __call__(self, batch: int, num_scales: int, generator: Generator) -> tuple[Time, Time]:
         require_scales(num_scales, 2)
-        weights = self.probabilities(num_scales).to(generator.device)
+        weights = sent(self.probabilities(num_scales), generator.device)
         i = torch.multinomial(weights, batch, replacement=True, generator=generator)
         return self.grid.neighbours(i, num_scales)
 

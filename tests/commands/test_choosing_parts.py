@@ -199,7 +199,9 @@ def test_the_gradient_through_the_target_is_an_option() -> None:
     assert ours.stop_gradient is False
 
 
-@pytest.mark.parametrize("name", ["constant", "falling", "rising", "inverse_root", "falling_in_stages"])
+@pytest.mark.parametrize(
+    "name", ["constant", "falling", "rising", "inverse_root", "falling_in_stages"]
+)
 def test_every_schedule_of_the_rate(name: str) -> None:
     ours = built("callbacks.learning_rate.factor", "mode=ct", f"mode.rate={name}")
     assert 0 <= ours(100) <= 1

@@ -389,3 +389,19 @@ def test_steps_choose_a_sampler_that_suits_the_model(
     scalings = {"_target_": "consistency.preconditioning.TrigFlow"}
     trig = replace(model.card, preconditioning=scalings, role="consistency")
     assert trig.sampler(1).func is trigflow_multistep
+
+
+@pytest.mark.parametrize(
+    ("side", "device", "images"),
+    [
+        (8, "cpu", 256),
+        (28, "cpu", 64),
+        (32, "cpu", 64),
+        (256, "cpu", 1),
+        (32, "cuda", 256),
+        (64, "cuda", 64),
+        (1024, "cuda", 1),
+    ],
+)
+def test_a_batch_fits_the_work(side: int, device: str, images: int) -> None:
+    assert generate.fitting_batch((3, side, side), device) == images

@@ -1,7 +1,9 @@
 """Sweepers and launchers: a run returns its value, and its failure is told."""
 
+import json
 import math
 import multiprocessing
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import originals
-from conftest import TINY, Run
+from conftest import ROOT, TINY, Run
 from consistency.commands import cli
 from consistency.commands.train import LastLosses, value_of
 from consistency.errors import UserError
@@ -122,6 +124,46 @@ def test_a_job_in_a_process_of_joblib_can_start_processes(
     )
     cli._allow_processes()
     assert chosen == [(None, True)]
+
+
+@pytest.fixture
+def free_threads(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Take back the one thread of tests, and return the number of cores."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    return len(os.sched_getaffinity(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [None, 3])
+def test_jobs_of_joblib_share_the_cores(
+    free_threads: int, process: Run, tmp_path: Path, own: int | None
+) -> None:
+    """A number in the environment holds for each."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    probe = ["+callbacks.probe._target_=probe.RankProbe", "+callbacks.probe.folder=${output}"]
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "optimizer.lr=1e-3,2e-3"]
+    environment = {"PYTHONPATH": str(ROOT / "tests" / "support")}
+    environment |= {} if own is None else {"OMP_NUM_THREADS": str(own)}
+    sweep = tmp_path / "sweep"
+    arguments = ["-m", *SHORT, *probe, *launcher, f"output={sweep}"]
+    outcome = process("train", *arguments, **environment)
+    assert outcome.status == 0, outcome.err
+    seen = [json.loads(file.read_text())["threads"] for file in sweep.glob("*/rank_0.json")]
+    assert seen == 2 * [own or max(1, free_threads // 2)]
+
+
+@pytest.mark.slow
+def test_the_job_after_one_of_two_processes_has_all_cores(
+    free_threads: int, process: Run, tmp_path: Path
+) -> None:
+    probe = ["+callbacks.probe._target_=probe.RankProbe", "+callbacks.probe.folder=${output}"]
+    support, sweep = str(ROOT / "tests" / "support"), tmp_path / "sweep"
+    arguments = ["-m", *SHORT, "trainer.devices=2,1", *probe, f"output={sweep}"]
+    outcome = process("train", *arguments, PYTHONPATH=support)
+    assert outcome.status == 0, outcome.err
+    files = [sweep / f"{job}_digits_ect" / f"rank_{r}.json" for job, r in ((0, 0), (0, 1), (1, 0))]
+    threads = [json.loads(file.read_text())["threads"] for file in files]
+    assert threads == [max(1, free_threads // 2)] * 2 + [free_threads]
 
 
 @pytest.mark.slow

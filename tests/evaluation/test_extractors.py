@@ -8,10 +8,12 @@ import torchvision
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from consistency.data.digits import Digits
+from consistency.data.memory import InMemory, noise
 from consistency.errors import UserError
-from consistency.evaluation import extractors
+from consistency.evaluation import extractors, metrics
 from consistency.evaluation.extractors import extractor_of, inception_file, small_classifier
-from consistency.evaluation.metrics import available
+from consistency.evaluation.metrics import available, own_classifier
 from consistency.pixels import IMAGENET_MEAN, IMAGENET_STD
 from inception import write_random_inception
 
@@ -141,3 +143,25 @@ def test_the_small_classifier_takes_images_of_any_kind() -> None:
         extractor(flat.expand(-1, 1, 8, 8)).features,
         extractor(flat.expand(-1, 3, 50, 50)).features,
     )
+
+
+def test_an_own_classifier_learns_the_classes_and_is_trained_once_for_a_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metrics, "OWN_STEPS", 120)
+    train, held_out = Digits(split="train"), Digits(split="held_out")
+    colours = InMemory(train.images.repeat(1, 3, 1, 1), train.labels, train.class_names)
+    for source in (train, train, colours):
+        extractor = own_classifier(source, tmp_path)
+        logits = extractor(held_out.images).logits
+        assert logits is not None
+        assert float((logits.argmax(1) == held_out.labels).float().mean()) > 0.9
+        assert extractor.trained_on_train_set
+        assert extractor.named("frechet") == "frechet_own_classifier"
+    assert capsys.readouterr().out.count("Training a classifier") == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_own_classifier_needs_classes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="images with classes"):
+        own_classifier(noise(count=3, channels=1, image_size=8, num_classes=2), tmp_path)

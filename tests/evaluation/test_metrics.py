@@ -86,7 +86,8 @@ def kernel(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def test_the_classifier_knows_digits_it_has_not_seen() -> None:
-    classifier = train_classifier(Digits(split="train"), num_classes=10, epochs=4)
+    train = Digits(split="train")
+    classifier = train_classifier(train.images, train.labels, num_classes=10, epochs=4)
     held_out = Digits(split="held_out")
     right = classifier.logits(classifier(held_out.images)).argmax(1) == held_out.labels
     assert float(right.float().mean()) > 0.9
@@ -94,7 +95,8 @@ def test_the_classifier_knows_digits_it_has_not_seen() -> None:
 
 def test_the_classifier_is_a_function_of_its_recipe() -> None:
     def trained() -> SmallClassifier:
-        return train_classifier(Digits(split="train"), num_classes=10, epochs=2)
+        train = Digits(split="train")
+        return train_classifier(train.images, train.labels, num_classes=10, epochs=2)
 
     first = trained()
     torch.manual_seed(12345)

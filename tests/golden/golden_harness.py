@@ -91,7 +91,7 @@ class Archive:
     def compare(self, name: str, ours: Tensor, tolerance: Tolerance) -> None:
         """Fails unless `ours` equals the array within the tolerance, NaN where it has NaN."""
         expected = self.arrays[name].astype(np.float64)
-        mine = ours.detach().double().numpy()
+        mine = ours.detach().double().cpu().numpy()
         if mine.shape != expected.shape:
             raise AssertionError(f"{name}: expected shape {expected.shape}, got {mine.shape}")
         holes = np.isnan(expected)

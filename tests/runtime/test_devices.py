@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from consistency.runtime.devices import share_threads
+from consistency.runtime.devices import chosen_device, share_threads
 from consistency.training.module import ConsistencyModule
 
 CPU = torch.device("cpu")
@@ -44,3 +44,27 @@ def test_the_processes_of_a_training_take_theirs(eight_cores: list[int]) -> None
     module: Any = SimpleNamespace(trainer=SimpleNamespace(strategy=strategy, num_devices=4))
     ConsistencyModule.setup(module, "fit")
     assert eight_cores == [2]
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "warned"),
+    [
+        ("bf16-mixed", "avx2", True),
+        ("bf16-mixed", "avx512_bf16", False),
+        ("bf16-mixed", "sve_bf16", False),
+        ("32-true", "avx2", False),
+    ],
+)
+def test_bfloat16_without_its_instructions_is_slow(
+    precision: str,
+    capability: str,
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    known = {"avx2": False, "avx512_bf16": False, "bf16": False} | {capability: True}
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: known)
+    chosen_device("cpu", precision=precision)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == warned
+    assert all("bfloat16" in line and "32-true" in line for line in lines)

@@ -23,7 +23,7 @@ from consistency.training.module import ConsistencyModule
 
 
 class RankProbe(Callback):
-    """Writer of rank_<r>.json: learning rate, seed, N, k, and digests of the weights and of each batch's images."""
+    """Writer of rank_<r>.json: learning rate, seed, N, k, threads, digests of the weights and of each batch's images."""
 
     def __init__(self, *, folder: str) -> None:
         self.folder, self.images = Path(folder), []
@@ -45,7 +45,8 @@ class RankProbe(Callback):
             "k": module.k,
             "seed": module.seed,
         }
-        text = json.dumps({"same": seen, "images": self.images})
+        threads = torch.get_num_threads()
+        text = json.dumps({"same": seen, "images": self.images, "threads": threads})
         (self.folder / f"rank_{trainer.global_rank}.json").write_text(text)
 
 

@@ -2,13 +2,15 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from conftest import TINY, Run
+from conftest import NO_CURVES, TINY, Run
 from consistency.checkpoints.load import load
+from consistency.inference import plots
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -211,3 +213,27 @@ def test_a_sweep_runs_both_modes_each_in_its_own_folder(process: Run, tmp_path: 
     assert folders == ["0_digits_ct", "1_digits_ect"]
     for folder in folders:
         assert load(tmp_path / "sweep" / folder).card.role == "consistency"
+
+
+def test_no_picture_of_a_step_is_drawn_twice(
+    verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = list[str]()
+    draw = plots.side_by_side
+
+    def panels(parts: list[Any]) -> Image.Image:
+        drawn.append(parts[0][0])
+        return draw(parts)
+
+    monkeypatch.setattr(plots, "side_by_side", panels)
+    monkeypatch.setattr(plots, "draw_curves", lambda *_: drawn.append("curves"))
+    often = [f"callbacks.{name}.every_n_train_steps=1" for name in ("samples", "curves")]
+    tiny = [option for option in TINY if option != NO_CURVES]
+    run = tmp_path / "run"
+    assert verb("train", *tiny, *often, "trainer.max_steps=3", f"output={run}").status == 0
+    assert drawn.count("curves") == 2  # the first row is written after the first step
+    captions = [caption.rpartition(", ")[2] for caption in drawn if caption != "curves"]
+    assert captions == ["step 1", "step 2", "step 3"]
+    pictures = sorted((run / "samples").glob("step_*.png"))
+    assert len(pictures) == 3
+    assert (run / "samples" / "latest.png").read_bytes() == pictures[-1].read_bytes()

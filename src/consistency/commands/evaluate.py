@@ -26,7 +26,7 @@ from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.metrics import Measure, measure_against
 from consistency.inference import options
-from consistency.inference.generate import generate
+from consistency.inference.generate import fitting_batch, generate
 from consistency.inference.model import Model
 from consistency.inference.plots import draw_lines
 from consistency.runtime.devices import chosen_device, share_threads
@@ -68,6 +68,7 @@ def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> "
     names = [config.weights] if isinstance(config.weights, str) else config.weights
     models = load_sets(config.checkpoint, names, role=config.role)
     samplers = [samplers_of(config, model) for model in models]
+    config.batch_size = config.batch_size or fitting_batch(models[0].shape, device)
     report = Report(config, measure_of(config, models[0].shape, device), output)
     clock, shares = report.measure.clock, batches(config.num_samples, config.batch_size)
     settings: Any = {**config, "device": str(device)}
@@ -95,6 +96,7 @@ def _evaluate_samples(config: DictConfig, device: torch.device, output: Path) ->
     data, count = config.data, config.num_samples
     shape = (data.channels, data.image_size, data.image_size)
     images = given_samples(config.samples, shape, count, data.background)
+    config.batch_size = config.batch_size or fitting_batch(shape, device)
     report = Report(config, measure_of(config, shape, device), output)
     shares = batches(count, config.batch_size)
     numbered = ((numbers, images[numbers.start : numbers.stop]) for numbers in shares)

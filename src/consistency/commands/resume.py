@@ -27,7 +27,8 @@ CONFIG, ABSENT = "config.yaml", "nothing"
 
 # Options that may change on resume: the result does not depend on them, or is meant to.
 DEVICES = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
-FREE = (*DEVICES, "trainer.max_steps", "data.num_workers", "data.allow_reorder", "logger")
+SPEED = ("compile", "float32_matmul", "data.num_workers")
+FREE = (*DEVICES, *SPEED, "trainer.max_steps", "data.allow_reorder", "logger")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def resumed_config(config: DictConfig, folder: Path) -> DictConfig:
     """
     targets = {node["_target_"] for _, node in schema.targets(OmegaConf.to_container(config))}
     saved, now = _saved_config(folder, targets), deepcopy(config)
+    for key in [key for key in saved if OmegaConf.is_missing(saved, key)]:  # younger than the run
+        saved[key] = config[key]
     for key in (*FREE, "output", "resume"):
         OmegaConf.update(now, key, OmegaConf.select(saved, key), merge=False, force_add=True)
     before = dict(_leaves(OmegaConf.to_container(saved, resolve=True)))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from consistency.checkpoints.load import load
 from consistency.errors import require
 from consistency.inference import options, plots
-from consistency.inference.generate import Request, drawing, in_batches, samples
+from consistency.inference.generate import Request, drawing, fitting_batch, in_batches, samples
 from consistency.pixels import to_uint8
 from consistency.runtime.devices import chosen_device
 from consistency.runtime.files import fingerprint, write_text, written_whole
@@ -36,7 +36,7 @@ def sample(config: DictConfig, output: Path) -> None:
 
     A folder with samples of the same settings is continued: the missing samples are drawn into parts/.
     """
-    chosen_device(config.device, config.devices, config.precision)
+    device = chosen_device(config.device, config.devices, config.precision)
     model = load(config.checkpoint, weights=config.weights, role=config.role)
     options.fill_process(config, config.sampler, model)
     sampler: Sampler = instantiate(config.sampler, _convert_="all")
@@ -45,7 +45,8 @@ def sample(config: DictConfig, output: Path) -> None:
     indices = range(config.num_samples)
     labels = model.card.labels(settings["labels"], config.seed, indices)
     known = begin(output, settings, model.path)
-    batches = in_batches([i for i in indices if i not in known], config.batch_size)
+    size = config.batch_size or fitting_batch(model.shape, device)
+    batches = in_batches([i for i in indices if i not in known], size)
     processes = max(1, min(config.devices, len(batches)))
     own = model if processes == 1 else None
     with drawing(partial(options.request_of, settings, own), processes) as draw:

@@ -29,13 +29,15 @@ PATH_WORDS = ("cache", "dir", "dirpath", "extractor", "file", "folder", "metrics
 POSITIVE = ("batch_size", "devices", "num_nodes", "num_samples", "outputs", "points")
 """Counts at the top of a configuration that must be at least 1; null is no count."""
 
-COUNTS = ("channels", "image_size", "images", "num_head_channels", "num_heads", "num_heads_upsample", "num_samples", "num_workers", "resolution", "train_batch")  # fmt: skip
+COUNTS = ("batch_size", "channels", "image_size", "images", "num_head_channels", "num_heads", "num_heads_upsample", "num_samples", "num_workers", "resolution", "train_batch")  # fmt: skip
 OPTIONAL = {
     **dict.fromkeys(COUNTS, int | None),
     **dict.fromkeys(("callbacks", "labels", "model", "process", "weights"), Any),
     "attention_resolutions": list[int] | None,
 }
 """Types of the options that are null or the mode's by default, if they are no text."""
+UNIONS = {"compile": bool | str}
+"""Types of the options that their default does not show."""
 
 
 CHOICE = re.compile(r"\$\{parts\.(\w+)\.\$\{mode\.\1\}\}")
@@ -108,7 +110,7 @@ def _type(name: str, default: Any) -> Any:
     if default is None or str(default).startswith("${mode."):
         return OPTIONAL.get(name, str | None)
     types: dict[type, Any] = {dict: Any, list: list[str]}
-    return types.get(type(default), type(default))
+    return UNIONS.get(name) or types.get(type(default), type(default))
 
 
 @cache
@@ -136,7 +138,7 @@ def __getattr__(name: str) -> Any:
 NODES = dict[str, Any]
 GROUPS = {
     **dict.fromkeys(("crop", "mask", "optimizer", "sampler", "task", "trainer"), Any),
-    **dict.fromkeys(("callbacks", "logger", "parts", "samplers"), NODES),
+    **dict.fromkeys(("baseline", "callbacks", "logger", "parts", "samplers"), NODES),
     "data": Data,
     "evaluation": structure("metrics/inception"),
     "mode": Mode,

@@ -18,7 +18,7 @@ from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.metrics import Measure, measure_against
 from consistency.inference import options
-from consistency.inference.generate import drawing, in_batches
+from consistency.inference.generate import drawing, fitting_batch, in_batches
 from consistency.inference.plots import draw_lines
 from consistency.runtime.allowlist import require_trusted
 from consistency.runtime.devices import chosen_device
@@ -39,9 +39,10 @@ def search(config: DictConfig, output: Path) -> float:
     fewest, finer = config.points + 2, "give more scales or search fewer points"
     grid = f"a grid of num_scales >= points + 2 = {fewest}"
     require(config.num_scales >= fewest, grid, config.num_scales, finer)
-    chosen_device(config.device, config.devices)
+    device = chosen_device(config.device, config.devices)
     path = find(config.checkpoint)
     model = load(path, weights=config.weights, role="consistency")
+    config.batch_size = config.batch_size or fitting_batch(model.shape, device)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     names = ("weights", "metric", "seed", "num_scales", "num_samples", "evaluation")
     settings = {name: plain[name] for name in names} | {"checkpoint": fingerprint(path)}

@@ -19,6 +19,7 @@ from consistency.commands.cli import called
 from consistency.commands.overrides import shell_line
 from consistency.commands.resume import CONFIG, RunStart, begin
 from consistency.errors import require
+from consistency.runtime.devices import warn_of_slow
 from consistency.runtime.files import ROOT, write_text
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import require_launched, this_launch
@@ -55,6 +56,7 @@ def train(config: DictConfig, output: Path) -> float:
         build.try_samplers(config)
         callbacks = [*build.build_callbacks(config), losses := LastLosses()]
         trainer = build.build_trainer(config, callbacks, loggers, data)
+        warn_of_slow(str(config.trainer.precision), trainer.strategy.root_device)
         require_launched(trainer.num_devices, trainer.num_nodes, "trainer.")
         if trainer.is_global_zero:
             if not (output / CONFIG).is_file():

@@ -17,9 +17,10 @@ from torch.hub import load_state_dict_from_url
 from torch.nn import functional
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from consistency.data.digits import Digits
-from consistency.data.source import Source, downloading
+from consistency.data.source import Classes, Images, downloading
 from consistency.errors import UserError, require
 from consistency.pixels import IMAGENET_MEAN, IMAGENET_STD, to_unit
 from consistency.randomness import generator
@@ -30,6 +31,7 @@ URL_INCEPTION_V3 = fidelity.URL_INCEPTION_V3
 BY_HAND = "on a machine with a network download {} and put it there (TORCH_HOME moves the folder)"
 INCEPTION = "inception"
 CLASSIFIER = "classifier"
+OWN_CLASSIFIER = "own_classifier"
 PUBLISHED = {"frechet": "fid", "kernel": "kid", "class_score": "inception_score"}
 DINOV2 = ("dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14")
 
@@ -104,7 +106,7 @@ def extractor_of(name: str) -> Extractor:
     if name in torchvision.models.list_models(module=torchvision.models):
         return torchvision_model(name)
     path = inception_weights() if name == INCEPTION else path_of(name)
-    known = f"{INCEPTION}, {CLASSIFIER}, a file of Inception's weights, a classifier of torchvision"
+    known = f"{INCEPTION}, {CLASSIFIER}, {OWN_CLASSIFIER}, a file of Inception's weights, a classifier of torchvision"
     expected = f"{known} or one of {', '.join(DINOV2)} in evaluation.extractor"
     remedy = "check the name or the path; a path is relative to the folder the command runs in"
     require(path.is_file(), expected, name, remedy)
@@ -144,23 +146,58 @@ def inception(path: Path) -> Extractor:
     )
 
 
+class SmallClassifier(nn.Module):
+    """uint8 images -> 64 features of the last hidden layer: three 3x3 convolutions and one hidden linear layer.
+
+    size: side of the images; the first convolution has a stride that leaves at most 27 rows.
+    """
+
+    def __init__(self, *, channels: int, size: int, num_classes: int) -> None:
+        super().__init__()
+        self.channels, self.size = channels, size
+
+        def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+            layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+            return [layer, nn.GroupNorm(8, outputs), nn.SiLU()]
+
+        first = convolution(channels, 32, stride=max(1, size // 14))
+        second = convolution(32, 64)
+        third = [nn.MaxPool2d(2), *convolution(64, 64), nn.AdaptiveAvgPool2d(2)]
+        self.trunk = nn.Sequential(*first, *second, *third, nn.Flatten(), nn.Linear(256, 64))
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        return self.trunk(to_unit(images))
+
+    def logits(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b k"]:
+        """Return the logits of the classes."""
+        return self.head(functional.silu(features))
+
+
 def small_classifier() -> Extractor:
     """Return the small classifier of the default data set; it takes images as grey and small."""
     print_once("Training the small classifier whose features measure the samples ...")
-    trained, size = digits_classifier()
-    network = deepcopy(trained)
+    network = deepcopy(digits_classifier())
     # Roundings differ between machines and numbers of threads, so all ranks take the weights of rank 0.
     network.load_state_dict(gathered(network.state_dict())[0])
+    return extractor_with(network, CLASSIFIER)
+
+
+def extractor_with(network: SmallClassifier, name: str) -> Extractor:
+    """Return the extractor of that name with a trained classifier."""
+    size = network.size
 
     def extract(network: nn.Module, images: Tensor) -> Extracted:
-        grey = images.float().mean(1, keepdim=True).round().to(torch.uint8)
-        if grey.shape[-2:] != (size, size):
-            grey = v2.functional.resize(grey, [size, size], antialias=True)
-        features = network(grey)
+        if network.channels == 1:
+            images = images.float().mean(1, keepdim=True).round().to(torch.uint8)
+        if images.shape[-2:] != (size, size):
+            images = v2.functional.resize(images, [size, size], antialias=True)
+        features = network(images)
         return Extracted(features, network.logits(features))  # type: ignore[operator]
 
-    resize = f"mean of the channels, {size}x{size} where images are not, bilinear with antialiasing"
-    return Extractor(network, extract, name=CLASSIFIER, resize=resize, trained_on_train_set=True)
+    grey = "mean of the channels, " if network.channels == 1 else ""
+    resize = f"{grey}{size}x{size} where images are not, bilinear with antialiasing"
+    return Extractor(network, extract, name=name, resize=resize, trained_on_train_set=True)
 
 
 def torchvision_model(name: str) -> Extractor:
@@ -200,47 +237,28 @@ def dinov2(name: str) -> Extractor:
     return Extractor(network, extract, name=name, resize="224x224, bicubic with antialiasing")
 
 
-class SmallClassifier(nn.Module):
-    """uint8 images -> 64 features of the last hidden layer: three 3x3 convolutions and one hidden linear layer."""
-
-    def __init__(self, *, channels: int, num_classes: int) -> None:
-        super().__init__()
-
-        def convolution(inputs: int, outputs: int) -> list[nn.Module]:
-            layer = nn.Conv2d(inputs, outputs, 3, padding=1)
-            return [layer, nn.GroupNorm(8, outputs), nn.SiLU()]
-
-        first, second = convolution(channels, 32), convolution(32, 64)
-        third = [nn.MaxPool2d(2), *convolution(64, 64), nn.AdaptiveAvgPool2d(2)]
-        self.trunk = nn.Sequential(*first, *second, *third, nn.Flatten(), nn.Linear(256, 64))
-        self.head = nn.Linear(64, num_classes)
-
-    def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
-        return self.trunk(to_unit(images))
-
-    def logits(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b k"]:
-        """Return the logits of the classes."""
-        return self.head(functional.silu(features))
-
-
-def train_classifier(source: Source, *, num_classes: int, epochs: int = 24) -> SmallClassifier:
+def train_classifier(
+    images: Images, labels: Classes, *, num_classes: int, epochs: int = 24
+) -> SmallClassifier:
     """Train by AdamW with a one-cycle rate, in batches of 64, each shifted by up to a pixel with its border repeated.
 
     The result is a function of the arguments: it computes on one thread, because sums differ with the number of threads.
     """
-    images, labels = source.batch(list(range(len(source))))
     with torch.random.fork_rng(devices=[]), ExitStack() as after:
         after.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        classifier = SmallClassifier(channels=images.shape[1], num_classes=num_classes)
+        channels, size = images.shape[1:3]
+        classifier = SmallClassifier(channels=channels, size=size, num_classes=num_classes)
         padded = functional.pad(images.float(), (1, 1, 1, 1), mode="replicate").to(images.dtype)
         height, width = images.shape[-2:]
         draw, steps = generator(0, "classifier"), epochs * -(-len(images) // 64)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.05)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+        shown = tqdm(total=steps, desc="Classifier", unit="step", disable=steps < 500)
         for _ in range(epochs):
             for chosen in torch.randperm(len(images), generator=draw).split(64):
+                shown.update()
                 top, left = torch.randint(3, (2,), generator=draw).tolist()
                 shifted = padded[chosen, :, top : top + height, left : left + width]
                 logits = classifier.logits(classifier(shifted))
@@ -253,7 +271,7 @@ def train_classifier(source: Source, *, num_classes: int, epochs: int = 24) -> S
 
 
 @cache
-def digits_classifier() -> tuple[SmallClassifier, int]:
-    """Return the classifier of the default data set, trained once a process in seconds, and the side of its images."""
+def digits_classifier() -> SmallClassifier:
+    """Return the classifier of the default data set, trained once a process in seconds."""
     digits = Digits(split="train")
-    return train_classifier(digits, num_classes=len(digits.class_names)), digits.images.shape[-1]
+    return train_classifier(digits.images, digits.labels, num_classes=len(digits.class_names))

@@ -4,13 +4,17 @@ FID by torchmetrics; inception score, KID, precision and recall by torch-fidelit
 of the samples' numbers, because these metrics draw subsets by position.
 """
 
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -21,15 +25,19 @@ from consistency.data.source import Source
 from consistency.errors import UserError, require
 from consistency.evaluation import extractors
 from consistency.evaluation import reference as references
-from consistency.evaluation.extractors import Extractor
+from consistency.evaluation.extractors import Extractor, SmallClassifier
 from consistency.evaluation.reference import FrechetDistance, Reference, in_order
 from consistency.inference.generate import Numbered
-from consistency.runtime.files import cache_folder, path_of
+from consistency.runtime.files import cache_folder, path_of, written_whole
 from consistency.runtime.ranks import gathered, print_once, rank_and_size
 from consistency.tensors import sent
 
 NEIGHBOURHOOD = 3  # k of precision and recall [Kynkäänniemi et al. 2019, arXiv:1904.06991]
 FEWEST = 10  # smallest number of samples, and of features of a reference: the parts of the inception score
+OWN_IMAGES, OWN_STEPS = (
+    64_000,
+    1_000,
+)  # at most and about, to train a classifier on the training images
 QUANTISATION = "uint8, round(127.5 x + 127.5) of x clamped to [-1, 1]"
 
 
@@ -168,7 +176,11 @@ def measure_against(
     """
     fewest = f"evaluation.reference_features >= {FEWEST}"
     require(reference_features >= FEWEST, fewest, reference_features, "give a larger number")
-    network = available(extractor).to(device)
+    folder = path_of(cache) if cache else cache_folder()
+    if extractor == extractors.OWN_CLASSIFIER:
+        network = own_classifier(train(), folder / "classifiers").to(device)
+    else:
+        network = available(extractor).to(device)
     own = "held_out" if network.trained_on_train_set and held_out is not None else "train"
     name = reference or own
     if name not in ("train", "held_out"):
@@ -177,7 +189,7 @@ def measure_against(
     if source is None:
         expected = "a data set with held-out images for evaluation.reference=held_out"
         raise UserError(expected, "one without", "choose evaluation.reference=train")
-    folder = path_of(cache) if cache else cache_folder() / "references"
+    folder = folder if cache else folder / "references"
     loading = {"batch_size": batch_size, "num_workers": num_workers}
     computed = references.reference_of(
         source(), network, name=name, cache=folder, most_features=reference_features, **loading
@@ -201,6 +213,38 @@ def available(name: str) -> Extractor:
     same, remedy = f"the same extractor {name} on all processes", "put one file on all machines"
     require(all(other == first for other in others), same, "other weights on some", remedy)
     return extractor
+
+
+def own_classifier(train: Source, cache: Path) -> Extractor:
+    """Return the small classifier trained on the training images, from `cache` or by rank 0. Collective.
+
+    Of more than `OWN_IMAGES` images it sees so many, evenly spread, as often as makes about a thousand steps.
+    """
+    expected = f"images with classes for evaluation.extractor={extractors.OWN_CLASSIFIER}"
+    require(bool(classes := len(train.class_names)), expected, "none", "choose another extractor")
+    channels, size = train[0][0].shape[:2]
+    described = repr((references.content_key(train), classes, OWN_IMAGES, OWN_STEPS))
+    file = cache / f"{hashlib.sha256(described.encode()).hexdigest()[:32]}.safetensors"
+    state: dict[str, Tensor] = {}
+    if rank_and_size()[0] == 0:
+        with suppress(OSError, SafetensorError):  # missing, or damaged
+            state = load_file(file)
+        if not state:
+            print(
+                "Training a classifier, whose features measure the samples, on the training images",
+                flush=True,
+            )
+            images, labels = train.batch(references.spread(len(train), OWN_IMAGES))
+            epochs = max(1, round(OWN_STEPS * 64 / len(images)))
+            trained = extractors.train_classifier(
+                images, labels, num_classes=classes, epochs=epochs
+            )
+            state = trained.state_dict()
+            with suppress(OSError), written_whole(file) as stream:
+                stream.write(save(state))
+    network = SmallClassifier(channels=channels, size=size, num_classes=classes)
+    network.load_state_dict(gathered(state)[0])
+    return extractors.extractor_with(network, extractors.OWN_CLASSIFIER)
 
 
 def _missing() -> str:

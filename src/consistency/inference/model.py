@@ -63,12 +63,13 @@ class Model:
         seed: int = 0,
         labels: int | str | Sequence[int | str] | None = None,
         sampler: Sampler | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
     ) -> UInt8[Tensor, "n c h w"]:
         """Draw `count` images; image i depends on (seed, i) alone.
 
         steps: evaluations of a consistency model, points of the grid for a teacher.
         labels: a class, or several that are repeated in turn; None draws them at random.
+        batch_size: images at once; None takes what suits their size and the device, as in `edit`.
         sampler: one of `consistency.samplers` with its settings; None takes that of the card.
         """
         require(count >= 1, "at least one image", count, "ask for more")
@@ -85,7 +86,7 @@ class Model:
         labels: int | str | Sequence[int | str] | None = None,
         times: Sequence[float] | None = None,
         start: Start = "reference",
-        batch_size: int = 64,
+        batch_size: int | None = None,
     ) -> UInt8[Tensor, "n m c h w"]:
         """Edit images by Algorithm 4 of Song et al. 2023; return `outputs` of each.
 

@@ -15,7 +15,12 @@ from consistency.checkpoints.load import load
 from consistency.errors import UserError, require
 from consistency.inference.generate import Request
 from consistency.inference.model import Model
-from consistency.runtime.devices import chosen_device, in_precision, share_threads
+from consistency.runtime.devices import (
+    chosen_device,
+    compile_in_place,
+    in_precision,
+    share_threads,
+)
 from consistency.runtime.files import ROOT, fingerprint, require_fresh
 from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
 
@@ -33,8 +38,7 @@ def request_of(
         share_threads(device, processes)
         device = device if device.type == "cpu" else torch.device(device.type, rank)
     model.denoiser.to(device)
-    if options.get("compile"):
-        model.denoiser.network.compile()
+    compile_in_place(model.denoiser.network, options.get("compile", False))
     denoise = in_precision(model, options.get("precision", "32-true"), device)
     labels, seed = options.get("labels"), options["seed"]
     return Request(denoise=denoise, card=model.card, labels=labels, seed=seed, device=device)

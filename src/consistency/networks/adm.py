@@ -83,13 +83,11 @@ class ResBlock(nn.Module):
             self.skip_connection = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Maps, embedding: Embedding) -> NewMaps:
-        norm, silu, conv = self.in_layers
-        h = conv(self.resample(silu(norm(x))))
-        norm, *rest = self.out_layers
+        norm, _, conv = self.in_layers
+        h = conv(self.resample(layers.silu(norm(x))))
+        norm, _, dropout, last = self.out_layers
         h = layers.modulated(norm, h, self.emb_layers(embedding), self.scale_shift)
-        for layer in rest:
-            h = layer(h)
-        return self.skip_connection(self.resample(x)) + h
+        return self.skip_connection(self.resample(x)) + last(dropout(layers.silu(h)))
 
 
 class AttentionBlock(nn.Module):
@@ -123,8 +121,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Maps) -> Maps:
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
-        # Fused kernels want the last axis contiguous; the copy costs less than doing without.
-        q, k, v = qkv.permute(1, 0, 2, 4, 3).contiguous()
+        q, k, v = qkv.permute(1, 0, 2, 4, 3)
         mixed = layers.attend(q, k, v, self.attention).transpose(-2, -1).reshape(b, c, h, w)
         return x + self.proj_out(mixed)
 

@@ -43,6 +43,11 @@ class GroupNorm(nn.GroupNorm):
         return y.to(x.dtype)
 
 
+def silu(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """x sigmoid(x) of a tensor that nothing else needs: in place, unless the gradient does."""
+    return functional.silu(x, inplace=not torch.is_grad_enabled())
+
+
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
@@ -73,6 +78,10 @@ def sinusoidal_features(
 
 def attend(q: Heads, k: Heads, v: Heads, kind: Attention) -> Heads:
     """softmax(q k^T / sqrt(d)) v  [Vaswani et al. 2017, arXiv:1706.03762, Eq. 1]."""
+    if (
+        q.stride(-1) != 1
+    ):  # fused kernels want the last axis contiguous, as it is with the channels last
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if kind == "sdpa":
         return functional.scaled_dot_product_attention(q, k, v)
     dtype = at_least_float32(q.dtype)
@@ -86,7 +95,7 @@ def modulated(norm: nn.Module, h: Maps, e: Float[Tensor, "b _"], scale_shift: bo
     if not scale_shift:
         return norm(h + e)
     scale, shift = e.chunk(2, dim=1)
-    return norm(h) * (1 + scale) + shift
+    return torch.addcmul(shift, norm(h), 1 + scale)  # one pass over the maps
 
 
 def run(layer: nn.Module, *inputs: Tensor, recompute: bool) -> NewMaps:

@@ -155,9 +155,9 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Maps, embedding: Embedding) -> NewMaps:
         style = self.style
-        h = self.conv0(functional.silu(self.norm0(x)))
+        h = self.conv0(layers.silu(self.norm0(x)))
         h = layers.modulated(self.norm1, h, self.affine(embedding), style.scale_shift)
-        h = functional.dropout(functional.silu(h), style.dropout, self.training)
+        h = functional.dropout(layers.silu(h), style.dropout, self.training)
         h = (self.skip(x) + self.conv1(h)) * style.skip_scale
         return (h + self._mix(h)) * style.skip_scale if self.heads else h
 
@@ -165,8 +165,7 @@ class UNetBlock(nn.Module):
         """Self-attention over all pixels."""
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm2(x)).reshape(b, self.heads, c // self.heads, 3, h * w)
-        # Fused kernels want the last axis contiguous; the copy costs less than doing without.
-        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()
+        q, k, v = qkv.permute(3, 0, 1, 4, 2)
         mixed = layers.attend(q, k, v, self.style.attention)
         return self.proj(mixed.transpose(-2, -1).reshape(b, c, h, w))
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -28,7 +29,9 @@ from consistency.runtime.ranks import PARENT, is_started_here, this_launch
 from consistency.runtime.rendezvous import GRACE, NOTICE, SILENT, EndedError, Guest
 
 # Launching ranks sets these variables, which the next job of a sweep must not inherit.
-VARIABLES = (PARENT, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES = (
+    PARENT, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"
+)  # fmt: skip
 HANGS = "no answer within trainer.strategy.timeout"
 
 
@@ -132,6 +135,7 @@ def one_job() -> Iterator[None]:
     launches = this_launch().launcher == "" and not is_started_here()
     ranks, job, patience = Ranks(), rendezvous.current, GRACE
     before = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    threads = torch.get_num_threads()
     for launcher in (fabric_launcher, pytorch_launcher):
         launcher._hydra_subprocess_cmd = _rank_command  # type: ignore[attr-defined]
         launcher._launch_process_observer = ranks.watch  # type: ignore[attr-defined]
@@ -158,6 +162,7 @@ def one_job() -> Iterator[None]:
             for name in VARIABLES:
                 os.environ.pop(name, None)
             os.environ.update(before)
+            torch.set_num_threads(threads)  # Lightning gives a process that starts others its share
 
 
 def _destroy_process_group() -> None:

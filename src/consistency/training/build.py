@@ -5,6 +5,7 @@ import logging
 import os
 import warnings
 from copy import deepcopy
+from functools import cache, partial
 from typing import Any
 
 import lightning as L
@@ -22,6 +23,7 @@ from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import ModelCard
+from consistency.runtime.devices import CUDA_GRAPHS, require_compiling, set_float32_matmul
 from consistency.runtime.files import fingerprint
 from consistency.runtime.redaction import masked
 from consistency.training.lightning_patches import AtomicCheckpointIO
@@ -130,7 +132,8 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
         L.Trainer(max_steps=1000).fit(build_module(config), loader)
     """
     config = expanded(config)
-    _require_fit(config)
+    require_fit(config)
+    require_compiling(config.compile)
     network: nn.Module = instantiate(config.model.network, _convert_="all")
     optimizer = instantiate(config.optimizer, _convert_="all")
     try:
@@ -145,13 +148,14 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
     method = [*config.mode.callbacks.values(), *shared]
     return ConsistencyModule(
         online=Denoiser(network, instantiate(config.mode.preconditioning)),
-        objective=instantiate(config.mode.objective, _convert_="all"),
+        objective=_plain(instantiate(config.mode.objective, _convert_="all")),
         sampling_preconditioning=instantiate(config.mode.sampling_preconditioning),
         optimizer=optimizer,
         card=describe(config, data),
         config=masked(OmegaConf.to_container(config, resolve=True)),
         seed=config.seed,
         on_nonfinite=config.on_nonfinite,
+        compilation=config.compile,
         sources=_sources(config),
         callbacks=tuple if data is not None else lambda: _built(*method),
     )
@@ -160,15 +164,15 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
 def _sources(config: DictConfig) -> dict[str, dict[str, str]]:
     """Return path, weights and SHA-256 of the checkpoints that the run begins with; a teacher is part of the mode."""
     mode = json.dumps(OmegaConf.to_container(config.mode, resolve=True))
-    sources = {}
+    sources, digest = {}, cache(fingerprint)  # init is often the teacher
     for name in ("init", "teacher") if json.dumps(config.teacher) in mode else ("init",):
         if config[name] is not None:
             path, weights = find(config[name]).absolute(), config[f"{name}_weights"]
-            sources[name] = {"path": str(path), "weights": weights, "sha256": fingerprint(path)}
+            sources[name] = {"path": str(path), "weights": weights, "sha256": digest(path)}
     return sources
 
 
-def _require_fit(config: DictConfig) -> None:
+def require_fit(config: DictConfig) -> None:
     """Compare the network's shapes with the data's, on the meta device, before anything is built."""
     data, shape = config.data, None
     image = (1, data.channels, data.image_size, data.image_size)
@@ -216,7 +220,16 @@ def build_loggers(config: DictConfig) -> list[Logger]:
 
 
 def _built(*nodes: Any) -> list[Any]:
-    return [instantiate(node, _convert_="all") for node in nodes if node]
+    return [_plain(instantiate(node, _convert_="all")) for node in nodes if node]
+
+
+def _plain(part: Any) -> Any:
+    """Replace Hydra's partials of our functions, which check its policy for 0.2 ms in every call, by plain ones."""
+    for owner in part.modules() if isinstance(part, nn.Module) else [part]:
+        for name, value in vars(owner).items():
+            if isinstance(value, partial) and value.func.__module__.startswith("consistency."):
+                vars(owner)[name] = partial(value.func, *value.args, **value.keywords)
+    return part
 
 
 def require_taken(trainer: DictConfig) -> None:
@@ -300,5 +313,16 @@ def build_trainer(
         _convert_="all",
     )
     require_whole(trainer.strategy)
-    trainer.accumulate_grad_batches = data.split(trainer.world_size).accumulated
+    trainer.accumulate_grad_batches = accumulated = data.split(trainer.world_size).accumulated
+    # A later replay of a graph would overwrite the gradients of the micro-batches before.
+    expected = (
+        f"with compile={config.compile} and its CUDA graphs a batch that a device holds at once"
+    )
+    remedy = "compile=true, or a data.device_batch_size that fits the batch"
+    graphs = config.compile in CUDA_GRAPHS and accumulated > 1
+    require(not graphs, expected, f"{accumulated} micro-batches", remedy)
+    if trainer.strategy.root_device.type == "cuda":
+        set_float32_matmul(config.float32_matmul)
+        if config.trainer.benchmark is None:
+            torch.backends.cudnn.benchmark = not config.trainer.deterministic
     return trainer

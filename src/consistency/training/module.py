@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from consistency.averaging import frozen_copy
 from consistency.data.module import DataModule, unpack_batch
 from consistency.denoiser import Denoiser
 from consistency.errors import require
@@ -17,13 +18,16 @@ from consistency.inference.generate import Request
 from consistency.objectives import Losses
 from consistency.preconditioning import Preconditioning
 from consistency.randomness import WHOLE, Share, generator, key
-from consistency.runtime.devices import share_threads
+from consistency.runtime.devices import compile_in_place, share_threads
 from consistency.tensors import Data, Label
 from consistency.training.io_errors import warn
 from consistency.training.lightning_patches import batches_before
 from consistency.training.nonfinite import NonfiniteGuard
 
 OBJECTIVE = "objective."
+
+SMALL = 20_000
+"""Numbers in the mean tensor of a network up to which a CPU updates all tensors at once faster than one after the other."""
 
 
 class ConsistencyModule(L.LightningModule):
@@ -32,7 +36,7 @@ class ConsistencyModule(L.LightningModule):
     online: the network under its training preconditioning; optimizer: parameters -> optimizer.
     card, config, sources: the description of the denoiser, the resolved plain configuration, and path, weights and SHA-256
     of the teacher and of the initial weights, part of every checkpoint.
-    on_nonfinite: policy of `NonfiniteGuard`.
+    on_nonfinite: policy of `NonfiniteGuard`; compilation: whether to compile the networks, or a mode of `torch.compile`.
     callbacks: builds the callbacks of the method, for a trainer that has none of their kind.
 
     k counts the optimizer steps that were taken, `k_before` those before this batch; under a gradient scaler
@@ -52,16 +56,18 @@ class ConsistencyModule(L.LightningModule):
         on_nonfinite: str,
         sources: dict[str, dict[str, str]],
         callbacks: Callable[[], Sequence[L.Callback]] = tuple,
+        compilation: bool | str = False,
     ) -> None:
         super().__init__()
         self.online, self.objective = online, objective.requires_grad_(False)
         self.sampling_preconditioning = sampling_preconditioning
         self.make_optimizer, self.make_callbacks = optimizer, callbacks
         self.card, self.config, self.seed, self.sources = card, config, seed, sources
-        self.guard = NonfiniteGuard(on_nonfinite)
+        self.guard, self.compilation = NonfiniteGuard(on_nonfinite), compilation
         self.k = self.k_before = self.num_scales = 0
         self.target: Denoiser | None = None
-        self.averages: dict[str, nn.Module] = {}
+        self.settle_averages: Callable[[], None] = lambda: None
+        self._averages: dict[str, nn.Module] = {}
         self.step_started = 0.0
         self._range_checked = False
 
@@ -75,6 +81,10 @@ class ConsistencyModule(L.LightningModule):
         # A fused optimizer would skip an overflow inside its kernel, unseen by k and the averages.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        sizes = [parameter.numel() for parameter in self.online.parameters()]
+        for group in optimizer.param_groups:
+            if group.get("foreach", False) is None and sum(sizes) <= SMALL * len(sizes):
+                group["foreach"] = True  # which torch chooses on a GPU alone
         return optimizer
 
     def after_each_step(self, action: Callable[[], None]) -> None:
@@ -86,12 +96,18 @@ class ConsistencyModule(L.LightningModule):
         share_threads(self.trainer.strategy.root_device, self.trainer.num_devices)
 
     def on_fit_start(self) -> None:
-        """Count the steps. The callbacks' `on_fit_start` came first, so their actions see k before it grows."""
+        """Count the steps and compile the networks. The callbacks' `on_fit_start` came first: their actions see k before it
+        grows, and all copies of the networks are made.
+        """
+        self.named = list(self.online.named_parameters())
 
         def count() -> None:
             self.k += 1
 
         self.after_each_step(count)
+        denoisers = (part for part in self.modules() if isinstance(part, Denoiser))
+        for network in (*(denoise.network for denoise in denoisers), *self.averages.values()):
+            compile_in_place(network, self.compilation)
 
     def on_fit_end(self) -> None:
         self.guard.report_overflows()
@@ -141,9 +157,9 @@ class ConsistencyModule(L.LightningModule):
         loss = optimizer_closure()
         step = f"in the term {type(self.objective).__name__} at step k={self.k}"
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        gradients = {n: p.grad for n, p in self.online.named_parameters() if p.grad is not None}
+        gradients = {n: p.grad for n, p in self.named if p.grad is not None}
         # A gradient scaler looks for overflows itself.
-        if self.guard.allows({} if scaler else gradients, self.trainer.strategy, step):
+        if self.guard.allows({} if scaler else gradients, step):
             optimizer.step(closure=lambda: loss)
             if scaler is not None:
                 self.guard.scaled(taken=self.k > self.k_before, scale=scaler.get_scale, step=step)
@@ -154,14 +170,24 @@ class ConsistencyModule(L.LightningModule):
             raise self.guard.verdict
 
     @property
+    def averages(self) -> dict[str, nn.Module]:
+        """The averaged networks by name, after the last step."""
+        self.settle_averages()
+        return self._averages
+
+    @property
     def logs_this_step(self) -> bool:
         """Whether the step in progress gets a row of metrics."""
         return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
+    def show(self, name: str, value: float | Tensor, **options: bool) -> None:
+        """Log a number for the progress bar too. It stays on the CPU, as Lightning reads those again in every step."""
+        self.log(name, torch.tensor(float(value)), prog_bar=True, **options)  # type: ignore[arg-type]
+
     def _log_losses(self, losses: Losses, loss: Tensor) -> None:
         if not self.logs_this_step:
             return
-        self.log("loss", loss, prog_bar=True, logger=False)
+        self.show("loss", loss, logger=False)
         self.log("train/loss", loss, sync_dist=True)
         quarters = losses.loss.detach()[losses.t.argsort()].tensor_split(4)
         for number, quarter in enumerate(quarters, start=1):
@@ -170,7 +196,7 @@ class ConsistencyModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.logs_this_step:
-            gradients = [p.grad for p in self.online.parameters() if p.grad is not None]
+            gradients = [p.grad for _, p in self.named if p.grad is not None]
             self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
     @property
@@ -197,6 +223,8 @@ class ConsistencyModule(L.LightningModule):
         network, card = networks[weights], self.card
         before = network.training
         assert card is not None
+        if next(network.parameters()).device != self.device:  # an average on the host
+            network = frozen_copy(network).to(self.device)
         try:
             denoise = Denoiser(network, self.sampling_preconditioning).eval()
             yield Request(denoise=denoise, card=card, labels=labels, seed=seed, device=self.device)

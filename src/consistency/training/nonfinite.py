@@ -4,13 +4,13 @@ import re
 from collections.abc import Callable, Mapping
 
 import torch
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from consistency.errors import UserError
 from consistency.objectives import Losses
 from consistency.runtime.ranks import gathered
+from consistency.tensors import sent
 from consistency.training.io_errors import warn
 
 SHOWN = 4
@@ -41,6 +41,10 @@ class NonfiniteGuard:
         self.limit = int(match[1] or 1)
         self.in_a_row = self.overflows = self.overflows_in_a_row = 0
         self.verdict: UserError | None = None  # why the run must stop, on every rank
+        self.received = self.agreed = (
+            0,
+            0,
+        )  # a signal to this rank, and that to any rank before the last look
         self._batches: list[Losses] = []
         self._last_times = torch.empty(0)  # t of the last step that was allowed
 
@@ -48,21 +52,30 @@ class NonfiniteGuard:
         """Keep the losses of one batch until its optimizer step."""
         self._batches.append(Losses(*(part.detach() for part in losses)))
 
-    def allows(self, gradients: Mapping[str, Tensor], strategy: Strategy, step: str) -> bool:
-        """Return whether the optimizer step, called `step` in messages, may be taken, the same on every rank."""
+    def allows(self, gradients: Mapping[str, Tensor], step: str) -> bool:
+        """Return whether the optimizer step, called `step` in messages, may be taken, the same on every rank.
+
+        Nothing else in a step without a row of metrics waits for the device.
+        """
         losses = Losses(*(torch.cat(parts) for parts in zip(*self._batches, strict=True)))
         self._batches, self._last_times = [], losses.t
-        # One look at the device for all losses and gradients of the step. A sum of squares may overflow without a
-        # bad gradient, so a suspicion is checked one by one.
+        # One look at the device for all losses and gradients of the step and all ranks. A sum of squares may overflow
+        # without a bad gradient, so a suspicion is checked one by one.
         norms = [torch.nn.utils.get_total_norm(gradients.values())[None]] if gradients else []
-        finite = torch.cat([losses.loss, *norms]).isfinite().all()
-        report = None if finite else _report(losses, gradients, step)
-        if not strategy.reduce_boolean_decision(report is not None, all=False):
+        suspected = ~torch.cat([losses.loss, *norms]).isfinite().all()
+        received = sent(torch.tensor(self.received), suspected.device)
+        found = torch.cat([suspected[None], received])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        suspicion, *signal = found.tolist()
+        self.agreed = (signal[0], signal[1])
+        # A rank with bad samples, which spoil the gradients of all ranks, else any.
+        reports = gathered(_report(losses, gradients, step)) if suspicion else []
+        _, text = min(filter(None, reports), default=(0, ""))
+        if not text:
             self.in_a_row = 0
             return True
         self.in_a_row += 1
-        # A rank with bad samples, which spoil the gradients of all ranks, else any.
-        _, text = min(filter(None, gathered(report)))
         if self.in_a_row >= self.limit:
             in_a_row = f", the last of {self.limit} such steps in a row" if self.limit > 1 else ""
             self.verdict = UserError("a finite loss and gradient", f"{text}{in_a_row}", REMEDY)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from consistency.checkpoints import ours
@@ -30,7 +31,8 @@ class RunCheckpoints(Periodic, Checkpoint):
         self.folder, self.monitor = Path(folder), monitor
         self.last = self.folder / ours.LAST
         self.summary = f"Checkpoint: {self.last}"
-        self.best_value = self._tried = math.inf
+        self.best_value = math.inf
+        self._seen = torch.tensor(math.inf)
         self._due = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -78,11 +80,16 @@ class RunCheckpoints(Periodic, Checkpoint):
         return _written(trainer, self.folder / ours.NEXT)
 
     def _save_best(self, trainer: L.Trainer) -> None:
-        value = float(trainer.callback_metrics.get(self.monitor or "", math.inf))
-        # After a failed write the same value is not tried again at every step until the next measurement.
-        if not math.isfinite(value) or value >= self.best_value or value == self._tried:
+        if self.monitor is None:
             return
-        before, self.best_value, self._tried = self.best_value, value, value
+        # Each measurement is read once, which may wait for the device, and tried once, even if the write fails.
+        measured = trainer.callback_metrics.get(self.monitor)
+        if measured is None or measured.is_set_to(self._seen):
+            return
+        self._seen, value = measured, float(measured)
+        if not math.isfinite(value) or value >= self.best_value:
+            return
+        before, self.best_value = self.best_value, value
         if reason := _written(trainer, self.folder / "best.ckpt"):
             self.best_value = before
             warn(f"the best checkpoint so far could not be written: {reason}")

@@ -1,14 +1,16 @@
 """EMAs of the online network: the target of the loss, and the averages for samples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from consistency.averaging import WIDEST, frozen_copy, power_decay, update_average
+from consistency.averaging import WIDEST, averaging, frozen_copy, power_decay
 from consistency.checkpoints.posthoc import POWER, write_snapshot
 from consistency.errors import require
 from consistency.runtime.ranks import print_once
@@ -30,15 +32,13 @@ class TargetEMA(Callback):
         module.target = frozen_copy(module.online)
 
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        module.after_each_step(lambda: self._update(module))
-
-    def _update(self, module: ConsistencyModule) -> None:
         assert module.target is not None
-        update_average(module.target, module.online, self.decay(module.num_scales))
+        update = averaging(module.target, module.online)
+        module.after_each_step(lambda: update(self.decay(module.num_scales)))
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         if module.logs_this_step:
-            module.log("mu", self.decay(module.num_scales), prog_bar=True)
+            module.show("mu", self.decay(module.num_scales))
 
 
 class EvaluationEMA(Callback):
@@ -46,9 +46,18 @@ class EvaluationEMA(Callback):
     sigma_rel [Karras et al. 2024, arXiv:2312.02696, Section 3]. `weights=ema` is the first of them.
 
     Saved in the checkpoint as `averages`, by decay and as `power:<width>`.
+
+    device: "cpu" for averages in the memory of the host, which takes them off a GPU. They are computed beside the next step,
+    from a copy of the weights that nothing waits for; None for the device of the network.
     """
 
-    def __init__(self, *, decays: Sequence[float] = (), widths: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        decays: Sequence[float] = (),
+        widths: Sequence[float] = (),
+        device: str | None = None,
+    ) -> None:
         name, possible = "parts.average.<name>", all(0 <= d < 1 for d in decays)
         expected = f"{name}.decays from 0 to below 1"
         require(possible, expected, list(decays), "for example [0.999,0.9999]")
@@ -59,16 +68,33 @@ class EvaluationEMA(Callback):
         require(bool(decays or widths), both, "neither", "for example widths=[0.05,0.1]")
         self.decays = {str(decay): decay for decay in decays}
         self.widths = {f"{POWER}{width:g}": width for width in widths}
+        expected, remedy = f"{name}.device=null or cpu", "null is the device of the network"
+        require(device in (None, "cpu"), expected, device, remedy)
+        self.on_host = device == "cpu"
         self.averages: dict[str, nn.Module] = {}
+        self._updates: dict[str, Callable[[float], None]] = {}
+        self._weights = self._copy = list[Tensor]()
+        self._worker, self._update_in_progress = ThreadPoolExecutor(1), Future[None]()
+        self._update_in_progress.set_result(None)
         self._saved: dict[str, dict[str, Tensor]] = {}
 
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+        self._weights = list(module.online.network.parameters())
+        if self.on_host:
+            pinned = module.device.type == "cuda"
+            self._copy = [
+                torch.empty_like(w, device="cpu", pin_memory=pinned) for w in self._weights
+            ]
         for name in (*self.decays, *self.widths):
             average = self.averages[name] = frozen_copy(module.online.network)
+            if self.on_host:
+                average.cpu()
             if name in self._saved:
                 average.load_state_dict(self._saved[name])
             module.averages[f"ema:{name}" if name in self.decays else name] = average
+            self._updates[name] = averaging(average, self._copy or self._weights)
         self._saved = {}
+        module.settle_averages = self.settle
         module.after_each_step(lambda: self._update(module))
         self._warn_of_wide(trainer.max_steps)
 
@@ -83,13 +109,32 @@ class EvaluationEMA(Callback):
                 "an earlier network; mode.average=power suits any length"
             )
 
+    @torch.no_grad()
     def _update(self, module: ConsistencyModule) -> None:
-        for name, average in self.averages.items():
-            width = self.widths.get(name)
-            decay = self.decays[name] if width is None else power_decay(module.k + 1, width)
-            update_average(average, module.online.network, decay)
+        powers = {name: power_decay(module.k + 1, width) for name, width in self.widths.items()}
+        decays: dict[str, float] = self.decays | powers
+        if not self.on_host:
+            self._average(decays)
+            return
+        self.settle()
+        torch._foreach_copy_(self._copy, self._weights, non_blocking=True)
+        copied = torch.cuda.Event() if module.device.type == "cuda" else None
+        if copied is not None:
+            copied.record()
+        self._update_in_progress = self._worker.submit(self._average, decays, copied)
+
+    def _average(self, decays: Mapping[str, float], copied: torch.cuda.Event | None = None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        for name, update in self._updates.items():
+            update(decays[name])
+
+    def settle(self) -> None:
+        """Wait for the update of the last step, before the averages are read."""
+        self._update_in_progress.result()
 
     def state_dict(self) -> dict[str, Any]:
+        self.settle()
         current = {name: average.state_dict() for name, average in self.averages.items()}
         return {"averages": current or self._saved}
 
@@ -112,6 +157,7 @@ class Snapshots(Periodic):
         ema = callback_of(trainer, EvaluationEMA)
         if ema is None or not ema.widths or not trainer.is_global_zero:
             return
+        ema.settle()
         stored = {name: ema.averages[name].state_dict() for name in ema.widths}
         with tolerate_write_errors(f"the snapshot of step k={module.k}"):
             write_snapshot(self.folder / f"{module.k:08d}.safetensors", stored)

@@ -15,7 +15,7 @@ from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION
 from consistency.evaluation.metrics import Measure, measure_against
 from consistency.evaluation.reference import images_of
-from consistency.inference.generate import Numbered, generate
+from consistency.inference.generate import Numbered, fitting_batch, generate
 from consistency.randomness import generator
 from consistency.runtime.files import write_text
 from consistency.runtime.ranks import batches, print_once
@@ -43,7 +43,7 @@ class Evaluation(Periodic):
         weights: Sequence[str],
         every_n_train_steps: int,
         num_samples: int | None,
-        batch_size: int,
+        batch_size: int | None,
         seeds: Sequence[int],
         extractor: str,
         reference: str | None,
@@ -57,7 +57,7 @@ class Evaluation(Periodic):
         self.samplers, self.weights, self.seeds = samplers, list(weights), list(seeds)
         self.num_samples, self.batch_size = num_samples, batch_size
         metrics: dict[str, Any] = {"extractor": extractor, "reference": reference, "cache": cache}
-        metrics |= {"reference_features": reference_features, "batch_size": batch_size}
+        metrics |= {"reference_features": reference_features}
         self.measure_against: Callable[..., Measure] = partial(measure_against, **metrics)
 
     @property
@@ -67,10 +67,11 @@ class Evaluation(Periodic):
         return f"{metric}/{next(iter(self.samplers))}/{self.weights[0]}"
 
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        data, workers = module.data, module.data.num_workers
-        self.measure = self.measure_against(
-            lambda: data.train_source, data.held_out, module.device, num_workers=workers
-        )
+        data, device = module.data, module.device
+        self.batch = self.batch_size or fitting_batch(data.train_source[0][0].shape, device)
+        loading = {"batch_size": self.batch, "num_workers": data.num_workers}
+        sources = (lambda: data.train_source), data.held_out
+        self.measure = self.measure_against(*sources, device, **loading)
         self.count = self.measure.count(self.num_samples)
 
     def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
@@ -113,7 +114,7 @@ class Evaluation(Periodic):
             runs = []
             for seed in seeds:
                 with module.sampling(weights, seed) as request:
-                    images = generate(request, sampler, batches(self.count, self.batch_size))
+                    images = generate(request, sampler, batches(self.count, self.batch))
                     runs.append(self.measure(images, self.count))
             means = {metric: sum(run[metric] for run in runs) / len(runs) for metric in runs[0]}
             results[f"{name}/{weights}"] = means
@@ -133,7 +134,7 @@ class Evaluation(Periodic):
         if self.measure.reference.protocol["reference"].get("set") != "held_out":
             return {}
         train = module.data.train_source
-        images = images_of(train, self.batch_size, module.data.num_workers, "Train images")
+        images = images_of(train, self.batch, module.data.num_workers, "Train images")
         return {
             "train_images": self.measure(images, len(train)),
             "noise": self.measure(self._noise(module), self.count),
@@ -141,7 +142,7 @@ class Evaluation(Periodic):
 
     def _noise(self, module: ConsistencyModule) -> Iterator[Numbered]:
         assert module.card is not None
-        for numbers in batches(self.count, self.batch_size):
+        for numbers in batches(self.count, self.batch):
             draws = (generator(self.seeds[0], "noise_image", number) for number in numbers)
             shape = module.card.shape
             images = [torch.randint(256, shape, generator=d, dtype=torch.uint8) for d in draws]

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -22,9 +23,8 @@ class Preemption(L.Callback):
     own handler has the job queued again afterwards.
     """
 
-    _received = (0, 0)  # the signal, and whether the job is queued again
-
     def setup(self, trainer: L.Trainer, module: ConsistencyModule, stage: str) -> None:
+        self.guard = module.guard
         self._requeue = take_signals(trainer, self._note)
 
     def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
@@ -35,28 +35,31 @@ class Preemption(L.Callback):
             signal.signal(signal.SIGUSR1, lambda number, _: self._note(number))
 
     def _note(self, number: int, *, requeue: bool = False) -> None:
-        self._received = (number, int(requeue))
+        self.guard.received = (number, int(requeue))
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         """Leave before a step: the one before is complete and its metrics are logged."""
         before = batches_before(trainer)
         if before > 0 and before % trainer.accumulate_grad_batches == 0:
-            self._leave(trainer, module)
+            # Ranks leave after the same step: that in which they agreed on the signal.
+            several = trainer.world_size > 1
+            self._leave(trainer, module, module.guard.agreed if several else module.guard.received)
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        self._leave(trainer, module)
+        received = torch.tensor(module.guard.received, device=trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+        self._leave(trainer, module, received.tolist())
         signals.call_instead(None)
 
     def on_exception(self, *_: Any) -> None:
         signals.call_instead(None)
         rendezvous.current.leaving.set()
 
-    def _leave(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        number, requeue = self._received
-        if trainer.world_size > 1:  # all ranks leave at the same step, or the others wait for ever
-            received = torch.tensor(self._received, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
-            number, requeue = received.tolist()
+    def _leave(
+        self, trainer: L.Trainer, module: ConsistencyModule, received: Sequence[int]
+    ) -> None:
+        number, requeue = received
         if not number:
             return
         saved = "no checkpoint of it: callbacks.checkpoint=null"

@@ -34,7 +34,7 @@ class Throughput(L.Callback):
         images = batch if isinstance(batch, Tensor) else batch[0]
         self._images += len(images) * trainer.world_size
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            module.log("images_per_second", self._images / self._seconds, prog_bar=True)
+            module.show("images_per_second", self._images / self._seconds)
             module.log("training_seconds", self.total_seconds)
             self._seconds, self._images = 0.0, 0
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 
-from consistency.averaging import frozen_copy, update_average
+from consistency.averaging import frozen_copy
 from consistency.denoiser import Denoiser
 from consistency.errors import require
 from consistency.training.callbacks.ema import EvaluationEMA
@@ -43,6 +43,6 @@ class DistillationStages(L.Callback):
         if module.k == 0 or self.num_scales(module.k) == self.num_scales(module.k - 1):
             return
         for network in (module.target.network, *module.averages.values()):
-            update_average(network, module.online.network, 0.0)
+            network.load_state_dict(module.online.network.state_dict())
         for optimizer in trainer.optimizers:
             optimizer.state.clear()

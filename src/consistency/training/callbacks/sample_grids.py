@@ -1,5 +1,6 @@
 """Pictures of a run: samples from fixed noise, and curves of its metrics."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,12 +29,13 @@ class SampleGrids(Periodic):
         weights: str,
         every_n_train_steps: int,
         num_samples: int,
-        batch_size: int,
+        batch_size: int | None,
         seed: int,
     ) -> None:
         super().__init__(every_n_train_steps)
         expected = "callbacks.samples.num_samples and batch_size >= 1"
-        require(min(num_samples, batch_size) >= 1, expected, (num_samples, batch_size), "give more")
+        right = num_samples >= 1 and (batch_size is None or batch_size >= 1)
+        require(right, expected, (num_samples, batch_size), "give more")
         self.folder, self.samplers, self.weights = Path(folder), samplers, weights
         self.summary = f"Samples:    {self.folder / 'latest.png'}"
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
@@ -62,8 +64,8 @@ class SampleGrids(Periodic):
         sheet = plots.side_by_side(panels)
         with tolerate_write_errors(f"the picture of step k={module.k}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            sheet.save(self.folder / f"step_{module.k:08d}.png")
-            sheet.save(self.folder / "latest.png")
+            sheet.save(picture := self.folder / f"step_{module.k:08d}.png")
+            shutil.copyfile(picture, self.folder / "latest.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [sheet], step=module.k)

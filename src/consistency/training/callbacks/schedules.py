@@ -17,7 +17,7 @@ class ScaleSchedule(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         module.num_scales = self.num_scales(module.k)
         if module.logs_this_step:
-            module.log("N", float(module.num_scales), prog_bar=True)
+            module.show("N", module.num_scales)
 
 
 class LearningRateSchedule(L.Callback):

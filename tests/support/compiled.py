@@ -1,0 +1,136 @@
+"""Compiled networks with the channels last against golden numbers and uncompiled runs: a process without the type checker.
+
+`PYTHONPATH=src:tests:tests/support:tests/golden python tests/support/compiled.py <golden|modes|resume> <cpu|cuda> [name ...]`
+prints how near they come, and ends with 1
+where they do not.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import consistency
+import golden_networks as networks
+from configurations import composed
+from conftest import ROOT, TINY
+from golden_harness import FOLDER, Archive
+
+PATHS = os.pathsep.join(
+    str(ROOT / name) for name in ("src", "tests", "tests/support", "tests/golden")
+)
+"""PYTHONPATH of the process."""
+
+GOLDEN: dict[str, Callable[[Archive], None]] = {
+    "openai_unet/adm64_classcond_convresample": networks.compare_openai_unet,
+    "edm/ddpmpp": networks.compare_nvlabs,
+    "edm/ncsnpp": networks.compare_nvlabs,
+    "edm/adm": networks.compare_nvlabs,
+}
+"""Networks whose outputs and gradients are compared: one of each kind."""
+
+MODES = ("ct", "ect", "edm", "progdist", "ct_continuous")
+
+
+def placed(network: nn.Module, device: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Move a network to a device and precision, its channels last; it takes and returns float32 on the CPU as before."""
+
+    def moved(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        there = (x.to(device) if isinstance(x, Tensor) else x for x in inputs)
+        return tuple(
+            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in there
+        )
+
+    network.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.register_forward_pre_hook(moved)
+    network.register_forward_hook(lambda module, inputs, output: output.float().cpu())
+    return network
+
+
+def golden(device: str, *names: str) -> None:
+    """Compare output, gradients and inner statistics with the published code's."""
+    load = networks.loaded
+
+    def compiled(*arguments: Any) -> nn.Module:
+        network = placed(load(*arguments), device)
+        network.compile()
+        return network
+
+    networks.loaded = compiled
+    for name in names or GOLDEN:
+        archive = Archive(FOLDER / f"{name}.npz")
+        GOLDEN[name](archive)
+        used, array = max((used, array) for array, used in archive.compared.items())
+        print(
+            f"{name}: {len(archive.compared)} arrays, {used:.1%} of the tolerance at most: {array}"
+        )
+
+
+def trained(device: str, mode: str, folder: Path, *overrides: str) -> dict[str, Tensor]:
+    """Train a few steps, and return weights, target and averages."""
+    dropout = "model.network.dropout=0.1"
+    given = [
+        *TINY,
+        f"mode={mode}",
+        dropout,
+        f"trainer.accelerator={device}",
+        "callbacks.samples=null",
+    ]
+    if mode == "progdist":
+        given.append(f"teacher={folder.parent / 'edm'}")
+    config = composed("train", *given, *overrides)
+    config.output = str(folder)
+    consistency.train(config)
+    content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    averages = next(s["averages"] for s in content["callbacks"].values() if "averages" in s)
+    return content["state_dict"] | {
+        f"{n}.{k}": v for n, a in averages.items() for k, v in a.items()
+    }
+
+
+def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest difference of two states, relative to the largest weight of each tensor."""
+    assert one.keys() == other.keys()
+    return max(
+        float((w - other[n]).abs().max() / w.abs().max().clamp_min(1e-3)) for n, w in one.items()
+    )
+
+
+def modes(device: str, *names: str) -> None:
+    """Compare runs of four steps without dropout, in which the compiled masks differ, with uncompiled ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        short = ["trainer.max_steps=4", "model.network.dropout=0.0"]
+        trained(device, "edm", Path(folder) / "edm", *short)
+        for mode in names or MODES:
+            runs = [
+                trained(
+                    device, mode, Path(folder) / f"{mode}_{choice}", f"compile={choice}", *short
+                )
+                for choice in ("false", "true")
+            ]
+            print(f"{mode}: weights {apart(*runs):.1e} apart after 4 steps")
+            assert apart(*runs) < 1e-3, mode
+
+
+def resume(device: str) -> None:
+    """Compare a compiled run of four steps, with dropout, with one that was resumed after two: the same bits."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = ["compile=true", "mode.total_steps=4"]
+        whole = trained(device, "ct", Path(folder) / "whole", *given, "trainer.max_steps=4")
+        part = Path(folder) / "part"
+        trained(device, "ct", part, *given, "trainer.max_steps=2")
+        torch._dynamo.reset()
+        resumed = trained(device, "ct", part, f"resume={part}", "trainer.max_steps=4")
+        print(f"resumed: weights {apart(whole, resumed):.1e} apart")
+        assert apart(whole, resumed) == 0
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    {"golden": golden, "modes": modes, "resume": resume}[sys.argv[1]](*sys.argv[2:])
