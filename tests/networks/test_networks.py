@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from consistency.networks.adm import ADM, AttentionBlock, ResBlock
 from consistency.networks.dhariwal import DhariwalUNet
-from consistency.networks.layers import attend, check_attention
+from consistency.networks.layers import Dropout, attend, check_attention
 from consistency.networks.mlp import MLP
 from consistency.networks.song import SongUNet
 from consistency.networks.unet import Resample
@@ -189,6 +189,24 @@ def test_recomputed_activations_give_the_same_gradients(build: Build, dropout: f
     if dropout:
         other = gradients(kept, seed=3)
         assert any(not torch.equal(expected[name], other[name]) for name in expected)
+
+
+@unets
+@pytest.mark.parametrize("largest", [None, 4])
+def test_dropout_of_the_maps_up_to_a_resolution(build: Build, largest: int | None) -> None:
+    network = awake(build(num_classes=CLASSES, dropout=0.5, dropout_resolution=largest)).train()
+    dropped: dict[int, set[bool]] = {}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        zeros = float((output == 0).float().mean())
+        dropped.setdefault(inputs[0].shape[-1], set()).add(zeros > 0.25)
+
+    layers = [part for part in network.modules() if isinstance(part, Dropout)]
+    assert len(layers) > 4
+    for layer in layers:
+        layer.register_forward_hook(note)
+    network(torch.randn(2, 3, SIDE, SIDE), torch.zeros(2), torch.zeros(2, dtype=torch.long))
+    assert dropped == {SIDE: {largest is None}, SIDE // 2: {True}}
 
 
 @unets

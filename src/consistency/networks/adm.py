@@ -59,6 +59,7 @@ class ResBlock(nn.Module):
         *,
         groups: int,
         dropout: float,
+        dropout_resolution: int | None,
         scale_shift: bool,
         resample: nn.Module | None = None,
     ) -> None:
@@ -75,7 +76,7 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             GroupNorm(groups, out_channels),
             nn.SiLU(),
-            nn.Dropout(dropout),
+            layers.Dropout(dropout, dropout_resolution),
             zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection: nn.Module = nn.Identity()
@@ -143,7 +144,7 @@ class Stage(nn.ModuleList):
 class ADM(nn.Module):
     """The network F of (c_in x_t, c_noise, label); c_noise is 250 ln t for the OpenAI weights.
 
-    `attention_resolutions` are sides of feature maps in pixels. `num_head_channels`, where given, decides the number of
+    `attention_resolutions` are sides of feature maps in pixels, `dropout_resolution` the largest side with dropout. `num_head_channels`, where given, decides the number of
     heads; else it is `num_heads`, in the decoder `num_heads_upsample` where that is given. `resblock_updown` changes
     resolution inside residual blocks; otherwise layers do, strided or followed by a convolution if `conv_resample`.
     `checkpoint_activations` trades a second forward pass for memory; PyTorch cannot combine it with forward-mode
@@ -162,6 +163,7 @@ class ADM(nn.Module):
         channel_mult: Sequence[int | float],
         num_classes: int | None = None,
         dropout: float = 0.0,
+        dropout_resolution: int | None = None,
         num_heads: int = 1,
         num_heads_upsample: int | None = None,
         num_head_channels: int | None,
@@ -184,6 +186,7 @@ class ADM(nn.Module):
             embedding=embedding,
             groups=groups,
             dropout=dropout,
+            dropout_resolution=dropout_resolution,
             scale_shift=use_scale_shift_norm,
         )
         attentive = partial(

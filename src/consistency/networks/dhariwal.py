@@ -19,7 +19,8 @@ class DhariwalUNet(UNet):
     """The network F of (c_in x_t, c_noise, label); a label of -1 stands for "no class".
 
     There is one attention head per 64 channels, and no attention where there are fewer channels. `augment` tells how a
-    training image was augmented (Karras et al. 2022, App. F.2); left out, it means "not at all".
+    training image was augmented (Karras et al. 2022, App. F.2); left out, it means "not at all". `dropout_resolution` is the
+    largest side of feature maps with dropout.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class DhariwalUNet(UNet):
         num_classes: int | None = None,
         augment_dim: int = 0,
         dropout: float = 0.0,
+        dropout_resolution: int | None = None,
         channel_mult_emb: int = 4,
         attention: layers.Attention = "sdpa",
         checkpoint_activations: bool = False,
@@ -42,6 +44,7 @@ class DhariwalUNet(UNet):
         style = BlockStyle(
             embedding=channel_mult_emb * model_channels,
             dropout=dropout,
+            dropout_resolution=dropout_resolution,
             attention=attention,
             recompute=checkpoint_activations,
         )

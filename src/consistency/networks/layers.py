@@ -105,6 +105,18 @@ def run(layer: nn.Module, *inputs: Tensor, recompute: bool) -> NewMaps:
     return layer(*inputs)
 
 
+class Dropout(nn.Dropout):
+    """Dropout of feature maps with at most `largest` rows; None: of all [Song and Dhariwal 2023, arXiv:2310.14189, Section 3.3]."""
+
+    def __init__(self, p: float, largest: int | None) -> None:
+        super().__init__(p)
+        self.largest = largest
+
+    def forward(self, input: Maps) -> Maps:
+        applies = self.largest is None or input.shape[-2] <= self.largest
+        return super().forward(input) if applies else input
+
+
 def check_attention(kind: str) -> None:
     """Refuse an unknown kind of attention."""
     if kind not in ("sdpa", "plain"):

@@ -54,7 +54,8 @@ class SongUNet(UNet):
 
     Improved consistency training takes a scale of 0.02. `skip_output` adds up an image over all
     resolutions. A label of -1 stands for "no class". `augment` tells how a training image was
-    augmented (Karras et al. 2022, App. F.2); left out, it means "not at all".
+    augmented (Karras et al. 2022, App. F.2); left out, it means "not at all". `dropout_resolution`
+    is the largest side of feature maps with dropout.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class SongUNet(UNet):
         num_classes: int | None = None,
         augment_dim: int = 0,
         dropout: float = 0.0,
+        dropout_resolution: int | None = None,
         fourier_scale: float | None,
         residual_input: bool,
         skip_output: bool = False,
@@ -82,6 +84,7 @@ class SongUNet(UNet):
         style = BlockStyle(
             embedding=channel_mult_emb * model_channels,
             dropout=dropout,
+            dropout_resolution=dropout_resolution,
             eps=1e-6,
             skip_scale=math.sqrt(0.5),
             scale_shift=False,

@@ -103,6 +103,7 @@ class BlockStyle:
 
     embedding: int
     dropout: float
+    dropout_resolution: int | None
     attention: layers.Attention
     recompute: bool
     eps: float = 1e-5
@@ -138,6 +139,7 @@ class UNetBlock(nn.Module):
             self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.affine = nn.Linear(style.embedding, out_channels * (2 if style.scale_shift else 1))
         self.norm1 = group_norm(out_channels, style.eps)
+        self.dropout = layers.Dropout(style.dropout, style.dropout_resolution)
         self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip: nn.Module = nn.Identity()
         if up or down:
@@ -157,7 +159,7 @@ class UNetBlock(nn.Module):
         style = self.style
         h = self.conv0(layers.silu(self.norm0(x)))
         h = layers.modulated(self.norm1, h, self.affine(embedding), style.scale_shift)
-        h = functional.dropout(layers.silu(h), style.dropout, self.training)
+        h = self.dropout(layers.silu(h))
         h = (self.skip(x) + self.conv1(h)) * style.skip_scale
         return (h + self._mix(h)) * style.skip_scale if self.heads else h
 
