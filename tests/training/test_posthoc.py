@@ -13,6 +13,7 @@ from consistency import compose, train
 from consistency.averaging import power_decay
 from consistency.checkpoints.load import load, load_sets
 from consistency.errors import UserError
+from consistency.training.callbacks.ema import EvaluationEMA
 
 WIDTHS = [
     "mode.average=power",
@@ -143,3 +144,19 @@ def test_evaluation_finds_the_best_width_and_draws_the_curve(
     best = min(values, key=lambda name: values[name])
     assert f"Best of onestep: weights={best}," in outcome.out
     assert (tmp_path / "measured" / "widths.png").is_file()
+
+
+def test_a_half_life_is_one_of_images_and_at_most_a_share_of_the_run() -> None:
+    ema = EvaluationEMA(half_lives=[4000], ramp_up=0.05)
+    ema.batch = 8
+    decays = [ema.decays_at(k)["half_life:4000"] for k in (0, 1_000, 10_000, 20_000)]
+    assert decays == pytest.approx([0.0, 0.5 ** (1 / 50), 0.5 ** (1 / 500), 0.5 ** (1 / 500)])
+
+
+def test_an_average_by_half_life_samples(verb: Run, tmp_path: Path) -> None:
+    output = f"output={tmp_path / 'run'}"
+    outcome = verb("train", *TINY, "trainer.max_steps=3", "mode.average=half_life", output)
+    assert outcome.status == 0, outcome.err
+    named, first = (load(tmp_path / "run", weights=w) for w in ("ema:half_life:500000", "ema"))
+    for mine, other in zip(named.denoiser.parameters(), first.denoiser.parameters(), strict=True):
+        assert torch.equal(mine, other)

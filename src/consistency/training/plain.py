@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from torch import nn
 
-from consistency.averaging import power_decay
 from consistency.networks.adm import AttentionBlock
 from consistency.networks.unet import UNetBlock
 from consistency.objectives import ConsistencyObjective, Losses, Objective
@@ -113,8 +112,7 @@ class PlainLoop:
         target = [self.mu(self.num_scales(self.k))] if self.mu else []
         if self.ema is None:
             return target
-        powers = (power_decay(self.k + 1, width) for width in self.ema.widths.values())
-        return [*target, *self.ema.decays.values(), *powers]
+        return [*target, *self.ema.decays_at(self.k).values()]
 
     def __call__(self) -> float:
         """Take one optimizer step and return its loss."""

@@ -1,5 +1,6 @@
 """EMAs of the online network: the target of the loss, and the averages for samples."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from consistency.averaging import WIDEST, averaging, frozen_copy, power_decay
 from consistency.checkpoints.posthoc import POWER, write_snapshot
 from consistency.errors import require
 from consistency.runtime.ranks import print_once
+from consistency.schedules import half_life_decay
 from consistency.training.callbacks.periodic import Periodic, callback_of
 from consistency.training.io_errors import tolerate_write_errors
 from consistency.training.module import ConsistencyModule
@@ -42,10 +44,13 @@ class TargetEMA(Callback):
 
 
 class EvaluationEMA(Callback):
-    """Averages of the online network, for samples only: with constant decays, and by power functions of relative widths
-    sigma_rel [Karras et al. 2024, arXiv:2312.02696, Section 3]. `weights=ema` is the first of them.
+    """Averages of the online network, for samples only: with constant decays, with half-lives in images that grow with the
+    run [released EDM code], and by power functions of relative widths sigma_rel [Karras et al. 2024, arXiv:2312.02696,
+    Section 3]. `weights=ema` is the first of them.
 
-    Saved in the checkpoint as `averages`, by decay and as `power:<width>`.
+    Saved in the checkpoint as `averages`, by decay, as `half_life:<images>` and as `power:<width>`.
+
+    ramp_up: share of the run so far that a half-life is at most.
 
     device: "cpu" for averages in the memory of the host, which takes them off a GPU. They are computed beside the next step,
     from a copy of the weights that nothing waits for; None for the device of the network.
@@ -55,6 +60,8 @@ class EvaluationEMA(Callback):
         self,
         *,
         decays: Sequence[float] = (),
+        half_lives: Sequence[int] = (),
+        ramp_up: float = 0.05,
         widths: Sequence[float] = (),
         device: str | None = None,
     ) -> None:
@@ -64,9 +71,14 @@ class EvaluationEMA(Callback):
         possible = all(0 < w <= WIDEST for w in widths)
         expected = f"{name}.widths above 0 and at most {WIDEST:.3f}, relative to the run so far"
         require(possible, expected, list(widths), "for example [0.05,0.1]")
-        both = f"{name}.decays, .widths or both"
-        require(bool(decays or widths), both, "neither", "for example widths=[0.05,0.1]")
+        possible = all(images > 0 for images in half_lives) and ramp_up > 0
+        expected, got = f"{name}.half_lives in images, and ramp_up, above 0", list(half_lives)
+        require(possible, expected, f"{got}, {ramp_up}", "500000 and 0.05 are published")
+        some = f"some of {name}.decays, .half_lives and .widths"
+        require(bool(decays or half_lives or widths), some, "none", "for example widths=[0.05,0.1]")
         self.decays = {str(decay): decay for decay in decays}
+        self.half_lives = {f"half_life:{images}": images for images in half_lives}
+        self.ramp_up = ramp_up
         self.widths = {f"{POWER}{width:g}": width for width in widths}
         expected, remedy = f"{name}.device=null or cpu", "null is the device of the network"
         require(device in (None, "cpu"), expected, device, remedy)
@@ -85,13 +97,15 @@ class EvaluationEMA(Callback):
             self._copy = [
                 torch.empty_like(w, device="cpu", pin_memory=pinned) for w in self._weights
             ]
-        for name in (*self.decays, *self.widths):
+        if self.half_lives:
+            self.batch = module.data.batch_size
+        for name in (*self.decays, *self.half_lives, *self.widths):
             average = self.averages[name] = frozen_copy(module.online.network)
             if self.on_host:
                 average.cpu()
             if name in self._saved:
                 average.load_state_dict(self._saved[name])
-            module.averages[f"ema:{name}" if name in self.decays else name] = average
+            module.averages[name if name in self.widths else f"ema:{name}"] = average
             self._updates[name] = averaging(average, self._copy or self._weights)
         self._saved = {}
         module.settle_averages = self.settle
@@ -102,6 +116,9 @@ class EvaluationEMA(Callback):
         """Name the averages of more than a quarter of the run, which hide its best weights."""
         reach = {name: 1 / (1 - decay) for name, decay in self.decays.items()}
         reach |= {name: width * steps for name, width in self.widths.items()}
+        ramp = self.ramp_up * steps
+        for name, images in self.half_lives.items():
+            reach[name] = min(images / self.batch, ramp) / math.log(2)
         wide = [f"{name} ({n:.0f} steps)" for name, n in reach.items() if steps < 4 * n]
         if wide and steps > 0:
             print_once(
@@ -109,10 +126,18 @@ class EvaluationEMA(Callback):
                 "an earlier network; mode.average=power suits any length"
             )
 
+    def decays_at(self, k: int) -> dict[str, float]:
+        """Return the decay of every average by name, for the update after step k, counted from 0."""
+        halves = {
+            name: half_life_decay(k, half_life=images / self.batch, ramp_up=self.ramp_up)
+            for name, images in self.half_lives.items()
+        }
+        powers = {name: power_decay(k + 1, width) for name, width in self.widths.items()}
+        return self.decays | halves | powers
+
     @torch.no_grad()
     def _update(self, module: ConsistencyModule) -> None:
-        powers = {name: power_decay(module.k + 1, width) for name, width in self.widths.items()}
-        decays: dict[str, float] = self.decays | powers
+        decays = self.decays_at(module.k)
         if not self.on_host:
             self._average(decays)
             return

@@ -32,9 +32,8 @@ class DistillationStages(L.Callback):
         require(teacher == student, expected, "a teacher of another network", remedy)
         averages = callback_of(trainer, EvaluationEMA)
         expected = "averages of constant decay, which restart at every stage"
-        widths = [*averages.widths.values()] if averages else []
-        got = f"widths={widths}"
-        require(not widths, expected, got, "say mode.average=constant")
+        others = [*averages.half_lives, *averages.widths] if averages else []
+        require(not others, expected, ", ".join(others), "say mode.average=constant")
         module.target = frozen_copy(self.teacher)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
