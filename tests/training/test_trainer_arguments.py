@@ -154,6 +154,31 @@ def test_plugins_of_a_person_stand_beside_ours(
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt.sha256").is_file()
 
 
+OPENAI = "scaler={init_scale: 1048576, growth_factor: 1.0006933874625807, growth_interval: 1}"
+
+
+def test_a_gradient_scaler_has_its_own_start_and_growth() -> None:
+    """OpenAI's: 2^20, and 0.001 more in the exponent after every good step."""
+    plugin = build.scaled(composed("train", "trainer.precision=16-mixed", OPENAI), "cpu")
+    assert plugin.scaler is not None
+    assert plugin.scaler.get_scale() == 2**20
+    assert plugin.scaler.get_growth_factor() == pytest.approx(2**0.001)
+    assert plugin.scaler.get_growth_interval() == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["trainer.precision=32-true", OPENAI], "half precision for scaler="),
+        (["trainer.precision=16-mixed", "scaler={growth: 3}"], "growth_factor: 2"),
+        (["trainer.precision=16-mixed", "scaler={growth_factor: 1.0}"], "growth factor must be"),
+    ],
+)
+def test_a_scaler_that_cannot_be_is_one_message(given: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        build.scaled(composed("train", *given), "cpu")
+
+
 @pytest.mark.slow
 def test_gradients_are_clipped_as_the_trainer_is_told(verb: Run, tmp_path: Path) -> None:
     """Under SGD of rate 1 a step is as long as its gradient; by value, no coordinate is longer."""

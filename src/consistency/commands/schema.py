@@ -32,7 +32,7 @@ POSITIVE = ("batch_size", "devices", "num_nodes", "num_samples", "outputs", "poi
 COUNTS = ("batch_size", "channels", "image_size", "images", "num_head_channels", "num_heads", "num_heads_upsample", "num_samples", "num_workers", "resolution", "train_batch")  # fmt: skip
 OPTIONAL = {
     **dict.fromkeys(COUNTS, int | None),
-    **dict.fromkeys(("callbacks", "labels", "model", "process", "weights"), Any),
+    **dict.fromkeys(("callbacks", "labels", "model", "process", "scaler", "weights"), Any),
     "attention_resolutions": list[int] | None,
 }
 """Types of the options that are null or the mode's by default, if they are no text."""

@@ -15,6 +15,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import strategies
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from torch import nn
 
@@ -282,6 +283,18 @@ def plugins_of(trainer: DictConfig) -> list[Any]:
     return plugins
 
 
+def scaled(config: DictConfig, device: str = "cuda") -> MixedPrecision:
+    """Return the precision 16-mixed with the gradient scaler of `scaler=`."""
+    precision, remedy = config.trainer.precision, "say trainer.precision=16-mixed, or scaler=null"
+    require(precision == "16-mixed", "half precision for scaler=", precision, remedy)
+    try:
+        scaler = torch.amp.GradScaler(device, **OmegaConf.to_container(config.scaler))  # type: ignore[arg-type]
+    except (TypeError, AssertionError) as error:
+        expected = "scaler: {init_scale: 65536, growth_factor: 2, growth_interval: 2000, backoff_factor: 0.5} or some of it"
+        raise UserError(expected, str(error), "change scaler.*") from error
+    return MixedPrecision("16-mixed", device, scaler)
+
+
 def require_whole(strategy: strategies.Strategy) -> None:
     """Refuse a strategy that shards the weights, or that spawns or forks processes, as Lightning does in a notebook."""
     start = getattr(strategy, "_start_method", None) or "popen"
@@ -299,11 +312,13 @@ def build_trainer(
     config: DictConfig, callbacks: list[L.Callback], loggers: list[Any], data: DataModule
 ) -> L.Trainer:
     """Build Lightning's Trainer: one endless epoch, our own order of the data, whole checkpoints."""
+    precision = [] if config.scaler is None else [scaled(config)]
     trainer: L.Trainer = instantiate(
         config.trainer,
         callbacks=callbacks,
         logger=loggers or False,
-        plugins=[*plugins_of(config.trainer), AtomicCheckpointIO()],
+        plugins=[*plugins_of(config.trainer), *precision, AtomicCheckpointIO()],
+        precision=None if precision else config.trainer.precision,
         max_epochs=1,
         # Lightning would replace a callback that is switched off by its own.
         enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
