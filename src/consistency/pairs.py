@@ -98,16 +98,17 @@ class RatioPairs(Lognormal):
     """ln t ~ N(p_mean, p_std^2) and r = max(0, t (1 - (1 + k sigmoid(-b t)) / N(k))).
 
     [Geng et al. 2024, arXiv:2406.14548, with N(k) = q^(stage + 1)]; k = 0 is its constant map. r = 0 makes the clean
-    image the target.
+    image the target. ratio_limit: largest r/t [Lee et al. 2024, arXiv:2410.14895: 0.999 in the first stage, then 0.9961].
     """
 
     k: float
     b: float
+    ratio_limit: float = 1.0
 
     def ratio_map(self, t: Time, num_scales: float) -> Time:
         """r for the noisier time t."""
         adjustment = 1 + self.k * torch.sigmoid(-self.b * t)
-        return (t * (1 - adjustment / float(num_scales))).clamp_min(0)
+        return t * (1 - adjustment / float(num_scales)).clamp(0, self.ratio_limit)
 
     def at(self, n: Float[Tensor, "b"], num_scales: float) -> tuple[Time, Time]:
         """(t, r) of standard normal draws n."""

@@ -124,6 +124,13 @@ def chain_gain(n: int) -> float:
     return gain / exact
 
 
+def test_the_ratio_has_a_limit() -> None:
+    law = RatioPairs(p_mean=-1.1, p_std=2.0, k=8.0, b=1.0, ratio_limit=0.999)
+    t = torch.tensor([0.01, 1.0, 80.0])
+    assert torch.equal(law.ratio_map(t, 64), RATIO.ratio_map(t, 64))
+    assert torch.allclose(law.ratio_map(t, 2**20), 0.999 * t)
+
+
 def test_ratio_pairs_lead_to_the_tabled_gains() -> None:
     """The chain t -> r(t) -> ... -> 0 of all stages, and of q = 256 in one."""
     stages = [powers(stage, q=2, stages=8, total_steps=8) for stage in range(8)]

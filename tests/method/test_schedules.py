@@ -226,3 +226,17 @@ def test_the_weight_halves_after_the_half_life() -> None:
     assert decay**1000 == pytest.approx(0.5)
     assert half_life_decay(0, half_life=1000, ramp_up=0.05) == 0.0
     assert half_life_decay(100, half_life=1000, ramp_up=0.05) == pytest.approx(0.5 ** (1 / 5))
+
+
+def test_stages_have_a_length_of_their_own() -> None:
+    """FastGen: 12,500 steps a stage in a run of 350,000."""
+    ours = [
+        powers(k, q=2, stages=28, total_steps=350_000, stage_steps=12_500)
+        for k in (0, 12_499, 12_500, 400_000)
+    ]
+    assert ours == [2, 2, 4, 2**28]
+    shared = [powers(k, q=2, stages=28, total_steps=350_000) for k in range(0, 400_000, 5_000)]
+    assert shared == [
+        powers(k, q=2, stages=28, total_steps=1, stage_steps=12_500)
+        for k in range(0, 400_000, 5_000)
+    ]
