@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from consistency.tensors import Data
+from consistency.tensors import Data, sent
 
 Draws: TypeAlias = Mapping[str, Tensor]
 """Draws by name, <transformation>.<draw>: (b,), of translate_frac.value (2, b)."""
@@ -61,6 +61,12 @@ class EDMAugmentation:
         self.aniso_std, self.aniso_rotate_prob = aniso_std, aniso_rotate_prob
         self.translate_frac_std = translate_frac_std
 
+    @property
+    def num_labels(self) -> int:
+        """The number of labels of an image."""
+        two = {"rotate_frac", "aniso", "translate_frac"} & self.probabilities.keys()
+        return len(self.probabilities) + len(two)
+
     def draw(self, batch: int, generator: Generator) -> dict[str, Tensor]:
         """Draw the numbers of a batch, on the CPU."""
         draws = {}
@@ -90,10 +96,10 @@ class EDMAugmentation:
             if name in self.probabilities:
                 flip = amount(name)
                 labels.append(flip.float())
-                chosen = flip.bool().to(images.device)[:, None, None, None]
+                chosen = sent(flip.bool(), images.device)[:, None, None, None]
                 images = torch.where(chosen, images.flip(axis), images)
         if self.probabilities.keys() <= {"xflip", "yflip"}:
-            return images, torch.stack(labels, dim=1).to(images)
+            return images, sent(torch.stack(labels, dim=1), images.device)
         # A pixel at p about the centre takes the value at linear @ (p - move).
         linear = torch.eye(2).expand(len(images), 2, 2)
         move = torch.zeros(2, len(images))
@@ -117,7 +123,7 @@ class EDMAugmentation:
             labels += [*w]
             move = w * torch.tensor([[width], [height]]) * self.translate_frac_std
         offset = -(linear @ move.T[:, :, None])[:, :, 0]
-        return resampled(images, linear, offset), torch.stack(labels, dim=1).to(images)
+        return resampled(images, linear, offset), sent(torch.stack(labels, dim=1), images.device)
 
 
 def rotation(a: Float[Tensor, "b"]) -> Float[Tensor, "b 2 2"]:
@@ -145,7 +151,11 @@ def resampled(images: Data, linear: Float[Tensor, "b 2 2"], offset: Float[Tensor
     p = p + 1 - torch.tensor([len(across), len(down)]) / 2
     source = torch.einsum("hwj,bij->bhwi", p, linear) + 2 * offset[:, None, None] - 0.5
     grid = source * 2 / torch.tensor([fine.shape[3], fine.shape[2]])
-    return halved(functional.grid_sample(fine, grid.to(images), align_corners=False))
+    return halved(
+        functional.grid_sample(
+            fine, sent(grid, images.device).to(images.dtype), align_corners=False
+        )
+    )
 
 
 def doubled(images: Data) -> Float[Tensor, "b c _h _w"]:

@@ -1,7 +1,8 @@
 """Denoiser = network + preconditioning."""
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from consistency.preconditioning import Preconditioning
 from consistency.tensors import Data, Label, Time, broadcast_time
@@ -20,7 +21,11 @@ class Denoiser(nn.Module):
         self.network = network.to(memory_format=torch.channels_last)
         self.preconditioning = preconditioning
 
-    def forward(self, x_t: Data, t: Time, label: Label = None) -> Data:
+    def forward(
+        self, x_t: Data, t: Time, label: Label = None, **augment: Float[Tensor, "b _a"]
+    ) -> Data:
+        """`augment=` are the labels of an augmentation, for a network that has such an input."""
         c = self.preconditioning(t)
-        raw = self.network(broadcast_time(c.c_in, x_t) * x_t, c.c_noise, label).to(x_t.dtype)
+        x = broadcast_time(c.c_in, x_t) * x_t
+        raw = self.network(x, c.c_noise, label, **augment).to(x_t.dtype)
         return broadcast_time(c.c_skip, x_t) * x_t + broadcast_time(c.c_out, x_t) * raw

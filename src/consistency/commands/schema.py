@@ -32,7 +32,9 @@ POSITIVE = ("batch_size", "devices", "num_nodes", "num_samples", "outputs", "poi
 COUNTS = ("batch_size", "channels", "image_size", "images", "num_head_channels", "num_heads", "num_heads_upsample", "num_samples", "num_workers", "resolution", "train_batch")  # fmt: skip
 OPTIONAL = {
     **dict.fromkeys(COUNTS, int | None),
-    **dict.fromkeys(("callbacks", "labels", "model", "process", "scaler", "weights"), Any),
+    **dict.fromkeys(
+        ("callbacks", "labels", "model", "process", "scaler", "weights", "augmentation"), Any
+    ),
     "attention_resolutions": list[int] | None,
 }
 """Types of the options that are null or the mode's by default, if they are no text."""
@@ -78,6 +80,7 @@ class Mode:
     target: str | None = None
     rate: str
     average: str
+    augmentation: str
     preconditioning: Any
     sampling_preconditioning: Any
     objective: Any
@@ -150,10 +153,13 @@ GROUPS = {
 @cache
 def places() -> dict[str, str]:
     """Return the keys at which modes and callbacks take a part from the menu, and its kind, a file of conf/parts."""
-    files = [*(ROOT / "conf" / "mode").glob("*.yaml"), ROOT / "conf" / "callbacks" / "default.yaml"]
+    conf = ROOT / "conf"
+    files = {file: "mode." for file in (conf / "mode").glob("*.yaml")}
+    files |= {conf / "callbacks" / "default.yaml": "callbacks.", conf / "train.yaml": ""}
     found = {}
-    for file in files:
-        waiting = [(file.parent.name, OmegaConf.to_container(OmegaConf.load(file), resolve=False))]
+    for file, above in files.items():
+        content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        waiting = [(f"{above}{name}", value) for name, value in content.items()]
         for key, value in waiting:
             if isinstance(value, dict):
                 waiting += [(f"{key}.{name!s}", child) for name, child in value.items()]
@@ -182,7 +188,7 @@ def require_parts(config: DictConfig) -> None:
         if isinstance(node, str):
             expected = f"mode.{kind} among {', '.join(menu)}"
             require(name in menu, expected, name, "choose one; conf/parts has their arguments")
-            inner = (CHOICE.fullmatch(str(value)) for value in menu[name].values())
+            inner = (CHOICE.fullmatch(str(value)) for value in (menu[name] or {}).values())
             waiting += [(f"parts.{kind}.{name}.{match[1]}", match[1]) for match in inner if match]
 
 

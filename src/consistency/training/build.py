@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Iterable
 from copy import deepcopy
 from functools import cache, partial
 from typing import Any
@@ -19,6 +20,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from torch import nn
 
+from consistency.augmentation import EDMAugmentation
 from consistency.checkpoints.load import find, load_initial
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
@@ -80,20 +82,19 @@ def expanded(config: DictConfig) -> DictConfig:
         return config
     config = deepcopy(config)
     with read_write(config), open_dict(config):
-        for node in (config.mode, config.callbacks):
-            _fill(node)
+        _fill(config, ("mode", "callbacks", "augmentation"))
         del config["parts"]
     return config
 
 
-def _fill(node: Any) -> None:
+def _fill(node: Any, keys: Iterable[str]) -> None:
     plain: Any = OmegaConf.to_container(node, resolve=False)
-    for key, value in plain.items():
-        is_part = isinstance(value, str) and value.startswith("${parts.")
-        if is_part:
-            node[key] = OmegaConf.to_container(node[key], resolve=False)
-        if is_part or isinstance(value, dict):
-            _fill(node[key])
+    for key in keys:
+        if isinstance(plain[key], str) and plain[key].startswith("${parts."):
+            part: Any = node[key]
+            node[key] = part and OmegaConf.to_container(part, resolve=False)
+        if isinstance(node[key], DictConfig):
+            _fill(node[key], list(node[key]))
 
 
 def build_data(config: DictConfig) -> DataModule:
@@ -157,9 +158,32 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
         seed=config.seed,
         on_nonfinite=config.on_nonfinite,
         compilation=config.compile,
+        augmentation=_augmentation(config),
         sources=_sources(config),
         callbacks=tuple if data is not None else lambda: _built(*method),
     )
+
+
+def _augmentation(config: DictConfig) -> EDMAugmentation | None:
+    """Build the augmentation of the training images; refuse it for a network that is not told of it."""
+    if not config.get("augmentation"):
+        return None
+    augmentation: EDMAugmentation = instantiate(config.augmentation)
+    labels, name = augmentation.num_labels, f"mode.augmentation={config.mode.augmentation}"
+    got = config.model.network.get("augment_dim", 0)
+    expected, remedy = (
+        f"model.network.augment_dim={labels} for {name}",
+        "say so; ADM has no such input",
+    )
+    require(got == labels, expected, f"augment_dim={got}", remedy)
+    remedy = "say data.flip=false"
+    require(
+        not config.data.flip,
+        f"{name}, which flips, without a second flip",
+        "data.flip=true",
+        remedy,
+    )
+    return augmentation
 
 
 def _sources(config: DictConfig) -> dict[str, dict[str, str]]:

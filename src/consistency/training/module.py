@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from consistency.augmentation import EDMAugmentation
 from consistency.averaging import frozen_copy
 from consistency.data.module import DataModule, unpack_batch
 from consistency.denoiser import Denoiser
@@ -57,6 +59,7 @@ class ConsistencyModule(L.LightningModule):
         sources: dict[str, dict[str, str]],
         callbacks: Callable[[], Sequence[L.Callback]] = tuple,
         compilation: bool | str = False,
+        augmentation: EDMAugmentation | None = None,
     ) -> None:
         super().__init__()
         self.online, self.objective = online, objective.requires_grad_(False)
@@ -64,6 +67,7 @@ class ConsistencyModule(L.LightningModule):
         self.make_optimizer, self.make_callbacks = optimizer, callbacks
         self.card, self.config, self.seed, self.sources = card, config, seed, sources
         self.guard, self.compilation = NonfiniteGuard(on_nonfinite), compilation
+        self.augmentation = augmentation
         self.k = self.k_before = self.num_scales = 0
         self.target: Denoiser | None = None
         self.settle_averages: Callable[[], None] = lambda: None
@@ -127,9 +131,15 @@ class ConsistencyModule(L.LightningModule):
         share = Share(micro * ranks + self.global_rank, accumulated * ranks)
         # An objective without a `share` argument is enough for whole batches.
         part = {} if share == WHOLE else {"share": share}
-        data = self._unpacked(batch, draw, **part)
-        target = self.target or self.online
-        losses: Losses = self.objective(self.online, target, *data, self.num_scales, draw, **part)
+        x_0, label = self._unpacked(batch, draw, **part)
+        networks: tuple[Any, Any] = self.online, self.target or self.online
+        if self.augmentation is not None:
+            numbers = generator(self.seed, "augmentation", step)
+            drawn = self.augmentation.draw(share.parts * len(x_0), numbers)
+            rows = share.rows(len(x_0))
+            x_0, augment = self.augmentation(x_0, {n: d[..., rows] for n, d in drawn.items()})
+            networks = tuple(partial(network, augment=augment) for network in networks)  # type: ignore[assignment]
+        losses: Losses = self.objective(*networks, x_0, label, self.num_scales, draw, **part)
         loss = losses.loss.mean()
         self.guard.note(losses)
         self._log_losses(losses, loss.detach())
