@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from consistency.errors import require
 from consistency.processes import variance_exploding
 from consistency.solvers import Solver, pf_ode
 from consistency.tensors import Data, Denoise, Label, Time
@@ -38,12 +39,32 @@ class DataVelocity:
         return z
 
 
-class Frozen(nn.Module):
-    """A teacher denoiser that stays in eval mode and without gradient."""
+class Guided(nn.Module):
+    """D_0 + w (D_c - D_0) of a denoiser with a class and without [Ho and Salimans 2022, arXiv:2207.12598, Eq. 6]."""
 
-    def __init__(self, *, teacher: Denoise) -> None:
+    def __init__(self, denoise: Denoise, w: float) -> None:
         super().__init__()
-        self.teacher = teacher
+        self.denoise, self.w = denoise, w
+        network = getattr(denoise, "network", None)
+        self.no_class = getattr(network, "no_class", None)
+        known = self.no_class is not None and getattr(network, "num_classes", None) is not None
+        remedy = "choose a teacher of NVlabs' networks with classes, or guidance=1"
+        require(known, "a teacher of classes and of none, for guidance", "another", remedy)
+
+    def forward(self, x_t: Data, t: Time, label: Label = None) -> Data:
+        require(
+            label is not None, "labels for a teacher with guidance", "none", "set data.num_classes"
+        )
+        without = self.denoise(x_t, t, torch.full_like(label, self.no_class))
+        return without + self.w * (self.denoise(x_t, t, label) - without)
+
+
+class Frozen(nn.Module):
+    """A teacher denoiser that stays in eval mode and without gradient; `guidance` is w of `Guided`, 1 for none."""
+
+    def __init__(self, *, teacher: Denoise, guidance: float = 1.0) -> None:
+        super().__init__()
+        self.teacher = teacher if guidance == 1 else Guided(teacher, guidance)
         self.requires_grad_(False)
         self.eval()
 
@@ -54,8 +75,8 @@ class Frozen(nn.Module):
 class TeacherStep(Frozen):
     """One step of the PF-ODE of a teacher denoiser [Song et al. 2023, Algorithm 2]."""
 
-    def __init__(self, *, teacher: Denoise, solver: Solver) -> None:
-        super().__init__(teacher=teacher)
+    def __init__(self, *, teacher: Denoise, solver: Solver, guidance: float = 1.0) -> None:
+        super().__init__(teacher=teacher, guidance=guidance)
         self.solver = solver
 
     @torch.no_grad()
