@@ -1,6 +1,6 @@
 """Steps x_t -> x_r of a consistency loss along the PF-ODE, and its velocity: with the data itself or with a teacher."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -45,16 +45,16 @@ class Guided(nn.Module):
     def __init__(self, denoise: Denoise, w: float) -> None:
         super().__init__()
         self.denoise, self.w = denoise, w
-        network = getattr(denoise, "network", None)
-        self.no_class = getattr(network, "no_class", None)
-        known = self.no_class is not None and getattr(network, "num_classes", None) is not None
+        network: Any = getattr(denoise, "network", None)
+        known = hasattr(network, "no_class") and network.num_classes is not None
         remedy = "choose a teacher of NVlabs' networks with classes, or guidance=1"
         require(known, "a teacher of classes and of none, for guidance", "another", remedy)
+        self.no_class: int = network.no_class
 
     def forward(self, x_t: Data, t: Time, label: Label = None) -> Data:
-        require(
-            label is not None, "labels for a teacher with guidance", "none", "set data.num_classes"
-        )
+        remedy = "set data.num_classes"
+        require(label is not None, "labels for a teacher with guidance", "none", remedy)
+        assert label is not None
         without = self.denoise(x_t, t, torch.full_like(label, self.no_class))
         return without + self.w * (self.denoise(x_t, t, label) - without)
 

@@ -1,14 +1,16 @@
 """Laws of the steps x_t -> x_r and of the velocities."""
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from analytic import Points, normal, times
 from consistency.denoiser import Denoiser
+from consistency.errors import UserError
 from consistency.networks.mlp import MLP
 from consistency.preconditioning import EDM
 from consistency.solvers import euler_step, heun_step, pf_ode
-from consistency.steps import DataStep, DataVelocity, TeacherStep, TeacherVelocity
+from consistency.steps import DataStep, DataVelocity, Guided, TeacherStep, TeacherVelocity
 from consistency.tensors import broadcast_time
 
 T, R = times(9, 0.9), times(9, 0.5)
@@ -64,3 +66,35 @@ def test_a_teacher_takes_no_gradient_and_never_trains() -> None:
         assert not any(p.requires_grad for p in step.parameters())
         arguments = (x_t, x_t, x_t, T, R) if isinstance(step, TeacherStep) else (x_t, x_t, x_t, T)
         assert not step(*arguments, None).requires_grad
+
+
+class Classes(nn.Module):
+    """The denoiser whose estimate is the class, and 7 for none, with what its network says of classes."""
+
+    num_classes, no_class = 4, -1
+
+    @property
+    def network(self) -> nn.Module:
+        return self
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        assert label is not None
+        value = torch.where(label == -1, 7, label).to(x_t.dtype)
+        return broadcast_time(value, x_t).expand_as(x_t)
+
+
+def test_guidance_is_the_line_from_no_class_through_the_class() -> None:
+    x_t, label = normal(9, 1, 2, 2), torch.arange(9) % 4
+    expected = 7 + 2.5 * (broadcast_time(label, x_t) - 7)
+    guided = Guided(Classes(), 2.5)(x_t, T, label)
+    assert torch.allclose(guided, expected.expand_as(x_t).to(x_t.dtype))
+    step = TeacherStep(teacher=Classes(), solver=euler_step, guidance=2.5)
+    slope = (x_t - guided) / 0.9
+    assert torch.allclose(step(x_t, x_t, x_t, T, R, label), x_t + (0.5 - 0.9) * slope)
+    plain = TeacherVelocity(teacher=Classes(), guidance=1.0)(x_t, x_t, x_t, T, label)
+    assert torch.allclose(plain, (x_t - broadcast_time(label, x_t)) / 0.9)
+
+
+def test_guidance_needs_a_teacher_of_classes() -> None:
+    with pytest.raises(UserError, match="for guidance"):
+        TeacherStep(teacher=teacher(), solver=euler_step, guidance=2.0)
