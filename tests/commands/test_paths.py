@@ -146,7 +146,7 @@ def test_a_mask_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # ------------------------------------------------------------------------ every option
 
 NO_PATHS = {
-    "background", "crop", "data", "device", "extractor", "host", "metric", "on_bad", "on_nonfinite", "part", "precision", "role", "split",
+    "background", "crop", "data", "device", "extractor", "float32_matmul", "host", "metric", "on_bad", "on_nonfinite", "part", "precision", "role", "split",
     "start", "teacher_mode", "to", "weights", "init_weights", "teacher_weights", "modes", "overrides", "monitor", "project",
     "name", "category", "subset", "images", "labels", "attention", "accelerator", "strategy",
 }  # fmt: skip

@@ -106,10 +106,8 @@ MUTATIONS = [
     Mutation(
         "target updated before the optimizer",
         f"{SOURCE}/training/callbacks/ema.py",
-        "module.after_each_step(lambda: self._update(module))\n\n"
-        "    def _update(self, module: ConsistencyModule) -> None:\n        assert module.target",
-        "trainer.optimizers[0].register_step_pre_hook(lambda *_: self._update(module))\n\n"
-        "    def _update(self, module: ConsistencyModule) -> None:\n        assert module.target",
+        "module.after_each_step(lambda: update(self.decay(module.num_scales)))",
+        "trainer.optimizers[0].register_step_pre_hook(lambda *_: update(self.decay(module.num_scales)))",
     ),
     Mutation(
         "no stop-gradient",

@@ -45,7 +45,7 @@ def sample(config: DictConfig, output: Path) -> None:
     indices = range(config.num_samples)
     labels = model.card.labels(settings["labels"], config.seed, indices)
     known = begin(output, settings, model.path)
-    size = config.batch_size or fitting_batch(model.shape, device)
+    size = config.batch_size or fitting_batch(model.card.shape, device)
     batches = in_batches([i for i in indices if i not in known], size)
     processes = max(1, min(config.devices, len(batches)))
     own = model if processes == 1 else None

@@ -56,7 +56,8 @@ def train(config: DictConfig, output: Path) -> float:
         build.try_samplers(config)
         callbacks = [*build.build_callbacks(config), losses := LastLosses()]
         trainer = build.build_trainer(config, callbacks, loggers, data)
-        warn_of_slow(str(config.trainer.precision), trainer.strategy.root_device)
+        if str(config.trainer.precision).startswith("bf16"):
+            warn_of_slow(trainer.strategy.root_device)
         require_launched(trainer.num_devices, trainer.num_nodes, "trainer.")
         if trainer.is_global_zero:
             if not (output / CONFIG).is_file():

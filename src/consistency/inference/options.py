@@ -38,7 +38,8 @@ def request_of(
         share_threads(device, processes)
         device = device if device.type == "cpu" else torch.device(device.type, rank)
     model.denoiser.to(device)
-    compile_in_place(model.denoiser.network, options.get("compile", False))
+    if options.get("compile"):
+        compile_in_place(model.denoiser.network, options["compile"])
     denoise = in_precision(model, options.get("precision", "32-true"), device)
     labels, seed = options.get("labels"), options["seed"]
     return Request(denoise=denoise, card=model.card, labels=labels, seed=seed, device=device)

@@ -44,16 +44,15 @@ def chosen_device(name: str, devices: int = 1, precision: str = "32-true") -> to
         f"devices={devices} device={device}",
         f"say devices={count} device={device.type}",
     )
-    warn_of_slow(precision, device)
+    if precision.startswith("bf16"):
+        warn_of_slow(device)
     return device
 
 
-def warn_of_slow(precision: str, device: torch.device) -> None:
+def warn_of_slow(device: torch.device) -> None:
     """Print a warning of bfloat16 on a CPU without instructions for it, which computes it through float32."""
     known = torch.cpu.get_capabilities()
-    slow = (
-        device.type == "cpu" and precision.startswith("bf16") and not any(map(known.get, BFLOAT16))
-    )
+    slow = device.type == "cpu" and not any(map(known.get, BFLOAT16))
     if slow and this_launch().first:
         text = "this CPU has no instructions for bfloat16 (AVX512-BF16, AMX, ARM BF16)"
         print(f"warning: {text}: precision=32-true is many times faster", file=sys.stderr)

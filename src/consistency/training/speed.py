@@ -154,9 +154,10 @@ class Measurement(L.Callback):
         with self.stopwatch.running(module):
             while window.open():
                 yield False
+        whole = sum(wall for wall, _ in self.stopwatch.seconds.values())
         for part, (wall, processor) in self.stopwatch.seconds.items():
             ms, busy = 1e3 * wall / window.count, 1e3 * processor / window.count
-            self.parts[part] = {"ms": ms, "share": wall / window.seconds, "processor_ms": busy}
+            self.parts[part] = {"ms": ms, "share": wall / whole, "processor_ms": busy}
 
 
 def fit(config: DictConfig, measurement: Measurement) -> None:
