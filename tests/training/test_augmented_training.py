@@ -18,6 +18,7 @@ SONG = [
     "model=ddpmpp_cifar10",
     "model.network.image_size=8",
     "model.network.in_channels=1",
+    "model.network.out_channels=1",
     "model.network.model_channels=8",
     "model.network.channel_mult=[1]",
     "model.network.num_res_blocks=1",
