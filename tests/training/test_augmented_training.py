@@ -18,6 +18,7 @@ SONG = [
     "model=ddpmpp_cifar10",
     "model.network.image_size=8",
     "model.network.in_channels=1",
+    "model.network.out_channels=1",
     "model.network.model_channels=8",
     "model.network.channel_mult=[1]",
     "model.network.num_res_blocks=1",
@@ -36,8 +37,11 @@ def test_a_run_tells_its_network_of_the_augmentation(
 
     def watched(*given: object) -> nn.Module:
         module = original(*given)  # type: ignore[arg-type]
-        hook = lambda _, args, kwargs: seen.append(kwargs["augment"])  # noqa: E731
-        module.online.network.register_forward_pre_hook(hook, with_kwargs=True)
+
+        def note(_: nn.Module, __: object, given: dict[str, Tensor]) -> None:
+            seen.extend(given.values())  # none in samples
+
+        module.online.network.register_forward_pre_hook(note, with_kwargs=True)
         return module
 
     monkeypatch.setattr(build, "build_module", watched)

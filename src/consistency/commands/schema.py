@@ -110,7 +110,7 @@ class Data:
 
 
 def _type(name: str, default: Any) -> Any:
-    if default is None or str(default).startswith("${mode."):
+    if default is None or str(default).startswith(("${mode.", "${parts.")):
         return OPTIONAL.get(name, str | None)
     types: dict[type, Any] = {dict: Any, list: list[str]}
     return UNIONS.get(name) or types.get(type(default), type(default))
