@@ -1,0 +1,229 @@
+"""Every published run that our modes express composes to the published settings, column by column of published_runs.csv.
+
+The table has the values as they stand in the paper or the released script named in `source`. A text that no rule of a column
+reads is a failure.
+"""
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from configurations import composed
+from conftest import ROOT
+from consistency.training.build import expanded
+
+with (Path(__file__).parent / "published_runs.csv").open() as file:
+    RUNS = {row["run_id"]: row for row in csv.DictReader(file)}
+
+RECIPES = {
+    "cm_cifar10_edm_released", "cm_cifar10_cd_lpips", "cm_cifar10_ct_released", "ict_cifar10", "ect_cifar10_200k",
+    "cm_cifar10_progdist", "cm_cifar10_continuous_cd_l2", "cm_cifar10_continuous_ct_l2", "cm_imagenet64_edm_released",
+    "cm_imagenet64_cd_lpips_released", "cm_imagenet64_ct_released", "ict_imagenet64", "cm_lsun_bedroom_edm_released",
+    "cm_lsun_bedroom_cd_lpips_released", "cm_lsun_bedroom_ct_released", "cm_lsun_cat_edm_released",
+    "cm_lsun_cat_cd_lpips_released", "cm_lsun_cat_ct_released", "edm_ffhq64_vp", "edm_afhqv264_vp",
+}  # fmt: skip
+"""Runs that `mode=<mode> data=<data>` is; the others are experiments of their name."""
+
+OPENAI_SCALER = {"init_scale": 2**20, "growth_factor": 2**0.001, "growth_interval": 1}
+DISTANCES = {
+    "l2, denoising": "L2", "l1": "L1", "l2": "L2", "LPIPS": "max", "||.||^2 summed": "SquaredNorm", "l2 norm (c=0)": 0.0,
+    "l2 norm of the tangent": "L2Tangent", "LPIPS (Hessian)": "Hessian", "pseudo-Huber 1e-8": 1e-8, "pseudo-Huber, c=0.00054": 0.00054,
+}  # fmt: skip
+WEIGHTINGS = {"karras": "karras", "uniform": "uniform", "truncated snr": "truncated_snr", "1/(t-r)": "inverse_gap"}  # fmt: skip
+NETWORKS = {
+    "NCSN++ 5": (128, 4, 16.0), "NCSN++, 4": (128, 4, 0.02), "NCSN++, 8": (128, 8, 0.02), "NCSN++ 6": (128, 4, 16.0),
+    "DDPM++": (128, 4, None), "ADM 296M": (192, 3, True), "ADM 526M": (256, 2, True), "ADM, 3": (192, 3, False), "ADM, 6": (192, 6, False),
+}  # fmt: skip
+
+
+def rule(table: dict[str, Any], text: str) -> Any:
+    """The value of the longest key that the text begins with."""
+    keys = [key for key in table if text.startswith(key)]
+    assert keys, f"no rule reads {text!r}"
+    return table[max(keys, key=len)]
+
+
+def numbers(text: str) -> list[float]:
+    return [float(n) for n in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", text)]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_published_run_is_one_command(run: str) -> None:
+    row = RUNS[run]
+    named = (
+        [f"mode={row['mode']}", f"data={row['data']}"] if run in RECIPES else [f"experiment={run}"]
+    )
+    config: Any = OmegaConf.to_container(expanded(composed("train", *named)), resolve=True)
+    mode, network, optimizer = config["mode"], config["model"]["network"], config["optimizer"]
+    objective, trainer, callbacks = mode["objective"], config["trainer"], config["callbacks"]
+    scales = mode["callbacks"].get("scale_schedule", {}).get("num_scales", {})
+    assert config["data"]["batch_size"] == int(row["batch"])
+    assert optimizer["lr"] == float(row["lr"])
+    assert optimizer["_target_"] == f"torch.optim.{row['optimizer']}"
+    assert [optimizer["betas"], optimizer["eps"], optimizer["weight_decay"]] == [
+        [0.9, 0.999],
+        1e-8,
+        0,
+    ]
+    assert (row["betas"], row["eps"], row["weight_decay"]) == ("(0.9,0.999)", "1e-8", "0")
+    clip = None if row["grad_clip"].startswith("none") else float(row["grad_clip"])
+    assert trainer["gradient_clip_val"] == clip
+    steps = 610352 if row["steps"].startswith("not given") else numbers(row["steps"])[0]
+    assert trainer["max_steps"] == mode["total_steps"] == steps
+    _same_network(row, config, network)
+    _same_method(row, mode, objective, scales)
+    _same_averages(row["ema_rates"], callbacks["evaluation_ema"], callbacks["samples"]["weights"])
+    _same_rate(row["lr_schedule"], callbacks["learning_rate"]["factor"])
+    _same_precision(row["precision"], trainer["precision"], config)
+    _same_sampling(row["time_points"], mode)
+    _same_start(row["init"], config)
+
+
+def _same_network(row: dict[str, str], config: dict[str, Any], network: dict[str, Any]) -> None:
+    width, blocks, kind = rule(NETWORKS, row["network"])
+    assert (network["model_channels"], network["num_res_blocks"]) == (width, blocks)
+    if "use_scale_shift_norm" in network:
+        assert network["use_scale_shift_norm"] is kind
+    elif network["_target_"].endswith("SongUNet"):
+        assert network["fourier_scale"] == kind
+        assert network["residual_input"] is (kind is not None)
+    classes = {"no": None, "10 classes": 10, "1,000 classes": 1000}[row["conditional"]]
+    assert config["data"]["num_classes"] == network["num_classes"] == classes
+    assert network["dropout"] == numbers(row["dropout"])[0]
+    assert network.get("dropout_resolution") == (16 if "<=16x16" in row["dropout"] else None)
+    piped = re.match(r"augment pipe p=([\d.]+)", row["augmentation"])
+    assert config["data"]["flip"] is row["augmentation"].startswith("horizontal flip")
+    assert (config["augmentation"] or {}).get("p") == (float(piped[1]) if piped else None)
+    assert not piped or network["augment_dim"] == 9
+
+
+def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any) -> None:
+    distance = objective.get("distance") or objective["tangent"]
+    kind = rule(DISTANCES, row["distance"])
+    if isinstance(kind, float):
+        assert distance["c"] == kind
+    elif kind == "max":
+        pooled = "average_pooled_unit" if "verage" in row["distance"] else "max_pooled_signed"
+        assert (distance["backbone"], distance["variant"]) == ("vgg16", pooled)
+    elif kind == "Hessian":
+        assert distance["distance"]["variant"] == "max_pooled_signed"
+    else:
+        assert distance["_target_"].endswith(f".{kind}")
+    assert objective["weighting"]["_target_"].endswith(f".{rule(WEIGHTINGS, row['weighting'])}")
+    law = objective.get("pairs") or objective.get("times") or {"_target_": ""}
+    if row["t_law"].startswith(("lognormal", "discretised")):
+        assert [law["p_mean"], law["p_std"]] == [
+            float(n) for n in re.findall(r"-?\d\.\d", row["t_law"])[:2]
+        ]
+    else:
+        assert row["t_law"].startswith("uniform")
+        assert (
+            law["_target_"].endswith(
+                ("Uniform" + ("Times" if "t^(1/7)" in row["t_law"] else "Pairs"), "")
+            )
+            or not law["_target_"]
+        )
+    given, text = numbers(row["n_scales"].replace(",", "")), row["n_scales"]
+    if "fixed" in text:
+        assert scales["num_scales"] == given[0]
+    elif "->" in text:
+        name = "square_root" if "square-root" in text else "doubling"
+        assert scales["_target_"].endswith(name)
+        assert [scales["s_0"], scales["s_1"]] == given[:2]
+    elif text.startswith("q="):
+        stages = re.search(r"\((\d+) stages\)", text)
+        count = int(stages[1]) if stages else 28 if "kimg" in text else 1
+        assert (scales["q"], scales["stages"]) == (given[0], count)
+        assert scales["stage_steps"] == (12_500 if "kimg" in text else None)
+        assert objective["pairs"]["ratio_limit"] == (0.999 if "ratio" in text else 1.0)
+    elif text.startswith("4096"):
+        assert scales["s_0"] == 4096
+    else:
+        assert text in ("-", "continuous")
+        assert not scales
+    target, mu = mode["callbacks"].get("target_ema", {}).get("decay"), row["mu"]
+    if mu.startswith("mu0"):
+        printed = "printed" in mu or row["run_id"].endswith("ct_paper")
+        assert target["_target_"].endswith("printed" if printed else "released")
+        assert target["mu_0"] == numbers(mu.replace("mu0", ""))[0]
+    elif "fixed" in mu or mu.startswith("0 (target"):
+        assert target["mu"] == numbers(mu)[0]
+    else:
+        assert mu in ("-", "none", "stop-gradient", "1 within a stage", "0 (stop-gradient)", "0")
+        assert target is None
+
+
+def _same_averages(text: str, ema: Any, weights: str) -> None:
+    if "none" in text:
+        assert (ema, weights) == (None, "online")
+    elif text.startswith("half-life"):
+        assert (ema["half_lives"], ema["ramp_up"]) == ([numbers(text)[0] * 1e6], 0.05)
+    else:
+        assert ema["decays"] == numbers(text.partition(" ")[0])
+
+
+def _same_rate(text: str, factor: Any) -> None:
+    ramp = re.search(r"([\d,]+) its", text)
+    if ramp:
+        assert factor["_target_"].endswith("rising_rate")
+        assert factor["ramp_steps"] == int(ramp[1].replace(",", ""))
+    else:
+        name = {"constant": "constant_rate", "linear to 0 within every stage": "falling_in_stages"}
+        assert factor["_target_"].endswith(name[text])
+
+
+def _same_precision(text: str, precision: str, config: Any) -> None:
+    assert precision == ("32-true" if text.startswith("fp32") else "16-mixed")
+    assert config["float32_matmul"] == ("highest" if "tf32 off" in text else "high")
+    if "2^20" in text:
+        assert config["scaler"] == pytest.approx(OPENAI_SCALER)
+    elif "static" in text:
+        assert (config["scaler"]["init_scale"], config["scaler"]["growth_interval"]) == (
+            100,
+            2**31 - 1,
+        )
+    else:
+        assert config["scaler"] is None
+
+
+def _same_sampling(text: str, mode: Any) -> None:
+    if re.match(r"Heun|256", text):
+        sampler, given = mode["samplers"]["heun"], numbers(text)
+        assert sampler["steps"] == given[0]
+        churned = [sampler[n] for n in ("s_churn", "s_tmin", "s_tmax", "s_noise")]
+        assert churned == (given[1:5] if "S_churn" in text else [0.0, 0.0, float("inf"), 1.0])
+    elif text.startswith("80, ") and "None" not in text:
+        assert mode["process"]["times"] == numbers(text)[:2]
+    else:
+        assert text in ("-", "not published", "N steps", "80, None (ts not published)")
+
+
+def _same_start(text: str, config: Any) -> None:
+    init = config["init"]
+    if text == "random":
+        assert init is None
+    elif text.startswith("edm-cifar10"):
+        assert init == "edm:edm-cifar10-32x32-uncond-vp"
+    else:
+        assert "EDM" in text
+        assert re.match(r"(jcm|openai):edm_", init)
+
+
+def test_every_experiment_and_recipe_of_a_published_run_is_in_the_table() -> None:
+    ours = {
+        "ct_cauchy",
+        "ct_clean_pairs",
+        "fashion_mnist_laptop",
+        "lsun_bedroom_cd",
+        "lsun_bedroom_ct",
+    }
+    experiments = {file.stem for file in (ROOT / "experiments").glob("*.yaml")} - ours
+    assert experiments == RUNS.keys() - RECIPES
+    small = ("digits", "fashion_mnist", "mnist")
+    recipes = [p.stem for p in (ROOT / "conf" / "recipe").glob("*.yaml")]
+    named = {f"{RUNS[run]['data']}_{RUNS[run]['mode']}" for run in RECIPES}
+    assert {name for name in recipes if not name.startswith(small)} == named
