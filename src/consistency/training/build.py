@@ -92,7 +92,7 @@ def _fill(node: Any, keys: Iterable[str]) -> None:
     for key in keys:
         if isinstance(plain[key], str) and plain[key].startswith("${parts."):
             part: Any = node[key]
-            node[key] = part and OmegaConf.to_container(part, resolve=False)
+            node[key] = OmegaConf.to_container(part) if OmegaConf.is_config(part) else part
         if isinstance(node[key], DictConfig):
             _fill(node[key], list(node[key]))
 
