@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recipes
 from omegaconf import OmegaConf
 
 from configurations import composed
@@ -36,7 +37,7 @@ DISTANCES = {
 WEIGHTINGS = {"karras": "karras", "uniform": "uniform", "truncated snr": "truncated_snr", "1/(t-r)": "inverse_gap"}  # fmt: skip
 NETWORKS = {
     "NCSN++ 5": (128, 4, 16.0), "NCSN++, 4": (128, 4, 0.02), "NCSN++, 8": (128, 8, 0.02), "NCSN++ 6": (128, 4, 16.0),
-    "DDPM++": (128, 4, None), "ADM 296M": (192, 3, True), "ADM 526M": (256, 2, True), "ADM, 3": (192, 3, False), "ADM, 6": (192, 6, False),
+    "DDPM++": (128, 4, None), "ADM 296M": (192, 3, True), "ADM 526M": (256, 2, False), "ADM, 3": (192, 3, False), "ADM, 6": (192, 6, False),
 }  # fmt: skip
 
 
@@ -61,6 +62,7 @@ def test_a_published_run_is_one_command(run: str) -> None:
     mode, network, optimizer = config["mode"], config["model"]["network"], config["optimizer"]
     objective, trainer, callbacks = mode["objective"], config["trainer"], config["callbacks"]
     scales = mode["callbacks"].get("scale_schedule", {}).get("num_scales", {})
+    assert mode["published"] == run
     assert config["data"]["batch_size"] == int(row["batch"])
     assert optimizer["lr"] == float(row["lr"])
     assert optimizer["_target_"] == f"torch.optim.{row['optimizer']}"
@@ -227,3 +229,7 @@ def test_every_experiment_and_recipe_of_a_published_run_is_in_the_table() -> Non
     recipes = [p.stem for p in (ROOT / "conf" / "recipe").glob("*.yaml")]
     named = {f"{RUNS[run]['data']}_{RUNS[run]['mode']}" for run in RECIPES}
     assert {name for name in recipes if not name.startswith(small)} == named
+
+
+def test_the_page_of_published_runs_is_that_of_the_table() -> None:
+    assert recipes.PAGE.read_text() == recipes.page(), "run python tests/tools/recipes.py"

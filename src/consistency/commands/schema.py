@@ -67,6 +67,7 @@ class Mode:
     """A training method, named part by part: `distance` and those below it are names in conf/parts/<kind>.yaml."""
 
     role: str
+    published: str | None = None  # the published run with these settings
     init: str | None = None
     total_steps: int
     process: Process

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from consistency.checkpoints.ours import settle
 from consistency.commands.cli import called
-from consistency.commands.overrides import shell_line
+from consistency.commands.overrides import given_options, shell_line
 from consistency.commands.resume import CONFIG, RunStart, begin
 from consistency.errors import require
 from consistency.runtime.devices import warn_of_slow
@@ -77,6 +77,10 @@ def train(config: DictConfig, output: Path) -> float:
         return value
 
 
+# Options that change no result, or are asked of it by a machine.
+OF_MACHINE = ("trainer=", "trainer.devices=", "trainer.num_nodes=", "trainer.accelerator=", "data.num_workers=", "data.device_batch_size=")  # fmt: skip
+
+
 class LastLosses(L.Callback):
     """The losses of the last optimizer steps of this process, up to 100 micro-batches."""
 
@@ -107,7 +111,7 @@ def _announce(start: RunStart, module: ConsistencyModule, output: Path) -> None:
     millions = sum(p.numel() for p in module.online.parameters()) / 1e6
     size = f"{millions:.2f} M parameters, {config.trainer.max_steps} optimizer steps of {config.data.batch_size} images"
     named = [f"{name}={choices[name]}" for name in ("mode", "data", "model") if name in choices]
-    print(size if start.resumed or not named else f"{' '.join(named)}: {size}")
+    print(size if start.resumed or not named else f"{' '.join(named)}{_published(config)}: {size}")
     if not start.resumed:
         pair = f"{choices.get('data')}_{choices.get('mode')}"
         if named and not (ROOT / "conf" / "recipe" / f"{pair}.yaml").is_file():
@@ -119,6 +123,25 @@ def _announce(start: RunStart, module: ConsistencyModule, output: Path) -> None:
         if (begun := start.sources.get(name, source)["sha256"]) != source["sha256"]:
             print(f"  another file than the run was begun with, sha256 {begun[:12]}")
     print(f"Run folder: {output}", flush=True)
+
+
+def _published(config: DictConfig) -> str:
+    """Name the published run of these settings, and the settings that the command line changes."""
+    if config.mode.published is None:
+        return ""
+    own = (
+        "mode=",
+        "data=",
+        "experiment=",
+        "teacher=",
+        "output=",
+        "logger",
+        "data.path=",
+        *OF_MACHINE,
+    )
+    changed = [o for o in given_options(HydraConfig.get()) if not o.lstrip("+~").startswith(own)]
+    rest = f", but {', '.join(changed[:4])}" if changed else ""
+    return f", published run {config.mode.published}{rest}"
 
 
 def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:
