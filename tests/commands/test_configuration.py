@@ -185,7 +185,7 @@ def test_consistency_training_on_lsun_is_as_published() -> None:
     assert (scales.s_0, scales.s_1, scales.total_steps) == (2, 150, 1_000_000)
     assert (decay.s_0, decay.mu_0) == (2, 0.95)
     assert next(iter(config.callbacks.evaluation_ema.decays)) == 0.9999
-    assert config.init is None
+    assert config.init == "openai:edm_bedroom256_ema"
 
 
 def test_a_card_from_elsewhere_builds_nothing_but_our_networks() -> None:

@@ -28,7 +28,9 @@ NETWORKS = {
     "ddpmpp_cifar10": ["data=cifar10", "train_batch=128"],
     "adm_imagenet64": ["data=imagenet64", "train_batch=32"],
 }
-MODES = ("ct", "cd", "ect")
+# Beside the recipes: no weights to download, and float32 unless the command line says otherwise.
+MODES = {"ct": ["init=null", "mode.distance=l2"], "cd": ["mode.distance=l2"], "ect": ["init=null"]}
+PLAIN = ["trainer.precision=32-true", "scaler=null", "model.network.dropout=0.0"]
 WINDOWS = ["part=train", "baseline=plain", "images=512", "windows=3", "seconds=1.5", "logger=none"]
 MISSING = "not measured"
 
@@ -46,7 +48,8 @@ def random_teacher(options: list[str], path: Path) -> None:
 def measured(network: str, mode: str, given: list[str], seconds: float) -> dict[str, Any]:
     """Return the benchmark of a pair, or the reason why there is none."""
     data, batch = NETWORKS[network]
-    options = [data, f"model={network}", f"mode={mode}", batch, *WINDOWS, *given]
+    options = [data, f"model={network}", f"mode={mode}", batch, *MODES[mode], *PLAIN, *WINDOWS]
+    options += given
     if mode == "cd":
         teacher = FOLDER / network / "teacher.ckpt"
         if not teacher.is_file():
