@@ -18,7 +18,10 @@ TRAIN_MISTAKES = {
     "missing init": (["init=/nowhere"], "/nowhere"),
     "missing folder": (["data=folder", "data.path=/nowhere"], "/nowhere"),
     "no folder": (["data=folder"], "data.path"),
-    "no lsun": (["mode=ct", "data=lsun_bedroom", "trainer.precision=32-true", "scaler=null"], "bedroom_train_lmdb/data.mdb"),
+    "no lsun": (
+        ["mode=ct", "data=lsun_bedroom", "trainer.precision=32-true", "scaler=null"],
+        "bedroom_train_lmdb/data.mdb",
+    ),
     "zero batch": (["data.batch_size=0"], "data.batch_size"),
     "huge batch": (["data.batch_size=100000"], "data.batch_size"),
     "negative batch": (["data.batch_size=-4"], "data.batch_size"),

@@ -210,9 +210,10 @@ def test_every_schedule_of_the_rate(name: str) -> None:
 def test_every_part_of_the_menu_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("consistency.training.lpips._imagenet_weights", _random_features)
     menu = composed("train").parts
-    for kind in menu:
-        for name in [None] if kind == "grid" else menu[kind]:
-            assert instantiate(menu[kind] if name is None else menu[kind][name], _convert_="all")
+    parts = [menu.grid, *(part for kind in menu if kind != "grid" for part in menu[kind].values())]
+    assert len(parts) > 40
+    for part in parts:
+        assert part is None or instantiate(part, _convert_="all")
 
 
 def test_a_run_saves_its_parts_and_no_menu() -> None:
@@ -228,6 +229,7 @@ def test_a_run_saves_its_parts_and_no_menu() -> None:
         "p_std": 2.0,
         "k": 8.0,
         "b": 1.0,
+        "ratio_limit": 1.0,
     }
     assert plain["mode"]["objective"]["pairs"] == pair
 

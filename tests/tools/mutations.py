@@ -45,10 +45,15 @@ MUTATIONS = [
     Mutation(
         "no c_in",
         f"{SOURCE}/denoiser.py",
-        "self.network(broadcast_time(c.c_in, x_t) * x_t,",
-        "self.network(x_t,",
+        "x = broadcast_time(c.c_in, x_t) * x_t",
+        "x = x_t",
     ),
-    Mutation("no c_noise", f"{SOURCE}/denoiser.py", "x_t, c.c_noise, label)", "x_t, t, label)"),
+    Mutation(
+        "no c_noise",
+        f"{SOURCE}/denoiser.py",
+        "self.network(x, c.c_noise, label, ",
+        "self.network(x, t, label, ",
+    ),
     Mutation(
         "estimates clamped in training",
         f"{SOURCE}/objectives.py",

@@ -68,7 +68,7 @@ def at_step(run: Path) -> int:
 
 CONTRADICTIONS = {
     "a leaf": (["optimizer.lr=0.5"], ["optimizer.lr=0.5", "optimizer.lr=0.0"]),
-    "a choice": (["mode=ect"], ["preconditioning.EDM", "preconditioning.Boundary"]),
+    "a choice": (["mode=ect"], ["mode.distance=norm", "mode.distance=l2"]),
     "another batch": (["data.batch_size=16"], ["data.batch_size=16", "data.batch_size=8"]),
     "another seed": (["seed=1"], ["seed=1", "seed=0"]),
     "precision": (["trainer.precision=bf16-mixed"], ["bf16-mixed", "32-true"]),

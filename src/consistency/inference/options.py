@@ -23,6 +23,7 @@ from consistency.runtime.devices import (
 )
 from consistency.runtime.files import ROOT, fingerprint, require_fresh
 from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
+from consistency.tensors import Denoise
 
 
 def request_of(
@@ -40,7 +41,9 @@ def request_of(
     model.denoiser.to(device)
     if options.get("compile"):
         compile_in_place(model.denoiser.network, options["compile"])
-    denoise = in_precision(model, options.get("precision", "32-true"), device)
+    denoise: Denoise = model
+    if (precision := options.get("precision", "32-true")) != "32-true":
+        denoise = in_precision(model, precision, device)
     labels, seed = options.get("labels"), options["seed"]
     return Request(denoise=denoise, card=model.card, labels=labels, seed=seed, device=device)
 
