@@ -91,7 +91,14 @@ def pair_of(recipe: str) -> tuple[str, str]:
     return next((recipe[: -len(mode) - 1], mode) for mode in MODES if recipe.endswith(f"_{mode}"))
 
 
-@pytest.mark.parametrize("recipe", options("recipe"))
+def slow_if_published(names: list[str], folder: Path) -> list[Any]:
+    """The names as parameters; the leaves of published runs are compared in test_published_runs.py, so to build them is slow."""
+    texts = {name: (folder / f"{name}.yaml").read_text() for name in names}
+    marks = {True: [pytest.mark.slow], False: []}
+    return [pytest.param(n, marks=marks["published:" in text]) for n, text in texts.items()]
+
+
+@pytest.mark.parametrize("recipe", slow_if_published(options("recipe"), CONF / "recipe"))
 def test_every_recipe_belongs_to_a_pair_and_builds(
     recipe: str, tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,9 +112,12 @@ def test_every_recipe_belongs_to_a_pair_and_builds(
     build_all(config, tmp_path, trained["edm"])
 
 
-@pytest.mark.parametrize(
-    "experiment", [str(p.relative_to(ROOT / "experiments").with_suffix("")) for p in (ROOT / "experiments").rglob("*.yaml")]
-)  # fmt: skip
+EXPERIMENTS = [
+    str(p.relative_to(ROOT / "experiments").with_suffix("")) for p in (ROOT / "experiments").rglob("*.yaml")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", slow_if_published(EXPERIMENTS, ROOT / "experiments"))
 def test_every_experiment_builds_and_states_its_result(
     experiment: str, tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
