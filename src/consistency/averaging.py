@@ -36,10 +36,8 @@ def averaging(average: nn.Module, online: nn.Module | Sequence[Tensor]) -> Calla
     return update
 
 
-def update_average(average: nn.Module, online: nn.Module | Sequence[Tensor], decay: float) -> None:
+def update_average(average: nn.Module, online: nn.Module, decay: float) -> None:
     """average <- decay average + (1 - decay) online, over all parameters, in place; decay in [0, 1].
-
-    online: a network, or its parameters on the device of the average.
 
     [Song et al. 2023, arXiv:2303.01469, Algorithms 2 and 3, for the target network]. Buffers are constants of our
     networks and stay as they are.

@@ -34,10 +34,8 @@ from consistency.tensors import sent
 
 NEIGHBOURHOOD = 3  # k of precision and recall [Kynkäänniemi et al. 2019, arXiv:1904.06991]
 FEWEST = 10  # smallest number of samples, and of features of a reference: the parts of the inception score
-OWN_IMAGES, OWN_STEPS = (
-    64_000,
-    1_000,
-)  # at most and about, to train a classifier on the training images
+OWN_IMAGES = 64_000  # at most, of the training images for a classifier of their own
+OWN_STEPS = 1_000  # about, of its training
 QUANTISATION = "uint8, round(127.5 x + 127.5) of x clamped to [-1, 1]"
 
 

@@ -78,9 +78,7 @@ def sinusoidal_features(
 
 def attend(q: Heads, k: Heads, v: Heads, kind: Attention) -> Heads:
     """softmax(q k^T / sqrt(d)) v  [Vaswani et al. 2017, arXiv:1706.03762, Eq. 1]."""
-    if (
-        q.stride(-1) != 1
-    ):  # fused kernels want the last axis contiguous, as it is with the channels last
+    if q.stride(-1) != 1:  # fused kernels want the last axis contiguous
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if kind == "sdpa":
         return functional.scaled_dot_product_attention(q, k, v)

@@ -41,10 +41,8 @@ class NonfiniteGuard:
         self.limit = int(match[1] or 1)
         self.in_a_row = self.overflows = self.overflows_in_a_row = 0
         self.verdict: UserError | None = None  # why the run must stop, on every rank
-        self.received = self.agreed = (
-            0,
-            0,
-        )  # a signal to this rank, and that to any rank before the last look
+        # A signal to this rank, and that to any rank before the last look.
+        self.received = self.agreed = (0, 0)
         self._batches: list[Losses] = []
         self._last_times = torch.empty(0)  # t of the last step that was allowed
 

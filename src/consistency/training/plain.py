@@ -4,7 +4,6 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import singledispatch
 from typing import Any, ClassVar, TypeVar, cast
 
 import lightning as L
@@ -13,11 +12,9 @@ from torch import nn
 
 from consistency.networks.adm import AttentionBlock
 from consistency.networks.unet import UNetBlock
-from consistency.objectives import ConsistencyObjective, Losses, Objective
-from consistency.processes import variance_exploding
-from consistency.randomness import DropoutState, generator
+from consistency.objectives import Losses, Objective
+from consistency.randomness import generator
 from consistency.runtime.devices import PRECISIONS
-from consistency.tensors import Data, Denoise, Label, broadcast_time
 from consistency.training.callbacks.ema import EvaluationEMA, TargetEMA
 from consistency.training.callbacks.periodic import callback_of
 from consistency.training.callbacks.schedules import ScaleSchedule
@@ -40,37 +37,6 @@ def plain(module: ModuleT) -> ModuleT:
             part.style = replace(part.style, attention="plain")
     module.zero_grad()
     return module
-
-
-@singledispatch
-def losses_of(
-    objective: Objective, online: Denoise, target: Denoise, x_0: Data, label: Label, *drawn: Any
-) -> Losses:
-    """Return the losses of an objective for its draws: its own, if it does nothing that the published code does not."""
-    networks = (online, target) if objective.needs_target else (online,)
-    return objective.losses_at(*networks, x_0, label, *drawn)
-
-
-@losses_of.register
-def _(
-    objective: ConsistencyObjective,
-    online: Denoise,
-    target: Denoise,
-    x_0: Data,
-    label: Label,
-    *drawn: Any,
-) -> Losses:
-    """Online network, step and target network in three passes, whatever `ConsistencyObjective` makes of them."""
-    t, r, z = drawn
-    x_t = variance_exploding(x_0, z, t)
-    dropout = DropoutState(x_0.device)
-    estimate = online(x_t, t, label)
-    x_r = objective.step(x_0, z, x_t, t, r, label)
-    with torch.set_grad_enabled(not objective.stop_gradient), dropout.replayed():
-        clean = r == 0
-        reference = target(x_r, torch.where(clean, t, r), label)
-        reference = torch.where(broadcast_time(clean, x_0), x_0, reference)
-    return Losses(objective.weighting(t, r) * objective.distance(estimate, reference), t, r)
 
 
 class PlainLoop:
@@ -137,8 +103,9 @@ class PlainLoop:
         label = None if self.data.num_classes is None else label.to(self.device)
         drawn = self.objective.draw(len(x_0), self.num_scales(self.k), self.draw)
         z = torch.randn(x_0.shape, generator=self.draw, device=self.device)
+        networks = (self.online, self.target) if self.objective.needs_target else (self.online,)
         with torch.autocast(self.device.type, self.half, enabled=self.half is not None):
-            losses = losses_of(self.objective, self.online, self.target, x_0, label, *drawn, z)
+            losses = self.objective.losses_at(*networks, x_0, label, *drawn, z)
         mean = losses.loss.mean()
         self._log_losses(losses)
         (mean / self.split.accumulated).backward()
