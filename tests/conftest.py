@@ -1,6 +1,7 @@
 """Fixtures that run the commands, in this process or in a process of their own."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,13 +12,30 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import lightning
 import pytest
+import sklearn.datasets
 import torch
+import torchmetrics
+import wandb
 import yaml
 from hydra._internal.hydra import Hydra
 from hydra.types import RunMode
+from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "src" / "consistency"
+
+# The hook compiles anew, past all caches, every package that a module of ours is the first to import.
+IMPORTED_FIRST = (lightning, sklearn.datasets, torchmetrics, wandb)
+# Arrays are checked at run time in the modules that annotate some; mypy checks the other types.
+ANNOTATED = [
+    ".".join(file.relative_to(SOURCES.parent).with_suffix("").parts)
+    for file in sorted(SOURCES.rglob("*.py"))
+    if re.search(r"from (jaxtyping|consistency\.tensors) import", file.read_text())
+]
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+install_import_hook(ANNOTATED, CHECKER)
 MODES = sorted(p.stem for p in (ROOT / "conf" / "mode").glob("*.yaml"))
 
 NO_CURVES = "callbacks.curves=null"  # a second to draw
