@@ -116,8 +116,8 @@ def test_classes_are_chosen_by_name(trained: dict[str, Path]) -> None:
     assert list(actions.labels.values())[4] == 3
 
 
-def test_wrong_options_are_told(process: Run, trained: dict[str, Path]) -> None:
-    done = process("demo", f"checkpoint={trained['ect']}", "port=-1")
+def test_wrong_options_are_told(verb: Run, trained: dict[str, Path]) -> None:
+    done = verb("demo", f"checkpoint={trained['ect']}", "port=-1")
     assert done.status == 2
     assert "a port from 0" in done.err
 

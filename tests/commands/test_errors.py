@@ -49,6 +49,7 @@ def test_a_worker_of_a_loader_hands_the_message_over(kind: type[UserError]) -> N
     assert str(caught.value) == TEXT
 
 
+@pytest.mark.slow
 def test_a_process_of_a_pool_hands_the_fields_over() -> None:
     with ProcessPoolExecutor(1, get_context("spawn")) as pool, pytest.raises(UserError) as caught:
         pool.submit(fail).result()

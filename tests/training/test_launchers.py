@@ -153,14 +153,15 @@ def check(job: Job, alone: dict[str, torch.Tensor], output: Path | None) -> None
 slow = pytest.mark.slow
 
 
+@slow
 @pytest.mark.parametrize(
     ("delay", "order", "named"),
     [
         (1.0, (1, 0), False),
-        pytest.param(0.0, (0, 1), True, marks=slow),
-        pytest.param(5.0, (0, 1), True, marks=slow),
-        pytest.param(30.0, (0, 1), False, marks=slow),
-        pytest.param(30.0, (1, 0), True, marks=slow),
+        (0.0, (0, 1), True),
+        (5.0, (0, 1), True),
+        (30.0, (0, 1), False),
+        (30.0, (1, 0), True),
     ],
 )
 def test_two_tasks_of_srun_are_one_job(
