@@ -15,8 +15,8 @@ PAGE, TABLE = ROOT / "docs" / "recipes.md", ROOT / "tests" / "commands" / "publi
 RECIPES = ROOT / "conf" / "recipe"
 BLOCK = re.compile(r"(<!-- (runs|recipes): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 RUNS_HEAD = (
-    "| run | method | command: `python src/train.py` and | network | batch | steps | FID, one step | two steps | GPU-days | source |\n"
-    "|---|---|---|---|--:|--:|---|---|---|--:|\n"
+    "| run | data | method | command: `python src/train.py` and | network | batch | steps | FID, one step | two steps | GPU-days | source |\n"
+    "|---|---|---|---|---|--:|--:|---|---|---|--:|\n"
 )
 RECIPES_HEAD = (
     "| command: `python src/train.py` and | batch | steps | recipe |\n|---|--:|--:|---|\n"
@@ -42,7 +42,7 @@ def runs_on(data: str) -> str:
         steps = row["steps"].partition(" (")[0]
         shown = [row[name] for name in ("fid1", "fid2", "gpu_days")]
         number = str(sources.index(row["source"]) + 1)
-        cells = [row["run_id"], row["mode"], given, row["network"], row["batch"], steps]
+        cells = [row["run_id"], data, row["mode"], given, row["network"], row["batch"], steps]
         lines.append(f"| {' | '.join([*cells, *shown, number])} |\n")
     numbered = [f"{number}. {source}\n" for number, source in enumerate(sources, 1)]
     return RUNS_HEAD + "".join(lines) + "\nSources:\n\n" + "".join(numbered)
