@@ -1,5 +1,6 @@
 """Every YAML composes, and what it names can be built."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,16 @@ def pair_of(recipe: str) -> tuple[str, str]:
     return next((recipe[: -len(mode) - 1], mode) for mode in MODES if recipe.endswith(f"_{mode}"))
 
 
-def slow_if_published(names: list[str], folder: Path) -> list[Any]:
-    """The names as parameters; the leaves of published runs are compared in test_published_runs.py, so to build them is slow."""
+def slow_unless_run(names: list[str], folder: Path) -> list[Any]:
+    """The names as parameters. To build a run that nobody has begun here is slow; of the published ones test_published_runs.py
+    compares the leaves.
+    """
     texts = {name: (folder / f"{name}.yaml").read_text() for name in names}
-    marks = {True: [pytest.mark.slow], False: []}
-    return [pytest.param(n, marks=marks["published:" in text]) for n, text in texts.items()]
+    begun = {name: not re.search("published:|not run", text, re.I) for name, text in texts.items()}
+    return [pytest.param(name, marks=[] if begun[name] else [pytest.mark.slow]) for name in names]
 
 
-@pytest.mark.parametrize("recipe", slow_if_published(options("recipe"), CONF / "recipe"))
+@pytest.mark.parametrize("recipe", slow_unless_run(options("recipe"), CONF / "recipe"))
 def test_every_recipe_belongs_to_a_pair_and_builds(
     recipe: str, tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +120,7 @@ EXPERIMENTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("experiment", slow_if_published(EXPERIMENTS, ROOT / "experiments"))
+@pytest.mark.parametrize("experiment", slow_unless_run(EXPERIMENTS, ROOT / "experiments"))
 def test_every_experiment_builds_and_states_its_result(
     experiment: str, tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +230,7 @@ def test_every_crop_prepares_and_trains(crop: str) -> None:
 
 
 def test_a_published_set_may_come_from_its_prepared_zip(tmp_path: Path) -> None:
-    """As conf/data/imagenet64.yaml says: only the class that reads is another."""
+    """As docs/recipes.md says: only the class that reads is another."""
     originals.write_archive(
         tmp_path / "a.zip", [("a.png", PNG), ("b.png", PNG)], [["a.png", 0], ["b.png", 999]]
     )

@@ -6,6 +6,7 @@ reads is a failure.
 
 import csv
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,7 @@ def _same_start(text: str, config: Any) -> None:
 
 def test_every_experiment_and_recipe_of_a_published_run_is_in_the_table() -> None:
     ours = {
+        "cifar10_ect_1hour",
         "ct_cauchy",
         "ct_clean_pairs",
         "fashion_mnist_laptop",
@@ -231,5 +233,25 @@ def test_every_experiment_and_recipe_of_a_published_run_is_in_the_table() -> Non
     assert {name for name in recipes if not name.startswith(small)} == named
 
 
-def test_the_page_of_published_runs_is_that_of_the_table() -> None:
-    assert recipes.PAGE.read_text() == recipes.page(), "run python tests/tools/recipes.py"
+def test_the_page_has_the_tables_of_the_files() -> None:
+    """And a row for each published run."""
+    page = recipes.PAGE.read_text()
+    assert page == recipes.page(), "run python tests/tools/recipes.py"
+    assert sorted(re.findall(r"^\| (\w+) \| \w+ \| \w+ \| `", page, re.MULTILINE)) == sorted(RUNS)
+
+
+@pytest.mark.slow
+def test_every_command_of_the_page_composes() -> None:
+    """No option is unknown to the verb, sampler or data set."""
+    blocks = re.findall(r"^```\n(.*?)^```", recipes.PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("python ")]
+    assert len(commands) > 15
+    for _, script, *options in commands:
+        composed(Path(script).stem, *options)
+
+
+@pytest.mark.slow
+def test_the_run_of_an_hour_has_two_names() -> None:
+    one, other = (f"experiment={name}" for name in ("ect_cifar10_1hour", "cifar10_ect_1hour"))
+    assert composed("train", one) == composed("train", other)

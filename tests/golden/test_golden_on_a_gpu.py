@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,15 +59,15 @@ CHECKS = {
     "golden": ["edm/ddpmpp", "edm/adm"],
     "modes": ["ct", "ect", "ct_continuous"],
     "resume": [],
+    "law": ["ct"],
 }
-"""Golden networks of two kinds; modes with a target, without, and with forward-mode derivatives; a resumed run."""
+"""Golden networks of two kinds; modes with a target, without, and with forward-mode derivatives; a resumed run; a mode of the
+oracle, with a target and an N(k) that moves.
+"""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-@pytest.mark.parametrize("check", CHECKS)
-def test_compiled_networks(check: str, device: str, record_property: object) -> None:
-    """Each takes a minute or two of a CPU, mostly for the compiler."""
+def require_near(check: str, device: str, record_property: Any) -> None:
+    """Run a comparison of tests/support/compiled.py, and report how near its runs come."""
     script = Path(compiled.__file__)
     done = subprocess.run(
         [sys.executable, str(script), check, device, *CHECKS[check]],
@@ -78,4 +79,20 @@ def test_compiled_networks(check: str, device: str, record_property: object) -> 
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if "tolerance" in line or "apart" in line]
-    record_property(REPORT, "\n".join(["compiled:", *lines]))  # type: ignore[operator]
+    record_property(REPORT, "\n".join(["compiled:", *lines]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("check", ["golden", "modes", "resume"])
+def test_compiled_networks(check: str, device: str, record_property: object) -> None:
+    """Each takes a minute or two of a CPU, mostly for the compiler."""
+    require_near(check, device, record_property)
+
+
+@pytest.mark.slow
+def test_compiled_networks_reach_the_same_on_a_law_with_exact_answers(
+    record_property: object,
+) -> None:
+    """Of the plane, whose points the oracle draws on the CPU."""
+    require_near("law", "cpu", record_property)

@@ -1,8 +1,7 @@
 """Compiled networks with the channels last against golden numbers and uncompiled runs: a process without the type checker.
 
-`PYTHONPATH=src:tests:tests/support:tests/golden python tests/support/compiled.py <golden|modes|resume> <cpu|cuda> [name ...]`
-prints how near they come, and ends with 1
-where they do not.
+`PYTHONPATH=src:tests:tests/support:tests/golden:tests/tools python tests/support/compiled.py <golden|modes|law|resume> <cpu|cuda> [name ...]`
+prints how near they come, and ends with 1 where they do not.
 """
 
 import os
@@ -12,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+import oracle
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 import consistency
@@ -22,7 +24,7 @@ from conftest import ROOT, TINY
 from golden_harness import FOLDER, Archive
 
 PATHS = os.pathsep.join(
-    str(ROOT / name) for name in ("src", "tests", "tests/support", "tests/golden")
+    str(ROOT / name) for name in ("src", "tests", "tests/support", "tests/golden", "tests/tools")
 )
 """PYTHONPATH of the process."""
 
@@ -35,6 +37,7 @@ GOLDEN: dict[str, Callable[[Archive], None]] = {
 """Networks whose outputs and gradients are compared: one of each kind."""
 
 MODES = ("ct", "ect", "edm", "progdist", "ct_continuous")
+LAW_STEPS = 64
 
 
 def placed(network: nn.Module, device: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -93,7 +96,7 @@ def trained(device: str, mode: str, folder: Path, *overrides: str) -> dict[str, 
     }
 
 
-def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+def apart(one: dict[Any, Tensor], other: dict[Any, Tensor]) -> float:
     """The largest difference of two states, relative to the largest weight of each tensor."""
     assert one.keys() == other.keys()
     return max(
@@ -117,6 +120,37 @@ def modes(device: str, *names: str) -> None:
             assert apart(*runs) < 1e-3, mode
 
 
+class Losses(Callback):
+    """The loss of every step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *_: Any) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+def law(device: str, mode: str = "ct") -> None:
+    """Compare a run on the law with exact answers, with a target and an N(k) that moves, with an uncompiled one.
+
+    Losses, weights and errors against the law are at most one rounding of float32 a step apart.
+    """
+    assert device == "cpu", "the oracle draws its points there"
+    losses, states, errors = [], [], []
+    for compilation in (False, True):
+        seen = Losses()
+        given = mode, oracle.ORACLES[mode], LAW_STEPS, seen
+        module = oracle.train(*given, compilation=compilation)
+        assert (module.online.network._compiled_call_impl is not None) is compilation
+        losses.append(dict(enumerate(torch.tensor(seen.values))))
+        states.append(module.state_dict())
+        errors.append(dict(enumerate(torch.tensor(oracle.measured(module)[0]))))
+    found = [apart(*losses), apart(*states), apart(*errors)]
+    numbers = "losses {:.1e}, weights {:.1e}, errors {:.1e}".format(*found)
+    print(f"law, {mode}: {numbers} apart after {LAW_STEPS} steps")
+    assert max(found) < LAW_STEPS * torch.finfo(torch.float32).eps
+
+
 def resume(device: str) -> None:
     """Compare a compiled run of four steps, with dropout, with one that was resumed after two: the same bits."""
     with tempfile.TemporaryDirectory() as folder:
@@ -133,4 +167,5 @@ def resume(device: str) -> None:
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    {"golden": golden, "modes": modes, "resume": resume}[sys.argv[1]](*sys.argv[2:])
+    checks = {"golden": golden, "modes": modes, "law": law, "resume": resume}
+    checks[sys.argv[1]](*sys.argv[2:])

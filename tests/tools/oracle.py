@@ -136,7 +136,14 @@ def configured(name: str, oracle: Oracle, steps: int) -> Any:
         return compose("train", [*run, *oracle.overrides])
 
 
-def train(name: str, oracle: Oracle, steps: int) -> ConsistencyModule:
+def train(
+    name: str,
+    oracle: Oracle,
+    steps: int,
+    *callbacks: L.Callback,
+    compilation: bool = False,
+) -> ConsistencyModule:
+    """Train a mode with its own callbacks and the given ones, its networks compiled or not."""
     torch.manual_seed(0)
     config = configured(name, oracle, steps)
     network = MLP(channels=2, width=128, depth=3)
@@ -152,6 +159,7 @@ def train(name: str, oracle: Oracle, steps: int) -> ConsistencyModule:
         seed=0,
         on_nonfinite="stop",
         sources={},
+        compilation=compilation,
     )
     fall = partial(falling_rate, start=0.0, total_steps=steps)
     mode_callbacks = [instantiate(node, _convert_="all") for node in config.mode.callbacks.values()]
@@ -167,6 +175,7 @@ def train(name: str, oracle: Oracle, steps: int) -> ConsistencyModule:
             *mode_callbacks,
             LearningRateSchedule(factor=fall),
             EvaluationEMA(decays=[AVERAGE]),
+            *callbacks,
         ],
     )
     trainer.fit(module, datamodule=Plane(steps))

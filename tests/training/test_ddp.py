@@ -1,12 +1,14 @@
-"""Two real processes over gloo: the same values on both ranks, one folder a job, alone and inside a sweep."""
+"""Two real processes, over gloo or on two GPUs over NCCL: the same values on both ranks, one folder a job, alone and inside a sweep."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import ROOT, TINY, Run
 from consistency.checkpoints.load import load
+from consistency.checkpoints.ours import read
 
 TWO = [
     *TINY,
@@ -39,6 +41,32 @@ def test_two_processes_train_alone(process: Run, tmp_path: Path) -> None:
     assert outcome.status == 0, outcome.err
     assert check(run)["k"] == 3
     assert [p.name for p in tmp_path.iterdir() if p.is_dir() and p.name != "process_cwd"] == ["run"]
+
+
+TWO_GPUS = pytest.param(
+    "gpu",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    ],
+)
+
+
+@pytest.mark.parametrize("accelerator", [pytest.param("cpu", marks=pytest.mark.slow), TWO_GPUS])
+def test_two_processes_train_as_one(accelerator: str, process: Run, tmp_path: Path) -> None:
+    """Over gloo or NCCL, the same batch: but for rounding, in float32 without TF32."""
+    given = [option for option in TWO if "probe" not in option]
+    given += [f"trainer.accelerator={accelerator}", "float32_matmul=highest"]
+    states = []
+    for devices in (1, 2):
+        run = tmp_path / str(devices)
+        outcome = process("train", *given, f"trainer.devices={devices}", f"output={run}")
+        assert outcome.status == 0, outcome.err
+        states.append(read(run / "checkpoints" / "last.ckpt")["state_dict"])
+    one, two = states
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from configurations import composed
 from conftest import ROOT, TINY, Run
 from consistency.checkpoints.load import load
 from consistency.data.module import DataModule
@@ -23,13 +24,18 @@ from consistency.networks.mlp import MLP
 from consistency.objectives import DenoisingObjective
 from consistency.pairs import LognormalTimes
 from consistency.preconditioning import EDM, Scalings
+from consistency.randomness import SampleNoise
+from consistency.runtime.devices import in_precision
+from consistency.samplers import onestep
 from consistency.schedules import square_root
 from consistency.tensors import Time
+from consistency.training import build
 from consistency.training.callbacks.ema import EvaluationEMA, TargetEMA
 from consistency.training.callbacks.schedules import ScaleSchedule
 from consistency.training.module import ConsistencyModule
 from consistency.training.nonfinite import OVERFLOWS
 from probe import Poisoned
+from tiny_models import randomised
 
 BATCHES = 8
 
@@ -323,6 +329,71 @@ def test_only_the_network_computes_in_half_precision() -> None:
     assert module.k == BATCHES
     assert found.network == {torch.bfloat16}
     assert found.loss == scalings.seen == {torch.float32}
+
+
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")])  # fmt: skip
+DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), GPU]
+
+
+def rounding(network: nn.Module, passes: int = 1) -> float:
+    """The relative error of bfloat16, whose numbers have 8 bits: one rounding in each layer and pass, adding as squares do."""
+    layers = sum(isinstance(part, nn.Conv2d | nn.Linear) for part in network.modules())
+    return (passes * layers) ** 0.5 * 2.0**-8
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """The distance of two tensors, relative to the first."""
+    return float((one - other).norm() / one.norm())
+
+
+class Step(Callback):
+    """The loss and all gradients of a step."""
+
+    def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        grads = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        self.gradient = torch.cat(grads).float().cpu()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *_: Any) -> None:
+        self.loss = outputs["loss"].float().cpu()
+
+
+def stepped(precision: str, device: str, folder: Path) -> tuple[Step, ConsistencyModule]:
+    """Take a step of consistency training as train.py does, from random weights of which none is zero."""
+    given = [f"trainer.precision={precision}", f"trainer.accelerator={device}", "mode=ct"]
+    given += ["trainer.max_steps=1", "callbacks.samples=null", "float32_matmul=highest"]
+    config = composed("train", *TINY, *given)
+    config.output = str(folder / precision)
+    data = build.build_data(config)
+    module = build.build_module(config, data)
+    module.online.network.load_state_dict(randomised(module.online.network))
+    step = Step()
+    trainer = build.build_trainer(config, [*build.build_callbacks(config), step], [], data)
+    trainer.fit(module, datamodule=data)
+    return step, module.to(device)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_steps_and_samples_as_float32_but_for_rounding(device: str, tmp_path: Path) -> None:
+    """Loss and gradients of the first step, and samples in one step of the same network."""
+    one, module = stepped("32-true", device, tmp_path)
+    other, _ = stepped("bf16-mixed", device, tmp_path)
+    network = module.online.network
+    assert 0 < apart(one.loss, other.loss) < rounding(network, passes=2)
+    assert 0 < apart(one.gradient, other.gradient) < rounding(network, passes=2)
+    denoise = Denoiser(network, module.sampling_preconditioning).eval()
+    labels = torch.arange(8, device=device)
+    drawn = [
+        onestep(
+            in_precision(denoise, precision, torch.device(device)),
+            SampleNoise(0, range(8), (1, 8, 8), device),
+            labels,
+            t_max=80.0,
+            clip=False,
+        )
+        for precision in ("32-true", "bf16-mixed")
+    ]
+    assert 0 < apart(*drawn) < rounding(network)
 
 
 @pytest.mark.parametrize("policy", ["go on", "skip", "skip:0", "skip:-1", "stop:3"])
