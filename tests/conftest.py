@@ -20,6 +20,9 @@ from hydra.types import RunMode
 ROOT = Path(__file__).resolve().parents[1]
 MODES = sorted(p.stem for p in (ROOT / "conf" / "mode").glob("*.yaml"))
 
+BEGINS_WITH = {"tcm": "ect"}
+"""Modes whose teacher= is no denoiser -> the mode that trains it."""
+
 NO_CURVES = "callbacks.curves=null"  # a second to draw
 
 SHORT = [

@@ -26,7 +26,7 @@ RECIPES = {
     "cm_cifar10_progdist", "cm_cifar10_continuous_cd_l2", "cm_cifar10_continuous_ct_l2", "cm_imagenet64_edm_released",
     "cm_imagenet64_cd_lpips_released", "cm_imagenet64_ct_released", "ict_imagenet64", "cm_lsun_bedroom_edm_released",
     "cm_lsun_bedroom_cd_lpips_released", "cm_lsun_bedroom_ct_released", "cm_lsun_cat_edm_released",
-    "cm_lsun_cat_cd_lpips_released", "cm_lsun_cat_ct_released", "edm_ffhq64_vp", "edm_afhqv264_vp",
+    "cm_lsun_cat_cd_lpips_released", "cm_lsun_cat_ct_released", "edm_ffhq64_vp", "edm_afhqv264_vp", "tcm_cifar10_stage2",
 }  # fmt: skip
 """Runs that `mode=<mode> data=<data>` is; the others are experiments of their name."""
 
@@ -79,7 +79,7 @@ def test_a_published_run_is_one_command(run: str) -> None:
     assert trainer["max_steps"] == mode["total_steps"] == steps
     _same_network(row, config, network)
     _same_method(row, mode, objective, scales, config["data"]["batch_size"])
-    _same_range(run.partition("_")[0], objective.get("pairs", {}))
+    _same_range(run.partition("_")[0], row["mode"], objective.get("pairs", {}))
     _same_averages(row["ema_rates"], callbacks["evaluation_ema"], callbacks["samples"]["weights"])
     _same_rate(row["lr_schedule"], callbacks["learning_rate"]["factor"])
     _same_precision(row["precision"], trainer["precision"], config)
@@ -120,7 +120,11 @@ def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any, ba
     assert objective["weighting"]["_target_"].endswith(f".{rule(WEIGHTINGS, row['weighting'])}")
     law = objective.get("pairs") or objective.get("times") or {"_target_": ""}
     law = law.get("times", law)
-    if row["t_law"].startswith(("lognormal", "discretised", "truncated")):
+    if "df .01" in row["t_law"]:
+        assert [law["df"], law["loc"], law["scale"]] == [0.01, 0.0, 0.2]
+        boundary = [objective[n] for n in ("t_split", "boundary_share", "boundary_weight")]
+        assert boundary == [1.0, 0.25, 0.1]
+    elif row["t_law"].startswith(("lognormal", "discretised", "truncated")):
         assert [law["p_mean"], law["p_std"]] == [
             float(n) for n in re.findall(r"-?\d\.\d", row["t_law"])[:2]
         ]
@@ -153,6 +157,8 @@ def _same_scales(text: str, scales: Any, pairs: Any, batch: int) -> None:
         name = "square_root" if "square-root" in text else "doubling"
         assert scales["_target_"].endswith(name)
         assert [scales["s_0"], scales["s_1"]] == given[:2]
+    elif text.startswith(("goes on", "held")):  # at the limit of the first stage
+        assert 1 - 1 / scales["num_scales"] == pairs["ratio_limit"] == 0.999
     elif limit := re.search(r"ratio <= (0\.\d+)", text):
         length, unit = re.search(r"([\d,]+)(k its| kimg)", text).groups()  # type: ignore[union-attr]
         steps = int(length.replace(",", "")) * 1000 // (batch if "img" in unit else 1)
@@ -177,8 +183,8 @@ RELEASED_RANGE = {
 """Ends of the laws of times by family, as in the released codes."""
 
 
-def _same_range(family: str, pairs: Any) -> None:
-    ends = RELEASED_RANGE.get(family, {})
+def _same_range(family: str, mode: str, pairs: Any) -> None:
+    ends = RELEASED_RANGE.get(family, {}) | ({"t_lo": 1.0} if mode == "tcm" else {})
     found = pairs | pairs.get("times", {})
     assert {name: found.get(name) for name in ends} == ends
     assert "t_lo" in ends or "t_lo" not in found
@@ -238,7 +244,10 @@ def _same_sampling(text: str, mode: Any) -> None:
 
 def _same_start(text: str, config: Any) -> None:
     init = config["init"]
-    if text == "random":
+    if text.startswith("stage-1"):  # the run given as teacher=
+        assert init is config["teacher"] is None
+        assert config["mode"]["objective"]["first_stage"]["path"] is None
+    elif text == "random":
         assert init is None
     elif text.startswith("edm-"):
         assert init == f"edm:{text.partition(' ')[0].removesuffix('.pkl')}"
