@@ -38,6 +38,9 @@ CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook(ANNOTATED, CHECKER)
 MODES = sorted(p.stem for p in (ROOT / "conf" / "mode").glob("*.yaml"))
 
+BEGINS_WITH = {"tcm": "ect"}
+"""Modes whose teacher= is no denoiser -> the mode that trains it."""
+
 NO_CURVES = "callbacks.curves=null"  # a second to draw
 
 SHORT = [

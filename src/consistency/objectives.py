@@ -5,16 +5,17 @@ optimizer step's batch: times and noise are drawn for all of it, and the rows of
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Generator, Tensor, nn
 
 from consistency.distances import Distance
 from consistency.errors import require
 from consistency.grids import KarrasGrid
-from consistency.pairs import Pairs, Times, require_scales
+from consistency.pairs import Pairs, RatioPairs, Times, require_scales
 from consistency.processes import variance_exploding
 from consistency.randomness import WHOLE, DropoutState, Share
 from consistency.solvers import euler_step
@@ -103,6 +104,78 @@ class ConsistencyObjective(Objective):
             reference = target(x_r, torch.where(clean, t, r), label)
             reference = torch.where(broadcast_time(clean, x_0), x_0, reference)
         return Losses(self.weighting(t, r) * self.distance(estimate, reference), t, r)
+
+
+class TruncatedObjective(Objective):
+    """The consistency loss at t >= t' = t_split, whose target below t' is a frozen first stage.
+
+        mean of lambda d over the others + boundary_weight mean of lambda d over the samples at t'
+
+    [Lee et al. 2024, arXiv:2410.14895, second stage]. int(B boundary_share) samples of an optimizer step's batch of B,
+    drawn at random, are those at t'; their targets come from the first stage, which keeps the solution from collapsing. A
+    batch without one has the plain mean. The first stage stays in train mode and drops the same units, as published.
+    """
+
+    def __init__(
+        self,
+        *,
+        first_stage: nn.Module,
+        t_split: float,
+        boundary_share: float,
+        boundary_weight: float,
+        pairs: RatioPairs,
+        step: Step,
+        distance: Distance,
+        weighting: Weighting,
+    ) -> None:
+        super().__init__()
+        holds = 0 <= boundary_share <= 1 and boundary_weight >= 0
+        expected = "mode.objective.boundary_share from 0 to 1 and boundary_weight >= 0"
+        got = f"{boundary_share} and {boundary_weight}"
+        require(holds, expected, got, "the published values are 0.25 and 0.1")
+        self.first_stage = first_stage.requires_grad_(False).train()
+        self.t_split, self.pairs = t_split, pairs
+        self.boundary_share, self.boundary_weight = boundary_share, boundary_weight
+        self.consistency = ConsistencyObjective(
+            pairs=pairs, step=step, distance=distance, weighting=weighting
+        )
+
+    def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
+        t, r = self.pairs(batch, num_scales, generator)
+        order = torch.randperm(batch, generator=generator, device=generator.device)
+        boundary = order < int(batch * self.boundary_share)
+        t_split, r_split = self.pairs.at(torch.full_like(t, self.t_split), num_scales)
+        t, r = torch.where(boundary, t_split, t), torch.where(boundary, r_split, r)
+        return t, r, self.weights(boundary, t)
+
+    def weights(self, boundary: Bool[Tensor, "b"], t: Time) -> PerSample:
+        """The weight of each sample of a whole batch, given which are at t': the batch mean is the loss above."""
+        share = boundary.to(t.dtype).mean()
+        return torch.where(boundary, self.boundary_weight / share, 1 / (1 - share))
+
+    def losses_at(
+        self,
+        online: Denoise,
+        target: Denoise,
+        x_0: Data,
+        label: Label,
+        t: Time,
+        r: Time,
+        weight: PerSample,
+        z: Data,
+    ) -> Losses:
+        """The losses for given times, weights of the samples and noise."""
+        split = partial(self.split, target)
+        losses = self.consistency.losses_at(online, split, x_0, label, t, r, z)
+        return losses._replace(loss=weight * losses.loss)
+
+    def split(self, target: Denoise, x_r: Data, r: Time, label: Label = None) -> Data:
+        """The target where r >= t', the first stage below."""
+        dropout = DropoutState(x_r.device)
+        below = self.first_stage(x_r, r, label)
+        with dropout.replayed():
+            above = target(x_r, r, label)
+        return torch.where(broadcast_time(r < self.t_split, x_r), below, above)
 
 
 class ContinuousObjective(Objective):

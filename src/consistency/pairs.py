@@ -5,6 +5,8 @@ All draw from a generator, on its device, and return float32 of shape (batch,).
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -94,31 +96,36 @@ class DiscreteLognormalPairs(Lognormal):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RatioPairs(Lognormal):
-    """ln t ~ N(p_mean, p_std^2) and r = max(0, t (1 - (1 + k sigmoid(-b t)) / N(k))).
+class RatioPairs:
+    """t by the law `times`, and r = max(r_min, t (1 - (1 + k sigmoid(-b t)) / n)), n = min(N(k), 1 / (1 - ratio_limit)).
 
-    [Geng et al. 2024, arXiv:2406.14548, with N(k) = q^(stage + 1)]; k = 0 is its constant map. r = 0 makes the clean
-    image the target. ratio_limit: largest r/t [Lee et al. 2024, arXiv:2410.14895: 0.999 in the first stage, then 0.9961].
+    [Geng et al. 2024, arXiv:2406.14548, with N(k) = q^(stage + 1)]; k = 0 is its constant map, of ratio r/t = 1 - 1/n.
+    ratio_limit: the largest 1 - 1/n [Lee et al. 2024, arXiv:2410.14895: 0.999 on CIFAR-10, 0.9961 on ImageNet-64]. At
+    r = 0, with the published r_min = 0, the clean image is the target; the released code of Lee et al. has r_min = 1e-6.
+    least_gap: t is raised to r + least_gap [FastGen: 1e-6, with r_min = 0.002].
     """
 
+    times: Times
     k: float
     b: float
     ratio_limit: float = 1.0
+    r_min: float = 0.0
+    least_gap: float = 0.0
 
     def ratio_map(self, t: Time, num_scales: float) -> Time:
         """r for the noisier time t."""
         adjustment = 1 + self.k * torch.sigmoid(-self.b * t)
-        return t * (1 - adjustment / float(num_scales)).clamp(0, self.ratio_limit)
+        n = 1 / max(1 / num_scales, 1 - self.ratio_limit)
+        return (t * (1 - adjustment / n)).clamp_min(self.r_min)
 
-    def at(self, n: Float[Tensor, "b"], num_scales: float) -> tuple[Time, Time]:
-        """(t, r) of standard normal draws n."""
-        t = self.level(n)
-        return t, self.ratio_map(t, num_scales)
+    def at(self, t: Time, num_scales: float) -> tuple[Time, Time]:
+        """(t, r) of drawn times t."""
+        r = self.ratio_map(t, num_scales)
+        return torch.maximum(t, r + self.least_gap), r
 
     def __call__(self, batch: int, num_scales: float, generator: Generator) -> tuple[Time, Time]:
         require_scales(num_scales, 1)
-        n = torch.randn(batch, generator=generator, device=generator.device)
-        return self.at(n, num_scales)
+        return self.at(self.times(batch, generator), num_scales)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +154,96 @@ class LognormalTimes(Lognormal):
         draw = torch.rand if self.even else torch.randn
         draws = draw(batch, generator=generator, device=generator.device)
         return self.spread(draws) if self.even else self.at(draws)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncatedTimes:
+    """A law of t on [t_lo, t_hi] alone, drawn through its inverse distribution function."""
+
+    t_lo: float
+    t_hi: float
+
+    def __post_init__(self) -> None:
+        expected, remedy = "0 < t_lo < t_hi, the ends of the law of t", "set both as noise levels"
+        holds = 0 < self.t_lo < self.t_hi
+        require(holds, expected, f"t_lo={self.t_lo}, t_hi={self.t_hi}", remedy)
+
+    def quantile(self, p: Float[Tensor, "b"]) -> Time:
+        """The t below which the share p of the law lies, p in float64."""
+        raise NotImplementedError
+
+    def at(self, u: Float[Tensor, "b"]) -> Time:
+        """t of draws u uniform on [0, 1), computed in float64 and returned in the precision of u."""
+        return self.quantile(u.double()).to(u.dtype).clamp(self.t_lo, self.t_hi)
+
+    def __call__(self, batch: int, generator: Generator) -> Time:
+        return self.at(torch.rand(batch, generator=generator, device=generator.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncatedLognormalTimes(TruncatedTimes, Lognormal):
+    """ln t ~ N(p_mean, p_std^2) on t_lo <= t <= t_hi [Lee et al. 2024, arXiv:2410.14895, first stage; FastGen]."""
+
+    def __post_init__(self) -> None:
+        TruncatedTimes.__post_init__(self)
+        Lognormal.__post_init__(self)
+
+    def quantile(self, p: Float[Tensor, "b"]) -> Time:
+        law = NormalDist(self.p_mean, self.p_std)
+        lo, hi = (law.cdf(math.log(t)) for t in (self.t_lo, self.t_hi))
+        return self.level(torch.special.ndtri(lo + p * (hi - lo)))
+
+
+NEWTON_STEPS = 24  # bisections included
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncatedStudentTimes(TruncatedTimes):
+    """ln t = loc + scale s with s by Student's law of df degrees, on t_lo <= t <= t_hi [Lee et al. 2024, second stage].
+
+    y = asinh((ln t - loc) / (scale sqrt(df))) has the density ~ cosh(y)^-df, whose integral is smooth for the published
+    df = 0.01; its inverse is found by Newton's method, and by bisection where that leaves the bracket. A df above 100 is
+    nearly lognormal.
+    """
+
+    df: float
+    loc: float
+    scale: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        got, remedy = f"df={self.df}, scale={self.scale}", "set both above 0"
+        require(min(self.df, self.scale) > 0, "df > 0 and scale > 0 of Student's law", got, remedy)
+
+    def quantile(self, p: Float[Tensor, "b"]) -> Time:
+        unit = self.scale * math.sqrt(self.df)
+        lo, hi = (math.asinh((math.log(t) - self.loc) / unit) for t in (self.t_lo, self.t_hi))
+        ends = torch.tensor([lo, hi], dtype=p.dtype, device=p.device)
+        below, above = ends[:, None].expand(2, len(p))
+        mass = p * self.integral(ends, lo)[1]
+        y = lo + (hi - lo) * p
+        for _ in range(NEWTON_STEPS):
+            excess = self.integral(y, lo) - mass
+            below, above = torch.where(excess < 0, y, below), torch.where(excess < 0, above, y)
+            step = y - excess * y.cosh() ** self.df
+            inside = (step >= below) & (step <= above)
+            y = torch.where(inside, step, (below + above) / 2)
+        return (self.loc + unit * y.sinh()).exp()
+
+    def integral(self, y: Float[Tensor, "n"], lo: float) -> Float[Tensor, "n"]:
+        """The integral of cosh^-df from lo to y, by Gauss and Legendre's formula."""
+        nodes, weights = (values.to(y) for values in gauss_legendre(64))
+        half = (y - lo)[:, None] / 2
+        return (half * weights * (lo + half * (1 + nodes)).cosh() ** -self.df).sum(1)
+
+
+@cache
+def gauss_legendre(n: int) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """Return the n nodes and weights of Gauss-Legendre integration on [-1, 1] [Golub and Welsch 1969]."""
+    k = torch.arange(1, n, dtype=torch.float64)
+    beta = k / (4 * k**2 - 1).sqrt()
+    nodes, vectors = torch.linalg.eigh(beta.diag(1) + beta.diag(-1))
+    return nodes, 2 * vectors[0] ** 2
 
 
 @dataclass(frozen=True, kw_only=True)

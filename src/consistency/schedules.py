@@ -42,14 +42,14 @@ def doubling_stage_steps(*, s_0: int, s_1: int, total_steps: int) -> int:
 
 
 def powers(
-    k: int, *, q: float, stages: int, total_steps: int, stage_steps: int | None = None
+    k: int, *, q: float, stages: int, total_steps: int, stage_steps: float | None = None
 ) -> float:
     """N(k) = q^(stage + 1) with stage = floor(k stages / K), at most stages - 1: r/t -> 1 - 1/N for large t.
 
     [Geng et al. 2024, arXiv:2406.14548: K = 200,000 steps in 8 stages, q = 2]; total_steps is K. N(k) is whole only if q
     is. stage_steps: steps of a stage, whatever the length of the run.
     """
-    stage = k * stages // total_steps if stage_steps is None else k // stage_steps
+    stage = k * stages // total_steps if stage_steps is None else int(k // stage_steps)
     return q ** (min(stage, stages - 1) + 1)
 
 

@@ -42,3 +42,13 @@ def karras(t: Time, r: Time, *, sigma_data: float) -> PerSample:
 def inverse_gap(t: Time, r: Time) -> PerSample:
     """lambda = 1 / (t - r) [Song and Dhariwal 2023, arXiv:2310.14189, Table 1]."""
     return 1 / (t - r)
+
+
+def inverse_root_gap(t: Time, r: Time) -> PerSample:
+    """lambda = 1 / sqrt(t - r) [FastGen, `sqrt`]."""
+    return (t - r) ** -0.5
+
+
+def inverse_c_out(t: Time, r: Time, *, sigma_data: float) -> PerSample:
+    """lambda = 1 / c_out = sqrt(1/t^2 + 1/sigma_data^2), the root of `karras` [FastGen, `c_out`]."""
+    return karras(t, r, sigma_data=sigma_data) ** 0.5

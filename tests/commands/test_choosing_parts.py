@@ -127,7 +127,7 @@ def test_every_schedule_of_the_decay(name: str, mu: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("uniform", pairs.UniformPairs), ("lognormal", pairs.DiscreteLognormalPairs), ("ratio", pairs.RatioPairs)],
+    [("uniform", pairs.UniformPairs), ("lognormal", pairs.DiscreteLognormalPairs), ("ratio", pairs.RatioPairs), ("ratio_student", pairs.RatioPairs)],
 )  # fmt: skip
 def test_every_law_of_pairs(name: str, kind: type) -> None:
     assert type(built("mode.objective.pairs", "mode=ct", f"mode.pairs={name}")) is kind
@@ -225,11 +225,12 @@ def test_a_run_saves_its_parts_and_no_menu() -> None:
     assert plain["mode"]["objective"]["distance"] == {"_target_": "consistency.distances.L1"}
     pair = {
         "_target_": "consistency.pairs.RatioPairs",
-        "p_mean": -1.1,
-        "p_std": 2.0,
+        "times": {"_target_": "consistency.pairs.LognormalTimes", "p_mean": -1.1, "p_std": 2.0},
         "k": 8.0,
         "b": 1.0,
         "ratio_limit": 1.0,
+        "r_min": 0.0,
+        "least_gap": 0.0,
     }
     assert plain["mode"]["objective"]["pairs"] == pair
 

@@ -38,10 +38,10 @@ NEEDS = {
 }
 
 
-def build_all(config: DictConfig, folder: Path, teacher: Path) -> None:
+def build_all(config: DictConfig, folder: Path, trained: dict[str, Path]) -> None:
     """Builds every node of a training configuration; big networks without memory, absent files as their own error."""
     config.output = str(folder / "run")
-    config.teacher = str(teacher)
+    config.teacher = str(trained["ect" if "first_stage" in config.mode.objective else "edm"])
     OmegaConf.resolve(config)
     with torch.device("meta"):
         network = instantiate(config.model.network, _convert_="all")
@@ -84,7 +84,7 @@ def test_every_option_composes_and_builds(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = composed("train", f"{PLACES.get(group, group)}={option}", "data.download=false")
-    build_all(config, tmp_path, trained["edm"])
+    build_all(config, tmp_path, trained)
 
 
 def pair_of(recipe: str) -> tuple[str, str]:
@@ -112,7 +112,7 @@ def test_every_recipe_belongs_to_a_pair_and_builds(
     with initialize_config_dir(str(CONF), version_base="1.3"):
         written = compose(f"recipe/{recipe}")
     assert config.trainer.max_steps == written.trainer.max_steps
-    build_all(config, tmp_path, trained["edm"])
+    build_all(config, tmp_path, trained)
 
 
 EXPERIMENTS = [
@@ -125,7 +125,7 @@ def test_every_experiment_builds_and_states_its_result(
     experiment: str, tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    build_all(composed("train", f"experiment={experiment}"), tmp_path, trained["edm"])
+    build_all(composed("train", f"experiment={experiment}"), tmp_path, trained)
     text = (ROOT / "experiments" / f"{experiment}.yaml").read_text()
     for word in ("Published:", "Command:", "Ours:"):
         assert word in text

@@ -17,7 +17,7 @@ SWAPS = {
     ),
     "pairs": (
         ["mode=ct", "parts.pairs.uniform._target_=consistency.pairs.RatioPairs"],
-        ["parts.pairs.uniform", "grid, which it does not take", "no p_mean"],
+        ["parts.pairs.uniform", "grid, which it does not take", "no times"],
     ),
     "a distance": (
         ["mode=ict", "+parts.distance.l2.c=3"],

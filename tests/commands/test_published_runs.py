@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from configurations import composed
 from conftest import ROOT
+from consistency.averaging import relative_width
 from consistency.training.build import expanded
 
 with (Path(__file__).parent / "published_runs.csv").open() as file:
@@ -26,7 +27,7 @@ RECIPES = {
     "cm_cifar10_progdist", "cm_cifar10_continuous_cd_l2", "cm_cifar10_continuous_ct_l2", "cm_imagenet64_edm_released",
     "cm_imagenet64_cd_lpips_released", "cm_imagenet64_ct_released", "ict_imagenet64", "cm_lsun_bedroom_edm_released",
     "cm_lsun_bedroom_cd_lpips_released", "cm_lsun_bedroom_ct_released", "cm_lsun_cat_edm_released",
-    "cm_lsun_cat_cd_lpips_released", "cm_lsun_cat_ct_released", "edm_ffhq64_vp", "edm_afhqv264_vp",
+    "cm_lsun_cat_cd_lpips_released", "cm_lsun_cat_ct_released", "edm_ffhq64_vp", "edm_afhqv264_vp", "tcm_cifar10_stage2",
 }  # fmt: skip
 """Runs that `mode=<mode> data=<data>` is; the others are experiments of their name."""
 
@@ -34,8 +35,9 @@ OPENAI_SCALER = {"init_scale": 2**20, "growth_factor": 2**0.001, "growth_interva
 DISTANCES = {
     "l2, denoising": "L2", "l1": "L1", "l2": "L2", "LPIPS": "max", "||.||^2 summed": "SquaredNorm", "l2 norm (c=0)": 0.0,
     "l2 norm of the tangent": "L2Tangent", "LPIPS (Hessian)": "Hessian", "pseudo-Huber 1e-8": 1e-8, "pseudo-Huber, c=0.00054": 0.00054,
+    "pseudo-Huber c=1e-8": 1e-8, "pseudo-Huber 0.06": 0.06,
 }  # fmt: skip
-WEIGHTINGS = {"karras": "karras", "uniform": "uniform", "truncated snr": "truncated_snr", "1/(t-r)": "inverse_gap"}  # fmt: skip
+WEIGHTINGS = {"karras": "karras", "uniform": "uniform", "truncated snr": "truncated_snr", "1/(t-r)": "inverse_gap", "1/c_out^2": "karras"}  # fmt: skip
 NETWORKS = {
     "NCSN++ 5": (128, 4, 16.0), "NCSN++, 4": (128, 4, 0.02), "NCSN++, 8": (128, 8, 0.02), "NCSN++ 6": (128, 4, 16.0),
     "DDPM++": (128, 4, None), "ADM 296M": (192, 3, True), "ADM 526M": (256, 2, False), "ADM, 3": (192, 3, False), "ADM, 6": (192, 6, False),
@@ -64,21 +66,21 @@ def test_a_published_run_is_one_command(run: str) -> None:
     objective, trainer, callbacks = mode["objective"], config["trainer"], config["callbacks"]
     scales = mode["callbacks"].get("scale_schedule", {}).get("num_scales", {})
     assert mode["published"] == run
-    assert config["data"]["batch_size"] == int(row["batch"])
+    assert config["data"]["batch_size"] == (
+        1024 if row["batch"].startswith("not set") else int(row["batch"])
+    )
     assert optimizer["lr"] == float(row["lr"])
     assert optimizer["_target_"] == f"torch.optim.{row['optimizer']}"
-    assert [optimizer["betas"], optimizer["eps"], optimizer["weight_decay"]] == [
-        [0.9, 0.999],
-        1e-8,
-        0,
-    ]
-    assert (row["betas"], row["eps"], row["weight_decay"]) == ("(0.9,0.999)", "1e-8", "0")
+    given = [numbers(row["betas"]), float(row["eps"]), float(row["weight_decay"])]
+    assert [optimizer["betas"], optimizer["eps"], optimizer["weight_decay"]] == given
     clip = None if row["grad_clip"].startswith("none") else float(row["grad_clip"])
     assert trainer["gradient_clip_val"] == clip
-    steps = 610352 if row["steps"].startswith("not given") else numbers(row["steps"])[0]
+    lengths = {"not given": 610_352, "not set": 1_000_000}
+    steps = lengths.get(row["steps"]) or numbers(row["steps"].replace(",", ""))[0]
     assert trainer["max_steps"] == mode["total_steps"] == steps
     _same_network(row, config, network)
-    _same_method(row, mode, objective, scales)
+    _same_method(row, mode, objective, scales, config["data"]["batch_size"])
+    _same_range(run.partition("_")[0], row["mode"], objective.get("pairs", {}))
     _same_averages(row["ema_rates"], callbacks["evaluation_ema"], callbacks["samples"]["weights"])
     _same_rate(row["lr_schedule"], callbacks["learning_rate"]["factor"])
     _same_precision(row["precision"], trainer["precision"], config)
@@ -104,7 +106,7 @@ def _same_network(row: dict[str, str], config: dict[str, Any], network: dict[str
     assert not piped or network["augment_dim"] == 9
 
 
-def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any) -> None:
+def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any, batch: int) -> None:
     distance = objective.get("distance") or objective["tangent"]
     kind = rule(DISTANCES, row["distance"])
     if isinstance(kind, float):
@@ -118,7 +120,12 @@ def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any) ->
         assert distance["_target_"].endswith(f".{kind}")
     assert objective["weighting"]["_target_"].endswith(f".{rule(WEIGHTINGS, row['weighting'])}")
     law = objective.get("pairs") or objective.get("times") or {"_target_": ""}
-    if row["t_law"].startswith(("lognormal", "discretised")):
+    law = law.get("times", law)
+    if "df .01" in row["t_law"]:
+        assert [law["df"], law["loc"], law["scale"]] == [0.01, 0.0, 0.2]
+        boundary = [objective[n] for n in ("t_split", "boundary_share", "boundary_weight")]
+        assert boundary == [1.0, 0.25, 0.1]
+    elif row["t_law"].startswith(("lognormal", "discretised", "truncated")):
         assert [law["p_mean"], law["p_std"]] == [
             float(n) for n in re.findall(r"-?\d\.\d", row["t_law"])[:2]
         ]
@@ -130,24 +137,7 @@ def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any) ->
             )
             or not law["_target_"]
         )
-    given, text = numbers(row["n_scales"].replace(",", "")), row["n_scales"]
-    if "fixed" in text:
-        assert scales["num_scales"] == given[0]
-    elif "->" in text:
-        name = "square_root" if "square-root" in text else "doubling"
-        assert scales["_target_"].endswith(name)
-        assert [scales["s_0"], scales["s_1"]] == given[:2]
-    elif text.startswith("q="):
-        stages = re.search(r"\((\d+) stages\)", text)
-        count = int(stages[1]) if stages else 28 if "kimg" in text else 1
-        assert (scales["q"], scales["stages"]) == (given[0], count)
-        assert scales["stage_steps"] == (12_500 if "kimg" in text else None)
-        assert objective["pairs"]["ratio_limit"] == (0.999 if "ratio" in text else 1.0)
-    elif text.startswith("4096"):
-        assert scales["s_0"] == 4096
-    else:
-        assert text in ("-", "continuous")
-        assert not scales
+    _same_scales(row["n_scales"], scales, objective.get("pairs", {}), batch)
     target, mu = mode["callbacks"].get("target_ema", {}).get("decay"), row["mu"]
     if mu.startswith("mu0"):
         printed = "printed" in mu or row["run_id"].endswith("ct_paper")
@@ -160,9 +150,52 @@ def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any) ->
         assert target is None
 
 
+def _same_scales(text: str, scales: Any, pairs: Any, batch: int) -> None:
+    given = numbers(text.replace(",", ""))
+    if "fixed" in text:
+        assert scales["num_scales"] == given[0]
+    elif "->" in text:
+        name = "square_root" if "square-root" in text else "doubling"
+        assert scales["_target_"].endswith(name)
+        assert [scales["s_0"], scales["s_1"]] == given[:2]
+    elif text.startswith(("goes on", "held")):  # at the limit of the first stage
+        assert 1 - 1 / scales["num_scales"] == pairs["ratio_limit"] == 0.999
+    elif limit := re.search(r"ratio <= (0\.\d+)", text):
+        length, unit = re.search(r"([\d,]+)(k its| kimg)", text).groups()  # type: ignore[union-attr]
+        steps = int(length.replace(",", "")) * 1000 // (batch if "img" in unit else 1)
+        assert (scales["q"], scales["stage_steps"]) == (given[0], steps)
+        assert pairs["ratio_limit"] == float(limit[1]) < 1 - scales["q"] ** -scales["stages"]
+    elif text.startswith("q="):
+        stages = re.search(r"\((\d+) stages\)", text)
+        assert (scales["q"], scales["stages"]) == (given[0], int(stages[1]) if stages else 1)
+        assert scales["stage_steps"] is None
+    elif text.startswith("4096"):
+        assert scales["s_0"] == 4096
+    else:
+        assert text in ("-", "continuous")
+        assert not scales
+
+
+RELEASED_RANGE = {
+    "fastgen": {"r_min": 0.002, "least_gap": 1e-6, "t_lo": 0.002, "t_hi": 80.0},
+    "tcm": {"r_min": 1e-6, "least_gap": 0.0, "t_lo": 0.002, "t_hi": 80.0},
+    "ect": {"r_min": 0.0, "least_gap": 0.0},
+}
+"""Ends of the laws of times by family, as in the released codes."""
+
+
+def _same_range(family: str, mode: str, pairs: Any) -> None:
+    ends = RELEASED_RANGE.get(family, {}) | ({"t_lo": 1.0} if mode == "tcm" else {})
+    found = pairs | pairs.get("times", {})
+    assert {name: found.get(name) for name in ends} == ends
+    assert "t_lo" in ends or "t_lo" not in found
+
+
 def _same_averages(text: str, ema: Any, weights: str) -> None:
     if "none" in text:
         assert (ema, weights) == (None, "online")
+    elif text.startswith("power"):
+        assert [relative_width(g) for g in numbers(text)] == pytest.approx(ema["widths"], rel=1e-3)
     elif text.startswith("half-life"):
         assert (ema["half_lives"], ema["ramp_up"]) == ([numbers(text)[0] * 1e6], 0.05)
     else:
@@ -171,7 +204,10 @@ def _same_averages(text: str, ema: Any, weights: str) -> None:
 
 def _same_rate(text: str, factor: Any) -> None:
     ramp = re.search(r"([\d,]+) its", text)
-    if ramp:
+    if text.startswith("1/sqrt"):
+        assert factor["_target_"].endswith("inverse_root_rate")
+        assert [factor["ref_steps"], factor["ramp_steps"]] == [numbers(text)[-1], 0]
+    elif ramp:
         assert factor["_target_"].endswith("rising_rate")
         assert factor["ramp_steps"] == int(ramp[1].replace(",", ""))
     else:
@@ -189,6 +225,8 @@ def _same_precision(text: str, precision: str, config: Any) -> None:
             100,
             2**31 - 1,
         )
+    elif "scaler 16" in text:
+        assert config["scaler"] == {"init_scale": 16, "growth_interval": 20_000}
     else:
         assert config["scaler"] is None
 
@@ -207,10 +245,13 @@ def _same_sampling(text: str, mode: Any) -> None:
 
 def _same_start(text: str, config: Any) -> None:
     init = config["init"]
-    if text == "random":
+    if text.startswith("stage-1"):  # the run given as teacher=
+        assert init is config["teacher"] is None
+        assert config["mode"]["objective"]["first_stage"]["path"] is None
+    elif text == "random":
         assert init is None
-    elif text.startswith("edm-cifar10"):
-        assert init == "edm:edm-cifar10-32x32-uncond-vp"
+    elif text.startswith("edm-"):
+        assert init == f"edm:{text.partition(' ')[0].removesuffix('.pkl')}"
     else:
         assert "EDM" in text
         assert re.match(r"(jcm|openai):edm_", init)

@@ -203,7 +203,9 @@ def compare_ect_schedule(archive: Archive) -> None:
     for name in archive.matching("*.q_k_b_isconst"):
         case = name.removesuffix(".q_k_b_isconst")
         q, k, b, is_const = (float(value) for value in archive.input(name))
-        law = RatioPairs(p_mean=-1.1, p_std=2.0, k=0.0 if is_const else k, b=b)
+        law = RatioPairs(
+            times=LognormalTimes(p_mean=-1.1, p_std=2.0), k=0.0 if is_const else k, b=b
+        )
         stages = range(len(archive.arrays[f"{case}.ratio_by_stage"]))
         powers = [
             schedules.powers(stage, q=q, stages=len(stages), total_steps=len(stages))

@@ -14,13 +14,16 @@ from torch import nn
 import golden_augmentation as augmentation
 import golden_averages as averages
 import golden_editing as editing
+import golden_fastgen_time as fastgen_time
 import golden_formulas as formulas
 import golden_jcm as jcm
+import golden_later as later
 import golden_losses as losses
 import golden_networks as networks
 import golden_perceptual as perceptual
 import golden_samplers as samplers
 import golden_trajectories as trajectories
+import golden_truncated as truncated
 from conftest import REPORT
 from golden_harness import FOLDER, Archive
 
@@ -58,6 +61,11 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("piq_lpips_recipe.npz", perceptual.compare_lpips),
     ("later/edm2_ema.npz", averages.compare_power_averages),
     ("later/augment_*.npz", augmentation.compare_augmentation),
+    ("later/fastgen_cm.npz", truncated.compare_fastgen_cm),
+    ("later/fastgen_tcm.npz", truncated.compare_fastgen_tcm),
+    ("later/fastgen_time.npz", fastgen_time.compare_fastgen_time),
+    ("later/tcm.npz", truncated.compare_tcm),
+    ("later/ect_compared.npz", truncated.compare_ect),
 ]
 
 WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
@@ -67,12 +75,16 @@ WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
     ("ect/net.safetensors", lambda path: networks.ect_network(path.parent)),
     ("jcm/ncsnpp.safetensors", lambda path: networks.jcm_network(path.parent)),
     ("jcm/toy_*.safetensors", jcm.Toy),
+    ("later/toy_student.safetensors", later.Toy),
+    ("later/toy_teacher.safetensors", later.Toy),
+    ("later/toy_label_*.safetensors", later.Toy),
 ]
 
 SHAPES: list[tuple[str, Callable[[Path], int]]] = [
     ("openai_unet/released_architectures.json", networks.compare_released_openai),
     ("edm/released_architectures.json", networks.compare_released_nvlabs),
     ("jcm/cifar10_ncsnpp_param_shapes.json", networks.compare_released_jcm),
+    ("later/dropout.json", fastgen_time.compare_dropout),
 ]
 
 SETTINGS = [
@@ -81,7 +93,13 @@ SETTINGS = [
     "TOLERANCES.json",
     "openai_ema_scales.json",
     "later/augment_configs.json",
+    "later/ect_compared.json",
     "later/edm2_ema.json",
+    "later/fastgen_cm.json",
+    "later/fastgen_tcm.json",
+    "later/fastgen_time.json",
+    "later/nets.json",
+    "later/tcm.json",
     "*/config.json",
     "*/configs.json",
     "*/specs.json",
@@ -101,6 +119,37 @@ NEVER: list[tuple[str, str, str]] = [
         "run.official_*",
         "the same reconstructions from snapshots in half precision",
     ),
+    ("later/fastgen_time.npz", "schedule.edm.*_prime", "0 and 1"),
+    ("later/fastgen_time.npz", "schedule.edm.alpha", "1"),
+    ("later/fastgen_time.npz", "schedule.edm.sigma", "t itself"),
+    ("later/fastgen_time.npz", "schedule.edm.*sqrt_snr", "1/t and t"),
+    ("later/fastgen_time.npz", "schedule.edm.velocity", "the noise itself"),
+    (
+        "later/fastgen_time.npz",
+        "schedule.edm.*_of_*",
+        "conversions between outputs of networks that no mode has",
+    ),
+    (
+        "later/fastgen_time.npz",
+        "schedule.edm.t_list_*",
+        "default times of its samplers; recipes name theirs",
+    ),
+    (
+        "later/fastgen_time.npz",
+        "schedule.edm.quantize_*",
+        "times on a grid of 1,000 points, which no published run uses",
+    ),
+    ("later/fastgen_time.npz", "schedule.rf.*", "rectified flow, which no mode uses"),
+    ("later/fastgen_time.npz", "schedule.trig.*", "the process of TrigFlow, which no mode uses"),
+    (
+        "later/fastgen_time.npz",
+        "trigflow.*",
+        "the wrapper of networks for TrigFlow, which no mode uses",
+    ),
+    ("later/fastgen_time.npz", "law.uniform", "uniform times, which no published run uses"),
+    ("later/fastgen_time.npz", "law.normal", "the draws of the next"),
+    ("later/fastgen_time.npz", "law.logitnormal_*", "of MeanFlow, which no mode uses"),
+    ("later/fastgen_time.npz", "lr.meanflow_*", "of MeanFlow, which no mode uses"),
 ]
 """(file, array, why comparing it would mean nothing)."""
 

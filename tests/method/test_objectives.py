@@ -206,7 +206,7 @@ def test_with_r_0_the_loss_is_denoising(distance: Distance) -> None:
     online = network()
     x_0, z = 0.5 * normal(*SHAPE), normal(*SHAPE, seed=1)
     t = torch.linspace(0.01, 1.9, 32, dtype=DOUBLE)
-    law = RatioPairs(p_mean=-1.1, p_std=2.0, k=8.0, b=1.0)
+    law = RatioPairs(times=LognormalTimes(p_mean=-1.1, p_std=2.0), k=8.0, b=1.0)
     r = law.ratio_map(t, 2)
     assert torch.equal(r, torch.zeros_like(r))
     tuning = ConsistencyObjective(

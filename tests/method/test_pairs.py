@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from consistency.pairs import (
     Pairs,
     RatioPairs,
     Times,
+    TruncatedLognormalTimes,
+    TruncatedStudentTimes,
+    TruncatedTimes,
     UniformPairs,
     UniformTimes,
 )
@@ -22,7 +26,8 @@ from consistency.schedules import powers
 
 GRID = KarrasGrid(t_min=0.002, t_max=80.0, rho=7.0)
 LOGNORMAL = LognormalTimes(p_mean=-1.2, p_std=1.2)
-RATIO = RatioPairs(p_mean=-1.1, p_std=2.0, k=8.0, b=1.0)
+ECT_TIMES = LognormalTimes(p_mean=-1.1, p_std=2.0)
+RATIO = RatioPairs(times=ECT_TIMES, k=8.0, b=1.0)
 PAIRS: list[Pairs] = [
     UniformPairs(grid=GRID),
     DiscreteLognormalPairs(grid=GRID, p_mean=-1.1, p_std=2.0),
@@ -32,6 +37,8 @@ TIMES: list[Times] = [
     LOGNORMAL,
     LognormalTimes(p_mean=-1.2, p_std=1.2, even=True),
     UniformTimes(grid=GRID),
+    TruncatedLognormalTimes(p_mean=-1.1, p_std=2.0, t_lo=0.002, t_hi=80.0),
+    TruncatedStudentTimes(df=0.01, loc=0.0, scale=0.2, t_lo=1.0, t_hi=80.0),
 ]
 
 
@@ -125,10 +132,58 @@ def chain_gain(n: int) -> float:
 
 
 def test_the_ratio_has_a_limit() -> None:
-    law = RatioPairs(p_mean=-1.1, p_std=2.0, k=8.0, b=1.0, ratio_limit=0.999)
-    t = torch.tensor([0.01, 1.0, 80.0])
+    """1 - 1/N is bounded, so that t - r ends at 0.001 t (1 + 8 sigmoid(-t)) [Lee et al. 2024, released code]."""
+    law = RatioPairs(times=ECT_TIMES, k=8.0, b=1.0, ratio_limit=0.999)
+    t = torch.tensor([0.01, 1.0, 80.0], dtype=torch.float64)
     assert torch.equal(law.ratio_map(t, 64), RATIO.ratio_map(t, 64))
-    assert torch.allclose(law.ratio_map(t, 2**20), 0.999 * t)
+    gap = t - law.ratio_map(t, 2**20)
+    assert torch.allclose(gap, 0.001 * t * (1 + 8 * torch.sigmoid(-t)))
+
+
+def test_pairs_keep_their_least_r_and_gap() -> None:
+    """As FastGen: r >= 0.002, and t is raised to r + 1e-6."""
+    law = RatioPairs(times=ECT_TIMES, k=8.0, b=1.0, r_min=0.002, least_gap=1e-6)
+    t = torch.tensor([0.002, 0.5, 40.0], dtype=torch.float64)
+    raised, r = law.at(t, 2)
+    assert r.tolist() == pytest.approx([0.002, 0.002, 20.0])
+    assert raised.tolist() == pytest.approx([0.002001, 0.5, 40.0])
+
+
+TRUNCATED = TruncatedLognormalTimes(p_mean=-1.1, p_std=2.0, t_lo=0.002, t_hi=80.0)
+STUDENT = TruncatedStudentTimes(df=0.01, loc=0.0, scale=0.2, t_lo=1.0, t_hi=80.0)
+
+
+@pytest.mark.parametrize("law", [TRUNCATED, STUDENT, replace(STUDENT, df=3.0, t_lo=0.002)])
+def test_truncated_laws_rise_from_end_to_end(law: TruncatedTimes) -> None:
+    t = law.at(torch.linspace(0, 1, 101, dtype=torch.float64))
+    assert (t.diff() > 0).all()
+    assert float(t[0]) == pytest.approx(law.t_lo)
+    assert float(t[-1]) == pytest.approx(law.t_hi)
+
+
+def test_a_truncated_lognormal_law_has_the_shares_of_the_whole_one() -> None:
+    u = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
+    shares, ends = (
+        torch.special.ndtr((t.log() + 1.1) / 2.0)
+        for t in (TRUNCATED.at(u), torch.tensor([0.002, 80.0], dtype=torch.float64))
+    )
+    assert torch.allclose((shares - ends[0]) / (ends[1] - ends[0]), u)
+
+
+@pytest.mark.parametrize("loc", [0.0, -3.0])
+def test_student_times_with_one_degree_of_freedom_are_cauchy(loc: float) -> None:
+    """Student's law of df = 1 has the distribution function 1/2 + atan(s) / pi."""
+    law = TruncatedStudentTimes(df=1.0, loc=loc, scale=0.2, t_lo=0.002, t_hi=80.0)
+    u = torch.linspace(0.001, 0.999, 99, dtype=torch.float64)
+    ends = torch.tensor([0.002, 80.0], dtype=torch.float64)
+    shares, (lo, hi) = (torch.atan((t.log() - loc) / 0.2) for t in (law.at(u), ends))
+    assert torch.allclose((shares - lo) / (hi - lo), u, rtol=1e-9, atol=0)
+
+
+def test_student_times_have_the_published_quantiles() -> None:
+    """1.04, 1.22 and 2.5 at a quarter, a half and three quarters [Lee et al. 2024, second stage]."""
+    t = STUDENT.at(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    assert t.tolist() == pytest.approx([1.043, 1.221, 2.525], abs=2e-3)
 
 
 def test_ratio_pairs_lead_to_the_tabled_gains() -> None:
@@ -139,7 +194,7 @@ def test_ratio_pairs_lead_to_the_tabled_gains() -> None:
 
 
 def test_the_constant_map_is_a_ratio() -> None:
-    law = RatioPairs(p_mean=-1.1, p_std=2.0, k=0.0, b=1.0)
+    law = RatioPairs(times=ECT_TIMES, k=0.0, b=1.0)
     t = torch.tensor([0.1, 1.0, 40.0])
     assert torch.allclose(law.ratio_map(t, 4), 0.75 * t)
 
@@ -181,7 +236,7 @@ def test_uniform_times_are_the_limit_of_uniform_pairs() -> None:
     "build",
     [
         lambda: LognormalTimes(p_mean=0.0, p_std=0.0),
-        lambda: RatioPairs(p_mean=0.0, p_std=-1.0, k=8.0, b=1.0),
+        lambda: TruncatedLognormalTimes(p_mean=0.0, p_std=-1.0, t_lo=0.002, t_hi=80.0),
         lambda: DiscreteLognormalPairs(grid=GRID, p_mean=0.0, p_std=0.0),
     ],
 )

@@ -63,19 +63,20 @@ def exact_denoiser() -> Denoise:
 TRAINED: dict[str, Denoiser] = {}
 
 
-def trained_denoiser() -> Denoiser:
-    """Return the denoiser that mode=edm has trained."""
-    return TRAINED["edm"]
+def trained_denoiser(mode: str = "edm") -> Denoiser:
+    """Return what a mode has trained, before the present one."""
+    return TRAINED[mode]
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """A mode: overrides of its YAML, whether it starts from the trained denoiser, and earlier results."""
+    """A mode: overrides of its YAML, the mode whose network it starts from, earlier results, rate, second time point."""
 
     overrides: list[str] = field(default_factory=list)
-    tuned: bool = False
+    init: str = ""
     reached: str = ""
     lr: float = 1e-3
+    middle: float = 0.821
 
 
 EXACT = "{_target_: oracle.exact_denoiser}"
@@ -89,23 +90,33 @@ ORACLES = {
             "parts.scales.constant.num_scales=18",
             "parts.target.fixed.mu=0.99",
         ],
-        tuned=True,
+        init="edm",
         reached=".111 .072 .026  .978",
     ),
     "ict": Oracle(reached=".180 .091 .068 1.021"),
-    "ect": Oracle(reached=".123 .081 .065 1.048", tuned=True),
+    "ect": Oracle(reached=".123 .081 .065 1.048", init="edm"),
+    "tcm": Oracle(
+        [
+            "~mode.objective.first_stage",
+            "+mode.objective.first_stage={_target_: oracle.trained_denoiser, mode: ect}",
+            "parts.scales.constant.num_scales=256",
+        ],
+        init="ect",
+        reached=".133 .074 .074 1.014",
+        middle=1.0,
+    ),
     "progdist": Oracle(
         [
             "~mode.callbacks.stages.teacher",
             "+mode.callbacks.stages.teacher={_target_: oracle.trained_denoiser}",
             "parts.scales.halving.s_0=64",
         ],
-        tuned=True,
+        init="edm",
     ),
-    "ct_continuous": Oracle(tuned=True, lr=5e-4),
+    "ct_continuous": Oracle(init="edm", lr=5e-4),
     "cd_continuous": Oracle(
         ["~mode.objective.velocity.teacher", f"+mode.objective.velocity.teacher={EXACT}"],
-        tuned=True,
+        init="edm",
         lr=5e-4,
     ),
 }
@@ -147,8 +158,8 @@ def train(
     torch.manual_seed(0)
     config = configured(name, oracle, steps)
     network = MLP(channels=2, width=128, depth=3)
-    if oracle.tuned:
-        network.load_state_dict(TRAINED["edm"].network.state_dict())
+    if oracle.init:
+        network.load_state_dict(TRAINED[oracle.init].network.state_dict())
     module = ConsistencyModule(
         online=Denoiser(network, instantiate(config.mode.preconditioning)),
         objective=instantiate(config.mode.objective, _convert_="all"),
@@ -184,7 +195,7 @@ def train(
 
 @torch.no_grad()
 def measured(
-    denoise: Denoise, count: int = 20_000
+    denoise: Denoise, middle: float, count: int = 20_000
 ) -> tuple[tuple[float, float, float, float], Tensor]:
     """Return the error of the one-step map, W1 at one and two steps, the ratio of standard deviations; and samples."""
 
@@ -193,7 +204,7 @@ def measured(
         return lambda: torch.randn(count, 2, 1, 1, generator=draw)
 
     one = onestep(denoise, noise_of(0), t_max=80.0, clip=False)
-    two = multistep(denoise, noise_of(0), times=[80.0, 0.821], t_min=0.002, t_max=80.0, clip=False)
+    two = multistep(denoise, noise_of(0), times=[80.0, middle], t_min=0.002, t_max=80.0, clip=False)
     start = 80.0 * noise_of(0)()
     t, r = (torch.full((count,), value, dtype=torch.float64) for value in (80.0, 0.002))
     exact = THREE_MODES.flow(start.double(), t, r)
@@ -262,10 +273,11 @@ def main(arguments: list[str]) -> None:
     # The parts above are found by their name in this module, which is __main__ now.
     sys.modules["oracle"] = sys.modules[__name__]
     seconds = float(arguments[0]) if arguments else 60.0
-    chosen = arguments[1:] or list(ORACLES)
+    chosen = {"edm", *(arguments[1:] or ORACLES)}
+    chosen |= {ORACLES[name].init for name in chosen}
     rows = []
     for name, oracle in ORACLES.items():
-        if name not in ("edm", *chosen):
+        if name not in chosen:
             continue
         print(f"{name} ...", flush=True)
         train_again = partial(train, name, oracle)
@@ -278,10 +290,9 @@ def main(arguments: list[str]) -> None:
         module = train_again(steps)
         spent = time.process_time() - begin
         average = module.averages[f"ema:{AVERAGE}"]
-        if name == "edm":
-            TRAINED["edm"] = Denoiser(average, SCALINGS)
         sampling = Denoiser(average, module.sampling_preconditioning)
-        numbers, samples = measured(sampling)
+        TRAINED[name] = sampling
+        numbers, samples = measured(sampling, oracle.middle)
         rows.append(Row(name, steps, spent, numbers, samples))
         print(markdown(rows).splitlines()[-1], flush=True)
     picture(rows, FOLDER / "samples.png")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from comparing_runs import assert_same
-from conftest import MODES, NO_CURVES, REPORT, ROOT, TINY
+from conftest import BEGINS_WITH, MODES, NO_CURVES, REPORT, ROOT, TINY
 
 DRAWING = [option for option in TINY if option != NO_CURVES]
 STEPS = [
@@ -46,7 +46,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def setting(name: str, teacher: Path, shards: Path) -> tuple[list[str], list[str]]:
+def setting(name: str, trained: dict[str, Path], shards: Path) -> tuple[list[str], list[str]]:
     """The arguments of a run, and those added when it is resumed."""
     if name == "two processes":
         return [*DRAWING, *STEPS, "mode=ct", *TWO], []
@@ -60,6 +60,7 @@ def setting(name: str, teacher: Path, shards: Path) -> tuple[list[str], list[str
         tiny = [a for a in DRAWING if "evaluation=null" not in a and "monitor=null" not in a]
         cache = f"callbacks.evaluation.cache={shards.parent}"
         return [*tiny, *STEPS, *MEASURED, cache, "mode=ct"], []
+    teacher = trained[BEGINS_WITH.get(name, "edm")]
     return [*DRAWING, *STEPS, f"mode={name}", f"teacher={teacher}"], []
 
 
@@ -81,15 +82,15 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    teacher = shards = tmp_path
+    shards, trained = tmp_path, dict[str, Path]()
     if names is ALL:
-        teacher = request.getfixturevalue("trained")["edm"]
+        trained = request.getfixturevalue("trained")
         shards = request.getfixturevalue("shards")
     settings = []
     for number, name in enumerate(names):
         folder = tmp_path / name.replace(" ", "_")
         folder.mkdir()
-        arguments, resumed = setting(name, teacher, shards)
+        arguments, resumed = setting(name, trained, shards)
         share = kills // len(names) + (number < kills % len(names))
         settings.append(
             {"folder": str(folder), "arguments": arguments, "resumed": resumed}

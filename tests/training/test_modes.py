@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import MODES, TINY, Run
+from conftest import BEGINS_WITH, MODES, TINY, Run
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -13,7 +13,8 @@ def test_every_mode_trains_and_its_checkpoint_samples(
     mode: str, verb: Run, trained: dict[str, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    given = [f"mode={mode}", f"teacher={trained['edm']}", "trainer.max_steps=2", f"output={run}"]
+    teacher = trained[BEGINS_WITH.get(mode, "edm")]
+    given = [f"mode={mode}", f"teacher={teacher}", "trainer.max_steps=2", f"output={run}"]
     outcome = verb("train", *TINY, *given)
     assert outcome.status == 0, outcome.err
     sampled = verb("sample", f"checkpoint={run}", "num_samples=4", f"output={tmp_path / 'out'}")

@@ -88,6 +88,15 @@ def load_teacher(path: str | None, *, weights: str) -> Denoiser:
     return load(path, "teacher", weights=weights).denoiser
 
 
+def load_first_stage(path: str | None, *, weights: str) -> Denoiser:
+    """Load the consistency model that a second stage goes on with, `teacher=`."""
+    if path is None:
+        expected = "the first stage, teacher=<run folder or checkpoint of a consistency model>"
+        remedy = "train one on the same data with mode=ect and give its run folder"
+        raise UserError(expected, "teacher=null", remedy)
+    return load(path, "consistency", weights=weights).denoiser
+
+
 def load_initial(
     checkpoint: str, network: nn.Module, *, weights: str, c_noise_scale: float
 ) -> None:

@@ -23,6 +23,7 @@ PATHS = (".default_root_dir", ".folder", ".metrics", ".path", ".picture")
 # Arguments of writers that are paths to read, or to a cache that runs share.
 READERS = {
     "consistency.checkpoints.load.load_teacher": ("path",),
+    "consistency.checkpoints.load.load_first_stage": ("path",),
     "consistency.training.callbacks.evaluation.Evaluation": ("extractor", "reference", "cache"),
 }
 MOST_BYTES = 1 << 18
