@@ -5,6 +5,7 @@ All draw from a generator, on its device, and return float32 of shape (batch,).
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -147,6 +148,61 @@ class LognormalTimes(Lognormal):
         draw = torch.rand if self.even else torch.randn
         draws = draw(batch, generator=generator, device=generator.device)
         return self.spread(draws) if self.even else self.at(draws)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncatedTimes:
+    """A law of t on [t_lo, t_hi] alone, drawn through its inverse distribution function."""
+
+    t_lo: float
+    t_hi: float
+
+    def __post_init__(self) -> None:
+        expected, remedy = "0 < t_lo < t_hi, the ends of the law of t", "set both as noise levels"
+        holds = 0 < self.t_lo < self.t_hi
+        require(holds, expected, f"t_lo={self.t_lo}, t_hi={self.t_hi}", remedy)
+
+    def quantile(self, p: Float[Tensor, "b"]) -> Time:
+        """The t below which the share p of the law lies, p in float64."""
+        raise NotImplementedError
+
+    def at(self, u: Float[Tensor, "b"]) -> Time:
+        """t of draws u uniform on [0, 1), computed in float64 and returned in the precision of u."""
+        return self.quantile(u.double()).to(u.dtype).clamp(self.t_lo, self.t_hi)
+
+    def __call__(self, batch: int, generator: Generator) -> Time:
+        return self.at(torch.rand(batch, generator=generator, device=generator.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncatedLognormalTimes(TruncatedTimes, Lognormal):
+    """ln t ~ N(p_mean, p_std^2) on t_lo <= t <= t_hi [Lee et al. 2024, arXiv:2410.14895, first stage; FastGen]."""
+
+    def __post_init__(self) -> None:
+        TruncatedTimes.__post_init__(self)
+        Lognormal.__post_init__(self)
+
+    def quantile(self, p: Float[Tensor, "b"]) -> Time:
+        law = NormalDist(self.p_mean, self.p_std)
+        lo, hi = (law.cdf(math.log(t)) for t in (self.t_lo, self.t_hi))
+        return self.level(torch.special.ndtri(lo + p * (hi - lo)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisedTimes:
+    """Times of another law, each moved to the nearest of `points` points of the Karras grid [released code FastGen]."""
+
+    times: Times
+    grid: KarrasGrid
+    points: int = 1000
+
+    def nearest(self, t: Time) -> Time:
+        """The grid's point nearest to t, in its precision."""
+        points = sent(self.grid.points(self.points), t.device)
+        return points[(points - t[:, None]).abs().argmin(dim=1)].to(t.dtype)
+
+    def __call__(self, batch: int, generator: Generator) -> Time:
+        return self.nearest(self.times(batch, generator))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ import golden_networks as networks
 import golden_perceptual as perceptual
 import golden_samplers as samplers
 import golden_trajectories as trajectories
+import golden_trigflow as trigflow
 from conftest import REPORT
 from golden_harness import FOLDER, Archive
 
@@ -58,6 +59,10 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("piq_lpips_recipe.npz", perceptual.compare_lpips),
     ("later/edm2_ema.npz", averages.compare_power_averages),
     ("later/augment_*.npz", augmentation.compare_augmentation),
+    ("later/fastgen_scm.npz", trigflow.compare_fastgen),
+    ("later/fastgen_time.npz", trigflow.compare_fastgen_schedules),
+    ("later/scm_mnist.npz", trigflow.compare_mnist),
+    ("later/sct_formulas.npz", trigflow.compare_posterior_means),
 ]
 
 WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
@@ -67,12 +72,16 @@ WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
     ("ect/net.safetensors", lambda path: networks.ect_network(path.parent)),
     ("jcm/ncsnpp.safetensors", lambda path: networks.jcm_network(path.parent)),
     ("jcm/toy_*.safetensors", jcm.Toy),
+    ("later/toy_*student.safetensors", trigflow.load_weights),
+    ("later/toy_*teacher.safetensors", trigflow.load_weights),
+    ("later/fastgen_*.safetensors", trigflow.load_weights),
 ]
 
 SHAPES: list[tuple[str, Callable[[Path], int]]] = [
     ("openai_unet/released_architectures.json", networks.compare_released_openai),
     ("edm/released_architectures.json", networks.compare_released_nvlabs),
     ("jcm/cifar10_ncsnpp_param_shapes.json", networks.compare_released_jcm),
+    ("later/dropout.json", trigflow.compare_dropout),
 ]
 
 SETTINGS = [
@@ -82,6 +91,10 @@ SETTINGS = [
     "openai_ema_scales.json",
     "later/augment_configs.json",
     "later/edm2_ema.json",
+    "later/nets.json",
+    "later/fastgen_scm.json",
+    "later/scm_mnist.json",
+    "later/sct_formulas.json",
     "*/config.json",
     "*/configs.json",
     "*/specs.json",
@@ -101,6 +114,11 @@ NEVER: list[tuple[str, str, str]] = [
         "run.official_*",
         "the same reconstructions from snapshots in half precision",
     ),
+    ("later/fastgen_time.npz", "schedule.[et]*.*_of_*", "conversions that nothing of ours makes"),
+    ("later/fastgen_time.npz", "schedule.[et]*.sqrt_snr", "as above"),
+    ("later/fastgen_time.npz", "schedule.[et]*.t_list_*", "time points, which are given to ours"),
+    ("later/fastgen_time.npz", "schedule.[et]*.idx_t", "as above"),
+    ("later/rcm.npz", "*", "rCM: its discrete derivatives and warm-up belong to no mode of ours"),
 ]
 """(file, array, why comparing it would mean nothing)."""
 
