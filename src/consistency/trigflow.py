@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from torch import Generator, nn
+from torch import Generator
 
 from consistency.distances import Distance
 from consistency.objectives import Losses, Objective
