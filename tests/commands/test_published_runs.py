@@ -5,6 +5,7 @@ reads is a failure.
 """
 
 import csv
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,18 @@ RECIPES = {
     "cm_imagenet64_cd_lpips_released", "cm_imagenet64_ct_released", "ict_imagenet64", "cm_lsun_bedroom_edm_released",
     "cm_lsun_bedroom_cd_lpips_released", "cm_lsun_bedroom_ct_released", "cm_lsun_cat_edm_released",
     "cm_lsun_cat_cd_lpips_released", "cm_lsun_cat_ct_released", "edm_ffhq64_vp", "edm_afhqv264_vp",
+    "fastgen_sct_cifar10", "fastgen_scd_cifar10",
 }  # fmt: skip
 """Runs that `mode=<mode> data=<data>` is; the others are experiments of their name."""
 
+STEPS = {"not given": 610352, "not printed": 400_000, "100k / 200k / 400k": 100_000}
 OPENAI_SCALER = {"init_scale": 2**20, "growth_factor": 2**0.001, "growth_interval": 1}
 DISTANCES = {
     "l2, denoising": "L2", "l1": "L1", "l2": "L2", "LPIPS": "max", "||.||^2 summed": "SquaredNorm", "l2 norm (c=0)": 0.0,
     "l2 norm of the tangent": "L2Tangent", "LPIPS (Hessian)": "Hessian", "pseudo-Huber 1e-8": 1e-8, "pseudo-Huber, c=0.00054": 0.00054,
+    "adaptive weighted l2 of the normalised tangent": "L2", "normalised tangent": "L2OverDimension",
 }  # fmt: skip
-WEIGHTINGS = {"karras": "karras", "uniform": "uniform", "truncated snr": "truncated_snr", "1/(t-r)": "inverse_gap"}  # fmt: skip
+WEIGHTINGS = {"karras": "karras", "uniform": "uniform", "truncated snr": "truncated_snr", "1/(t-r)": "inverse_gap", "learned w(t)": "uniform", "learned + prior": "inverse_level"}  # fmt: skip
 NETWORKS = {
     "NCSN++ 5": (128, 4, 16.0), "NCSN++, 4": (128, 4, 0.02), "NCSN++, 8": (128, 8, 0.02), "NCSN++ 6": (128, 4, 16.0),
     "DDPM++": (128, 4, None), "ADM 296M": (192, 3, True), "ADM 526M": (256, 2, False), "ADM, 3": (192, 3, False), "ADM, 6": (192, 6, False),
@@ -66,15 +70,12 @@ def test_a_published_run_is_one_command(run: str) -> None:
     assert config["data"]["batch_size"] == int(row["batch"])
     assert optimizer["lr"] == float(row["lr"])
     assert optimizer["_target_"] == f"torch.optim.{row['optimizer']}"
-    assert [optimizer["betas"], optimizer["eps"], optimizer["weight_decay"]] == [
-        [0.9, 0.999],
-        1e-8,
-        0,
-    ]
-    assert (row["betas"], row["eps"], row["weight_decay"]) == ("(0.9,0.999)", "1e-8", "0")
+    assert [optimizer["eps"], optimizer["weight_decay"]] == [1e-8, 0]
+    assert optimizer["betas"] == numbers(row["betas"])
+    assert (row["eps"], row["weight_decay"]) == ("1e-8", "0")
     clip = None if row["grad_clip"].startswith("none") else float(row["grad_clip"])
     assert trainer["gradient_clip_val"] == clip
-    steps = 610352 if row["steps"].startswith("not given") else numbers(row["steps"])[0]
+    steps = STEPS.get(row["steps"].partition(" (")[0]) or numbers(row["steps"])[0]
     assert trainer["max_steps"] == mode["total_steps"] == steps
     _same_network(row, config, network)
     _same_method(row, mode, objective, scales)
@@ -99,8 +100,9 @@ def _same_network(row: dict[str, str], config: dict[str, Any], network: dict[str
     assert network.get("dropout_resolution") == (16 if "<=16x16" in row["dropout"] else None)
     piped = re.match(r"augment pipe p=([\d.]+)", row["augmentation"])
     assert config["data"]["flip"] is row["augmentation"].startswith("horizontal flip")
-    assert (config["augmentation"] or {}).get("p") == (float(piped[1]) if piped else None)
-    assert not piped or network["augment_dim"] == 9
+    p = float(piped[1]) if piped else 0.12 if row["augmentation"].startswith("as EDM") else None
+    assert (config["augmentation"] or {}).get("p") == p
+    assert p is None or network["augment_dim"] == 9
 
 
 def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any) -> None:
@@ -117,7 +119,7 @@ def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any) ->
         assert distance["_target_"].endswith(f".{kind}")
     assert objective["weighting"]["_target_"].endswith(f".{rule(WEIGHTINGS, row['weighting'])}")
     law = objective.get("pairs") or objective.get("times") or {"_target_": ""}
-    if row["t_law"].startswith(("lognormal", "discretised")):
+    if row["t_law"].startswith(("lognormal", "discretised", "ln(sd tan t)")):
         assert [law["p_mean"], law["p_std"]] == [
             float(n) for n in re.findall(r"-?\d\.\d", row["t_law"])[:2]
         ]
@@ -129,6 +131,8 @@ def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any) ->
             )
             or not law["_target_"]
         )
+    if "derivative" in objective:
+        _same_tangent(row, mode, objective)
     given, text = numbers(row["n_scales"].replace(",", "")), row["n_scales"]
     if "fixed" in text:
         assert scales["num_scales"] == given[0]
@@ -157,6 +161,20 @@ def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any) ->
     else:
         assert mu in ("-", "none", "stop-gradient", "1 within a stage", "0 (stop-gradient)", "0")
         assert target is None
+
+
+def _same_tangent(row: dict[str, str], mode: Any, objective: Any) -> None:
+    """The parts of sCT and sCD: as in the paper, or as in FastGen, which has a root mean square, other dropout and ends of t."""
+    released = row["run_id"].startswith("fastgen")
+    assert objective["derivative"]["_target_"].endswith("ForwardDerivative")
+    assert objective["normalisation"]["c"] == 0.1
+    assert objective["normalisation"]["per_root_dimension"] is released
+    assert objective["shared_dropout"] is not released
+    assert objective["head"]["_target_"].endswith("LearnedWeighting")
+    assert mode["callbacks"]["warm_up"]["num_scales"]["steps"] == 10_000
+    ends = [objective["times"].get(end) for end in ("t_lo", "t_hi")]
+    last = 800.0 if "up to 800" in row["t_law"] else 80.0
+    assert ends == ([0.002, last] if released else [None, None])
 
 
 def _same_averages(text: str, ema: Any, weights: str) -> None:
@@ -198,17 +216,20 @@ def _same_sampling(text: str, mode: Any) -> None:
         assert sampler["steps"] == given[0]
         churned = [sampler[n] for n in ("s_churn", "s_tmin", "s_tmax", "s_noise")]
         assert churned == (given[1:5] if "S_churn" in text else [0.0, 0.0, float("inf"), 1.0])
+    elif text.startswith("pi/2-range"):
+        angle = numbers(text.partition("t=")[2])[0]
+        assert mode["process"]["times"] == [80.0, pytest.approx(0.5 * math.tan(angle), abs=1e-5)]
     elif text.startswith("80, ") and "None" not in text:
         assert mode["process"]["times"] == numbers(text)[:2]
     else:
-        assert text in ("-", "not published", "N steps", "80, None (ts not published)")
+        assert text in ("-", "80", "not published", "N steps", "80, None (ts not published)")
 
 
 def _same_start(text: str, config: Any) -> None:
     init = config["init"]
     if text == "random":
         assert init is None
-    elif text.startswith("edm-cifar10"):
+    elif text.startswith(("edm-cifar10", "TrigFlow teacher", "teacher")) and "(EDM)" not in text:
         assert init == "edm:edm-cifar10-32x32-uncond-vp"
     else:
         assert "EDM" in text
