@@ -108,7 +108,8 @@ class TrigFlowSlope(_Positive):
     """Scalings under which the output is the slope u = sigma_data F(x_t / sigma_data, c_noise) of `consistency.trigflow`.
 
     c_noise_scale: None for a network F that is told t, as for `TrigFlow`. A number for an EDM network of that scale, for
-    which F = -F_edm and c_noise = c_noise_scale ln(sigma_data tan(t)); its consistency function has the scalings `EDM`.
+    which F = -F_edm and c_noise = c_noise_scale ln(sigma_data tan(t)); its consistency function on the variance-exploding
+    path has the scalings of `EDM`, or of `Boundary` with t_min = 0.
     """
 
     sigma_data: float

@@ -5,16 +5,18 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from analytic import DOUBLE, Gaussian, Points, normal, times
 from consistency.denoiser import Denoiser
 from consistency.distances import L2, L2OverDimension
+from consistency.grids import KarrasGrid
 from consistency.networks.mlp import MLP
 from consistency.objectives import ContinuousObjective
-from consistency.pairs import LognormalTimes
-from consistency.preconditioning import EDM, TrigFlow, TrigFlowSlope
+from consistency.pairs import LognormalTimes, QuantisedTimes, TruncatedLognormalTimes
+from consistency.preconditioning import EDM, Boundary, TrigFlow, TrigFlowSlope
 from consistency.processes import trigflow, variance_exploding
+from consistency.schedules import warm_up
 from consistency.solvers import euler_step
 from consistency.steps import BatchStep
 from consistency.steps import DataVelocity as ExplodingVelocity
@@ -133,6 +135,8 @@ def test_an_edm_network_under_trigflow_is_the_same_with_the_other_sign() -> None
     assert torch.allclose(edm(x_t / cos, SD * t.tan()), cos * x_t - sin * u, atol=1e-13)
     seen = TeacherVelocity(teacher=edm, sigma_data=SD)(x_t, x_t, x_t, t, None)
     assert torch.allclose(seen, u, atol=1e-12)
+    sampled = Denoiser(inner, Boundary(sigma_data=SD, t_min=1e-8, c_noise_scale=0.25))
+    assert torch.allclose(sampled(x_t / cos, SD * t.tan()), cos * x_t - sin * u, atol=1e-7)
 
 
 def test_a_network_of_trigflow_is_told_the_angle() -> None:
@@ -262,3 +266,20 @@ def test_the_posterior_mean_of_a_full_set_is_the_empirical_denoiser() -> None:
         own = label == each
         alone = BatchStep()(images[own], x_t[own], x_t[own], t[own], r[own], None)
         assert torch.allclose(by_class[own], alone, atol=1e-13)
+
+
+def test_the_warm_up_rises_to_one() -> None:
+    assert [warm_up(k, steps=100) for k in (0, 25, 100, 1000)] == [0.0, 0.25, 1.0, 1.0]
+    assert warm_up(0, steps=0) == 1.0
+
+
+def test_quantised_times_are_the_nearest_points_of_the_grid() -> None:
+    grid = KarrasGrid(t_min=0.002, t_max=80.0, rho=7.0)
+    law = TruncatedLognormalTimes(p_mean=-1.0, p_std=1.4, t_lo=0.01, t_hi=10.0)
+    quantised, points = QuantisedTimes(times=law, grid=grid, points=30), grid.points(30)
+    t = law(500, Generator().manual_seed(0)).double()
+    assert 0.01 <= float(t.min()) < float(t.max()) <= 10.0
+    near = quantised(500, Generator().manual_seed(0)).double()
+    distances = (near[:, None] - points).abs().min(dim=1).values
+    assert float(distances.max()) < 1e-6
+    assert ((near - t).abs() <= (points - t[:, None]).abs().min(dim=1).values + 1e-6).all()

@@ -72,7 +72,7 @@ class ConsistencyModule(L.LightningModule):
         self.guard, self.compilation = NonfiniteGuard(on_nonfinite), compilation
         self.augmentation = augmentation
         self.k = self.k_before = 0
-        self.num_scales: float = 0
+        self.num_scales: Any = 0
         self.target: Denoiser | None = None
         self.settle_averages: Callable[[], None] = lambda: None
         self._averages: dict[str, nn.Module] = {}

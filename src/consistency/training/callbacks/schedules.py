@@ -11,7 +11,7 @@ from consistency.training.module import ConsistencyModule
 class ScaleSchedule(L.Callback):
     """Sets N(k), the `num_scales` of the objective, or the number that a method has in its place, `shown` under its name."""
 
-    def __init__(self, *, num_scales: Callable[[int], float], shown: str = "N") -> None:
+    def __init__(self, *, num_scales: Callable[[int], Any], shown: str = "N") -> None:
         self.num_scales, self.shown = num_scales, shown
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
