@@ -9,6 +9,7 @@ and a network with f = cos(t) x_t - sin(t) u gives this slope itself: u = sigma_
 output under the scalings `TrigFlowSlope`. The laws of times are those of t_ve.
 """
 
+import math
 from contextlib import nullcontext
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -82,6 +83,7 @@ class CentralDifference:
         self, slope: Denoise, x_0: Data, z: Data, x_t: Data, t: Time, v: Data, label: Label
     ) -> Data:
         e, dropout = (self.share * t).clamp_min(1e-6), DropoutState(x_0.device)
+        e = torch.minimum(e, 0.99 * (math.pi / 2 - t))  # the network's ln tan ends at pi/2
         after = slope(trigflow(x_0, z, t + e), t + e, label)
         with dropout.replayed():
             before = slope(trigflow(x_0, z, t - e), t - e, label)

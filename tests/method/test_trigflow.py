@@ -283,3 +283,11 @@ def test_quantised_times_are_the_nearest_points_of_the_grid() -> None:
     distances = (near[:, None] - points).abs().min(dim=1).values
     assert float(distances.max()) < 1e-6
     assert ((near - t).abs() <= (points - t[:, None]).abs().min(dim=1).values + 1e-6).all()
+
+
+def test_the_difference_stays_below_the_end_of_the_angles() -> None:
+    t = torch.tensor([1.57, 1.5702], dtype=torch.float32)
+    x = SD * normal(2, 1, 2, 2).float()
+    slope = Denoiser(network().float(), SLOPE)
+    du = CentralDifference(share=1e-3)(slope, x, x, x, t, x, None)
+    assert du.isfinite().all()
