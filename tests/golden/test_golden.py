@@ -93,6 +93,8 @@ SETTINGS = [
     "later/edm2_ema.json",
     "later/nets.json",
     "later/fastgen_scm.json",
+    "later/fastgen_time.json",
+    "later/rcm.json",
     "later/scm_mnist.json",
     "later/sct_formulas.json",
     "*/config.json",

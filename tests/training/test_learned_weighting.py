@@ -14,6 +14,7 @@ from consistency.checkpoints.ours import LAST, PREVIOUS
 RUN = [
     *TINY,
     "mode=sct",
+    "mode.average=constant",
     "trainer.max_steps=4",
     "callbacks.checkpoint.every_n_train_steps=2",
     "parts.average.constant.decays=[0.5]",
