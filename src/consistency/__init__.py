@@ -11,7 +11,7 @@ imports only from its floor and those below it, and torch and jaxtyping:
                         networks: adm song dhariwal (with unet and layers) mlp
     floor 2, phrases    processes solvers pairs distances weightings denoiser tangents augmentation
     floor 3, sentences  steps samplers editing
-    floor 4, paragraph  objectives
+    floor 4, paragraph  objectives trigflow (sCT and sCD)
 
 The shell stands in rooms:
 

@@ -41,6 +41,13 @@ class SquaredNorm(nn.Module):
         return (x - y).square().sum(dim=(1, 2, 3))
 
 
+class L2OverDimension(nn.Module):
+    """Mean of (x - y)^2, divided by the number of channels and pixels a second time [released code FastGen, sCM]."""
+
+    def forward(self, x: Data, y: Data) -> PerSample:
+        return (x - y).square().mean(dim=(1, 2, 3)) / x[0].numel()
+
+
 class LInf(nn.Module):
     """Maximum of |x - y| over channels and pixels [released CIFAR-10 code, `linf`]."""
 

@@ -42,8 +42,14 @@ class Objective(nn.Module):
     losses_at: Callable[..., Losses]
     times: Times
     needs_target: ClassVar[bool] = True
+    head: nn.Module | None
+    """A part that is trained and saved with the network, such as a learned weighting; None for no such part."""
 
-    def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = None
+
+    def draw(self, batch: int, num_scales: Any, generator: Generator) -> tuple[Any, ...]:
         """Return the arguments of `losses_at` between label and noise: times alone, unless a method draws more."""
         return (self.times(batch, generator),)
 
@@ -53,7 +59,7 @@ class Objective(nn.Module):
         target: Denoise,
         x_0: Data,
         label: Label,
-        num_scales: int,
+        num_scales: float,
         generator: Generator,
         share: Share = WHOLE,
     ) -> Losses:

@@ -247,6 +247,23 @@ def gauss_legendre(n: int) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantisedTimes:
+    """Times of another law, each moved to the nearest of `points` points of the Karras grid [released code FastGen]."""
+
+    times: Times
+    grid: KarrasGrid
+    points: int = 1000
+
+    def nearest(self, t: Time) -> Time:
+        """The grid's point nearest to t, in its precision."""
+        points = sent(self.grid.points(self.points), t.device)
+        return points[(points - t[:, None]).abs().argmin(dim=1)].to(t.dtype)
+
+    def __call__(self, batch: int, generator: Generator) -> Time:
+        return self.nearest(self.times(batch, generator))
+
+
+@dataclass(frozen=True, kw_only=True)
 class UniformTimes:
     """t^(1/rho) uniform between the ends of the grid: the law of `UniformPairs` as N(k) grows without bound.
 

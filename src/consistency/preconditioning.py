@@ -36,6 +36,8 @@ class _Positive:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            if value is None:
+                continue
             require(value > 0 and math.isfinite(value), f"a finite {name} > 0", value, "set it so")
 
 
@@ -98,4 +100,28 @@ class TrigFlow(_Positive):
             c_out=-self.sigma_data * t.sin(),
             c_in=torch.full_like(t, 1 / self.sigma_data),
             c_noise=t,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrigFlowSlope(_Positive):
+    """Scalings under which the output is the slope u = sigma_data F(x_t / sigma_data, c_noise) of `consistency.trigflow`.
+
+    c_noise_scale: None for a network F that is told t, as for `TrigFlow`. A number for an EDM network of that scale, for
+    which F = -F_edm and c_noise = c_noise_scale ln(sigma_data tan(t)); its consistency function on the variance-exploding
+    path has the scalings of `EDM`, or of `Boundary` with t_min = 0.
+    """
+
+    sigma_data: float
+    c_noise_scale: float | None
+
+    def __call__(self, t: Time) -> Scalings:
+        sign, c_noise = 1, t
+        if self.c_noise_scale is not None:
+            sign, c_noise = -1, self.c_noise_scale * (self.sigma_data * t.tan()).log()
+        return Scalings(
+            c_skip=torch.zeros_like(t),
+            c_out=torch.full_like(t, sign * self.sigma_data),
+            c_in=torch.full_like(t, 1 / self.sigma_data),
+            c_noise=c_noise,
         )

@@ -112,6 +112,14 @@ def falling_in_stages(k: int, *, s_0: int, total_steps: int) -> float:
     return max(0.0, 1 - (k - first_of_two) % (2 * stage_steps) / (2 * stage_steps))
 
 
+def warm_up(k: int, *, steps: int) -> float:
+    """r(k) = min(1, k / steps): the share of the tangent's second term [Lu and Song 2024, arXiv:2410.11081: 10,000 steps].
+
+    steps = 0 is no warm-up.
+    """
+    return min(1.0, k / steps) if steps else 1.0
+
+
 def rising_rate(k: float, *, ramp_steps: float) -> float:
     """Linearly from 0 up to 1 at `ramp_steps`: a factor of the learning rate [Karras et al. 2022, Table 7]."""
     return min(k / max(ramp_steps, 1e-8), 1.0)

@@ -12,19 +12,36 @@ from torch import nn
 from torch.linalg import vector_norm
 
 from consistency.distances import Distance
-from consistency.tensors import Data, Denoise, Label, PerSample, Time
+from consistency.tensors import Data, Denoise, Label, PerSample, Time, broadcast_time
 
 
 def derivative_along(
-    denoise: Denoise, x_t: Data, t: Time, v: Data, label: Label
+    denoise: Denoise, x_t: Data, t: Time, v: Data, label: Label, rate: Time | None = None
 ) -> tuple[Data, Data]:
-    """f and g = df/dt + (df/dx) v at (x_t, t), by one forward-mode derivative."""
+    """f and g = rate df/dt + (df/dx) v at (x_t, t), by one forward-mode derivative; rate None is 1."""
+    rate = torch.ones_like(t) if rate is None else rate
     # The fused attention kernels have no forward-mode derivative.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        derivative = torch.func.jvp(
-            lambda x, time: denoise(x, time, label), (x_t, t), (v, torch.ones_like(t))
-        )
+        derivative = torch.func.jvp(lambda x, time: denoise(x, time, label), (x_t, t), (v, rate))
     return derivative[0], derivative[1]
+
+
+@runtime_checkable
+class Normalisation(Protocol):
+    """A tangent -> the same at a bounded length."""
+
+    def __call__(self, g: Data) -> Data: ...
+
+
+def normalised(g: Data, *, c: float, per_root_dimension: bool) -> Data:
+    """g / (||g|| + c) [Lu and Song 2024, arXiv:2410.11081: c = 0.1].
+
+    per_root_dimension: the root mean square takes the place of the length ||g|| [released code FastGen].
+    """
+    length = vector_norm(g.flatten(1), dim=1)
+    if per_root_dimension:
+        length = length / g[0].numel() ** 0.5
+    return g / broadcast_time(length + c, g)
 
 
 @runtime_checkable

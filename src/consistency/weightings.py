@@ -1,9 +1,13 @@
-"""Weightings lambda(t, r) of the loss, functions of the noisier time t and the cleaner time r."""
+"""Weightings lambda(t, r) of the loss, functions of the noisier time t and the cleaner time r; and a learned one."""
 
 from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
+from consistency.networks.layers import sinusoidal_features, zeroed
+from consistency.preconditioning import Preconditioning
 from consistency.tensors import PerSample, Time
 
 
@@ -52,3 +56,38 @@ def inverse_root_gap(t: Time, r: Time) -> PerSample:
 def inverse_c_out(t: Time, r: Time, *, sigma_data: float) -> PerSample:
     """lambda = 1 / c_out = sqrt(1/t^2 + 1/sigma_data^2), the root of `karras` [FastGen, `c_out`]."""
     return karras(t, r, sigma_data=sigma_data) ** 0.5
+
+
+def inverse_level(t: Time, r: Time, *, sigma_data: float) -> PerSample:
+    """lambda = 1 / (sigma_data tan(t)), one over the noise level of the angle t of TrigFlow.
+
+    [Lu and Song 2024, arXiv:2410.11081, where the tangent contains it; released code FastGen, where it stands in the
+    loss as well].
+    """
+    return 1 / (sigma_data * t.tan())
+
+
+class LearnedWeighting(nn.Module):
+    """e^-l(t) loss + l(t), l a linear function of sinusoidal features of c_noise, trained with the network.
+
+    The best l(t) is ln of the mean loss at t, which gives every time the same weight [Karras et al. 2024,
+    arXiv:2312.02696; Lu and Song 2024, with w = -l]. l starts at 0. width: number of features.
+    """
+
+    def __init__(self, *, preconditioning: Preconditioning, width: int) -> None:
+        super().__init__()
+        self.preconditioning, self.width = preconditioning, width
+        self.linear = zeroed(nn.Linear(width, 1))
+
+    def features(self, c_noise: Time) -> Float[Tensor, "b width"]:
+        """The features of c_noise, those of DDPM++."""
+        return sinusoidal_features(c_noise, self.width, reach_lowest=True)
+
+    def log_variance(self, t: Time) -> PerSample:
+        """l(t), in the precision of t also where half precision is on."""
+        rows = self.features(self.preconditioning(t).c_noise) * self.linear.weight
+        return rows.sum(dim=1) + self.linear.bias
+
+    def forward(self, loss: PerSample, t: Time) -> PerSample:
+        log_variance = self.log_variance(t)
+        return (-log_variance).exp() * loss + log_variance

@@ -14,7 +14,7 @@ import consistency
 from analytic import Gaussian, normal, times
 from configurations import composed
 from conftest import TINY, Run
-from consistency import distances, pairs, preconditioning, solvers, steps, tangents
+from consistency import distances, pairs, preconditioning, solvers, steps, tangents, trigflow
 from consistency.distances import LPIPS
 from consistency.errors import UserError
 from consistency.training.build import expanded
@@ -141,6 +141,29 @@ def test_every_law_of_times() -> None:
     assert type(built(place, "mode=ct_continuous", "mode.times=lognormal")) is pairs.LognormalTimes
 
 
+def test_every_part_of_trigflow() -> None:
+    given = ["mode.derivative=central_difference", "parts.derivative.central_difference.share=0.01"]
+    given += ["mode.normalisation=root_mean_square", "mode.head=none", "mode.times=quantised"]
+    given += ["mode.weighting=inverse_level", "mode.distance=l2_over_dimension"]
+    ours = built("mode.objective", "mode=sct", *given)
+    assert (type(ours.derivative), ours.derivative.share) == (trigflow.CentralDifference, 0.01)
+    assert (type(ours.times), type(ours.times.times)) == (
+        pairs.QuantisedTimes,
+        pairs.TruncatedLognormalTimes,
+    )
+    assert (ours.head, type(ours.distance)) == (None, distances.L2OverDimension)
+    g = normal(2, 1, 2, 2)
+    root_mean_square = g.square().mean((1, 2, 3), keepdim=True).sqrt()
+    assert torch.allclose(ours.normalisation(g), g / (root_mean_square + 0.1))
+    paper = built("mode.objective", "mode=sct")
+    assert type(paper.derivative) is trigflow.ForwardDerivative
+    length = g.flatten(1).norm(dim=1)[:, None, None, None]
+    assert torch.allclose(paper.normalisation(g), g / (length + 0.1))
+    place, steps = "mode.callbacks.warm_up.num_scales", "parts.warmup.linear.steps=100"
+    assert built(place, "mode=sct", steps)(25) == 0.25
+    assert built(place, "mode=scd", "mode.warmup=none")(0) == 1.0
+
+
 @pytest.mark.parametrize("name", ["euler", "heun"])
 def test_every_solver(name: str, trained: dict[str, Path]) -> None:
     given = [f"teacher={trained['edm']}", f"mode.solver={name}"]
@@ -157,6 +180,7 @@ def test_every_solver(name: str, trained: dict[str, Path]) -> None:
         (preconditioning.EDM, ["t_min"]),
         (preconditioning.Boundary, []),
         (preconditioning.TrigFlow, ["t_min", "c_noise_scale"]),
+        (preconditioning.TrigFlowSlope, ["t_min"]),
     ],
 )
 def test_every_preconditioning(kind: type, unused: list[str]) -> None:

@@ -5,6 +5,7 @@ reads is a failure.
 """
 
 import csv
+import math
 import re
 import shlex
 from pathlib import Path
@@ -28,16 +29,24 @@ RECIPES = {
     "cm_imagenet64_cd_lpips_released", "cm_imagenet64_ct_released", "ict_imagenet64", "cm_lsun_bedroom_edm_released",
     "cm_lsun_bedroom_cd_lpips_released", "cm_lsun_bedroom_ct_released", "cm_lsun_cat_edm_released",
     "cm_lsun_cat_cd_lpips_released", "cm_lsun_cat_ct_released", "edm_ffhq64_vp", "edm_afhqv264_vp", "tcm_cifar10_stage2",
+    "fastgen_sct_cifar10", "fastgen_scd_cifar10",
 }  # fmt: skip
 """Runs that `mode=<mode> data=<data>` is; the others are experiments of their name."""
 
+STEPS = {
+    "not given": 610352,
+    "not set": 1_000_000,
+    "not printed": 400_000,
+    "100k / 200k / 400k": 100_000,
+}
 OPENAI_SCALER = {"init_scale": 2**20, "growth_factor": 2**0.001, "growth_interval": 1}
 DISTANCES = {
     "l2, denoising": "L2", "l1": "L1", "l2": "L2", "LPIPS": "max", "||.||^2 summed": "SquaredNorm", "l2 norm (c=0)": 0.0,
     "l2 norm of the tangent": "L2Tangent", "LPIPS (Hessian)": "Hessian", "pseudo-Huber 1e-8": 1e-8, "pseudo-Huber, c=0.00054": 0.00054,
     "pseudo-Huber c=1e-8": 1e-8, "pseudo-Huber 0.06": 0.06,
+    "adaptive weighted l2 of the normalised tangent": "L2", "normalised tangent": "L2OverDimension",
 }  # fmt: skip
-WEIGHTINGS = {"karras": "karras", "uniform": "uniform", "truncated snr": "truncated_snr", "1/(t-r)": "inverse_gap", "1/c_out^2": "karras"}  # fmt: skip
+WEIGHTINGS = {"karras": "karras", "uniform": "uniform", "truncated snr": "truncated_snr", "1/(t-r)": "inverse_gap", "1/c_out^2": "karras", "learned w(t)": "uniform", "learned + prior": "inverse_level"}  # fmt: skip
 NETWORKS = {
     "NCSN++ 5": (128, 4, 16.0), "NCSN++, 4": (128, 4, 0.02), "NCSN++, 8": (128, 8, 0.02), "NCSN++ 6": (128, 4, 16.0),
     "DDPM++": (128, 4, None), "ADM 296M": (192, 3, True), "ADM 526M": (256, 2, False), "ADM, 3": (192, 3, False), "ADM, 6": (192, 6, False),
@@ -75,12 +84,12 @@ def test_a_published_run_is_one_command(run: str) -> None:
     assert [optimizer["betas"], optimizer["eps"], optimizer["weight_decay"]] == given
     clip = None if row["grad_clip"].startswith("none") else float(row["grad_clip"])
     assert trainer["gradient_clip_val"] == clip
-    lengths = {"not given": 610_352, "not set": 1_000_000}
-    steps = lengths.get(row["steps"]) or numbers(row["steps"].replace(",", ""))[0]
+    steps = STEPS.get(row["steps"].partition(" (")[0]) or numbers(row["steps"].replace(",", ""))[0]
     assert trainer["max_steps"] == mode["total_steps"] == steps
     _same_network(row, config, network)
     _same_method(row, mode, objective, scales, config["data"]["batch_size"])
-    _same_range(run.partition("_")[0], row["mode"], objective.get("pairs", {}))
+    if "pairs" in objective:
+        _same_range(run.partition("_")[0], row["mode"], objective["pairs"])
     _same_averages(row["ema_rates"], callbacks["evaluation_ema"], callbacks["samples"]["weights"])
     _same_rate(row["lr_schedule"], callbacks["learning_rate"]["factor"])
     _same_precision(row["precision"], trainer["precision"], config)
@@ -102,8 +111,9 @@ def _same_network(row: dict[str, str], config: dict[str, Any], network: dict[str
     assert network.get("dropout_resolution") == (16 if "<=16x16" in row["dropout"] else None)
     piped = re.match(r"augment pipe p=([\d.]+)", row["augmentation"])
     assert config["data"]["flip"] is row["augmentation"].startswith("horizontal flip")
-    assert (config["augmentation"] or {}).get("p") == (float(piped[1]) if piped else None)
-    assert not piped or network["augment_dim"] == 9
+    p = float(piped[1]) if piped else 0.12 if row["augmentation"].startswith("as EDM") else None
+    assert (config["augmentation"] or {}).get("p") == p
+    assert p is None or network["augment_dim"] == 9
 
 
 def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any, batch: int) -> None:
@@ -125,7 +135,7 @@ def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any, ba
         assert [law["df"], law["loc"], law["scale"]] == [0.01, 0.0, 0.2]
         boundary = [objective[n] for n in ("t_split", "boundary_share", "boundary_weight")]
         assert boundary == [1.0, 0.25, 0.1]
-    elif row["t_law"].startswith(("lognormal", "discretised", "truncated")):
+    elif row["t_law"].startswith(("lognormal", "discretised", "truncated", "ln(sd tan t)")):
         assert [law["p_mean"], law["p_std"]] == [
             float(n) for n in re.findall(r"-?\d\.\d", row["t_law"])[:2]
         ]
@@ -137,6 +147,8 @@ def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any, ba
             )
             or not law["_target_"]
         )
+    if "derivative" in objective:
+        _same_tangent(row, mode, objective)
     _same_scales(row["n_scales"], scales, objective.get("pairs", {}), batch)
     target, mu = mode["callbacks"].get("target_ema", {}).get("decay"), row["mu"]
     if mu.startswith("mu0"):
@@ -191,6 +203,20 @@ def _same_range(family: str, mode: str, pairs: Any) -> None:
     assert "t_lo" in ends or "t_lo" not in found
 
 
+def _same_tangent(row: dict[str, str], mode: Any, objective: Any) -> None:
+    """The parts of sCT and sCD: as in the paper, or as in FastGen, which has a root mean square, other dropout and ends of t."""
+    released = row["run_id"].startswith("fastgen")
+    assert objective["derivative"]["_target_"].endswith("ForwardDerivative")
+    assert objective["normalisation"]["c"] == 0.1
+    assert objective["normalisation"]["per_root_dimension"] is released
+    assert objective["shared_dropout"] is not released
+    assert objective["head"]["_target_"].endswith("LearnedWeighting")
+    assert mode["callbacks"]["warm_up"]["num_scales"]["steps"] == 10_000
+    ends = [objective["times"].get(end) for end in ("t_lo", "t_hi")]
+    last = 800.0 if "up to 800" in row["t_law"] else 80.0
+    assert ends == ([0.002, last] if released else [None, None])
+
+
 def _same_averages(text: str, ema: Any, weights: str) -> None:
     if "none" in text:
         assert (ema, weights) == (None, "online")
@@ -237,10 +263,13 @@ def _same_sampling(text: str, mode: Any) -> None:
         assert sampler["steps"] == given[0]
         churned = [sampler[n] for n in ("s_churn", "s_tmin", "s_tmax", "s_noise")]
         assert churned == (given[1:5] if "S_churn" in text else [0.0, 0.0, float("inf"), 1.0])
+    elif text.startswith("pi/2-range"):
+        angle = numbers(text.partition("t=")[2])[0]
+        assert mode["process"]["times"] == [80.0, pytest.approx(0.5 * math.tan(angle), abs=1e-5)]
     elif text.startswith("80, ") and "None" not in text:
         assert mode["process"]["times"] == numbers(text)[:2]
     else:
-        assert text in ("-", "not published", "N steps", "80, None (ts not published)")
+        assert text in ("-", "80", "not published", "N steps", "80, None (ts not published)")
 
 
 def _same_start(text: str, config: Any) -> None:
@@ -250,6 +279,8 @@ def _same_start(text: str, config: Any) -> None:
         assert config["mode"]["objective"]["first_stage"]["path"] is None
     elif text == "random":
         assert init is None
+    elif text.startswith(("edm-cifar10", "TrigFlow teacher", "teacher")) and "(EDM)" not in text:
+        assert init == "edm:edm-cifar10-32x32-uncond-vp"
     elif text.startswith("edm-"):
         assert init == f"edm:{text.partition(' ')[0].removesuffix('.pkl')}"
     else:

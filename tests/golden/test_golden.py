@@ -23,6 +23,7 @@ import golden_networks as networks
 import golden_perceptual as perceptual
 import golden_samplers as samplers
 import golden_trajectories as trajectories
+import golden_trigflow as trigflow
 import golden_truncated as truncated
 from conftest import REPORT
 from golden_harness import FOLDER, Archive
@@ -66,6 +67,10 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("later/fastgen_time.npz", fastgen_time.compare_fastgen_time),
     ("later/tcm.npz", truncated.compare_tcm),
     ("later/ect_compared.npz", truncated.compare_ect),
+    ("later/fastgen_scm.npz", trigflow.compare_fastgen),
+    ("later/fastgen_time.npz", trigflow.compare_fastgen_schedules),
+    ("later/scm_mnist.npz", trigflow.compare_mnist),
+    ("later/sct_formulas.npz", trigflow.compare_posterior_means),
 ]
 
 WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
@@ -78,6 +83,7 @@ WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
     ("later/toy_student.safetensors", later.Toy),
     ("later/toy_teacher.safetensors", later.Toy),
     ("later/toy_label_*.safetensors", later.Toy),
+    ("later/fastgen_*.safetensors", trigflow.load_weights),
 ]
 
 SHAPES: list[tuple[str, Callable[[Path], int]]] = [
@@ -85,6 +91,7 @@ SHAPES: list[tuple[str, Callable[[Path], int]]] = [
     ("edm/released_architectures.json", networks.compare_released_nvlabs),
     ("jcm/cifar10_ncsnpp_param_shapes.json", networks.compare_released_jcm),
     ("later/dropout.json", fastgen_time.compare_dropout),
+    ("later/dropout.json", trigflow.compare_dropout),
 ]
 
 SETTINGS = [
@@ -96,9 +103,13 @@ SETTINGS = [
     "later/ect_compared.json",
     "later/edm2_ema.json",
     "later/fastgen_cm.json",
+    "later/fastgen_scm.json",
     "later/fastgen_tcm.json",
     "later/fastgen_time.json",
     "later/nets.json",
+    "later/rcm.json",
+    "later/scm_mnist.json",
+    "later/sct_formulas.json",
     "later/tcm.json",
     "*/config.json",
     "*/configs.json",
@@ -119,37 +130,16 @@ NEVER: list[tuple[str, str, str]] = [
         "run.official_*",
         "the same reconstructions from snapshots in half precision",
     ),
-    ("later/fastgen_time.npz", "schedule.edm.*_prime", "0 and 1"),
-    ("later/fastgen_time.npz", "schedule.edm.alpha", "1"),
-    ("later/fastgen_time.npz", "schedule.edm.sigma", "t itself"),
-    ("later/fastgen_time.npz", "schedule.edm.*sqrt_snr", "1/t and t"),
-    ("later/fastgen_time.npz", "schedule.edm.velocity", "the noise itself"),
-    (
-        "later/fastgen_time.npz",
-        "schedule.edm.*_of_*",
-        "conversions between outputs of networks that no mode has",
-    ),
-    (
-        "later/fastgen_time.npz",
-        "schedule.edm.t_list_*",
-        "default times of its samplers; recipes name theirs",
-    ),
-    (
-        "later/fastgen_time.npz",
-        "schedule.edm.quantize_*",
-        "times on a grid of 1,000 points, which no published run uses",
-    ),
     ("later/fastgen_time.npz", "schedule.rf.*", "rectified flow, which no mode uses"),
-    ("later/fastgen_time.npz", "schedule.trig.*", "the process of TrigFlow, which no mode uses"),
-    (
-        "later/fastgen_time.npz",
-        "trigflow.*",
-        "the wrapper of networks for TrigFlow, which no mode uses",
-    ),
     ("later/fastgen_time.npz", "law.uniform", "uniform times, which no published run uses"),
     ("later/fastgen_time.npz", "law.normal", "the draws of the next"),
     ("later/fastgen_time.npz", "law.logitnormal_*", "of MeanFlow, which no mode uses"),
     ("later/fastgen_time.npz", "lr.meanflow_*", "of MeanFlow, which no mode uses"),
+    ("later/fastgen_time.npz", "schedule.[et]*.*_of_*", "conversions that nothing of ours makes"),
+    ("later/fastgen_time.npz", "schedule.[et]*.sqrt_snr", "as above"),
+    ("later/fastgen_time.npz", "schedule.[et]*.t_list_*", "time points, which are given to ours"),
+    ("later/fastgen_time.npz", "schedule.[et]*.idx_t", "as above"),
+    ("later/rcm.npz", "*", "rCM: its discrete derivatives and warm-up belong to no mode of ours"),
 ]
 """(file, array, why comparing it would mean nothing)."""
 

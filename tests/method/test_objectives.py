@@ -2,12 +2,14 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Generator, Tensor, nn
 
 from analytic import DOUBLE, THREE_MODES, Gaussian, normal, times
+from consistency import trigflow
 from consistency.averaging import frozen_copy
 from consistency.denoiser import Denoiser
 from consistency.distances import L1, L2, Distance, PseudoHuber, SquaredNorm
@@ -26,8 +28,9 @@ from consistency.preconditioning import Boundary
 from consistency.randomness import Share
 from consistency.solvers import euler_step, heun_step
 from consistency.steps import DataStep, DataVelocity, Step, TeacherStep, TeacherVelocity
-from consistency.tangents import HessianTangent, L1Tangent, L2Tangent
+from consistency.tangents import HessianTangent, L1Tangent, L2Tangent, normalised
 from consistency.tensors import Data, Label, PerSample, Time
+from consistency.trigflow import TrigFlowObjective
 from consistency.weightings import inverse_gap, karras, snr, truncated_snr, uniform
 
 GRID = KarrasGrid(t_min=0.002, t_max=80.0, rho=7.0)
@@ -93,12 +96,26 @@ def denoising() -> DenoisingObjective:
     )
 
 
+def simplified() -> TrigFlowObjective:
+    return TrigFlowObjective(
+        sigma_data=0.5,
+        times=LognormalTimes(p_mean=-1.0, p_std=1.4),
+        velocity=trigflow.DataVelocity(),
+        derivative=trigflow.ForwardDerivative(),
+        normalisation=partial(normalised, c=0.1, per_root_dimension=False),
+        distance=L2(),
+        weighting=uniform,
+        head=None,
+    )
+
+
 ALL: dict[str, Callable[[], nn.Module]] = {
     "consistency": consistency,
     "continuous": lambda: continuous(stop_gradient=False),
     "continuous_stop_gradient": lambda: continuous(stop_gradient=True),
     "progressive": progressive,
     "denoising": denoising,
+    "simplified": simplified,
 }
 every = pytest.mark.parametrize("build", ALL.values(), ids=ALL.keys())
 

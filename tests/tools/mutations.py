@@ -147,8 +147,8 @@ MUTATIONS = [
     Mutation(
         "tangent against the flow",
         f"{SOURCE}/tangents.py",
-        "(v, torch.ones_like(t))",
-        "(v, -torch.ones_like(t))",
+        "(v, rate)",
+        "(v, -rate)",
     ),
     Mutation(
         "renewed noise of deviation t",
@@ -216,6 +216,30 @@ MUTATIONS = [
         "((1 - share) * psi).sin() / safe",
         "1 - share + 0 * psi",
     ),
+    Mutation(
+        "one cosine too few in the tangent of TrigFlow",
+        f"{SOURCE}/trigflow.py",
+        "-(cos**2) * (u - v)",
+        "-cos * (u - v)",
+    ),
+    Mutation(
+        "a warm-up of the whole tangent",
+        f"{SOURCE}/trigflow.py",
+        "-(cos**2) * (u - v) - warm_up",
+        "warm_up * -(cos**2) * (u - v) - warm_up",
+    ),
+    Mutation(
+        "sigma_data counted twice in the tangent",
+        f"{SOURCE}/trigflow.py",
+        "(cos * sin * x_t + du)",
+        "(cos * sin * x_t + 0.5 * du)",
+    ),
+    Mutation(
+        "a learned weighting that is not trained",
+        f"{SOURCE}/weightings.py",
+        "        log_variance = self.log_variance(t)\n",
+        "        log_variance = self.log_variance(t).detach()\n",
+    ),
 ]
 
 TESTS = [
@@ -234,6 +258,7 @@ TESTS = [
     "tangents",
     "lpips",
     "objectives",
+    "trigflow",
     "trajectory",
     "golden",
 ]

@@ -80,6 +80,8 @@ class Oracle:
 
 
 EXACT = "{_target_: oracle.exact_denoiser}"
+WARM = ["parts.warmup.linear.steps=500"]
+"""A warm-up of a share of the run, whose published 10,000 steps it does not have."""
 ORACLES = {
     "edm": Oracle(reached=".994 .866 .505  .014"),
     "ct": Oracle(reached=".894 .784 .232  .113"),
@@ -118,6 +120,12 @@ ORACLES = {
         ["~mode.objective.velocity.teacher", f"+mode.objective.velocity.teacher={EXACT}"],
         init="edm",
         lr=5e-4,
+    ),
+    "sct": Oracle(WARM, tuned=True, reached=".161 .101 .092 1.016"),
+    "scd": Oracle(
+        [*WARM, "~mode.objective.velocity.teacher", f"+mode.objective.velocity.teacher={EXACT}"],
+        tuned=True,
+        reached=".172 .129 .130  .977",
     ),
 }
 

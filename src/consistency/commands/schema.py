@@ -75,7 +75,11 @@ class Mode:
     pairs: str | None = None
     times: str | None = None
     tangent: str | None = None
+    derivative: str | None = None
+    warmup: str | None = None
+    normalisation: str | None = None
     weighting: str
+    head: str | None = None
     solver: str | None = None
     scales: str | None = None
     target: str | None = None

@@ -27,6 +27,7 @@ from consistency.training.lightning_patches import batches_before
 from consistency.training.nonfinite import NonfiniteGuard
 
 OBJECTIVE = "objective."
+HEAD = f"{OBJECTIVE}head."
 
 SMALL = 20_000
 """Numbers in the mean tensor of a network up to which a CPU updates all tensors at once faster than one after the other."""
@@ -63,12 +64,15 @@ class ConsistencyModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.online, self.objective = online, objective.requires_grad_(False)
+        if self.head is not None:
+            self.head.requires_grad_(True)
         self.sampling_preconditioning = sampling_preconditioning
         self.make_optimizer, self.make_callbacks = optimizer, callbacks
         self.card, self.config, self.seed, self.sources = card, config, seed, sources
         self.guard, self.compilation = NonfiniteGuard(on_nonfinite), compilation
         self.augmentation = augmentation
-        self.k = self.k_before = self.num_scales = 0
+        self.k = self.k_before = 0
+        self.num_scales: Any = 0
         self.target: Denoiser | None = None
         self.settle_averages: Callable[[], None] = lambda: None
         self._averages: dict[str, nn.Module] = {}
@@ -81,15 +85,26 @@ class ConsistencyModule(L.LightningModule):
         return [callback for callback in self.make_callbacks() if type(callback) not in present]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = self.make_optimizer(self.online.parameters())
+        trained = [parameter for _, parameter in self.trained()]
+        optimizer = self.make_optimizer(trained)
         # A fused optimizer would skip an overflow inside its kernel, unseen by k and the averages.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        sizes = [parameter.numel() for parameter in self.online.parameters()]
+        sizes = [parameter.numel() for parameter in trained]
         for group in optimizer.param_groups:
             if group.get("foreach", False) is None and sum(sizes) <= SMALL * len(sizes):
                 group["foreach"] = True  # which torch chooses on a GPU alone
         return optimizer
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The part of the objective that is trained beside the network, if it has one."""
+        return getattr(self.objective, "head", None)
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Return all that the optimizer updates by name: the parameters of the network, then those of the head."""
+        head = [] if self.head is None else list(self.head.named_parameters(prefix="head"))
+        return [*self.online.named_parameters(), *head]
 
     def after_each_step(self, action: Callable[[], None]) -> None:
         """Call `action` after every optimizer step that is taken. Each fit has an optimizer of its own."""
@@ -103,7 +118,7 @@ class ConsistencyModule(L.LightningModule):
         """Count the steps and compile the networks. The callbacks' `on_fit_start` came first: their actions see k before it
         grows, and all copies of the networks are made.
         """
-        self.named = list(self.online.named_parameters())
+        self.named = self.trained()
 
         def count() -> None:
             self.k += 1
@@ -246,17 +261,20 @@ class ConsistencyModule(L.LightningModule):
         return self.online(x_t, t, label)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add card, config, k and sources; remove teacher and perceptual weights, which have files of their own."""
+        """Add card, config, k and sources; keep of the objective its head alone: teacher and LPIPS have files of their own."""
         checkpoint["card"] = {} if self.card is None else self.card.saved()
         checkpoint |= {"config": self.config, "k": self.k, "sources": self.sources}
         checkpoint["left_out_in_a_row"] = self.guard.in_a_row
         checkpoint["overflows"] = [self.guard.overflows, self.guard.overflows_in_a_row]
         state = checkpoint["state_dict"].items()
-        checkpoint["state_dict"] = {n: v for n, v in state if not n.startswith(OBJECTIVE)}
+        checkpoint["state_dict"] = {
+            n: v for n, v in state if not n.startswith(OBJECTIVE) or n.startswith(HEAD)
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.k = checkpoint["k"]
         self.guard.in_a_row = checkpoint["left_out_in_a_row"]
         # Older checkpoints have no such counts.
         self.guard.overflows, self.guard.overflows_in_a_row = checkpoint.get("overflows", (0, 0))
-        checkpoint["state_dict"] |= self.objective.state_dict(prefix=OBJECTIVE)
+        saved = checkpoint["state_dict"]
+        checkpoint["state_dict"] = self.objective.state_dict(prefix=OBJECTIVE) | saved

@@ -57,7 +57,8 @@ class PlainLoop:
         self.half = PRECISIONS[precision]
         self.online, self.objective = plain(module.online), cast(Objective, plain(module.objective))
         self.target = self.online if module.target is None else plain(module.target)
-        self.optimizer = module.make_optimizer(self.online.parameters())
+        head = [] if self.objective.head is None else self.objective.head.parameters()
+        self.optimizer = module.make_optimizer([*self.online.parameters(), *head])
         for group in self.optimizer.param_groups:
             group["foreach"] = group["fused"] = False
         schedule, target_ema = callback_of(trainer, ScaleSchedule), callback_of(trainer, TargetEMA)

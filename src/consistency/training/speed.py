@@ -111,7 +111,7 @@ def parts_of(module: ConsistencyModule) -> Iterator[tuple[nn.Module, str]]:
     for child in module.objective.children():
         if isinstance(child, Frozen):
             yield child, "teacher"
-        elif any(True for _ in child.parameters()):
+        elif child is not module.head and any(True for _ in child.parameters()):
             yield child, "distance network"
 
 

@@ -48,7 +48,8 @@ class EvaluationEMA(Callback):
     run [released EDM code], and by power functions of relative widths sigma_rel [Karras et al. 2024, arXiv:2312.02696,
     Section 3]. `weights=ema` is the first of them.
 
-    Saved in the checkpoint as `averages`, by decay, as `half_life:<images>` and as `power:<width>`.
+    Saved in the checkpoint as `averages`, by decay, as `half_life:<images>` and as `power:<width>`; those of a head of the
+    objective as `heads`.
 
     ramp_up: share of the run so far that a half-life is at most.
 
@@ -85,13 +86,15 @@ class EvaluationEMA(Callback):
         self.on_host = device == "cpu"
         self.averages: dict[str, nn.Module] = {}
         self._updates: dict[str, Callable[[float], None]] = {}
+        self.heads: dict[str, nn.Module] = {}
         self._weights = self._copy = list[Tensor]()
         self._worker, self._update_in_progress = ThreadPoolExecutor(1), Future[None]()
         self._update_in_progress.set_result(None)
         self._saved: dict[str, dict[str, Tensor]] = {}
+        self._saved_heads: dict[str, dict[str, Tensor]] = {}
 
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        self._weights = list(module.online.network.parameters())
+        self._weights = [parameter for _, parameter in module.trained()]
         if self.on_host:
             pinned = module.device.type == "cuda"
             self._copy = [
@@ -101,13 +104,18 @@ class EvaluationEMA(Callback):
             self.batch = module.data.batch_size
         for name in (*self.decays, *self.half_lives, *self.widths):
             average = self.averages[name] = frozen_copy(module.online.network)
-            if self.on_host:
-                average.cpu()
             if name in self._saved:
                 average.load_state_dict(self._saved[name])
+            averaged = nn.ModuleList([average])
+            if module.head is not None:
+                head = self.heads[name] = frozen_copy(module.head)
+                head.load_state_dict(self._saved_heads.get(name, head.state_dict()))
+                averaged.append(head)
+            if self.on_host:
+                averaged.cpu()
             module.averages[name if name in self.widths else f"ema:{name}"] = average
-            self._updates[name] = averaging(average, self._copy or self._weights)
-        self._saved = {}
+            self._updates[name] = averaging(averaged, self._copy or self._weights)
+        self._saved = self._saved_heads = {}
         module.settle_averages = self.settle
         module.after_each_step(lambda: self._update(module))
         self._warn_of_wide(trainer.max_steps)
@@ -161,10 +169,11 @@ class EvaluationEMA(Callback):
     def state_dict(self) -> dict[str, Any]:
         self.settle()
         current = {name: average.state_dict() for name, average in self.averages.items()}
-        return {"averages": current or self._saved}
+        heads = {name: head.state_dict() for name, head in self.heads.items()} or self._saved_heads
+        return {"averages": current or self._saved} | ({"heads": heads} if heads else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved = state_dict["averages"]
+        self._saved, self._saved_heads = state_dict["averages"], state_dict.get("heads", {})
 
 
 class Snapshots(Periodic):

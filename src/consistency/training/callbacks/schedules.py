@@ -9,15 +9,15 @@ from consistency.training.module import ConsistencyModule
 
 
 class ScaleSchedule(L.Callback):
-    """Sets N(k), the `num_scales` of the objective."""
+    """Sets N(k), the `num_scales` of the objective, or the number that a method has in its place, `shown` under its name."""
 
-    def __init__(self, *, num_scales: Callable[[int], int]) -> None:
-        self.num_scales = num_scales
+    def __init__(self, *, num_scales: Callable[[int], Any], shown: str = "N") -> None:
+        self.num_scales, self.shown = num_scales, shown
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         module.num_scales = self.num_scales(module.k)
         if module.logs_this_step:
-            module.show("N", module.num_scales)
+            module.show(self.shown, module.num_scales)
 
 
 class LearningRateSchedule(L.Callback):
