@@ -108,7 +108,7 @@ def test_every_recipe_belongs_to_a_pair_and_builds(
     monkeypatch.setenv("WANDB_MODE", "offline")
     data, mode = pair_of(recipe)
     assert data in options("data")
-    config = composed("train", f"data={data}", f"mode={mode}")
+    config = composed("train", f"data={data}", f"mode={mode}", "data.download=false")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         written = compose(f"recipe/{recipe}")
     assert config.trainer.max_steps == written.trainer.max_steps
@@ -125,7 +125,8 @@ def test_every_experiment_builds_and_states_its_result(
     experiment: str, tmp_path: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    build_all(composed("train", f"experiment={experiment}"), tmp_path, trained)
+    config = composed("train", f"experiment={experiment}", "data.download=false")
+    build_all(config, tmp_path, trained)
     text = (ROOT / "experiments" / f"{experiment}.yaml").read_text()
     for word in ("Published:", "Command:", "Ours:"):
         assert word in text
