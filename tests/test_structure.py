@@ -16,7 +16,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "src" / "consistency"
 FLOORS = [
     ["errors", "tensors", "pixels", "schedules", "grids", "preconditioning", "averaging", "randomness", "networks"],
-    ["processes", "solvers", "pairs", "distances", "weightings", "denoiser", "tangents", "augmentation"],
+    ["processes", "solvers", "pairs", "distances", "weightings", "denoiser", "tangents", "augmentation", "derivatives", "flow_pairs"],
     ["steps", "samplers", "editing"],
     ["objectives"],
 ]  # fmt: skip

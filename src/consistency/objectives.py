@@ -8,19 +8,29 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Generator, Tensor, nn
 
+from consistency.derivatives import Derivative
 from consistency.distances import Distance
 from consistency.errors import require
 from consistency.grids import KarrasGrid
 from consistency.pairs import Pairs, Times, require_scales
-from consistency.processes import variance_exploding
+from consistency.processes import rectified_flow, variance_exploding
 from consistency.randomness import WHOLE, DropoutState, Share
 from consistency.solvers import euler_step
-from consistency.steps import Step, Velocity
+from consistency.steps import SelfGuidance, Step, Velocity
 from consistency.tangents import TangentLength, TangentMetric, derivative_along
-from consistency.tensors import Data, Denoise, Label, PerSample, Time, broadcast_time
+from consistency.tensors import (
+    NO_CLASS,
+    AverageVelocity,
+    Data,
+    Denoise,
+    Label,
+    PerSample,
+    Time,
+    broadcast_time,
+)
 from consistency.weightings import Weighting
 
 
@@ -191,6 +201,68 @@ class ProgressiveObjective(Objective):
             reference = x_t - broadcast_time(t, x_0) * slope
         estimate = online(x_t, t, label)
         return Losses(self.weighting(t, r) * self.distance(estimate, reference), t, r)
+
+
+class MeanFlowObjective(Objective):
+    """d(u_theta(x_t, t, r), stopgrad(v~ - (t - r) du/dt)), x_t = (1 - t) x_0 + t z [Geng et al. 2025, arXiv:2505.13447, Eq. 9 to 11].
+
+    u is the average velocity from r to t, du/dt its derivative along (v~, 1, 0) in (x_t, t, r); where r = t this is flow
+    matching. The online network is told both times.
+
+    guidance: turns the velocity v of the data or of a teacher into v~, with the network itself; None for v~ = v.
+    label_dropout: as many samples as uniform draws below it, the first ones of the batch, lose class and guidance.
+    """
+
+    needs_target = False
+
+    def __init__(
+        self,
+        *,
+        pairs: Pairs,
+        velocity: Velocity,
+        derivative: Derivative,
+        distance: Distance,
+        guidance: SelfGuidance | None = None,
+        label_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        expected, remedy = "mode.objective.label_dropout from 0 to 1", "0.1 is published"
+        require(0 <= label_dropout <= 1, expected, label_dropout, remedy)
+        self.pairs, self.velocity, self.derivative = pairs, velocity, derivative
+        self.distance, self.guidance, self.label_dropout = distance, guidance, label_dropout
+
+    @property
+    def drops_classes(self) -> bool:
+        """Whether the network is called without a class."""
+        return self.guidance is not None or self.label_dropout > 0
+
+    def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
+        t, r = self.pairs(batch, num_scales, generator)
+        u = torch.rand(batch, generator=generator, device=generator.device)
+        return t, r, torch.arange(batch, device=u.device) < (u < self.label_dropout).sum()
+
+    def losses_at(
+        self,
+        online: AverageVelocity,
+        x_0: Data,
+        label: Label,
+        t: Time,
+        r: Time,
+        dropped: Bool[Tensor, "b"],
+        z: Data,
+    ) -> Losses:
+        """The losses for given times, samples that lose their class, and noise."""
+        x_t = rectified_flow(x_0, z, t)
+        v = self.velocity(x_0, z, x_t, t, label)
+        if self.guidance is not None:
+            with DropoutState(x_0.device).replayed():
+                guided = self.guidance(online, x_t, t, v, label)
+            v = torch.where(broadcast_time(dropped, v), v, guided)
+        if label is not None and self.label_dropout > 0:
+            label = torch.where(dropped, NO_CLASS, label)
+        u, du = self.derivative(online, x_t, t, r, v, label)
+        reference = (v - broadcast_time(t - r, v) * du).detach()
+        return Losses(self.distance(u, reference), t, r)
 
 
 class DenoisingObjective(Objective):

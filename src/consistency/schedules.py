@@ -112,9 +112,9 @@ def falling_in_stages(k: int, *, s_0: int, total_steps: int) -> float:
     return max(0.0, 1 - (k - first_of_two) % (2 * stage_steps) / (2 * stage_steps))
 
 
-def rising_rate(k: float, *, ramp_steps: float) -> float:
-    """Linearly from 0 up to 1 at `ramp_steps`: a factor of the learning rate [Karras et al. 2022, Table 7]."""
-    return min(k / max(ramp_steps, 1e-8), 1.0)
+def rising_rate(k: float, *, ramp_steps: float, start: float = 0.0) -> float:
+    """Linearly from `start` up to 1 at `ramp_steps`: a factor of the learning rate [Karras et al. 2022, Table 7]."""
+    return start + (1 - start) * min(k / max(ramp_steps, 1e-8), 1.0)
 
 
 def inverse_root_rate(k: float, *, ref_steps: float, ramp_steps: float) -> float:

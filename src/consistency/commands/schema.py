@@ -71,11 +71,14 @@ class Mode:
     init: str | None = None
     total_steps: int
     process: Process
+    second_time: str | None = None  # gap or end, of a network of average velocities
     distance: str | None = None
+    derivative: str | None = None
+    guidance: str | None = None
     pairs: str | None = None
     times: str | None = None
     tangent: str | None = None
-    weighting: str
+    weighting: str | None = None
     solver: str | None = None
     scales: str | None = None
     target: str | None = None

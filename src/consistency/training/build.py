@@ -204,10 +204,11 @@ def require_fit(config: DictConfig) -> None:
     with torch.device("meta"):
         network = instantiate(config.model.network, _convert_="all")
         label = None if data.num_classes is None else torch.zeros(1, dtype=torch.long)
+        end = {"r": torch.zeros(1)} if config.mode.get("second_time") else {}
         try:
-            shape = network(torch.zeros(image), torch.zeros(1), label).shape
+            shape = network(torch.zeros(image), torch.zeros(1), label, **end).shape
             got = f"one that returns shape {tuple(shape)}"
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, TypeError) as error:
             got = str(error)
     expected = f"a network for data of shape {image[1:]} with {data.num_classes or 'no'} classes"
     remedy = "choose another model=, or set data.image_size, data.channels, data.num_classes"
@@ -218,7 +219,7 @@ def try_samplers(config: DictConfig) -> None:
     """Draw one value with every sampler and a denoiser of zeros, so that wrong time points are refused at the start."""
     for node in config.mode.samplers.values():
         sampler = instantiate(node, _convert_="all")
-        sampler(lambda x, t, label: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
+        sampler(lambda x, t, label, r=None: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
 
 
 def build_callbacks(config: DictConfig) -> list[L.Callback]:
