@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "consistency"
 FLOORS = [
     ["errors", "tensors", "pixels", "schedules", "grids", "preconditioning", "averaging", "randomness", "networks"],
     ["processes", "solvers", "pairs", "distances", "weightings", "denoiser", "tangents", "augmentation", "derivatives", "flow_pairs"],
-    ["steps", "samplers", "editing"],
+    ["steps", "samplers", "editing", "flow_samplers"],
     ["objectives"],
 ]  # fmt: skip
 CORE = {name: number for number, names in enumerate(FLOORS, start=1) for name in names}

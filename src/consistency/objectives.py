@@ -239,7 +239,11 @@ class MeanFlowObjective(Objective):
     def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
         t, r = self.pairs(batch, num_scales, generator)
         u = torch.rand(batch, generator=generator, device=generator.device)
-        return t, r, torch.arange(batch, device=u.device) < (u < self.label_dropout).sum()
+        return t, r, self.dropped(u)
+
+    def dropped(self, u: PerSample) -> Bool[Tensor, "b"]:
+        """The samples that lose their class, of draws u uniform on [0, 1)."""
+        return torch.arange(len(u), device=u.device) < (u < self.label_dropout).sum()
 
     def losses_at(
         self,
@@ -255,8 +259,7 @@ class MeanFlowObjective(Objective):
         x_t = rectified_flow(x_0, z, t)
         v = self.velocity(x_0, z, x_t, t, label)
         if self.guidance is not None:
-            with DropoutState(x_0.device).replayed():
-                guided = self.guidance(online, x_t, t, v, label)
+            guided = self.guidance(online, x_t, t, v, label)
             v = torch.where(broadcast_time(dropped, v), v, guided)
         if label is not None and self.label_dropout > 0:
             label = torch.where(dropped, NO_CLASS, label)

@@ -8,6 +8,7 @@ from torch import nn
 
 from consistency.errors import require
 from consistency.processes import variance_exploding
+from consistency.randomness import DropoutState
 from consistency.solvers import Solver, pf_ode
 from consistency.tensors import (
     NO_CLASS,
@@ -60,7 +61,7 @@ class SelfGuidance:
     """v~ = w v + (1 - w - k) u_0 + k u_c where t_start <= t <= t_end, else v: guidance by the network itself.
 
     u_0 and u_c are its velocities u(x_t, t, t) without a class and with it. It trains a network that is sampled without
-    guidance, at the scale w / (1 - k); w = 1 and k = 0 is none [Geng et al. 2025, arXiv:2505.13447, Eq. 21 and released code].
+    guidance, at the scale w / (1 - k). All passes drop the units that the loss drops; w = 1 and k = 0 is none [Geng et al. 2025, arXiv:2505.13447, Eq. 21 and released code].
     """
 
     w: float
@@ -69,18 +70,18 @@ class SelfGuidance:
     t_end: float = 1.0
 
     @torch.no_grad()
-    def __call__(
-        self, average: AverageVelocity, x_t: Data, t: Time, v: Data, label: Label
-    ) -> Data:
+    def __call__(self, average: AverageVelocity, x_t: Data, t: Time, v: Data, label: Label) -> Data:
         remedy = "set data.num_classes, or mode.guidance=none"
         require(label is not None, "labels for the guidance of a network by itself", "none", remedy)
         assert label is not None
-        mixed = self.w * v
-        if self.w + self.k != 1:
-            u_0 = average(x_t, t, torch.full_like(label, NO_CLASS), r=t)
-            mixed = mixed + (1 - self.w - self.k) * u_0
-        if self.k != 0:
-            mixed = mixed + self.k * average(x_t, t, label, r=t)
+        mixed, dropout = self.w * v, DropoutState(x_t.device)
+        for share, known in (
+            (1 - self.w - self.k, torch.full_like(label, NO_CLASS)),
+            (self.k, label),
+        ):
+            if share != 0:
+                with dropout.replayed():
+                    mixed = mixed + share * average(x_t, t, known, r=t)
         inside = (t >= self.t_start) & (t <= self.t_end)
         return torch.where(broadcast_time(inside, v), mixed, v)
 

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from configurations import composed
 from conftest import ROOT
+from consistency.augmentation import EDMAugmentation
 from consistency.training.build import expanded
 
 with (Path(__file__).parent / "published_runs.csv").open() as file:
@@ -25,7 +26,7 @@ RECIPES = {
     "cm_cifar10_progdist", "cm_cifar10_continuous_cd_l2", "cm_cifar10_continuous_ct_l2", "cm_imagenet64_edm_released",
     "cm_imagenet64_cd_lpips_released", "cm_imagenet64_ct_released", "ict_imagenet64", "cm_lsun_bedroom_edm_released",
     "cm_lsun_bedroom_cd_lpips_released", "cm_lsun_bedroom_ct_released", "cm_lsun_cat_edm_released",
-    "cm_lsun_cat_cd_lpips_released", "cm_lsun_cat_ct_released", "edm_ffhq64_vp", "edm_afhqv264_vp",
+    "cm_lsun_cat_cd_lpips_released", "cm_lsun_cat_ct_released", "edm_ffhq64_vp", "edm_afhqv264_vp", "meanflow_cifar10_v1",
 }  # fmt: skip
 """Runs that `mode=<mode> data=<data>` is; the others are experiments of their name."""
 
@@ -33,11 +34,12 @@ OPENAI_SCALER = {"init_scale": 2**20, "growth_factor": 2**0.001, "growth_interva
 DISTANCES = {
     "l2, denoising": "L2", "l1": "L1", "l2": "L2", "LPIPS": "max", "||.||^2 summed": "SquaredNorm", "l2 norm (c=0)": 0.0,
     "l2 norm of the tangent": "L2Tangent", "LPIPS (Hessian)": "Hessian", "pseudo-Huber 1e-8": 1e-8, "pseudo-Huber, c=0.00054": 0.00054,
+    "squared error with adaptive weight, p=0.75, eps 1e-3": (0.75, 1e-3), "poly_0.75, const 1e-3": (0.75, 1e-3),
 }  # fmt: skip
 WEIGHTINGS = {"karras": "karras", "uniform": "uniform", "truncated snr": "truncated_snr", "1/(t-r)": "inverse_gap"}  # fmt: skip
 NETWORKS = {
     "NCSN++ 5": (128, 4, 16.0), "NCSN++, 4": (128, 4, 0.02), "NCSN++, 8": (128, 8, 0.02), "NCSN++ 6": (128, 4, 16.0),
-    "DDPM++": (128, 4, None), "ADM 296M": (192, 3, True), "ADM 526M": (256, 2, False), "ADM, 3": (192, 3, False), "ADM, 6": (192, 6, False),
+    "DDPM++": (128, 4, None), "SongUNet, encoder standard": (128, 4, None), "ADM 296M": (192, 3, True), "ADM 526M": (256, 2, False), "ADM, 3": (192, 3, False), "ADM, 6": (192, 6, False),
 }  # fmt: skip
 
 
@@ -74,7 +76,9 @@ def test_a_published_run_is_one_command(run: str) -> None:
     assert (row["betas"], row["eps"], row["weight_decay"]) == ("(0.9,0.999)", "1e-8", "0")
     clip = None if row["grad_clip"].startswith("none") else float(row["grad_clip"])
     assert trainer["gradient_clip_val"] == clip
-    steps = 610352 if row["steps"].startswith("not given") else numbers(row["steps"])[0]
+    said = {"not given": 610352, "16,000 epochs (about 800k)": 800_000}
+    steps = next((n for text, n in said.items() if row["steps"].startswith(text)), None)
+    steps = steps or numbers(row["steps"])[0]
     assert trainer["max_steps"] == mode["total_steps"] == steps
     _same_network(row, config, network)
     _same_method(row, mode, objective, scales)
@@ -97,10 +101,17 @@ def _same_network(row: dict[str, str], config: dict[str, Any], network: dict[str
     assert config["data"]["num_classes"] == network["num_classes"] == classes
     assert network["dropout"] == numbers(row["dropout"])[0]
     assert network.get("dropout_resolution") == (16 if "<=16x16" in row["dropout"] else None)
-    piped = re.match(r"augment pipe p=([\d.]+)", row["augmentation"])
+    piped = re.match(r"augment pipe p=([\d.]+)|EDM pipe", row["augmentation"])
     assert config["data"]["flip"] is row["augmentation"].startswith("horizontal flip")
-    assert (config["augmentation"] or {}).get("p") == (float(piped[1]) if piped else None)
-    assert not piped or network["augment_dim"] == 9
+    given = config["augmentation"] or {}
+    assert given.get("p") == (float(piped[1] or 0.12) if piped else None)
+    labels = 6 if "6 labels" in row["augmentation"] else 9
+    assert not piped or network["augment_dim"] == EDMAugmentation(**_arguments(given)).num_labels
+    assert not piped or network["augment_dim"] == labels
+
+
+def _arguments(node: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in node.items() if name != "_target_"}
 
 
 def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any) -> None:
@@ -108,6 +119,10 @@ def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any) ->
     kind = rule(DISTANCES, row["distance"])
     if isinstance(kind, float):
         assert distance["c"] == kind
+    elif isinstance(kind, tuple):
+        assert (distance["p"], distance["c"]) == kind
+        _same_flow(row, mode, objective["pairs"])
+        return
     elif kind == "max":
         pooled = "average_pooled_unit" if "verage" in row["distance"] else "max_pooled_signed"
         assert (distance["backbone"], distance["variant"]) == ("vgg16", pooled)
@@ -159,6 +174,20 @@ def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any) ->
         assert target is None
 
 
+def _same_flow(row: dict[str, str], mode: Any, pairs: Any) -> None:
+    """The times and the second time of MeanFlow."""
+    law = [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", row["t_law"].partition(";")[0])[:4]]
+    assert [pairs[n] for n in ("mean_t", "std_t", "mean_r", "std_r")] == law
+    assert re.search(r"75%|ratio \.75", row["t_law"])
+    fastgen = row["run_id"].startswith("fastgen")
+    kinds = {"meanflow_cifar10_v0": "LogitNormalPairs", "meanflow_cifar10_v1": "CappedPairs"}
+    assert pairs["_target_"].endswith(kinds.get(row["run_id"], "CountedPairs"))
+    assert (pairs["equal"], pairs["t_max"]) == (0.25, 0.999 if fastgen else 1.0)
+    assert mode["second_time"] == ("end" if fastgen else "gap")
+    assert (row["weighting"], row["n_scales"]) == ("-", "-")
+    assert (mode["derivative"], mode["guidance"]) == ("exact", "none")
+
+
 def _same_averages(text: str, ema: Any, weights: str) -> None:
     if "none" in text:
         assert (ema, weights) == (None, "online")
@@ -166,13 +195,17 @@ def _same_averages(text: str, ema: Any, weights: str) -> None:
         assert (ema["half_lives"], ema["ramp_up"]) == ([numbers(text)[0] * 1e6], 0.05)
     else:
         assert ema["decays"] == numbers(text.partition(" ")[0])
+        published = (16, True) if "every 16 updates, in float64" in text else (1, False)
+        assert (ema.get("every", 1), ema.get("in_double", False)) == published
 
 
 def _same_rate(text: str, factor: Any) -> None:
-    ramp = re.search(r"([\d,]+) its", text)
+    ramp = re.search(r"([\d,]+) its", text.replace("200 epochs", "9765 its"))
     if ramp:
         assert factor["_target_"].endswith("rising_rate")
         assert factor["ramp_steps"] == int(ramp[1].replace(",", ""))
+        start = 1e-8 / 6e-4 if factor["ramp_steps"] == 9765 else 0
+        assert factor["start"] == pytest.approx(start)
     else:
         name = {"constant": "constant_rate", "linear to 0 within every stage": "falling_in_stages"}
         assert factor["_target_"].endswith(name[text])
@@ -201,7 +234,7 @@ def _same_sampling(text: str, mode: Any) -> None:
     elif text.startswith("80, ") and "None" not in text:
         assert mode["process"]["times"] == numbers(text)[:2]
     else:
-        assert text in ("-", "not published", "N steps", "80, None (ts not published)")
+        assert text in ("-", "not published", "t 1 -> 0", "N steps", "80, None (ts not published)")
 
 
 def _same_start(text: str, config: Any) -> None:

@@ -14,9 +14,11 @@ from torch import nn
 import golden_augmentation as augmentation
 import golden_averages as averages
 import golden_editing as editing
+import golden_flow_sampling as flow_sampling
 import golden_formulas as formulas
 import golden_jcm as jcm
 import golden_losses as losses
+import golden_meanflow as meanflow
 import golden_networks as networks
 import golden_perceptual as perceptual
 import golden_samplers as samplers
@@ -58,6 +60,11 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("piq_lpips_recipe.npz", perceptual.compare_lpips),
     ("later/edm2_ema.npz", averages.compare_power_averages),
     ("later/augment_*.npz", augmentation.compare_augmentation),
+    ("later/meanflow_jax.npz", meanflow.compare_jax),
+    ("later/meanflow_torch.npz", meanflow.compare_torch),
+    ("later/fastgen_meanflow.npz", meanflow.compare_fastgen),
+    ("later/fastgen_samplers.npz", flow_sampling.compare_fastgen_samplers),
+    ("later/fastgen_time.npz", flow_sampling.compare_flow_times),
 ]
 
 WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
@@ -67,12 +74,16 @@ WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
     ("ect/net.safetensors", lambda path: networks.ect_network(path.parent)),
     ("jcm/ncsnpp.safetensors", lambda path: networks.jcm_network(path.parent)),
     ("jcm/toy_*.safetensors", jcm.Toy),
+    ("later/toy_[!is]*.safetensors", meanflow.Toy),
+    ("later/toy_student.safetensors", meanflow.Toy),
+    ("later/meanflow_song.safetensors", meanflow.song),
 ]
 
 SHAPES: list[tuple[str, Callable[[Path], int]]] = [
     ("openai_unet/released_architectures.json", networks.compare_released_openai),
     ("edm/released_architectures.json", networks.compare_released_nvlabs),
     ("jcm/cifar10_ncsnpp_param_shapes.json", networks.compare_released_jcm),
+    ("later/dropout.json", flow_sampling.compare_dropout),
 ]
 
 SETTINGS = [
@@ -82,6 +93,12 @@ SETTINGS = [
     "openai_ema_scales.json",
     "later/augment_configs.json",
     "later/edm2_ema.json",
+    "later/fastgen_meanflow.json",
+    "later/fastgen_samplers.json",
+    "later/fastgen_time.json",
+    "later/meanflow_*.json",
+    "later/nets.json",
+    *(f"later/{name}.json" for name in ("alphaflow", "imeanflow_jax", "shortcut_jax", "imm")),
     "*/config.json",
     "*/configs.json",
     "*/specs.json",
@@ -100,6 +117,43 @@ NEVER: list[tuple[str, str, str]] = [
         "later/edm2_ema.npz",
         "run.official_*",
         "the same reconstructions from snapshots in half precision",
+    ),
+    ("later/alphaflow.npz", "*", "alpha-Flow, which is no mode of ours"),
+    (
+        "later/imeanflow_jax.npz",
+        "*",
+        "improved MeanFlow with its head of velocities, no mode of ours",
+    ),
+    ("later/toy_imf.safetensors", "*", "its network"),
+    ("later/shortcut_jax.npz", "*", "shortcut models, no mode of ours"),
+    ("later/toy_shortcut_ema.safetensors", "*", "their target network"),
+    (
+        "later/imm.npz",
+        "*",
+        "inductive moment matching, no mode of ours; its training was never released",
+    ),
+    *(
+        (
+            "later/fastgen_time.npz",
+            f"schedule.rf.{name}",
+            "conversions that no sampler or loss of ours makes",
+        )
+        for name in ("sqrt_snr", "t_of_sqrt_snr", "eps_of_x", "idx_t")
+    ),
+    # To be removed where the comparisons of the other methods are joined.
+    *(
+        ("later/fastgen_time.npz", name, "of other methods than MeanFlow")
+        for name in (
+            *(
+                "schedule.edm.*",
+                "schedule.trig.*",
+                "law.lognormal_*",
+                "law.log_t_*",
+                "law.u",
+                "law.uniform",
+            ),
+            *("law.polynomial", "trigflow.*", "map.*", "curriculum.*", "ema.*"),
+        )
     ),
 ]
 """(file, array, why comparing it would mean nothing)."""

@@ -31,10 +31,11 @@ from analytic import THREE_MODES
 from consistency.commands import schema
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
+from consistency.flow_samplers import flow_jumps
 from consistency.networks.mlp import MLP
 from consistency.preconditioning import EDM
 from consistency.randomness import generator
-from consistency.samplers import multistep, onestep
+from consistency.samplers import Sampler, multistep, onestep
 from consistency.schedules import falling_rate
 from consistency.tensors import Data, Denoise, Label, Time
 from consistency.training.build import quiet
@@ -68,14 +69,20 @@ def trained_denoiser() -> Denoiser:
     return TRAINED["edm"]
 
 
+ONE = partial(onestep, t_max=80.0, clip=False)
+TWO = partial(multistep, times=[80.0, 0.821], t_min=0.002, t_max=80.0, clip=False)
+
+
 @dataclass(frozen=True)
 class Oracle:
-    """A mode: overrides of its YAML, whether it starts from the trained denoiser, and earlier results."""
+    """A mode: overrides of its YAML, whether it starts from the trained denoiser, earlier results, and its samplers."""
 
     overrides: list[str] = field(default_factory=list)
     tuned: bool = False
     reached: str = ""
     lr: float = 1e-3
+    one: Sampler = ONE
+    two: Sampler = TWO
 
 
 EXACT = "{_target_: oracle.exact_denoiser}"
@@ -108,6 +115,11 @@ ORACLES = {
         tuned=True,
         lr=5e-4,
     ),
+    "meanflow": Oracle(
+        reached=".206 .125 .157 1.010",
+        one=partial(flow_jumps, times=[1.0], t_max=1.0),
+        two=partial(flow_jumps, times=[1.0, 0.5], t_max=1.0),
+    ),
 }
 
 
@@ -139,7 +151,8 @@ def configured(name: str, oracle: Oracle, steps: int) -> Any:
 def train(name: str, oracle: Oracle, steps: int) -> ConsistencyModule:
     torch.manual_seed(0)
     config = configured(name, oracle, steps)
-    network = MLP(channels=2, width=128, depth=3)
+    second_time = config.mode.get("second_time")
+    network = MLP(channels=2, width=128, depth=3, second_time=second_time)
     if oracle.tuned:
         network.load_state_dict(TRAINED["edm"].network.state_dict())
     module = ConsistencyModule(
@@ -175,7 +188,7 @@ def train(name: str, oracle: Oracle, steps: int) -> ConsistencyModule:
 
 @torch.no_grad()
 def measured(
-    denoise: Denoise, count: int = 20_000
+    denoise: Denoise, oracle: Oracle, count: int = 20_000
 ) -> tuple[tuple[float, float, float, float], Tensor]:
     """Return the error of the one-step map, W1 at one and two steps, the ratio of standard deviations; and samples."""
 
@@ -183,8 +196,8 @@ def measured(
         draw = generator(seed, "oracle")
         return lambda: torch.randn(count, 2, 1, 1, generator=draw)
 
-    one = onestep(denoise, noise_of(0), t_max=80.0, clip=False)
-    two = multistep(denoise, noise_of(0), times=[80.0, 0.821], t_min=0.002, t_max=80.0, clip=False)
+    one, two = oracle.one(denoise, noise_of(0)), oracle.two(denoise, noise_of(0))
+    # Every process ends at the map of this noise, the variance-exploding one from 80 times it.
     start = 80.0 * noise_of(0)()
     t, r = (torch.full((count,), value, dtype=torch.float64) for value in (80.0, 0.002))
     exact = THREE_MODES.flow(start.double(), t, r)
@@ -272,7 +285,7 @@ def main(arguments: list[str]) -> None:
         if name == "edm":
             TRAINED["edm"] = Denoiser(average, SCALINGS)
         sampling = Denoiser(average, module.sampling_preconditioning)
-        numbers, samples = measured(sampling)
+        numbers, samples = measured(sampling, oracle)
         rows.append(Row(name, steps, spent, numbers, samples))
         print(markdown(rows).splitlines()[-1], flush=True)
     picture(rows, FOLDER / "samples.png")

@@ -11,9 +11,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from consistency.errors import UserError, require
+from consistency.flow_samplers import flow_jumps
 from consistency.grids import KarrasGrid
 from consistency.randomness import generator
-from consistency.samplers import Sampler, flow_jumps, heun, multistep, trigflow_multistep
+from consistency.samplers import Sampler, heun, multistep, trigflow_multistep
 
 Role: TypeAlias = Literal["teacher", "consistency"]
 """A denoiser D (EDM scalings), or a consistency function f (boundary scalings)."""
@@ -153,7 +154,10 @@ class ModelCard:
     def require_variance_exploding(self, what: str) -> None:
         """Refuse a model of another process for work that moves along the variance-exploding one."""
         name = "TrigFlow" if self.is_trigflow else "the rectified flow"
-        expected, remedy = f"a model of the variance-exploding process, for {what}", "choose another"
+        expected, remedy = (
+            f"a model of the variance-exploding process, for {what}",
+            "choose another",
+        )
         require(not (self.is_trigflow or self.is_flow), expected, f"one of {name}", remedy)
 
     def sampler(self, steps: int) -> Sampler:

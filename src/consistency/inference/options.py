@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from consistency.checkpoints.load import load
 from consistency.errors import UserError, require
+from consistency.flow_samplers import UNDER_FLOW
 from consistency.inference.generate import Request
 from consistency.inference.model import Model
 from consistency.runtime.devices import (
@@ -22,7 +23,7 @@ from consistency.runtime.devices import (
     share_threads,
 )
 from consistency.runtime.files import ROOT, fingerprint, require_fresh
-from consistency.samplers import NEED_DENOISER, UNDER_FLOW, UNDER_TRIGFLOW, Sampler, onestep
+from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler, onestep
 from consistency.tensors import Denoise
 
 

@@ -37,9 +37,7 @@ class MLP(nn.Module):
         super().__init__()
         self.channels, self.num_classes, self.second_time = channels, num_classes, second_time
         features = times_of(second_time) * (1 + 2 * HARMONICS)
-        self.embed = nn.Sequential(
-            nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        self.embed = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
         if num_classes is not None:
             self.label = nn.Embedding(num_classes, width)
         self.first = nn.Linear(channels, width)

@@ -148,9 +148,15 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
         load_initial(config.init, network, weights=config.init_weights, c_noise_scale=scale)
     shared = (config.callbacks.get(name) for name in ("learning_rate", "evaluation_ema"))
     method = [*config.mode.callbacks.values(), *shared]
+    objective = _plain(instantiate(config.mode.objective, _convert_="all"))
+    expected = "a network with an index for no class, for guidance and label_dropout"
+    remedy = "choose one of NVlabs' kinds, or mode.guidance=none mode.objective.label_dropout=0"
+    dropping = getattr(objective, "drops_classes", False)
+    knows = not dropping or hasattr(network, "no_class")
+    require(knows, expected, type(network).__name__, remedy)
     return ConsistencyModule(
         online=Denoiser(network, instantiate(config.mode.preconditioning)),
-        objective=_plain(instantiate(config.mode.objective, _convert_="all")),
+        objective=objective,
         sampling_preconditioning=instantiate(config.mode.sampling_preconditioning),
         optimizer=optimizer,
         card=describe(config, data),
