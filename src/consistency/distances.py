@@ -42,7 +42,7 @@ class SquaredNorm(nn.Module):
 
 
 class Adaptive(nn.Module):
-    """S / stopgrad(S + c)^p with S = ||x - y||^2 [Geng et al. 2025, arXiv:2505.13447, Eq. 22]; p = 0 is S, p = 1 is nearly constant."""
+    """S / stopgrad(S + c)^p with S = ||x - y||^2 [Geng et al. 2025, arXiv:2505.13447, adaptive weight]; p = 0 is S, p = 1 is nearly constant."""
 
     def __init__(self, *, p: float, c: float) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from consistency.tensors import Time
 
 @dataclass(frozen=True, kw_only=True)
 class LogitNormalPairs:
-    """Sorted times; each pair has r = t with probability `equal` [py-meanflow, `v0`: Geng et al. 2025, arXiv:2505.13447, Appendix A].
+    """Sorted times; each pair has r = t with probability `equal` [py-meanflow, `v0`: Geng et al. 2025, arXiv:2505.13447, CIFAR-10].
 
     mean_t, std_t, mean_r, std_r: of ln(t / (1 - t)) and of ln(r / (1 - r)), before they are sorted.
     t_max: the largest time, 0.999 in FastGen.

@@ -204,7 +204,7 @@ class ProgressiveObjective(Objective):
 
 
 class MeanFlowObjective(Objective):
-    """d(u_theta(x_t, t, r), stopgrad(v~ - (t - r) du/dt)), x_t = (1 - t) x_0 + t z [Geng et al. 2025, arXiv:2505.13447, Eq. 9 to 11].
+    """d(u_theta(x_t, t, r), stopgrad(v~ - (t - r) du/dt)), x_t = (1 - t) x_0 + t z [Geng et al. 2025, arXiv:2505.13447, Eq. 9 and 10].
 
     u is the average velocity from r to t, du/dt its derivative along (v~, 1, 0) in (x_t, t, r); where r = t this is flow
     matching. The online network is told both times.

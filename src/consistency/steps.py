@@ -61,7 +61,7 @@ class SelfGuidance:
     """v~ = w v + (1 - w - k) u_0 + k u_c where t_start <= t <= t_end, else v: guidance by the network itself.
 
     u_0 and u_c are its velocities u(x_t, t, t) without a class and with it. It trains a network that is sampled without
-    guidance, at the scale w / (1 - k). All passes drop the units that the loss drops; w = 1 and k = 0 is none [Geng et al. 2025, arXiv:2505.13447, Eq. 21 and released code].
+    guidance, at the scale w / (1 - k). All passes drop the units that the loss drops; w = 1 and k = 0 is none [Geng et al. 2025, arXiv:2505.13447, guidance; released JAX code].
     """
 
     w: float

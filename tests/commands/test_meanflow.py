@@ -21,14 +21,22 @@ from consistency.flow_samplers import flow_jumps, flow_multistep
 from consistency.inference.model import Model
 from consistency.inference.options import require_suited
 from consistency.samplers import multistep, onestep
-from consistency.training.build import build_module, expanded
+from consistency.training.build import build_module
 from consistency.training.callbacks.ema import EvaluationEMA
 
 MEANFLOW = ["mode=meanflow", *TINY]
 
 
-def built(place: str, *overrides: str) -> Any:
-    return instantiate(OmegaConf.select(composed("train", "mode=meanflow", *overrides), place))
+@pytest.fixture(scope="module")
+def config() -> Any:
+    """FastGen's range of times, the other second time, guidance, and a difference for the derivative."""
+    given = [
+        "mode.process.t_max=0.999",
+        "mode.second_time=end",
+        "mode.guidance=self",
+        "mode.derivative=finite_difference",
+    ]
+    return composed("train", *MEANFLOW, *given, "mode.objective.label_dropout=0.1")
 
 
 @pytest.fixture(scope="module")
@@ -42,45 +50,29 @@ def model() -> Model:
     return Model(denoiser.requires_grad_(False), module.card, Path("-"), "random", "ours")
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "equal"),
-    [
+def test_laws_derivative_and_guidance_of_the_released_codes_are_one_word(config: Any) -> None:
+    for name, kind, equal in (
         ("flow_each", flow_pairs.LogitNormalPairs, 0.25),
         ("flow_capped", flow_pairs.CappedPairs, 0.25),
         ("flow_first", flow_pairs.FirstPairs, 0.75),
         ("flow_counted", flow_pairs.CountedPairs, 0.25),
-    ],
-)
-def test_every_law_of_the_released_codes_is_one_word(name: str, kind: type, equal: float) -> None:
-    ours = built("mode.objective.pairs", f"mode.pairs={name}", "mode.process.t_max=0.999")
-    assert type(ours) is kind
-    assert (ours.equal, ours.t_max) == (equal, 0.999)
-
-
-def test_derivative_and_guidance_are_one_word() -> None:
-    given = ["mode.derivative=finite_difference", "mode.guidance=self", "parts.guidance.self.w=0.2"]
-    ours = instantiate(composed("train", "mode=meanflow", *given).mode.objective)
-    assert ours.derivative == derivatives.FiniteDifference(e=1e-4, t_max=1.0)
-    assert ours.guidance == steps.SelfGuidance(w=0.2, k=0.5)
-    assert built("mode.objective").guidance is None
-
-
-def test_the_second_time_belongs_to_the_mode() -> None:
-    """Networks of other modes have one time."""
-    for given, second in (
-        (["mode=meanflow"], "gap"),
-        (["mode=meanflow", "mode.second_time=end"], "end"),
-        (["mode=ect"], None),
     ):
-        assert expanded(composed("train", *given)).model.network.second_time == second
+        ours = instantiate(config.parts.pairs[name])
+        assert type(ours) is kind
+        assert (ours.equal, ours.t_max) == (equal, 0.999)
+    objective = instantiate(config.mode.objective)
+    assert type(objective.pairs) is flow_pairs.CappedPairs
+    assert objective.derivative == derivatives.FiniteDifference(e=1e-4, t_max=0.999)
+    assert objective.guidance == steps.SelfGuidance(w=1.0, k=0.5)
+    assert config.model.network.second_time == "end"
 
 
-def test_a_network_without_what_the_mode_needs_is_refused() -> None:
-    with pytest.raises(UserError, match="model="):
-        build_module(composed("train", *MEANFLOW, "model.network.second_time=null"))
-    guided = ["mode.guidance=self", "mode.objective.label_dropout=0.1"]
+def test_a_network_without_what_the_mode_needs_is_refused(config: Any) -> None:
     with pytest.raises(UserError, match="no class"):
-        build_module(composed("train", *MEANFLOW, *guided))
+        build_module(config)
+    other = OmegaConf.merge(config, {"model": {"network": {"second_time": None}}})
+    with pytest.raises(UserError, match="model="):
+        build_module(other)
 
 
 def test_a_checkpoint_holds_the_second_time_and_draws_with_any_number_of_jumps(

@@ -17,6 +17,7 @@ from consistency.flow_pairs import CappedPairs, CountedPairs, FirstPairs, LogitN
 from consistency.flow_samplers import flow_jumps, flow_multistep
 from consistency.networks.adm import ADM
 from consistency.networks.dhariwal import DhariwalUNet
+from consistency.networks.layers import times_of
 from consistency.networks.mlp import MLP
 from consistency.networks.song import SongUNet
 from consistency.objectives import MeanFlowObjective
@@ -173,7 +174,7 @@ def test_the_finite_difference_tends_to_the_derivative() -> None:
         near, difference = FiniteDifference(e=e)(online, x_t, t, r, v, None)
         assert torch.equal(near, u)
         inside = t - r > e
-        errors.append(float((difference - du)[inside].norm()))
+        errors.append(float((difference - du)[inside].detach().norm()))
     for coarse, fine in itertools.pairwise(errors):
         assert 3.5 < coarse / fine < 4.5
 
@@ -362,6 +363,12 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def test_an_unknown_second_time_is_refused() -> None:
+    assert [times_of(second_time) for second_time in (None, "gap", "end")] == [1, 2, 2]
+    with pytest.raises(ValueError, match='"gap", "end" or None; got "both"'):
+        times_of("both")
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_a_network_of_two_times(name: str) -> None:
@@ -380,5 +387,3 @@ def test_a_network_of_two_times(name: str) -> None:
     assert torch.allclose(outputs["gap"][1], outputs["end"][0], atol=1e-5)
     with pytest.raises(ValueError, match="expected one time"):
         NETWORKS[name]()(x, t, r=r)
-    with pytest.raises(ValueError, match="second_time"):
-        NETWORKS[name](second_time="both")

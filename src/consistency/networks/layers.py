@@ -144,7 +144,7 @@ def check_attention(kind: str) -> None:
         raise ValueError(f'expected attention to be "sdpa" or "plain"; got "{kind}"')
 
 
-def times_of(second_time: SecondTime) -> int:
+def times_of(second_time: str | None) -> int:
     """The number of times that a network is told. Refuse an unknown kind of second time."""
     if second_time not in ("gap", "end", None):
         raise ValueError(f'expected second_time to be "gap", "end" or None; got "{second_time}"')
