@@ -52,6 +52,9 @@ class Objective(nn.Module):
     times: Times
     needs_target: ClassVar[bool] = True
 
+    def require_suited(self, network: nn.Module) -> None:
+        """Refuse a network that the loss cannot call; most take any."""
+
     def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
         """Return the arguments of `losses_at` between label and noise: times alone, unless a method draws more."""
         return (self.times(batch, generator),)
@@ -231,10 +234,15 @@ class MeanFlowObjective(Objective):
         self.pairs, self.velocity, self.derivative = pairs, velocity, derivative
         self.distance, self.guidance, self.label_dropout = distance, guidance, label_dropout
 
-    @property
-    def drops_classes(self) -> bool:
-        """Whether the network is called without a class."""
-        return self.guidance is not None or self.label_dropout > 0
+    def require_suited(self, network: nn.Module) -> None:
+        """Refuse a network of one time, and for guidance and label_dropout one without an index for no class."""
+        name, told = type(network).__name__, getattr(network, "second_time", None) is not None
+        remedy = "say model.network.second_time=gap or end"
+        require(told, "a network of two times", f"{name} with one", remedy)
+        whole = self.guidance is None and self.label_dropout == 0
+        remedy = "choose one of NVlabs' kinds, or mode.guidance=none mode.objective.label_dropout=0"
+        expected = "a network with an index for no class, for guidance and label_dropout"
+        require(whole or hasattr(network, "no_class"), expected, name, remedy)
 
     def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
         t, r = self.pairs(batch, num_scales, generator)

@@ -32,7 +32,7 @@ def config() -> Any:
     """FastGen's range of times, the other second time, guidance, and a difference for the derivative."""
     given = [
         "mode.process.t_max=0.999",
-        "mode.second_time=end",
+        "model.network.second_time=end",
         "mode.guidance=self",
         "mode.derivative=finite_difference",
     ]
@@ -71,7 +71,7 @@ def test_a_network_without_what_the_mode_needs_is_refused(config: Any) -> None:
     with pytest.raises(UserError, match="no class"):
         build_module(config)
     other = OmegaConf.merge(config, {"model": {"network": {"second_time": None}}})
-    with pytest.raises(UserError, match="model="):
+    with pytest.raises(UserError, match="two times"):
         build_module(other)
 
 

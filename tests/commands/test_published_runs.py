@@ -81,7 +81,7 @@ def test_a_published_run_is_one_command(run: str) -> None:
     steps = steps or numbers(row["steps"])[0]
     assert trainer["max_steps"] == mode["total_steps"] == steps
     _same_network(row, config, network)
-    _same_method(row, mode, objective, scales)
+    _same_method(row, mode, objective, scales, network.get("second_time"))
     _same_averages(row["ema_rates"], callbacks["evaluation_ema"], callbacks["samples"]["weights"])
     _same_rate(row["lr_schedule"], callbacks["learning_rate"]["factor"])
     _same_precision(row["precision"], trainer["precision"], config)
@@ -114,14 +114,16 @@ def _arguments(node: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in node.items() if name != "_target_"}
 
 
-def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any) -> None:
+def _same_method(
+    row: dict[str, str], mode: Any, objective: Any, scales: Any, second_time: str
+) -> None:
     distance = objective.get("distance") or objective["tangent"]
     kind = rule(DISTANCES, row["distance"])
     if isinstance(kind, float):
         assert distance["c"] == kind
     elif isinstance(kind, tuple):
         assert (distance["p"], distance["c"]) == kind
-        _same_flow(row, mode, objective["pairs"])
+        _same_flow(row, mode, objective["pairs"], second_time)
         return
     elif kind == "max":
         pooled = "average_pooled_unit" if "verage" in row["distance"] else "max_pooled_signed"
@@ -174,7 +176,7 @@ def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any) ->
         assert target is None
 
 
-def _same_flow(row: dict[str, str], mode: Any, pairs: Any) -> None:
+def _same_flow(row: dict[str, str], mode: Any, pairs: Any, second_time: str) -> None:
     """The times and the second time of MeanFlow."""
     law = [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", row["t_law"].partition(";")[0])[:4]]
     assert [pairs[n] for n in ("mean_t", "std_t", "mean_r", "std_r")] == law
@@ -183,7 +185,7 @@ def _same_flow(row: dict[str, str], mode: Any, pairs: Any) -> None:
     kinds = {"meanflow_cifar10_v0": "LogitNormalPairs", "meanflow_cifar10_v1": "CappedPairs"}
     assert pairs["_target_"].endswith(kinds.get(row["run_id"], "CountedPairs"))
     assert (pairs["equal"], pairs["t_max"]) == (0.25, 0.999 if fastgen else 1.0)
-    assert mode["second_time"] == ("end" if fastgen else "gap")
+    assert second_time == ("end" if fastgen else "gap")
     assert (row["weighting"], row["n_scales"]) == ("-", "-")
     assert (mode["derivative"], mode["guidance"]) == ("exact", "none")
 

@@ -151,7 +151,7 @@ def configured(name: str, oracle: Oracle, steps: int) -> Any:
 def train(name: str, oracle: Oracle, steps: int) -> ConsistencyModule:
     torch.manual_seed(0)
     config = configured(name, oracle, steps)
-    second_time = config.mode.get("second_time")
+    second_time = config.model.network.get("second_time")
     network = MLP(channels=2, width=128, depth=3, second_time=second_time)
     if oracle.tuned:
         network.load_state_dict(TRAINED["edm"].network.state_dict())

@@ -71,7 +71,6 @@ class Mode:
     init: str | None = None
     total_steps: int
     process: Process
-    second_time: str | None = None  # gap or end, of a network of average velocities
     distance: str | None = None
     derivative: str | None = None
     guidance: str | None = None

@@ -26,6 +26,7 @@ from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import ModelCard
+from consistency.objectives import Objective
 from consistency.runtime.devices import CUDA_GRAPHS, require_compiling, set_float32_matmul
 from consistency.runtime.files import fingerprint
 from consistency.runtime.redaction import masked
@@ -149,11 +150,8 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
     shared = (config.callbacks.get(name) for name in ("learning_rate", "evaluation_ema"))
     method = [*config.mode.callbacks.values(), *shared]
     objective = _plain(instantiate(config.mode.objective, _convert_="all"))
-    expected = "a network with an index for no class, for guidance and label_dropout"
-    remedy = "choose one of NVlabs' kinds, or mode.guidance=none mode.objective.label_dropout=0"
-    dropping = getattr(objective, "drops_classes", False)
-    knows = not dropping or hasattr(network, "no_class")
-    require(knows, expected, type(network).__name__, remedy)
+    if isinstance(objective, Objective):
+        objective.require_suited(network)
     return ConsistencyModule(
         online=Denoiser(network, instantiate(config.mode.preconditioning)),
         objective=objective,
@@ -210,11 +208,10 @@ def require_fit(config: DictConfig) -> None:
     with torch.device("meta"):
         network = instantiate(config.model.network, _convert_="all")
         label = None if data.num_classes is None else torch.zeros(1, dtype=torch.long)
-        end = {"r": torch.zeros(1)} if config.mode.get("second_time") else {}
         try:
-            shape = network(torch.zeros(image), torch.zeros(1), label, **end).shape
+            shape = network(torch.zeros(image), torch.zeros(1), label).shape
             got = f"one that returns shape {tuple(shape)}"
-        except (ValueError, RuntimeError, TypeError) as error:
+        except (ValueError, RuntimeError) as error:
             got = str(error)
     expected = f"a network for data of shape {image[1:]} with {data.num_classes or 'no'} classes"
     remedy = "choose another model=, or set data.image_size, data.channels, data.num_classes"
