@@ -16,8 +16,8 @@ from conftest import ROOT
 PACKAGE = ROOT / "src" / "consistency"
 FLOORS = [
     ["errors", "tensors", "pixels", "schedules", "grids", "preconditioning", "averaging", "randomness", "networks"],
-    ["processes", "solvers", "pairs", "distances", "weightings", "denoiser", "tangents", "augmentation"],
-    ["steps", "samplers", "editing"],
+    ["processes", "solvers", "pairs", "distances", "weightings", "denoiser", "tangents", "augmentation", "derivatives", "flow_pairs"],
+    ["steps", "samplers", "editing", "flow_samplers"],
     ["objectives", "trigflow"],
 ]  # fmt: skip
 CORE = {name: number for number, names in enumerate(FLOORS, start=1) for name in names}

@@ -9,8 +9,8 @@ imports only from its floor and those below it, and torch and jaxtyping:
 
     floor 1, words      errors tensors pixels schedules grids preconditioning averaging randomness
                         networks: adm song dhariwal (with unet and layers) mlp
-    floor 2, phrases    processes solvers pairs distances weightings denoiser tangents augmentation
-    floor 3, sentences  steps samplers editing
+    floor 2, phrases    processes solvers pairs flow_pairs distances weightings denoiser tangents derivatives augmentation
+    floor 3, sentences  steps samplers flow_samplers editing
     floor 4, paragraph  objectives trigflow (sCT and sCD)
 
 The shell stands in rooms:

@@ -24,8 +24,13 @@ def frozen_copy(module: ModuleT) -> ModuleT:
     return copy.deepcopy(module).requires_grad_(False)
 
 
-def averaging(average: nn.Module, online: nn.Module | Sequence[Tensor]) -> Callable[[float], None]:
-    """Return the update of `update_average` as a function of the decay; to list the parameters takes longer than to average."""
+def averaging(
+    average: nn.Module, online: nn.Module | Sequence[Tensor], *, in_double: bool = False
+) -> Callable[[float], None]:
+    """Return the update of `update_average` as a function of the decay; to list the parameters takes longer than to average.
+
+    in_double: the mean is computed in float64 and then rounded, as in the released code of MeanFlow.
+    """
     averages: list[Tensor] = list(average.parameters())
     weights = list(online.parameters() if isinstance(online, nn.Module) else online)
 
@@ -33,7 +38,12 @@ def averaging(average: nn.Module, online: nn.Module | Sequence[Tensor]) -> Calla
     def update(decay: float) -> None:
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
-    return update
+    @torch.no_grad()
+    def update_in_double(decay: float) -> None:
+        for mean, weight in zip(averages, weights, strict=True):
+            mean.copy_(decay * mean.double() + (1 - decay) * weight.double())
+
+    return update_in_double if in_double else update
 
 
 def update_average(average: nn.Module, online: nn.Module, decay: float) -> None:

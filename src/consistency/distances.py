@@ -10,7 +10,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import interpolate
 
 from consistency.errors import require
-from consistency.tensors import Data, PerSample
+from consistency.tensors import Data, PerSample, broadcast_time
 
 
 @runtime_checkable
@@ -46,6 +46,37 @@ class L2OverDimension(nn.Module):
 
     def forward(self, x: Data, y: Data) -> PerSample:
         return (x - y).square().mean(dim=(1, 2, 3)) / x[0].numel()
+
+
+class Adaptive(nn.Module):
+    """S / stopgrad(S + c)^p with S = ||x - y||^2 [Geng et al. 2025, arXiv:2505.13447, adaptive weight]; p = 0 is S, p = 1 is nearly constant."""
+
+    def __init__(self, *, p: float, c: float) -> None:
+        super().__init__()
+        self.p, self.c = p, c
+
+    def forward(self, x: Data, y: Data) -> PerSample:
+        s = (x - y).square().sum(dim=(1, 2, 3))
+        return s / (s.detach() + self.c) ** self.p
+
+
+class AdaptiveStep(nn.Module):
+    """||x - stopgrad(x + g / (||g|| + c)^p)||^2 with g = y - x: a step towards y whose length grows more slowly than ||g||.
+
+    per_root_dimension: of g, divided by the root of the number of its values first [released code of FastGen, `opt_grad`].
+    """
+
+    def __init__(self, *, p: float, c: float, per_root_dimension: bool) -> None:
+        super().__init__()
+        self.p, self.c, self.per_root_dimension = p, c, per_root_dimension
+
+    def forward(self, x: Data, y: Data) -> PerSample:
+        g = (y - x).detach()
+        if self.per_root_dimension:
+            g = g / g[0].numel() ** 0.5
+        length = vector_norm(g.flatten(1), dim=1)
+        step = g / broadcast_time((length + self.c) ** self.p, g)
+        return (x - (x.detach() + step)).square().sum(dim=(1, 2, 3))
 
 
 class LInf(nn.Module):

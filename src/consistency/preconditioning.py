@@ -125,3 +125,24 @@ class TrigFlowSlope(_Positive):
             c_in=torch.full_like(t, 1 / self.sigma_data),
             c_noise=c_noise,
         )
+
+
+@dataclass(frozen=True)
+class Unscaled:
+    """The network's own output at the time itself: the velocity u of `consistency.processes.rectified_flow`."""
+
+    def __call__(self, t: Time) -> Scalings:
+        nothing, one = torch.zeros_like(t), torch.ones_like(t)
+        return Scalings(c_skip=nothing, c_out=one, c_in=one, c_noise=t)
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """Scalings of x_0 = x_t - t u(x_t, t), with the velocity u a network's own output.
+
+    For an average velocity u(x_t, t, 0) it is the jump from t to 0 [Geng et al. 2025, arXiv:2505.13447, Eq. 12].
+    """
+
+    def __call__(self, t: Time) -> Scalings:
+        one = torch.ones_like(t)
+        return Scalings(c_skip=one, c_out=-t, c_in=one, c_noise=t)

@@ -15,3 +15,11 @@ def trigflow(x_0: Data, z: Data, t: Time) -> Data:
     noise it is cos(t) times the variance-exploding x at t_ve.
     """
     return broadcast_time(t.cos(), x_0) * x_0 + broadcast_time(t.sin(), x_0) * z
+
+
+def rectified_flow(x_0: Data, z: Data, t: Time) -> Data:
+    """x_t = (1 - t) x_0 + t z, 0 <= t <= 1, whose velocity is z - x_0 [Liu et al. 2022, arXiv:2209.03003, Section 2.1].
+
+    With t = s / (1 + s) and the same image and noise it is 1 / (1 + s) times the variance-exploding x at s.
+    """
+    return broadcast_time(1 - t, x_0) * x_0 + broadcast_time(t, x_0) * z

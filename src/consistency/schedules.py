@@ -120,9 +120,9 @@ def warm_up(k: int, *, steps: int) -> float:
     return min(1.0, k / steps) if steps else 1.0
 
 
-def rising_rate(k: float, *, ramp_steps: float) -> float:
-    """Linearly from 0 up to 1 at `ramp_steps`: a factor of the learning rate [Karras et al. 2022, Table 7]."""
-    return min(k / max(ramp_steps, 1e-8), 1.0)
+def rising_rate(k: float, *, ramp_steps: float, start: float = 0.0) -> float:
+    """Linearly from `start` up to 1 at `ramp_steps`: a factor of the learning rate [Karras et al. 2022, Table 7]."""
+    return start + (1 - start) * min(k / max(ramp_steps, 1e-8), 1.0)
 
 
 def inverse_root_rate(k: float, *, ref_steps: float, ramp_steps: float) -> float:

@@ -1,5 +1,6 @@
 """Steps x_t -> x_r of a consistency loss along the PF-ODE, and its velocity: with the data itself or with a teacher."""
 
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -8,8 +9,17 @@ from torch import Tensor, nn
 
 from consistency.errors import require
 from consistency.processes import variance_exploding
+from consistency.randomness import DropoutState
 from consistency.solvers import Solver, pf_ode
-from consistency.tensors import Data, Denoise, Label, Time, broadcast_time
+from consistency.tensors import (
+    NO_CLASS,
+    AverageVelocity,
+    Data,
+    Denoise,
+    Label,
+    Time,
+    broadcast_time,
+)
 
 
 @runtime_checkable
@@ -59,6 +69,43 @@ class DataVelocity:
 
     def __call__(self, x_0: Data, z: Data, x_t: Data, t: Time, label: Label) -> Data:
         return z
+
+
+class FlowVelocity:
+    """dx/dt = z - x_0 of the rectified flow, whose mean given x_t is the ODE's [Liu et al. 2022, arXiv:2209.03003]."""
+
+    def __call__(self, x_0: Data, z: Data, x_t: Data, t: Time, label: Label) -> Data:
+        return z - x_0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfGuidance:
+    """v~ = w v + (1 - w - k) u_0 + k u_c where t_start <= t <= t_end, else v: guidance by the network itself.
+
+    u_0 and u_c are its velocities u(x_t, t, t) without a class and with it. It trains a network that is sampled without
+    guidance, at the scale w / (1 - k). All passes drop the units that the loss drops; w = 1 and k = 0 is none [Geng et al. 2025, arXiv:2505.13447, guidance; released JAX code].
+    """
+
+    w: float
+    k: float = 0.0
+    t_start: float = 0.0
+    t_end: float = 1.0
+
+    @torch.no_grad()
+    def __call__(self, average: AverageVelocity, x_t: Data, t: Time, v: Data, label: Label) -> Data:
+        remedy = "set data.num_classes, or mode.guidance=none"
+        require(label is not None, "labels for the guidance of a network by itself", "none", remedy)
+        assert label is not None
+        mixed, dropout = self.w * v, DropoutState(x_t.device)
+        for share, known in (
+            (1 - self.w - self.k, torch.full_like(label, NO_CLASS)),
+            (self.k, label),
+        ):
+            if share != 0:
+                with dropout.replayed():
+                    mixed = mixed + share * average(x_t, t, known, r=t)
+        inside = (t >= self.t_start) & (t <= self.t_end)
+        return torch.where(broadcast_time(inside, v), mixed, v)
 
 
 class Guided(nn.Module):

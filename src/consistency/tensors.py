@@ -22,11 +22,22 @@ Label: TypeAlias = Int[Tensor, "b"] | None
 """Class indices, or None for an unconditional model."""
 
 
+NO_CLASS = -1
+"""The class index that stands for no class, in networks that take one."""
+
+
 @runtime_checkable
 class Denoise(Protocol):
     """The signature everything depends on: (x_t, t, label) -> estimate of x_0."""
 
     def __call__(self, x_t: Data, t: Time, label: Label = None) -> Data: ...
+
+
+@runtime_checkable
+class AverageVelocity(Protocol):
+    """(x_t, t, label, r) -> u, the mean velocity from r to t: the jump from t to r is x_t - (t - r) u."""
+
+    def __call__(self, x_t: Data, t: Time, label: Label = None, r: Time | None = None) -> Data: ...
 
 
 @runtime_checkable

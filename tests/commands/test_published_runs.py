@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from configurations import composed
 from conftest import ROOT
+from consistency.augmentation import EDMAugmentation
 from consistency.averaging import relative_width
 from consistency.training.build import expanded
 
@@ -29,13 +30,14 @@ RECIPES = {
     "cm_imagenet64_cd_lpips_released", "cm_imagenet64_ct_released", "ict_imagenet64", "cm_lsun_bedroom_edm_released",
     "cm_lsun_bedroom_cd_lpips_released", "cm_lsun_bedroom_ct_released", "cm_lsun_cat_edm_released",
     "cm_lsun_cat_cd_lpips_released", "cm_lsun_cat_ct_released", "edm_ffhq64_vp", "edm_afhqv264_vp", "tcm_cifar10_stage2",
-    "fastgen_sct_cifar10", "fastgen_scd_cifar10",
+    "fastgen_sct_cifar10", "fastgen_scd_cifar10", "meanflow_cifar10_v1",
 }  # fmt: skip
 """Runs that `mode=<mode> data=<data>` is; the others are experiments of their name."""
 
 STEPS = {
     "not given": 610352,
     "not set": 1_000_000,
+    "16,000 epochs": 800_000,
     "not printed": 400_000,
     "100k / 200k / 400k": 100_000,
 }
@@ -45,11 +47,12 @@ DISTANCES = {
     "l2 norm of the tangent": "L2Tangent", "LPIPS (Hessian)": "Hessian", "pseudo-Huber 1e-8": 1e-8, "pseudo-Huber, c=0.00054": 0.00054,
     "pseudo-Huber c=1e-8": 1e-8, "pseudo-Huber 0.06": 0.06,
     "adaptive weighted l2 of the normalised tangent": "L2", "normalised tangent": "L2OverDimension",
+    "squared error with adaptive weight, p=0.75, eps 1e-3": (0.75, 1e-3), "poly_0.75, const 1e-3": (0.75, 1e-3),
 }  # fmt: skip
 WEIGHTINGS = {"karras": "karras", "uniform": "uniform", "truncated snr": "truncated_snr", "1/(t-r)": "inverse_gap", "1/c_out^2": "karras", "learned w(t)": "uniform", "learned + prior": "inverse_level"}  # fmt: skip
 NETWORKS = {
     "NCSN++ 5": (128, 4, 16.0), "NCSN++, 4": (128, 4, 0.02), "NCSN++, 8": (128, 8, 0.02), "NCSN++ 6": (128, 4, 16.0),
-    "DDPM++": (128, 4, None), "ADM 296M": (192, 3, True), "ADM 526M": (256, 2, False), "ADM, 3": (192, 3, False), "ADM, 6": (192, 6, False),
+    "DDPM++": (128, 4, None), "SongUNet, encoder standard": (128, 4, None), "ADM 296M": (192, 3, True), "ADM 526M": (256, 2, False), "ADM, 3": (192, 3, False), "ADM, 6": (192, 6, False),
 }  # fmt: skip
 
 
@@ -87,8 +90,8 @@ def test_a_published_run_is_one_command(run: str) -> None:
     steps = STEPS.get(row["steps"].partition(" (")[0]) or numbers(row["steps"].replace(",", ""))[0]
     assert trainer["max_steps"] == mode["total_steps"] == steps
     _same_network(row, config, network)
-    _same_method(row, mode, objective, scales, config["data"]["batch_size"])
-    if "pairs" in objective:
+    _same_method(row, mode, objective, scales, config)
+    if "pairs" in objective and row["mode"] != "meanflow":
         _same_range(run.partition("_")[0], row["mode"], objective["pairs"])
     _same_averages(row["ema_rates"], callbacks["evaluation_ema"], callbacks["samples"]["weights"])
     _same_rate(row["lr_schedule"], callbacks["learning_rate"]["factor"])
@@ -109,18 +112,32 @@ def _same_network(row: dict[str, str], config: dict[str, Any], network: dict[str
     assert config["data"]["num_classes"] == network["num_classes"] == classes
     assert network["dropout"] == numbers(row["dropout"])[0]
     assert network.get("dropout_resolution") == (16 if "<=16x16" in row["dropout"] else None)
-    piped = re.match(r"augment pipe p=([\d.]+)", row["augmentation"])
+    piped = re.match(r"augment pipe p=([\d.]+)|EDM pipe", row["augmentation"])
     assert config["data"]["flip"] is row["augmentation"].startswith("horizontal flip")
-    p = float(piped[1]) if piped else 0.12 if row["augmentation"].startswith("as EDM") else None
-    assert (config["augmentation"] or {}).get("p") == p
-    assert p is None or network["augment_dim"] == 9
+    given = config["augmentation"] or {}
+    p = (
+        float(piped[1] or 0.12)
+        if piped
+        else 0.12
+        if row["augmentation"].startswith("as EDM")
+        else None
+    )
+    assert given.get("p") == p
+    labels = 6 if "6 labels" in row["augmentation"] else 9
+    if p is not None:
+        arguments = {name: value for name, value in given.items() if name != "_target_"}
+        assert network["augment_dim"] == EDMAugmentation(**arguments).num_labels == labels
 
 
-def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any, batch: int) -> None:
+def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any, config: Any) -> None:
     distance = objective.get("distance") or objective["tangent"]
     kind = rule(DISTANCES, row["distance"])
     if isinstance(kind, float):
         assert distance["c"] == kind
+    elif isinstance(kind, tuple):
+        assert (distance["p"], distance["c"]) == kind
+        _same_flow(row, mode, objective["pairs"], config["model"]["network"]["second_time"])
+        return
     elif kind == "max":
         pooled = "average_pooled_unit" if "verage" in row["distance"] else "max_pooled_signed"
         assert (distance["backbone"], distance["variant"]) == ("vgg16", pooled)
@@ -149,7 +166,7 @@ def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any, ba
         )
     if "derivative" in objective:
         _same_tangent(row, mode, objective)
-    _same_scales(row["n_scales"], scales, objective.get("pairs", {}), batch)
+    _same_scales(row["n_scales"], scales, objective.get("pairs", {}), config["data"]["batch_size"])
     target, mu = mode["callbacks"].get("target_ema", {}).get("decay"), row["mu"]
     if mu.startswith("mu0"):
         printed = "printed" in mu or row["run_id"].endswith("ct_paper")
@@ -217,6 +234,20 @@ def _same_tangent(row: dict[str, str], mode: Any, objective: Any) -> None:
     assert ends == ([0.002, last] if released else [None, None])
 
 
+def _same_flow(row: dict[str, str], mode: Any, pairs: Any, second_time: str) -> None:
+    """The times and the second time of MeanFlow."""
+    law = [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", row["t_law"].partition(";")[0])[:4]]
+    assert [pairs[n] for n in ("mean_t", "std_t", "mean_r", "std_r")] == law
+    assert re.search(r"75%|ratio \.75", row["t_law"])
+    fastgen = row["run_id"].startswith("fastgen")
+    kinds = {"meanflow_cifar10_v0": "LogitNormalPairs", "meanflow_cifar10_v1": "CappedPairs"}
+    assert pairs["_target_"].endswith(kinds.get(row["run_id"], "CountedPairs"))
+    assert (pairs["equal"], pairs["t_max"]) == (0.25, 0.999 if fastgen else 1.0)
+    assert second_time == ("end" if fastgen else "gap")
+    assert (row["weighting"], row["n_scales"]) == ("-", "-")
+    assert (mode["derivative"], mode["guidance"]) == ("flow_forward", "none")
+
+
 def _same_averages(text: str, ema: Any, weights: str) -> None:
     if "none" in text:
         assert (ema, weights) == (None, "online")
@@ -226,16 +257,20 @@ def _same_averages(text: str, ema: Any, weights: str) -> None:
         assert (ema["half_lives"], ema["ramp_up"]) == ([numbers(text)[0] * 1e6], 0.05)
     else:
         assert ema["decays"] == numbers(text.partition(" ")[0])
+        published = (16, True) if "every 16 updates, in float64" in text else (1, False)
+        assert (ema.get("every", 1), ema.get("in_double", False)) == published
 
 
 def _same_rate(text: str, factor: Any) -> None:
-    ramp = re.search(r"([\d,]+) its", text)
+    ramp = re.search(r"([\d,]+) its", text.replace("200 epochs", "9765 its"))
     if text.startswith("1/sqrt"):
         assert factor["_target_"].endswith("inverse_root_rate")
         assert [factor["ref_steps"], factor["ramp_steps"]] == [numbers(text)[-1], 0]
     elif ramp:
         assert factor["_target_"].endswith("rising_rate")
         assert factor["ramp_steps"] == int(ramp[1].replace(",", ""))
+        start = 1e-8 / 6e-4 if factor["ramp_steps"] == 9765 else 0
+        assert factor["start"] == pytest.approx(start)
     else:
         name = {"constant": "constant_rate", "linear to 0 within every stage": "falling_in_stages"}
         assert factor["_target_"].endswith(name[text])
@@ -269,7 +304,14 @@ def _same_sampling(text: str, mode: Any) -> None:
     elif text.startswith("80, ") and "None" not in text:
         assert mode["process"]["times"] == numbers(text)[:2]
     else:
-        assert text in ("-", "80", "not published", "N steps", "80, None (ts not published)")
+        assert text in (
+            "-",
+            "80",
+            "not published",
+            "t 1 -> 0",
+            "N steps",
+            "80, None (ts not published)",
+        )
 
 
 def _same_start(text: str, config: Any) -> None:

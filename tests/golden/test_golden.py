@@ -15,10 +15,12 @@ import golden_augmentation as augmentation
 import golden_averages as averages
 import golden_editing as editing
 import golden_fastgen_time as fastgen_time
+import golden_flow_sampling as flow_sampling
 import golden_formulas as formulas
 import golden_jcm as jcm
 import golden_later as later
 import golden_losses as losses
+import golden_meanflow as meanflow
 import golden_networks as networks
 import golden_perceptual as perceptual
 import golden_samplers as samplers
@@ -71,6 +73,11 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("later/fastgen_time.npz", trigflow.compare_fastgen_schedules),
     ("later/scm_mnist.npz", trigflow.compare_mnist),
     ("later/sct_formulas.npz", trigflow.compare_posterior_means),
+    ("later/meanflow_jax.npz", meanflow.compare_jax),
+    ("later/meanflow_torch.npz", meanflow.compare_torch),
+    ("later/fastgen_meanflow.npz", meanflow.compare_fastgen),
+    ("later/fastgen_samplers.npz", flow_sampling.compare_fastgen_samplers),
+    ("later/fastgen_time.npz", flow_sampling.compare_flow_times),
 ]
 
 WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
@@ -83,7 +90,9 @@ WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
     ("later/toy_student.safetensors", later.Toy),
     ("later/toy_teacher.safetensors", later.Toy),
     ("later/toy_label_*.safetensors", later.Toy),
+    ("later/toy_two*.safetensors", meanflow.Toy),
     ("later/fastgen_*.safetensors", trigflow.load_weights),
+    ("later/meanflow_song.safetensors", meanflow.song),
 ]
 
 SHAPES: list[tuple[str, Callable[[Path], int]]] = [
@@ -92,6 +101,7 @@ SHAPES: list[tuple[str, Callable[[Path], int]]] = [
     ("jcm/cifar10_ncsnpp_param_shapes.json", networks.compare_released_jcm),
     ("later/dropout.json", fastgen_time.compare_dropout),
     ("later/dropout.json", trigflow.compare_dropout),
+    ("later/dropout.json", flow_sampling.compare_dropout),
 ]
 
 SETTINGS = [
@@ -102,15 +112,14 @@ SETTINGS = [
     "later/augment_configs.json",
     "later/ect_compared.json",
     "later/edm2_ema.json",
-    "later/fastgen_cm.json",
-    "later/fastgen_scm.json",
-    "later/fastgen_tcm.json",
-    "later/fastgen_time.json",
+    "later/fastgen_*.json",
+    "later/meanflow_*.json",
     "later/nets.json",
     "later/rcm.json",
     "later/scm_mnist.json",
     "later/sct_formulas.json",
     "later/tcm.json",
+    *(f"later/{name}.json" for name in ("alphaflow", "imeanflow_jax", "shortcut_jax", "imm")),
     "*/config.json",
     "*/configs.json",
     "*/specs.json",
@@ -130,16 +139,35 @@ NEVER: list[tuple[str, str, str]] = [
         "run.official_*",
         "the same reconstructions from snapshots in half precision",
     ),
-    ("later/fastgen_time.npz", "schedule.rf.*", "rectified flow, which no mode uses"),
     ("later/fastgen_time.npz", "law.uniform", "uniform times, which no published run uses"),
     ("later/fastgen_time.npz", "law.normal", "the draws of the next"),
-    ("later/fastgen_time.npz", "law.logitnormal_*", "of MeanFlow, which no mode uses"),
-    ("later/fastgen_time.npz", "lr.meanflow_*", "of MeanFlow, which no mode uses"),
     ("later/fastgen_time.npz", "schedule.[et]*.*_of_*", "conversions that nothing of ours makes"),
     ("later/fastgen_time.npz", "schedule.[et]*.sqrt_snr", "as above"),
     ("later/fastgen_time.npz", "schedule.[et]*.t_list_*", "time points, which are given to ours"),
     ("later/fastgen_time.npz", "schedule.[et]*.idx_t", "as above"),
     ("later/rcm.npz", "*", "rCM: its discrete derivatives and warm-up belong to no mode of ours"),
+    ("later/alphaflow.npz", "*", "alpha-Flow, which is no mode of ours"),
+    (
+        "later/imeanflow_jax.npz",
+        "*",
+        "improved MeanFlow with its head of velocities, no mode of ours",
+    ),
+    ("later/toy_imf.safetensors", "*", "its network"),
+    ("later/shortcut_jax.npz", "*", "shortcut models, no mode of ours"),
+    ("later/toy_shortcut_ema.safetensors", "*", "their target network"),
+    (
+        "later/imm.npz",
+        "*",
+        "inductive moment matching, no mode of ours; its training was never released",
+    ),
+    *(
+        (
+            "later/fastgen_time.npz",
+            f"schedule.rf.{name}",
+            "conversions that no sampler or loss of ours makes",
+        )
+        for name in ("sqrt_snr", "t_of_sqrt_snr", "eps_of_x", "idx_t")
+    ),
 ]
 """(file, array, why comparing it would mean nothing)."""
 

@@ -240,6 +240,30 @@ MUTATIONS = [
         "        log_variance = self.log_variance(t)\n",
         "        log_variance = self.log_variance(t).detach()\n",
     ),
+    Mutation(
+        "a gradient through the target of an average velocity",
+        f"{SOURCE}/objectives.py",
+        "reference = (v - broadcast_time(t - r, v) * du).detach()",
+        "reference = v - broadcast_time(t - r, v) * du",
+    ),
+    Mutation(
+        "guidance where the class is dropped",
+        f"{SOURCE}/objectives.py",
+        "v = torch.where(broadcast_time(dropped, v), v, guided)",
+        "v = guided",
+    ),
+    Mutation(
+        "a mean over pixels in the adaptive weight",
+        f"{SOURCE}/distances.py",
+        "s = (x - y).square().sum(dim=(1, 2, 3))",
+        "s = (x - y).square().mean(dim=(1, 2, 3))",
+    ),
+    Mutation(
+        "the end of a jump for its length",
+        f"{SOURCE}/networks/layers.py",
+        "second = c_noise - r if",
+        "second = r if",
+    ),
 ]
 
 TESTS = [
@@ -256,6 +280,7 @@ TESTS = [
     "editing",
     "randomness",
     "tangents",
+    "average_velocity",
     "lpips",
     "objectives",
     "trigflow",

@@ -31,10 +31,11 @@ from analytic import THREE_MODES
 from consistency.commands import schema
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
+from consistency.flow_samplers import flow_jumps
 from consistency.networks.mlp import MLP
 from consistency.preconditioning import EDM
 from consistency.randomness import generator
-from consistency.samplers import multistep, onestep
+from consistency.samplers import Sampler, multistep, onestep
 from consistency.schedules import falling_rate
 from consistency.tensors import Data, Denoise, Label, Time
 from consistency.training.build import quiet
@@ -68,15 +69,20 @@ def trained_denoiser(mode: str = "edm") -> Denoiser:
     return TRAINED[mode]
 
 
+ONE = partial(onestep, t_max=80.0, clip=False)
+TWO = partial(multistep, times=[80.0, 0.821], t_min=0.002, t_max=80.0, clip=False)
+
+
 @dataclass(frozen=True)
 class Oracle:
-    """A mode: overrides of its YAML, the mode whose network it starts from, earlier results, rate, second time point."""
+    """A mode: overrides of its YAML, the mode whose network it starts from, earlier results, rate, samplers."""
 
     overrides: list[str] = field(default_factory=list)
     init: str = ""
     reached: str = ""
     lr: float = 1e-3
-    middle: float = 0.821
+    one: Sampler = ONE
+    two: Sampler = TWO
 
 
 EXACT = "{_target_: oracle.exact_denoiser}"
@@ -105,7 +111,7 @@ ORACLES = {
         ],
         init="ect",
         reached=".133 .074 .074 1.014",
-        middle=1.0,
+        two=partial(multistep, times=[80.0, 1.0], t_min=0.002, t_max=80.0, clip=False),
     ),
     "progdist": Oracle(
         [
@@ -121,11 +127,16 @@ ORACLES = {
         init="edm",
         lr=5e-4,
     ),
-    "sct": Oracle(WARM, tuned=True, reached=".161 .101 .092 1.016"),
+    "sct": Oracle(WARM, init="edm", reached=".161 .101 .092 1.016"),
     "scd": Oracle(
         [*WARM, "~mode.objective.velocity.teacher", f"+mode.objective.velocity.teacher={EXACT}"],
-        tuned=True,
+        init="edm",
         reached=".172 .129 .130  .977",
+    ),
+    "meanflow": Oracle(
+        reached=".206 .125 .157 1.010",
+        one=partial(flow_jumps, times=[1.0], t_max=1.0),
+        two=partial(flow_jumps, times=[1.0, 0.5], t_max=1.0),
     ),
 }
 
@@ -165,7 +176,8 @@ def train(
     """Train a mode with its own callbacks and the given ones, its networks compiled or not."""
     torch.manual_seed(0)
     config = configured(name, oracle, steps)
-    network = MLP(channels=2, width=128, depth=3)
+    second_time = config.model.network.get("second_time")
+    network = MLP(channels=2, width=128, depth=3, second_time=second_time)
     if oracle.init:
         network.load_state_dict(TRAINED[oracle.init].network.state_dict())
     module = ConsistencyModule(
@@ -203,7 +215,7 @@ def train(
 
 @torch.no_grad()
 def measured(
-    denoise: Denoise, middle: float, count: int = 20_000
+    denoise: Denoise, oracle: Oracle, count: int = 20_000
 ) -> tuple[tuple[float, float, float, float], Tensor]:
     """Return the error of the one-step map, W1 at one and two steps, the ratio of standard deviations; and samples."""
 
@@ -211,8 +223,8 @@ def measured(
         draw = generator(seed, "oracle")
         return lambda: torch.randn(count, 2, 1, 1, generator=draw)
 
-    one = onestep(denoise, noise_of(0), t_max=80.0, clip=False)
-    two = multistep(denoise, noise_of(0), times=[80.0, middle], t_min=0.002, t_max=80.0, clip=False)
+    one, two = oracle.one(denoise, noise_of(0)), oracle.two(denoise, noise_of(0))
+    # Every process ends at the map of this noise, the variance-exploding one from 80 times it.
     start = 80.0 * noise_of(0)()
     t, r = (torch.full((count,), value, dtype=torch.float64) for value in (80.0, 0.002))
     exact = THREE_MODES.flow(start.double(), t, r)
@@ -300,7 +312,7 @@ def main(arguments: list[str]) -> None:
         average = module.averages[f"ema:{AVERAGE}"]
         sampling = Denoiser(average, module.sampling_preconditioning)
         TRAINED[name] = sampling
-        numbers, samples = measured(sampling, oracle.middle)
+        numbers, samples = measured(sampling, oracle)
         rows.append(Row(name, steps, spent, numbers, samples))
         print(markdown(rows).splitlines()[-1], flush=True)
     picture(rows, FOLDER / "samples.png")

@@ -179,8 +179,8 @@ def edit(config: DictConfig, output: Path) -> None:
     wanted = f"a model of the variance-exploding process and of shape {model.shape}"
     remedy = "choose another checkpoint, or the teacher of this model"
     for each in filter(None, (model, teacher)):
-        other = each.card.is_trigflow
-        got = f"{each.path}, of {'TrigFlow' if other else 'that process'} and shape {each.shape}"
+        other = each.card.is_trigflow or each.card.is_flow
+        got = f"{each.path}, of {'another' if other else 'that'} process and shape {each.shape}"
         require(not other and each.shape == model.shape, wanted, got, remedy)
     fill_process(config, config.task, model)
     task: ZeroShot | Interpolation = instantiate(config.task, _convert_="all")

@@ -77,10 +77,10 @@ def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> "
         for title, sampler in named.items():
             evaluations = list[int]()
 
-            def counted(x_t: Data, t: Time, label: Label = None) -> Data:
+            def counted(x_t: Data, t: Time, label: Label = None, **end: Time) -> Data:
                 evaluations.append(len(x_t))  # noqa: B023
                 with clock.running("network", device):
-                    return request.denoise(x_t, t, label)  # noqa: B023
+                    return request.denoise(x_t, t, label, **end)  # noqa: B023
 
             samples = generate(replace(request, denoise=counted), sampler, shares)
             bar, hidden = f"{title}, {model.weights}", not report.is_writer

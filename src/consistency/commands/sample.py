@@ -111,8 +111,8 @@ def write_trajectory(request: Request, sampler: Sampler, count: int, output: Pat
     """Write trajectory.png and trajectory.gif: the estimates of the first samples at every evaluation."""
     estimates: list[tuple[float, UInt8[Tensor, "n c h w"]]] = []
 
-    def denoise(x_t: Data, t: Time, label: Label = None) -> Data:
-        estimate = request.denoise(x_t, t, label)
+    def denoise(x_t: Data, t: Time, label: Label = None, **end: Time) -> Data:
+        estimate = request.denoise(x_t, t, label, **end)
         estimates.append((float(t[0]), to_uint8(estimate)))
         return estimate
 

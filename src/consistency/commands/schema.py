@@ -76,9 +76,10 @@ class Mode:
     times: str | None = None
     tangent: str | None = None
     derivative: str | None = None
+    guidance: str | None = None
     warmup: str | None = None
     normalisation: str | None = None
-    weighting: str
+    weighting: str | None = None
     head: str | None = None
     solver: str | None = None
     scales: str | None = None

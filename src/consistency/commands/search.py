@@ -42,6 +42,7 @@ def search(config: DictConfig, output: Path) -> float:
     device = chosen_device(config.device, config.devices)
     path = find(config.checkpoint)
     model = load(path, weights=config.weights, role="consistency")
+    model.card.require_variance_exploding("time points of multi-step sampling")
     config.batch_size = config.batch_size or fitting_batch(model.shape, device)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     names = ("weights", "metric", "seed", "num_scales", "num_samples", "evaluation")

@@ -27,10 +27,10 @@ def counted(request: Request, sampler: Sampler, batch: int) -> tuple[Speed, int]
     """Draw a batch, and return a speed with its floating-point operations, and the network's evaluations of an image."""
     calls = 0
 
-    def denoise(x_t: Data, t: Time, label: Label = None) -> Data:
+    def denoise(x_t: Data, t: Time, label: Label = None, **end: Time) -> Data:
         nonlocal calls
         calls += 1
-        return request.denoise(x_t, t, label)
+        return request.denoise(x_t, t, label, **end)
 
     with FlopCounterMode(display=False) as counter:
         draw(replace(request, denoise=denoise), sampler, batch)

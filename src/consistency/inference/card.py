@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from consistency.errors import UserError, require
+from consistency.flow_samplers import flow_jumps
 from consistency.grids import KarrasGrid
 from consistency.randomness import generator
 from consistency.samplers import Sampler, heun, multistep, trigflow_multistep
@@ -145,16 +146,35 @@ class ModelCard:
         """Return whether the network takes TrigFlow's angles."""
         return str(self.preconditioning.get("_target_")).endswith(".TrigFlow")
 
-    def sampler(self, steps: int) -> Sampler:
-        """Return Heun's sampler for a teacher, else Algorithm 1 of Song et al. 2023 with `steps` evaluations.
+    @property
+    def is_flow(self) -> bool:
+        """Return whether the network takes the times of the rectified flow."""
+        return str(self.preconditioning.get("_target_")).endswith(".RectifiedFlow")
 
-        The time points are those of the process if it has as many, else the first of the Karras grid with one more.
+    def require_variance_exploding(self, what: str) -> None:
+        """Refuse a model of another process for work that moves along the variance-exploding one."""
+        name = "TrigFlow" if self.is_trigflow else "the rectified flow"
+        expected, remedy = (
+            f"a model of the variance-exploding process, for {what}",
+            "choose another",
+        )
+        require(not (self.is_trigflow or self.is_flow), expected, f"one of {name}", remedy)
+
+    def sampler(self, steps: int) -> Sampler:
+        """Return Heun's sampler for a teacher, jumps for an average velocity, else Algorithm 1 of Song et al. 2023.
+
+        It has `steps` evaluations. The time points are those of the process if it has as many, else the first of the Karras
+        grid with one more; of the rectified flow evenly spaced ones.
         """
         require(steps >= 1, "steps >= 1", steps, "1 or 2 suit a consistency model, 18 a denoiser")
         process, sigma_data = self.process, self.process.sigma_data
         if self.role == "teacher":
             return partial(heun, grid=process.grid, steps=max(steps, 2), clip=False)
         times = [process.t_max] if steps == 1 else list(process.times or ())
+        if self.is_flow:
+            if len(times) != steps:
+                times = [process.t_max * (1 - i / steps) for i in range(steps)]
+            return partial(flow_jumps, times=times, t_max=process.t_max)
         if len(times) != steps:
             times = process.grid.points(steps + 1)[:-1].tolist()
         if self.is_trigflow:

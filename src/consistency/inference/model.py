@@ -30,15 +30,16 @@ class Model:
     weights: str
     format: str
 
-    def denoise(self, x_t: Data, t: Time, label: Label = None) -> Data:
+    def denoise(self, x_t: Data, t: Time, label: Label = None, r: Time | None = None) -> Data:
         """Return the estimate of x_0: D(x_t, t) of a teacher, f(x_t, t) of a consistency model.
 
+        r: the time at which an average velocity ends; None for 0.
         label: class indices; None stands for "no class" in conditional networks that have an index for it.
         """
         no_class = getattr(self.denoiser.network, "no_class", None)
         if label is None and no_class is not None and self.card.num_classes is not None:
             label = torch.full(x_t.shape[:1], no_class, device=x_t.device)
-        return self.denoiser(x_t, t, label)
+        return self.denoiser(x_t, t, label, r)
 
     __call__ = denoise
 
@@ -96,6 +97,7 @@ class Model:
         """
         shape = tuple(images.shape[1:])
         require(shape == self.shape, f"images of shape {self.shape}", shape, "resize them first")
+        self.card.require_variance_exploding("edits")
         grid = self.card.process.grid
         loop = partial(
             edit,

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from consistency.checkpoints.load import load
 from consistency.errors import UserError, require
+from consistency.flow_samplers import UNDER_FLOW
 from consistency.inference.generate import Request
 from consistency.inference.model import Model
 from consistency.runtime.devices import (
@@ -22,7 +23,7 @@ from consistency.runtime.devices import (
     share_threads,
 )
 from consistency.runtime.files import ROOT, fingerprint, require_fresh
-from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler
+from consistency.samplers import NEED_DENOISER, UNDER_TRIGFLOW, Sampler, onestep
 from consistency.tensors import Denoise
 
 
@@ -88,7 +89,7 @@ def searched_times(model: Model, checkpoint: str) -> list[float]:
 def require_suited(sampler: Sampler, model: Model, *, force: bool) -> None:
     """Refuse a sampler for another kind of model, unless `force`, and wrong time points."""
     function = sampler.func if isinstance(sampler, partial) else sampler
-    trigflow = model.card.is_trigflow
+    trigflow, flow = model.card.is_trigflow, model.card.is_flow
     remedy = f"choose sampler={'trigflow_onestep' if trigflow else 'onestep'}, or add force=true"
     wrong = not force and model.card.role == "consistency" and function in NEED_DENOISER
     expected = "a sampler for consistency functions: onestep or multistep"
@@ -98,7 +99,13 @@ def require_suited(sampler: Sampler, model: Model, *, force: bool) -> None:
     expected = f"a sampler {'for' if trigflow else 'for other networks than those of'} TrigFlow"
     got = "one for another noise process than the checkpoint's"
     require(not wrong, expected, got, remedy)
-    sampler(lambda x, t, label=None: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
+    wrong = not force and (
+        function not in UNDER_FLOW if flow else function in UNDER_FLOW and function is not onestep
+    )
+    expected = f"a sampler for {'the rectified flow' if flow else 'another process than the rectified flow'}"
+    remedy = f"choose sampler={'onestep or flow_jumps' if flow else 'onestep'}, or add force=true"
+    require(not wrong, expected, got, remedy)
+    sampler(lambda x, t, label=None, r=None: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
 
 
 def record_of(file: Path, settings: dict[str, Any], work: str) -> dict[str, Any]:

@@ -147,6 +147,7 @@ class ADM(nn.Module):
     `attention_resolutions` are sides of feature maps in pixels, `dropout_resolution` the largest side with dropout. `num_head_channels`, where given, decides the number of
     heads; else it is `num_heads`, in the decoder `num_heads_upsample` where that is given. `resblock_updown` changes
     resolution inside residual blocks; otherwise layers do, strided or followed by a convolution if `conv_resample`.
+    `second_time` joins the features of a second time to those of the first.
     `checkpoint_activations` trades a second forward pass for memory; PyTorch cannot combine it with forward-mode
     derivatives, for which `attention` must be "plain".
     """
@@ -173,9 +174,11 @@ class ADM(nn.Module):
         attention: layers.Attention = "sdpa",
         checkpoint_activations: bool = False,
         num_groups: int = 32,
+        second_time: layers.SecondTime = None,
     ) -> None:
         super().__init__()
         layers.check_attention(attention)
+        times, self.second_time = layers.times_of(second_time), second_time
         self.in_channels, self.num_classes = in_channels, num_classes
         self.model_channels, self.halvings = model_channels, len(channel_mult) - 1
         widths = [int(mult * model_channels) for mult in channel_mult]
@@ -207,7 +210,9 @@ class ADM(nn.Module):
             return kind(width, conv=conv_resample)
 
         self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+            nn.Linear(times * model_channels, embedding),
+            nn.SiLU(),
+            nn.Linear(embedding, embedding),
         )
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, embedding)
@@ -239,11 +244,14 @@ class ADM(nn.Module):
         last = nn.Conv2d(width, out_channels or in_channels, 3, padding=1)
         self.out = nn.Sequential(GroupNorm(groups, width), nn.SiLU(), zeroed(last))
 
-    def forward(self, x: Data, c_noise: Time, label: Label = None) -> Float[Tensor, "b out h w"]:
+    def forward(
+        self, x: Data, c_noise: Time, label: Label = None, *, r: Time | None = None
+    ) -> Float[Tensor, "b out h w"]:
         layers.check_label(label, self.num_classes)
         layers.check_images(x, channels=self.in_channels, divisor=2**self.halvings)
         dtype = next(self.parameters()).dtype
-        features = layers.sinusoidal_features(c_noise, self.model_channels)
+        positions = partial(layers.sinusoidal_features, width=self.model_channels)
+        features = layers.two_times(positions, c_noise, r, self.second_time)
         embedding = self.time_embed(features.to(dtype))
         if label is not None:
             embedding = embedding + self.label_emb(label)

@@ -5,6 +5,7 @@ the names and shapes of the released NVlabs networks. c_noise is 0.25 ln t.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 from torch.nn import functional
@@ -20,7 +21,7 @@ class DhariwalUNet(UNet):
 
     There is one attention head per 64 channels, and no attention where there are fewer channels. `augment` tells how a
     training image was augmented (Karras et al. 2022, App. F.2); left out, it means "not at all". `dropout_resolution` is the
-    largest side of feature maps with dropout.
+    largest side of feature maps with dropout. `second_time` joins the features of a second time to those of the first.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class DhariwalUNet(UNet):
         channel_mult_emb: int = 4,
         attention: layers.Attention = "sdpa",
         checkpoint_activations: bool = False,
+        second_time: layers.SecondTime = None,
     ) -> None:
         style = BlockStyle(
             embedding=channel_mult_emb * model_channels,
@@ -58,10 +60,11 @@ class DhariwalUNet(UNet):
             attention_resolutions=attention_resolutions,
             style=style,
         )
-        self.model_channels = model_channels
+        self.model_channels, self.second_time = model_channels, second_time
+        width = layers.times_of(second_time) * model_channels
         if augment_dim:
-            self.map_augment = nn.Linear(augment_dim, model_channels, bias=False)
-        self.map_layer0 = nn.Linear(model_channels, style.embedding)
+            self.map_augment = nn.Linear(augment_dim, width, bias=False)
+        self.map_layer0 = nn.Linear(width, style.embedding)
         self.map_layer1 = nn.Linear(style.embedding, style.embedding)
         if num_classes is not None:
             self.map_label = nn.Linear(num_classes, style.embedding, bias=False)
@@ -85,9 +88,14 @@ class DhariwalUNet(UNet):
                     zeroed(block.proj)
 
     def _embedding(
-        self, c_noise: Time, row: layers.OneHot | None, augment: layers.Augmentation | None
+        self,
+        c_noise: Time,
+        r: Time | None,
+        row: layers.OneHot | None,
+        augment: layers.Augmentation | None,
     ) -> layers.Embedding:
-        features = layers.sinusoidal_features(c_noise, self.model_channels)
+        positions = partial(layers.sinusoidal_features, width=self.model_channels)
+        features = layers.two_times(positions, c_noise, r, self.second_time)
         features = features.to(self.map_layer0.weight.dtype)
         if augment is not None:
             features = features + self.map_augment(augment)

@@ -5,6 +5,7 @@ so that a network runs in half precision without special cases.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal, TypeAlias, TypeVar
 
 import torch
@@ -17,6 +18,9 @@ from consistency.tensors import Data, Label, Time
 
 Attention: TypeAlias = Literal["sdpa", "plain"]
 """`sdpa`: PyTorch's fused kernel; `plain`: the formula, which also has forward-mode derivatives."""
+
+SecondTime: TypeAlias = Literal["gap", "end"] | None
+"""The second time that a network of average velocities is told: t - r, or r itself; None: it has one time."""
 
 Maps: TypeAlias = Float[Tensor, "b c h w"]
 NewMaps: TypeAlias = Float[Tensor, "b d h2 w2"]
@@ -76,6 +80,25 @@ def sinusoidal_features(
     return functional.pad(features, (0, width % 2))
 
 
+def two_times(
+    features: Callable[[Time], Float[Tensor, "b width"]],
+    c_noise: Time,
+    r: Time | None,
+    second_time: SecondTime,
+) -> Float[Tensor, "b _widths"]:
+    """The features of the time; of a network with two, joined by those of the second. r None stands for 0."""
+    if second_time is None:
+        if r is not None:
+            raise ValueError(
+                "expected one time, because second_time=null; got a second one. "
+                "Leave r out, or build the network with second_time=gap or end."
+            )
+        return features(c_noise)
+    r = torch.zeros_like(c_noise) if r is None else r
+    second = c_noise - r if second_time == "gap" else r
+    return torch.cat([features(c_noise), features(second)], dim=1)
+
+
 def attend(q: Heads, k: Heads, v: Heads, kind: Attention) -> Heads:
     """softmax(q k^T / sqrt(d)) v  [Vaswani et al. 2017, arXiv:1706.03762, Eq. 1]."""
     if q.stride(-1) != 1:  # fused kernels want the last axis contiguous
@@ -119,6 +142,13 @@ def check_attention(kind: str) -> None:
     """Refuse an unknown kind of attention."""
     if kind not in ("sdpa", "plain"):
         raise ValueError(f'expected attention to be "sdpa" or "plain"; got "{kind}"')
+
+
+def times_of(second_time: str | None) -> int:
+    """The number of times that a network is told. Refuse an unknown kind of second time."""
+    if second_time not in ("gap", "end", None):
+        raise ValueError(f'expected second_time to be "gap", "end" or None; got "{second_time}"')
+    return 1 if second_time is None else 2
 
 
 def check_label(label: Label, num_classes: int | None) -> None:

@@ -55,7 +55,7 @@ class SongUNet(UNet):
     Improved consistency training takes a scale of 0.02. `skip_output` adds up an image over all
     resolutions. A label of -1 stands for "no class". `augment` tells how a training image was
     augmented (Karras et al. 2022, App. F.2); left out, it means "not at all". `dropout_resolution`
-    is the largest side of feature maps with dropout.
+    is the largest side of feature maps with dropout. `second_time` joins the features of a second time to those of the first.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class SongUNet(UNet):
         resample_filter: Sequence[int | float],
         attention: layers.Attention = "sdpa",
         checkpoint_activations: bool = False,
+        second_time: layers.SecondTime = None,
     ) -> None:
         style = BlockStyle(
             embedding=channel_mult_emb * model_channels,
@@ -104,10 +105,11 @@ class SongUNet(UNet):
             attention_resolutions=attention_resolutions,
             style=style,
         )
-        width = channel_mult_noise * model_channels
+        self.second_time, width = second_time, channel_mult_noise * model_channels
         self.map_noise: nn.Module = PositionalFeatures(width)
         if fourier_scale is not None:
             self.map_noise = FourierFeatures(width, fourier_scale)
+        width *= layers.times_of(second_time)
         if num_classes is not None:
             self.map_label = nn.Linear(num_classes, width)
         if augment_dim:
@@ -149,9 +151,14 @@ class SongUNet(UNet):
                     nn.init.zeros_(module.bias)
 
     def _embedding(
-        self, c_noise: Time, row: layers.OneHot | None, augment: layers.Augmentation | None
+        self,
+        c_noise: Time,
+        r: Time | None,
+        row: layers.OneHot | None,
+        augment: layers.Augmentation | None,
     ) -> layers.Embedding:
-        features = self.map_noise(c_noise).to(self.map_layer0.weight.dtype)
+        features = layers.two_times(self.map_noise, c_noise, r, self.second_time)
+        features = features.to(self.map_layer0.weight.dtype)
         if row is not None:
             features = features + self.map_label(row * math.sqrt(row.shape[1]))
         if augment is not None:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from consistency.networks import layers
 from consistency.networks.layers import Augmentation, Embedding, GroupNorm, Maps, NewMaps, OneHot
-from consistency.tensors import Data, Label, Time
+from consistency.tensors import NO_CLASS, Data, Label, Time
 
 Stages: TypeAlias = Iterator[tuple[str, Float[Tensor, "b _ _ _"]]]
 """The last feature map of each resolution with its name, the lowest one first."""
@@ -175,15 +175,15 @@ class UNetBlock(nn.Module):
 class UNet(nn.Module):
     """Base of both networks: blocks named by resolution, and skips from encoder to decoder.
 
-    A network adds `_embedding`, of the time, the class as a one-hot row and the augmentation labels, and `_image`.
+    A network adds `_embedding`, of both times, the class as a one-hot row and the augmentation labels, and `_image`.
     """
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
     map_layer0: nn.Linear
-    _embedding: Callable[[Time, OneHot | None, Augmentation | None], Embedding]
+    _embedding: Callable[[Time, Time | None, OneHot | None, Augmentation | None], Embedding]
     _image: Callable[[Stages], Maps]
-    no_class: ClassVar[int] = -1
+    no_class: ClassVar[int] = NO_CLASS
     """The class index that stands for no class."""
 
     def __init__(
@@ -242,7 +242,13 @@ class UNet(nn.Module):
         return dec
 
     def forward(
-        self, x: Data, c_noise: Time, label: Label = None, *, augment: Augmentation | None = None
+        self,
+        x: Data,
+        c_noise: Time,
+        label: Label = None,
+        *,
+        augment: Augmentation | None = None,
+        r: Time | None = None,
     ) -> Float[Tensor, "b out h w"]:
         layers.check_label(label, self.num_classes)
         layers.check_images(x, channels=self.in_channels, divisor=2 ** (len(self.sides) - 1))
@@ -257,7 +263,7 @@ class UNet(nn.Module):
         if self.augment_dim:  # missing augmentation labels are zeros
             augment = x.new_zeros(len(x), self.augment_dim) if augment is None else augment
             augment = augment.to(dtype)
-        embedding = self._embedding(c_noise, row, augment)
+        embedding = self._embedding(c_noise, r, row, augment)
         stages = self._decode(self._encode(x.to(dtype), embedding), embedding)
         return self._image(stages).to(x.dtype)
 

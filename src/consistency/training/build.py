@@ -26,6 +26,7 @@ from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import ModelCard
+from consistency.objectives import Objective
 from consistency.runtime.devices import CUDA_GRAPHS, require_compiling, set_float32_matmul
 from consistency.runtime.files import fingerprint
 from consistency.runtime.redaction import masked
@@ -148,9 +149,12 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
         load_initial(config.init, network, weights=config.init_weights, c_noise_scale=scale)
     shared = (config.callbacks.get(name) for name in ("learning_rate", "evaluation_ema"))
     method = [*config.mode.callbacks.values(), *shared]
+    objective = _plain(instantiate(config.mode.objective, _convert_="all"))
+    if isinstance(objective, Objective):
+        objective.require_suited(network)
     return ConsistencyModule(
         online=Denoiser(network, instantiate(config.mode.preconditioning)),
-        objective=_plain(instantiate(config.mode.objective, _convert_="all")),
+        objective=objective,
         sampling_preconditioning=instantiate(config.mode.sampling_preconditioning),
         optimizer=optimizer,
         card=describe(config, data),
@@ -218,7 +222,7 @@ def try_samplers(config: DictConfig) -> None:
     """Draw one value with every sampler and a denoiser of zeros, so that wrong time points are refused at the start."""
     for node in config.mode.samplers.values():
         sampler = instantiate(node, _convert_="all")
-        sampler(lambda x, t, label: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
+        sampler(lambda x, t, label, r=None: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
 
 
 def build_callbacks(config: DictConfig) -> list[L.Callback]:

@@ -53,6 +53,9 @@ class EvaluationEMA(Callback):
 
     ramp_up: share of the run so far that a half-life is at most.
 
+    every: steps between two updates, whose decay is then decay^every; in_double: whether the mean is computed in float64. The
+    released code of MeanFlow has 16 and true.
+
     device: "cpu" for averages in the memory of the host, which takes them off a GPU. They are computed beside the next step,
     from a copy of the weights that nothing waits for; None for the device of the network.
     """
@@ -64,6 +67,8 @@ class EvaluationEMA(Callback):
         half_lives: Sequence[int] = (),
         ramp_up: float = 0.05,
         widths: Sequence[float] = (),
+        every: int = 1,
+        in_double: bool = False,
         device: str | None = None,
     ) -> None:
         name, possible = "parts.average.<name>", all(0 <= d < 1 for d in decays)
@@ -77,6 +82,10 @@ class EvaluationEMA(Callback):
         require(possible, expected, f"{got}, {ramp_up}", "500000 and 0.05 are published")
         some = f"some of {name}.decays, .half_lives and .widths"
         require(bool(decays or half_lives or widths), some, "none", "for example widths=[0.05,0.1]")
+        remedy = "1 is after every step, 16 is published with MeanFlow"
+        apart = every == 1 or not (half_lives or widths)
+        require(apart and every >= 1, f"{name}.every >= 1, of decays alone", every, remedy)
+        self.every, self.in_double = every, in_double
         self.decays = {str(decay): decay for decay in decays}
         self.half_lives = {f"half_life:{images}": images for images in half_lives}
         self.ramp_up = ramp_up
@@ -114,7 +123,8 @@ class EvaluationEMA(Callback):
             if self.on_host:
                 averaged.cpu()
             module.averages[name if name in self.widths else f"ema:{name}"] = average
-            self._updates[name] = averaging(averaged, self._copy or self._weights)
+            weights = self._copy or self._weights
+            self._updates[name] = averaging(averaged, weights, in_double=self.in_double)
         self._saved = self._saved_heads = {}
         module.settle_averages = self.settle
         module.after_each_step(lambda: self._update(module))
@@ -141,10 +151,14 @@ class EvaluationEMA(Callback):
             for name, images in self.half_lives.items()
         }
         powers = {name: power_decay(k + 1, width) for name, width in self.widths.items()}
-        return self.decays | halves | powers
+        waits = (k + 1) % self.every != 0
+        constant = {name: 1.0 if waits else d**self.every for name, d in self.decays.items()}
+        return constant | halves | powers
 
     @torch.no_grad()
     def _update(self, module: ConsistencyModule) -> None:
+        if (module.k + 1) % self.every:
+            return
         decays = self.decays_at(module.k)
         if not self.on_host:
             self._average(decays)
