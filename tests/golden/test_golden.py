@@ -106,8 +106,9 @@ SHAPES: list[tuple[str, Callable[[Path], int]]] = [
 
 SETTINGS = [
     "*.md",
-    "MANIFEST.json",
-    "TOLERANCES.json",
+    "*MANIFEST.json",
+    "*TOLERANCES.json",
+    "later/released.json",
     "openai_ema_scales.json",
     "later/augment_configs.json",
     "later/ect_compared.json",

@@ -264,6 +264,24 @@ MUTATIONS = [
         "second = c_noise - r if",
         "second = r if",
     ),
+    Mutation(
+        "the student as its own target below t'",
+        f"{SOURCE}/objectives.py",
+        "torch.where(broadcast_time(r < self.t_split, x_r), below, above)",
+        "above",
+    ),
+    Mutation(
+        "samples at t' in the plain mean",
+        f"{SOURCE}/objectives.py",
+        "self.boundary_weight / share, 1 / (1 - share))",
+        "self.boundary_weight, 1 + 0 * t)",
+    ),
+    Mutation(
+        "the limit on r / t",
+        f"{SOURCE}/pairs.py",
+        "(t * (1 - adjustment / n)).clamp_min",
+        "(t * (1 - adjustment / num_scales).clamp_max(self.ratio_limit)).clamp_min",
+    ),
 ]
 
 TESTS = [
@@ -284,6 +302,7 @@ TESTS = [
     "lpips",
     "objectives",
     "trigflow",
+    "truncated_objective",
     "trajectory",
     "golden",
 ]
