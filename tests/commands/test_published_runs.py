@@ -6,16 +6,19 @@ reads is a failure.
 
 import csv
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import recipes
-from omegaconf import OmegaConf
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
 from configurations import composed
 from conftest import ROOT
 from consistency.training.build import expanded
+from consistency.training.length import SCALED, shorten
 
 with (Path(__file__).parent / "published_runs.csv").open() as file:
     RUNS = {row["run_id"]: row for row in csv.DictReader(file)}
@@ -52,13 +55,55 @@ def numbers(text: str) -> list[float]:
     return [float(n) for n in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", text)]
 
 
+@cache
+def configuration(run: str) -> DictConfig:
+    """The configuration of the command of a published run."""
+    row = RUNS[run]
+    recipe = [f"mode={row['mode']}", f"data={row['data']}"]
+    return expanded(composed("train", *(recipe if run in RECIPES else [f"experiment={run}"])))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_schedules_of_a_hundredth_are_those_of_the_whole_sampled(run: str) -> None:
+    """N_small(k) = N(100 k), the rate likewise, and every decay d_small(k) = d(100 k)^100: the same share of the run."""
+    whole = configuration(run)
+    nodes = {name: OmegaConf.to_container(whole[name]) for name in SCALED}
+    small: Any = OmegaConf.create(nodes | {"scale": 0.01})
+    shorten(small)
+    steps = small.trainer.max_steps
+    assert steps == small.mode.total_steps == round(0.01 * whole.trainer.max_steps)
+    drawn = sorted({k * steps // 97 for k in range(1, 98)})
+
+    def both(key: str) -> tuple[Any, Any]:
+        nodes = (OmegaConf.select(config, key) for config in (small, whole))
+        return tuple(instantiate(node) if node else None for node in nodes)  # type: ignore[return-value]
+
+    few, many = both("mode.callbacks.scale_schedule.num_scales")
+    if many is not None:
+        assert [few(k) for k in drawn] == [many(100 * k) for k in drawn]
+    few_mu, many_mu = both("mode.callbacks.target_ema.decay")
+    if many_mu is not None:
+        exact = [many_mu(many(100 * k)) ** 100 for k in drawn]
+        assert [few_mu(few(k)) for k in drawn] == pytest.approx(exact)
+    rate, whole_rate = both("callbacks.learning_rate.factor")
+    exact = [whole_rate(100 * k) for k in drawn]
+    assert [rate(k) for k in drawn] == pytest.approx(exact, abs=0.01)  # a ramp of whole steps
+    ema, whole_ema = both("callbacks.evaluation_ema")
+    if ema is not None:
+        ema.batch = whole_ema.batch = whole.data.batch_size
+        for k in drawn:
+            exact = [decay**100 for decay in whole_ema.decays_at(100 * k).values()]
+            assert [*ema.decays_at(k).values()] == pytest.approx(exact)
+    for name, node in whole.callbacks.items():
+        if node and "every_n_train_steps" in node:
+            every = small.callbacks[name].every_n_train_steps
+            assert every == node.every_n_train_steps / 100
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_a_published_run_is_one_command(run: str) -> None:
     row = RUNS[run]
-    named = (
-        [f"mode={row['mode']}", f"data={row['data']}"] if run in RECIPES else [f"experiment={run}"]
-    )
-    config: Any = OmegaConf.to_container(expanded(composed("train", *named)), resolve=True)
+    config: Any = OmegaConf.to_container(configuration(run), resolve=True)
     mode, network, optimizer = config["mode"], config["model"]["network"], config["optimizer"]
     objective, trainer, callbacks = mode["objective"], config["trainer"], config["callbacks"]
     scales = mode["callbacks"].get("scale_schedule", {}).get("num_scales", {})
