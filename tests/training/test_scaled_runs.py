@@ -17,14 +17,18 @@ FAST = [
     "scaler=null",
     "data.batch_size=2",
     "data.num_workers=0",
-    "callbacks.samples.num_samples=1",
+    "callbacks.samples=null",
     "callbacks.evaluation=null",
     "callbacks.checkpoint.monitor=null",
     NO_CURVES,
 ]
-SMALL = ["model.network.model_channels=8", "model.network.channel_mult=[1]", "model.network.attention_resolutions=[]"]  # fmt: skip
+SMALL = ["model.network.model_channels=8", "model.network.channel_mult=[1,1,1]", "model.network.attention_resolutions=[]"]  # fmt: skip
 SMALL += ["model.network.num_res_blocks=1"]
 ADM = [*SMALL, "model.network.num_head_channels=8", "model.network.num_groups=4"]
+LARGE = [
+    *ADM,
+    "model.network.channel_mult=[1,1,1,1,1]",
+]  # small maps inside, where an ADM has attention
 
 
 def pictures(count: int, side: int) -> list[bytes]:
@@ -43,6 +47,7 @@ def write_faces(root: Path) -> None:
 
 def write_scenes(category: str) -> Callable[[Path], None]:
     def write(root: Path) -> None:
+        root.mkdir()
         originals.write_lmdb(root / f"{category}_train_lmdb", pictures(4, 260))
 
     return write
@@ -54,8 +59,8 @@ RUNS: dict[str, tuple[str, float, list[str], Callable[[Path], object] | None]] =
     "fashion_mnist": ("ect", 3 / 6000, ADM, originals.write_idx),
     "cifar10": ("ict", 3 / 400_000, SMALL, originals.write_cifar),
     "imagenet64": ("edm", 3 / 610_352, ADM, write_classes),
-    "lsun_bedroom": ("edm", 3 / 600_000, ADM, write_scenes("bedroom")),
-    "lsun_cat": ("edm", 3 / 300_000, ADM, write_scenes("cat")),
+    "lsun_bedroom": ("edm", 3 / 600_000, LARGE, write_scenes("bedroom")),
+    "lsun_cat": ("edm", 3 / 300_000, LARGE, write_scenes("cat")),
     "ffhq64": ("edm", 3 / 781_250, SMALL, write_faces),
     "afhqv2": ("edm", 3 / 781_250, SMALL, write_faces),
 }

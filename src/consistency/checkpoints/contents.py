@@ -104,7 +104,7 @@ class Hints:
         require(right, expected, dict(given or {}), "for example {image_size: 64, num_heads: 4}")
         return cls(**hints, weights=weights)
 
-    def require_missing(self, network: Mapping[str, Any], path: Path) -> None:
+    def require_agreement(self, network: Mapping[str, Any], path: Path) -> None:
         """Refuse hints that contradict the settings of the network in a file."""
         given = {name: value for name in HINTS if (value := getattr(self, name)) is not None}
         got = [

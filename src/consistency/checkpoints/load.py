@@ -212,7 +212,7 @@ def read(checkpoint: str | os.PathLike[str], hints: Hints) -> Checkpoint:
                 raise ContentError(f"{fault}: {names} {anchors}")
         if published is not None:
             opened = replace(opened, card=opened.card.with_role(published.role, path))
-    hints.require_missing(opened.card.network, path)
+    hints.require_agreement(opened.card.network, path)
     for note in opened.notes:
         print(f"{path.name}: {note}", file=sys.stderr)
     return opened
