@@ -113,7 +113,8 @@ class Hints:
             if _sorted(network.get(name)) != _sorted(value)
         ]
         expected = f"hints for settings that {path.name} does not hold"
-        require(not got, expected, "; ".join(got), "leave them out")
+        remedy = "leave them out; init_hints=null leaves out those of init= alone"
+        require(not got, expected, "; ".join(got), remedy)
 
 
 HINTS = [field.name for field in fields(Hints) if field.name != "weights"]

@@ -33,19 +33,10 @@ COUNTS = ("batch_size", "channels", "image_size", "images", "num_head_channels",
 OPTIONAL = {
     **dict.fromkeys(COUNTS, int | None),
     **dict.fromkeys(
-        (
-            "callbacks",
-            "labels",
-            "model",
-            "process",
-            "scaler",
-            "teacher_hints",
-            "weights",
-            "augmentation",
-        ),
-        Any,
+        ("callbacks", "labels", "model", "process", "scaler", "weights", "augmentation"), Any
     ),
     "attention_resolutions": list[int] | None,
+    "teacher_hints": Any,
 }
 """Types of the options that are null or the mode's by default, if they are no text."""
 UNIONS = {"compile": bool | str, "init_hints": Any}

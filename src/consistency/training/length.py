@@ -1,6 +1,5 @@
 """The length of a run, `scale=`: everything that is counted in its steps, at a fraction."""
 
-from collections.abc import Callable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -9,6 +8,9 @@ from consistency.errors import require
 
 SCALED = ("mode", "callbacks", "trainer")
 """Nodes of a configuration whose parts count steps."""
+
+DECAYS = ("decays", "mu", "mu_0")
+"""Arguments that are decays of averages in one step."""
 
 
 def shorten(config: DictConfig) -> None:
@@ -22,27 +24,24 @@ def shorten(config: DictConfig) -> None:
     require(0 < scale <= 1, "scale above 0 and at most 1", scale, remedy)
     if scale < 1:
         for name in SCALED:
-            _shorten(config[name], scale)
+            _shorten(config[name], OmegaConf.to_container(config[name], resolve=False), scale)
 
 
-def _shorten(node: Any, scale: float) -> None:
-    plain: Any = OmegaConf.to_container(node, resolve=False)
-    for key in plain if isinstance(plain, dict) else range(len(plain)):
-        law = _law(str(key), scale)
-        if isinstance(plain[key], dict | list) and law is None:
-            _shorten(node[key], scale)
-        elif isinstance(plain[key], list) and law is not None:
-            node[key] = [law(value) for value in node[key]]
-        elif isinstance(plain[key], int | float) and law is not None:
-            node[key] = law(plain[key])
+def _shorten(node: Any, plain: Any, scale: float, name: str = "") -> None:
+    """Shorten the numbers below a node, which is `plain` without its interpolations resolved; those of a list have its name."""
+    for key, value in plain.items() if isinstance(plain, dict) else enumerate(plain):
+        argument = str(key) if isinstance(plain, dict) else name
+        if isinstance(value, dict | list):
+            _shorten(node[key], value, scale, argument)
+        elif isinstance(value, int | float):
+            node[key] = _in_small(argument, value, scale)
 
 
-def _law(name: str, scale: float) -> Callable[[float], float] | None:
-    """Return how an argument of that name changes with the length of its run, None for one that does not."""
-    if name in ("mu", "mu_0", "decays"):
-        return lambda decay: decay ** (1 / scale)
-    if name == "half_lives" or name.endswith("_steps"):
-        return lambda n: (
-            n if n <= 0 else max(1, round(scale * n)) if isinstance(n, int) else scale * n
-        )
-    return None
+def _in_small(argument: str, value: float, scale: float) -> float:
+    """Return the value of an argument in a run of `scale` times the length."""
+    if argument in DECAYS:
+        return value ** (1 / scale)
+    counts = argument == "half_lives" or argument.endswith("_steps")
+    if not counts or value <= 0:
+        return value
+    return max(1, round(scale * value)) if isinstance(value, int) else scale * value
