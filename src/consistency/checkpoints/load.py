@@ -132,7 +132,7 @@ def load_initial(
 
 def attention_heads(network: nn.Module) -> list[int]:
     """Return the numbers of heads of the attentions of a network; no shape of a weight depends on them."""
-    return [part.heads for part in network.modules() if getattr(part, "heads", 0)]
+    return [heads for part in network.modules() if (heads := getattr(part, "heads", 0))]
 
 
 def find(checkpoint: str | os.PathLike[str]) -> Path:
