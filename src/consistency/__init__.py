@@ -29,7 +29,7 @@ The shell stands in rooms:
     training            build (configuration -> parts) module (the LightningModule) nonfinite loggers lpips
                         lightning_patches io_errors; callbacks: schedules ema progressive_distillation periodic
                         checkpoints preemption evaluation sample_grids progress; speed (of the step, in its parts)
-                        plain (the published loop)
+                        length (of a run: its steps at a fraction) plain (the published loop)
     commands            cli schema overrides resume, and one file a verb, which src/<verb>.py starts: train.py sample.py
                         evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py benchmark.py
 """

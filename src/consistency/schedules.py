@@ -112,12 +112,12 @@ def falling_in_stages(k: int, *, s_0: int, total_steps: int) -> float:
     return max(0.0, 1 - (k - first_of_two) % (2 * stage_steps) / (2 * stage_steps))
 
 
-def warm_up(k: int, *, steps: int) -> float:
-    """r(k) = min(1, k / steps): the share of the tangent's second term [Lu and Song 2024, arXiv:2410.11081: 10,000 steps].
+def warm_up(k: int, *, ramp_steps: int) -> float:
+    """r(k) = min(1, k / ramp_steps): the share of the tangent's second term [Lu and Song 2024, arXiv:2410.11081: 10,000].
 
-    steps = 0 is no warm-up.
+    ramp_steps = 0 is no warm-up.
     """
-    return min(1.0, k / steps) if steps else 1.0
+    return min(1.0, k / ramp_steps) if ramp_steps else 1.0
 
 
 def rising_rate(k: float, *, ramp_steps: float, start: float = 0.0) -> float:

@@ -159,7 +159,7 @@ def test_every_part_of_trigflow() -> None:
     assert type(paper.derivative) is trigflow.ForwardDerivative
     length = g.flatten(1).norm(dim=1)[:, None, None, None]
     assert torch.allclose(paper.normalisation(g), g / (length + 0.1))
-    place, steps = "mode.callbacks.warm_up.num_scales", "parts.warmup.linear.steps=100"
+    place, steps = "mode.callbacks.warm_up.num_scales", "parts.warmup.linear.ramp_steps=100"
     assert built(place, "mode=sct", steps)(25) == 0.25
     assert built(place, "mode=scd", "mode.warmup=none")(0) == 1.0
 

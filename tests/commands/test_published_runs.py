@@ -8,18 +8,21 @@ import csv
 import math
 import re
 import shlex
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import recipes
-from omegaconf import OmegaConf
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
 
 from configurations import composed
 from conftest import ROOT
 from consistency.augmentation import EDMAugmentation
 from consistency.averaging import relative_width
 from consistency.training.build import expanded
+from consistency.training.length import SCALED, shorten
 
 with (Path(__file__).parent / "published_runs.csv").open() as file:
     RUNS = {row["run_id"]: row for row in csv.DictReader(file)}
@@ -67,13 +70,62 @@ def numbers(text: str) -> list[float]:
     return [float(n) for n in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", text)]
 
 
+@cache
+def configuration(run: str) -> DictConfig:
+    """The configuration of the command of a published run."""
+    row = RUNS[run]
+    recipe = [f"mode={row['mode']}", f"data={row['data']}"]
+    return expanded(composed("train", *(recipe if run in RECIPES else [f"experiment={run}"])))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_schedules_of_a_hundredth_are_those_of_the_whole_sampled(run: str) -> None:
+    """N_small(k) = N(100 k), the rate likewise, and every decay d_small(k) = d(100 k)^100: the same share of the run."""
+    whole = configuration(run)
+    nodes = {name: OmegaConf.to_container(whole[name]) for name in SCALED}
+    small: Any = OmegaConf.create(nodes | {"scale": 0.01})
+    shorten(small)
+    steps = small.trainer.max_steps
+    assert steps == small.mode.total_steps == round(0.01 * whole.trainer.max_steps)
+    drawn = sorted({k * steps // 17 for k in range(1, 18)})
+
+    def part(config: DictConfig, key: str) -> Any:
+        node: Any = OmegaConf.select(config, key)
+        plain: Any = OmegaConf.to_container(node, resolve=True) if node else None
+        return plain and partial(
+            get_object(plain["_target_"]), **{n: v for n, v in plain.items() if n[0] != "_"}
+        )
+
+    def both(key: str) -> tuple[Any, Any]:
+        return part(small, key), part(whole, key)
+
+    few, many = both("mode.callbacks.scale_schedule.num_scales")
+    if many is not None:
+        assert [few(k) for k in drawn] == [many(100 * k) for k in drawn]
+    few_mu, many_mu = both("mode.callbacks.target_ema.decay")
+    if many_mu is not None:
+        exact = [many_mu(many(100 * k)) ** 100 for k in drawn]
+        assert [few_mu(few(k)) for k in drawn] == pytest.approx(exact)
+    rate, whole_rate = both("callbacks.learning_rate.factor")
+    exact = [whole_rate(100 * k) for k in drawn]
+    assert [rate(k) for k in drawn] == pytest.approx(exact, abs=0.01)  # a ramp of whole steps
+    ema, whole_ema = both("callbacks.evaluation_ema")
+    if ema is not None:
+        ema, whole_ema = ema(), whole_ema()
+        ema.batch = whole_ema.batch = whole.data.batch_size
+        for k in drawn:
+            exact = [decay**100 for decay in whole_ema.decays_at(100 * k).values()]
+            assert [*ema.decays_at(k).values()] == pytest.approx(exact)
+    for name, node in whole.callbacks.items():
+        if node and "every_n_train_steps" in node:
+            every = small.callbacks[name].every_n_train_steps
+            assert every == node.every_n_train_steps / 100
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_a_published_run_is_one_command(run: str) -> None:
     row = RUNS[run]
-    named = (
-        [f"mode={row['mode']}", f"data={row['data']}"] if run in RECIPES else [f"experiment={run}"]
-    )
-    config: Any = OmegaConf.to_container(expanded(composed("train", *named)), resolve=True)
+    config: Any = OmegaConf.to_container(configuration(run), resolve=True)
     mode, network, optimizer = config["mode"], config["model"]["network"], config["optimizer"]
     objective, trainer, callbacks = mode["objective"], config["trainer"], config["callbacks"]
     scales = mode["callbacks"].get("scale_schedule", {}).get("num_scales", {})
@@ -228,7 +280,7 @@ def _same_tangent(row: dict[str, str], mode: Any, objective: Any) -> None:
     assert objective["normalisation"]["per_root_dimension"] is released
     assert objective["shared_dropout"] is not released
     assert objective["head"]["_target_"].endswith("LearnedWeighting")
-    assert mode["callbacks"]["warm_up"]["num_scales"]["steps"] == 10_000
+    assert mode["callbacks"]["warm_up"]["num_scales"]["ramp_steps"] == 10_000
     ends = [objective["times"].get(end) for end in ("t_lo", "t_hi")]
     last = 800.0 if "up to 800" in row["t_law"] else 80.0
     assert ends == ([0.002, last] if released else [None, None])

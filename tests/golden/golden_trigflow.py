@@ -289,7 +289,7 @@ def compare_fastgen_case(archive: Archive, name: str, case: dict[str, Any]) -> N
         weighting=prior if config["prior_weighting_enabled"] else uniform,
         head=student.head,
     )
-    r = warm_up(case["iteration"], steps=config["tangent_warmup_steps"])
+    r = warm_up(case["iteration"], ramp_steps=config["tangent_warmup_steps"])
     assert archive.number(f"{name}.iteration") == case["iteration"]
     near = float(level.min()) < 1.3 * law["min_t"] or float(level.max()) > 0.9 * law["max_t"]
     toy = net["model_type"] == "ToyNet"
@@ -481,7 +481,7 @@ def compare_mnist(archive: Archive) -> None:
             head=student.head,
         )
         assert archive.number(f"{name}.step") == case["step"]
-        r = warm_up(case["step"], steps=case["warmup_steps"])
+        r = warm_up(case["step"], ramp_steps=case["warmup_steps"])
         allowed = tolerances()
         compare_scm(archive, name, objective, student, slope, t, r, None, allowed)
         compare_elementwise(archive, name, objective, t)

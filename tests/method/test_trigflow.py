@@ -269,8 +269,8 @@ def test_the_posterior_mean_of_a_full_set_is_the_empirical_denoiser() -> None:
 
 
 def test_the_warm_up_rises_to_one() -> None:
-    assert [warm_up(k, steps=100) for k in (0, 25, 100, 1000)] == [0.0, 0.25, 1.0, 1.0]
-    assert warm_up(0, steps=0) == 1.0
+    assert [warm_up(k, ramp_steps=100) for k in (0, 25, 100, 1000)] == [0.0, 0.25, 1.0, 1.0]
+    assert warm_up(0, ramp_steps=0) == 1.0
 
 
 def test_quantised_times_are_the_nearest_points_of_the_grid() -> None:

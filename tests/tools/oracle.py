@@ -86,7 +86,7 @@ class Oracle:
 
 
 EXACT = "{_target_: oracle.exact_denoiser}"
-WARM = ["parts.warmup.linear.steps=500"]
+WARM = ["parts.warmup.linear.ramp_steps=500"]
 """A warm-up of a share of the run, whose published 10,000 steps it does not have."""
 ORACLES = {
     "edm": Oracle(reached=".994 .866 .505  .014"),

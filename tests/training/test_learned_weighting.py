@@ -18,7 +18,7 @@ RUN = [
     "trainer.max_steps=4",
     "callbacks.checkpoint.every_n_train_steps=2",
     "parts.average.constant.decays=[0.5]",
-    "parts.warmup.linear.steps=3",
+    "parts.warmup.linear.ramp_steps=3",
 ]
 
 

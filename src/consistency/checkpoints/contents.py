@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from consistency.errors import UserError
+from consistency.errors import UserError, require
 from consistency.inference.card import ModelCard, Process, Role
 
 StateDict: TypeAlias = Mapping[str, Tensor]
@@ -90,6 +90,39 @@ class Hints:
     num_heads: int | None = None
     num_heads_upsample: int | None = None
     weights: str = "ema"
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None, weights: str) -> "Hints":
+        """Return the hints of an option, `teacher_hints=` or `init_hints=`; refuse other names, and values of other types."""
+        hints = {name: value for name, value in (given or {}).items() if value is not None}
+        sides = hints.get("attention_resolutions", [])
+        listed = isinstance(sides, Sequence) and not isinstance(sides, str)
+        counts = [value for name, value in hints.items() if name != "attention_resolutions"]
+        whole = all(type(n) is int and n >= 1 for n in (*counts, *(sides if listed else ())))
+        expected = f"settings among {', '.join(HINTS)}: whole numbers, and attention_resolutions a list of them"
+        right = listed and whole and {*hints} <= {*HINTS}
+        require(right, expected, dict(given or {}), "for example {image_size: 64, num_heads: 4}")
+        return cls(**hints, weights=weights)
+
+    def require_agreement(self, network: Mapping[str, Any], path: Path) -> None:
+        """Refuse hints that contradict the settings of the network in a file."""
+        given = {name: value for name in HINTS if (value := getattr(self, name)) is not None}
+        got = [
+            f"{name}={value}, where the file has {network.get(name)}"
+            for name, value in given.items()
+            if _sorted(network.get(name)) != _sorted(value)
+        ]
+        expected = f"hints for settings that {path.name} does not hold"
+        remedy = "leave them out; init_hints=null leaves out those of init= alone"
+        require(not got, expected, "; ".join(got), remedy)
+
+
+HINTS = [field.name for field in fields(Hints) if field.name != "weights"]
+"""Names of the hints, which are options of `convert` too."""
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, Sequence) else value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,7 +177,9 @@ def settings(config: dict[str, Any], hints: Hints) -> dict[str, Any]:
     resblock_updown = in_blocks(theirs)
     widths, size = theirs["block_out_channels"], theirs["sample_size"]
     square = isinstance(size, list) and len({*size}) == 1
-    side: Any = hints.image_size or (size[0] if square else size)
+    side: Any = size[0] if square else size
+    if type(side) is not int and hints.image_size is not None:
+        side = hints.image_size
     known = type(side) is int and side >= 1
     expect(theirs, "sample_size", known, "one side of the images (image_size= sets it)")
     attention = ["Attn" in kind for kind in theirs["down_block_types"]]

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
@@ -79,32 +79,42 @@ def load_sets(
     return [build_model(content, name, role) for name in weights or names]
 
 
-def load_teacher(path: str | None, *, weights: str) -> Denoiser:
-    """Load the teacher of a distillation, `teacher=`."""
+def load_teacher(
+    path: str | None, *, weights: str, hints: Mapping[str, Any] | None = None
+) -> Denoiser:
+    """Load the teacher of a distillation, `teacher=`. hints: settings that its file does not hold, see `Hints`."""
     if path is None:
         expected = "a teacher to distil, teacher=<run folder or checkpoint>"
         remedy = "train one on the same data with mode=edm and give its run folder"
         raise UserError(expected, "teacher=null", remedy)
-    return load(path, "teacher", weights=weights).denoiser
+    return build_model(read(path, Hints.parse(hints, weights)), weights, "teacher").denoiser
 
 
-def load_first_stage(path: str | None, *, weights: str) -> Denoiser:
-    """Load the consistency model that a second stage goes on with, `teacher=`."""
+def load_first_stage(
+    path: str | None, *, weights: str, hints: Mapping[str, Any] | None = None
+) -> Denoiser:
+    """Load the consistency model that a second stage goes on with, `teacher=`. hints: as of a teacher."""
     if path is None:
         expected = "the first stage, teacher=<run folder or checkpoint of a consistency model>"
         remedy = "train one on the same data with mode=ect and give its run folder"
         raise UserError(expected, "teacher=null", remedy)
-    return load(path, "consistency", weights=weights).denoiser
+    return build_model(read(path, Hints.parse(hints, weights)), weights, "consistency").denoiser
 
 
 def load_initial(
-    checkpoint: str, network: nn.Module, *, weights: str, c_noise_scale: float
+    checkpoint: str,
+    network: nn.Module,
+    *,
+    weights: str,
+    c_noise_scale: float,
+    hints: Mapping[str, Any] | None = None,
 ) -> None:
     """Copy the weights of a checkpoint of any format and either role into a network of the same kind (`init=`).
 
     c_noise_scale: that of `network`; weights trained with another time input would load and be meaningless.
+    hints: settings that the file does not hold, see `Hints`.
     """
-    content = read(checkpoint, Hints(weights=weights))
+    content = read(checkpoint, Hints.parse(hints, weights))
     model = build_model(content, weights, content.card.role or "consistency")
     initial = model.denoiser.network.state_dict()
     shapes, own = ({k: v.shape for k, v in x.items()} for x in (initial, network.state_dict()))
@@ -114,6 +124,13 @@ def load_initial(
         f"{content.path}, of another network",
         "choose the model= that wrote them, or init=null",
     )
+    given, heads = (attention_heads(part) for part in (model.denoiser.network, network))
+    require(
+        given == heads,
+        f"initial weights of a network with {heads} attention heads, as model= has",
+        f"{content.path}, with {given}",
+        "set model.network.num_head_channels or num_heads; init_hints={num_heads: ...} if the file does not hold them",
+    )
     scale = content.card.preconditioning.get("c_noise_scale")
     require(
         scale is None or scale == c_noise_scale,
@@ -122,6 +139,11 @@ def load_initial(
         f"set model.c_noise_scale={scale}",
     )
     network.load_state_dict(initial)
+
+
+def attention_heads(network: nn.Module) -> list[int]:
+    """Return the numbers of heads of the attentions of a network; no shape of a weight depends on them."""
+    return [heads for part in network.modules() if (heads := getattr(part, "heads", 0))]
 
 
 def find(checkpoint: str | os.PathLike[str]) -> Path:
@@ -201,6 +223,7 @@ def read(checkpoint: str | os.PathLike[str], hints: Hints) -> Checkpoint:
                 raise ContentError(f"{fault}: {names} {anchors}")
         if published is not None:
             opened = replace(opened, card=opened.card.with_role(published.role, path))
+    hints.require_agreement(opened.card.network, path)
     for note in opened.notes:
         print(f"{path.name}: {note}", file=sys.stderr)
     return opened

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from consistency.checkpoints import ours
+from consistency.checkpoints.contents import HINTS
 from consistency.checkpoints.diffusers import write_diffusers
 from consistency.checkpoints.load import load
 from consistency.checkpoints.openai import require_openai, write_openai
@@ -22,7 +23,6 @@ from consistency.runtime.files import require_fresh
 
 TORCH = (".pt", ".pth", ".ckpt")
 CHOICES = {"to": (ours.FORMAT, "openai", "diffusers"), "role": ("teacher", "consistency", None)}
-HINTS = ["image_size", "num_head_channels", "attention_resolutions", "num_heads", "num_heads_upsample"]  # fmt: skip
 LEVELS = 9  # noise levels at which `verify` checks the outputs
 
 

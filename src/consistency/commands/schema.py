@@ -36,9 +36,10 @@ OPTIONAL = {
         ("callbacks", "labels", "model", "process", "scaler", "weights", "augmentation"), Any
     ),
     "attention_resolutions": list[int] | None,
+    "teacher_hints": Any,
 }
 """Types of the options that are null or the mode's by default, if they are no text."""
-UNIONS = {"compile": bool | str}
+UNIONS = {"compile": bool | str, "init_hints": Any}
 """Types of the options that their default does not show."""
 
 

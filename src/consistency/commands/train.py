@@ -77,8 +77,11 @@ def train(config: DictConfig, output: Path) -> float:
         return value
 
 
-# Options that change no result, or are asked of it by a machine.
-OF_MACHINE = ("trainer=", "trainer.devices=", "trainer.num_nodes=", "trainer.accelerator=", "data.num_workers=", "data.device_batch_size=")  # fmt: skip
+# Options that leave a run the published one: they choose it, name files, or suit it to a machine.
+NEUTRAL = (
+    "mode=", "data=", "experiment=", "teacher=", "output=", "logger", "data.path=", "data.num_workers=", "data.device_batch_size=",
+    "trainer=", "trainer.devices=", "trainer.num_nodes=", "trainer.accelerator=",
+)  # fmt: skip
 
 
 class LastLosses(L.Callback):
@@ -119,7 +122,10 @@ def _announce(start: RunStart, module: ConsistencyModule, output: Path) -> None:
         if config.init != config.mode.init:
             print(f"init={config.init}: the published choice for this mode is {config.mode.init}.")
     for name, source in module.sources.items():
-        print(f"{name}: {source['path']} ({source['weights']}, sha256 {source['sha256'][:12]})")
+        hints = f", {source['hints']}" if "hints" in source else ""
+        print(
+            f"{name}: {source['path']} ({source['weights']}, sha256 {source['sha256'][:12]}{hints})"
+        )
         if (begun := start.sources.get(name, source)["sha256"]) != source["sha256"]:
             print(f"  another file than the run was begun with, sha256 {begun[:12]}")
     print(f"Run folder: {output}", flush=True)
@@ -127,21 +133,10 @@ def _announce(start: RunStart, module: ConsistencyModule, output: Path) -> None:
 
 def _published(config: DictConfig) -> str:
     """Name the published run of these settings, and the settings that the command line changes."""
-    if config.mode.published is None:
-        return ""
-    own = (
-        "mode=",
-        "data=",
-        "experiment=",
-        "teacher=",
-        "output=",
-        "logger",
-        "data.path=",
-        *OF_MACHINE,
-    )
-    changed = [o for o in given_options(HydraConfig.get()) if not o.lstrip("+~").startswith(own)]
+    given, run = given_options(HydraConfig.get()), config.mode.published
+    changed = [option for option in given if not option.lstrip("+~").startswith(NEUTRAL)]
     rest = f", but {', '.join(changed[:4])}" if changed else ""
-    return f", published run {config.mode.published}{rest}"
+    return f", published run {run}{rest}" if run is not None else ""
 
 
 def _conclude(config: DictConfig, trainer: L.Trainer, output: Path) -> None:

@@ -30,6 +30,7 @@ from consistency.objectives import Objective
 from consistency.runtime.devices import CUDA_GRAPHS, require_compiling, set_float32_matmul
 from consistency.runtime.files import fingerprint
 from consistency.runtime.redaction import masked
+from consistency.training.length import shorten
 from consistency.training.lightning_patches import AtomicCheckpointIO
 from consistency.training.module import ConsistencyModule
 
@@ -78,13 +79,16 @@ def quiet() -> None:
 
 
 def expanded(config: DictConfig) -> DictConfig:
-    """Return the configuration with each part of the menu, conf/parts, in its place, and without the menu."""
+    """Return the configuration with each part of the menu, conf/parts, in its place, without the menu, and of the length
+    that `scale` asks for. One that is expanded already, as a run saves it, stays as it is.
+    """
     if "parts" not in config:
         return config
     config = deepcopy(config)
     with read_write(config), open_dict(config):
         _fill(config, ("mode", "callbacks", "augmentation"))
         del config["parts"]
+        shorten(config)
     return config
 
 
@@ -146,7 +150,8 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
         raise UserError("settings that the optimizer takes", error, remedy) from error
     if config.init is not None:
         scale = config.model.c_noise_scale
-        load_initial(config.init, network, weights=config.init_weights, c_noise_scale=scale)
+        given = {"weights": config.init_weights, "hints": config.init_hints}
+        load_initial(config.init, network, c_noise_scale=scale, **given)
     shared = (config.callbacks.get(name) for name in ("learning_rate", "evaluation_ema"))
     method = [*config.mode.callbacks.values(), *shared]
     objective = _plain(instantiate(config.mode.objective, _convert_="all"))
@@ -191,13 +196,15 @@ def _augmentation(config: DictConfig) -> EDMAugmentation | None:
 
 
 def _sources(config: DictConfig) -> dict[str, dict[str, str]]:
-    """Return path, weights and SHA-256 of the checkpoints that the run begins with; a teacher is part of the mode."""
+    """Return path, weights, SHA-256 and hints of the checkpoints that the run begins with; a teacher is part of the mode."""
     mode = json.dumps(OmegaConf.to_container(config.mode, resolve=True))
     sources, digest = {}, cache(fingerprint)  # init is often the teacher
     for name in ("init", "teacher") if json.dumps(config.teacher) in mode else ("init",):
         if config[name] is not None:
             path, weights = find(config[name]).absolute(), config[f"{name}_weights"]
             sources[name] = {"path": str(path), "weights": weights, "sha256": digest(path)}
+            if hints := config[f"{name}_hints"]:
+                sources[name]["hints"] = " ".join(f"{n}={value}" for n, value in hints.items())
     return sources
 
 

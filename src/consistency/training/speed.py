@@ -21,7 +21,7 @@ from consistency.training import build
 from consistency.training.lightning_patches import batches_before
 from consistency.training.module import ConsistencyModule
 
-LEFT_OUT = ("checkpoint", "curves", "evaluation", "samples", "snapshots")
+LEFT_OUT = ("checkpoint", "cost", "curves", "evaluation", "samples", "snapshots")
 """Callbacks of a run that are no part of its step."""
 
 ENDLESS = 10**12

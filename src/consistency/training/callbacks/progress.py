@@ -1,13 +1,24 @@
-"""Training speed, and the progress bar that shows it."""
+"""Training speed, the cost of a run that follows from it, and the progress bar."""
 
 import time
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
-from torch import Tensor
+from torch import Tensor, nn
 
+from consistency.evaluation.timing import figure, peak_memory
+from consistency.runtime.ranks import print_once
 from consistency.training.module import ConsistencyModule
+
+SHORT = 100
+"""Optimizer steps of a run that is over before its cost would be worth a line."""
+
+UNTIMED, TIMED = 5, 20
+"""The steps of a start: those in which kernels are chosen and compiled, and the one at which the clock is read."""
 
 
 class Throughput(L.Callback):
@@ -37,6 +48,62 @@ class Throughput(L.Callback):
             module.show("images_per_second", self._images / self._seconds)
             module.log("training_seconds", self.total_seconds)
             self._seconds, self._images = 0.0, 0
+
+
+class Cost(L.Callback):
+    """Prints the cost of a run: before it begins its images, and the memory of a device without activations; after the first
+    steps its hours at their rate, which waits for data included, and the peak of memory so far.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+        self.first, self.began, self.left = trainer.global_step, 0.0, trainer.max_steps
+        self.left -= self.first
+        if self.left > SHORT:
+            images = trainer.max_steps * module.data.batch_size
+            gib = memory(module) / 2**30
+            print_once(
+                f"{images:,} images in all; {figure(gib)} GiB on a device for weights, gradients, moments and averages, "
+                "without activations"
+            )
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
+        step = trainer.global_step - self.first
+        if self.left <= SHORT or step < UNTIMED:
+            return
+        if not self.began:
+            self.began = time.perf_counter()
+        elif step >= TIMED:
+            seconds = (time.perf_counter() - self.began) / (TIMED - UNTIMED)
+            hours, rate = self.left * seconds / 3600, module.data.batch_size / seconds
+            gib = peak_memory(module.device) / 2**10
+            print_once(
+                f"{figure(hours)} hours at {figure(rate)} images a second, without evaluation, pictures and checkpoints; "
+                f"{figure(gib)} GiB at the peak"
+            )
+            self.left = 0
+
+
+def memory(module: ConsistencyModule) -> int:
+    """Return the bytes on its device of weights and averages, of the gradients, and of the optimizer's moments."""
+    averages = (average.parameters() for average in module.averages.values())
+    kept = chain(module.parameters(), module.buffers(), *averages)
+    trained = module.online.parameters()
+    beside = 1 + moments(module.make_optimizer, module.device)
+    return _bytes(p for p in kept if p.device == module.device) + beside * _bytes(trained)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def moments(make_optimizer: Callable[..., torch.optim.Optimizer], device: torch.device) -> int:
+    """Return how many numbers an optimizer keeps beside each weight, from its step of one weight."""
+    weight = nn.Parameter(torch.zeros(1, device=device))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = make_optimizer([weight])
+    optimizer.step(lambda: 0.0)
+    state = optimizer.state[weight].values()
+    return sum(isinstance(value, Tensor) and value.shape == weight.shape for value in state)
 
 
 class StepBar(TQDMProgressBar):
