@@ -263,10 +263,8 @@ def compare_fastgen_case(archive: Archive, name: str, case: dict[str, Any]) -> N
     student, slope = online(case["student"])
     velocity: Velocity = DataVelocity()
     if config["use_cd"]:
-        denoiser = Denoiser(online(case["teacher"])[0].network, net_scalings(net))
-        guidance = case["guidance_scale"]
-        velocity = TeacherVelocity(
-            teacher=denoiser, sigma_data=sd, guidance=1.0 if guidance is None else guidance
+        velocity = teacher_velocity(
+            online(case["teacher"])[0].network, net, sd, case["guidance_scale"]
         )
     difference = config["use_jvp_finite_diff"]
     derivative = (
@@ -297,6 +295,23 @@ def compare_fastgen_case(archive: Archive, name: str, case: dict[str, Any]) -> N
     compare_scm(archive, name, objective, student, slope, t, r, label, allowed)
 
 
+def teacher_velocity(
+    network: nn.Module, net: dict[str, Any], sigma_data: float, guidance: float | None
+) -> Velocity:
+    """The velocity of a teacher of FastGen: ours for a denoiser, its slope for a flow."""
+    w = 1.0 if guidance is None else guidance
+    if net.get("schedule_type") != "rf":
+        teacher = Denoiser(network, net_scalings(net))
+        return TeacherVelocity(teacher=teacher, sigma_data=sigma_data, guidance=w)
+    assert w == 1, "a flow with guidance"
+
+    def velocity(x_0: Data, z: Data, x_t: Data, t: Time, label: Label) -> Data:
+        with torch.no_grad():
+            return Flow(network, sigma_data)(x_t, t, label)
+
+    return velocity
+
+
 def own_time(t: Time, sigma_data: float, *, flows: bool) -> Time:
     """The time input of a network of FastGen at the angle t: that of a flow, or ln(t_ve) / 4."""
     k = sigma_data * t.tan()
@@ -320,12 +335,13 @@ def slope_of(network: nn.Module, net: dict[str, Any], sigma_data: float) -> nn.M
 
 def fastgen_times(archive: Archive, name: str, law: dict[str, Any], *, flows: bool) -> Time:
     """The noise levels of a case: from their draws, or as they were handed in."""
-    given = f"{name}.t.f64"
-    if flows or f"{name}.u_draw" not in archive:
-        archive.read.update(archive.matching(f"{name}.normal_t_draw"))
-        archive.input(f"{name}.t")
-        return archive.tensor(given)
-    assert law["time_dist_type"] == "lognormal", name
+    if flows or f"{name}.u_draw" not in archive or law["time_dist_type"] != "lognormal":
+        # Other laws are those of other methods.
+        archive.read.update(
+            archive.matching(f"{name}.*t_draw") + archive.matching(f"{name}.u_draw")
+        )
+        archive.read.update([f"{name}.t"])
+        return archive.tensor(f"{name}.t.f64")
     times = TruncatedLognormalTimes(
         p_mean=law["train_p_mean"],
         p_std=law["train_p_std"],
