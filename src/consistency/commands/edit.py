@@ -22,6 +22,7 @@ from consistency.data.listing import read_images
 from consistency.errors import UserError, require
 from consistency.grids import KarrasGrid
 from consistency.inference import plots
+from consistency.inference.card import EXPLODING
 from consistency.inference.generate import Request, by_batch, edits
 from consistency.inference.model import Model
 from consistency.inference.options import fill_process, request_of
@@ -176,12 +177,12 @@ def edit(config: DictConfig, output: Path) -> None:
     if config.teacher is not None:
         teacher = load(config.teacher, "teacher", weights=config.weights)
         teacher.denoiser.to(chosen_device(config.device))
-    wanted = f"a model of the variance-exploding process and of shape {model.shape}"
+    wanted = f"a model of {EXPLODING} and of shape {model.shape}"
     remedy = "choose another checkpoint, or the teacher of this model"
     for each in filter(None, (model, teacher)):
-        other = each.card.is_trigflow or each.card.is_flow
-        got = f"{each.path}, of {'another' if other else 'that'} process and shape {each.shape}"
-        require(not other and each.shape == model.shape, wanted, got, remedy)
+        process = each.card.noise_process
+        got = f"{each.path}, of {process} and shape {each.shape}"
+        require(process == EXPLODING and each.shape == model.shape, wanted, got, remedy)
     fill_process(config, config.task, model)
     task: ZeroShot | Interpolation = instantiate(config.task, _convert_="all")
     path, (channels, side, _) = config.input, model.shape

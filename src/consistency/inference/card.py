@@ -19,6 +19,9 @@ from consistency.samplers import Sampler, heun, multistep, trigflow_multistep
 Role: TypeAlias = Literal["teacher", "consistency"]
 """A denoiser D (EDM scalings), or a consistency function f (boundary scalings)."""
 
+EXPLODING, TRIGFLOW, FLOW = "the variance-exploding process", "TrigFlow", "the rectified flow"
+"""Names of noise processes."""
+
 LARGEST, MOST_LISTED, MOST_CHARACTERS = 1 << 20, 64, 256
 """Bounds of numbers, lists and texts in a card from elsewhere."""
 
@@ -142,23 +145,15 @@ class ModelCard:
         return self.channels, self.image_size, self.image_size
 
     @property
-    def is_trigflow(self) -> bool:
-        """Return whether the network takes TrigFlow's angles."""
-        return str(self.preconditioning.get("_target_")).endswith(".TrigFlow")
-
-    @property
-    def is_flow(self) -> bool:
-        """Return whether the network takes the times of the rectified flow."""
-        return str(self.preconditioning.get("_target_")).endswith(".RectifiedFlow")
+    def noise_process(self) -> str:
+        """The name of the noise process whose times the scalings take."""
+        scalings = str(self.preconditioning.get("_target_")).rpartition(".")[2]
+        return {"TrigFlow": TRIGFLOW, "RectifiedFlow": FLOW}.get(scalings, EXPLODING)
 
     def require_variance_exploding(self, what: str) -> None:
         """Refuse a model of another process for work that moves along the variance-exploding one."""
-        name = "TrigFlow" if self.is_trigflow else "the rectified flow"
-        expected, remedy = (
-            f"a model of the variance-exploding process, for {what}",
-            "choose another",
-        )
-        require(not (self.is_trigflow or self.is_flow), expected, f"one of {name}", remedy)
+        expected, got = f"a model of {EXPLODING}, for {what}", f"one of {self.noise_process}"
+        require(self.noise_process == EXPLODING, expected, got, "choose another")
 
     def sampler(self, steps: int) -> Sampler:
         """Return Heun's sampler for a teacher, jumps for an average velocity, else Algorithm 1 of Song et al. 2023.
@@ -171,13 +166,13 @@ class ModelCard:
         if self.role == "teacher":
             return partial(heun, grid=process.grid, steps=max(steps, 2), clip=False)
         times = [process.t_max] if steps == 1 else list(process.times or ())
-        if self.is_flow:
+        if self.noise_process == FLOW:
             if len(times) != steps:
                 times = [process.t_max * (1 - i / steps) for i in range(steps)]
             return partial(flow_jumps, times=times, t_max=process.t_max)
         if len(times) != steps:
             times = process.grid.points(steps + 1)[:-1].tolist()
-        if self.is_trigflow:
+        if self.noise_process == TRIGFLOW:
             angles = [math.atan(t / sigma_data) for t in times]
             return partial(trigflow_multistep, times=angles, sigma_data=sigma_data, clip=True)
         return partial(multistep, times=times, t_min=process.t_min, t_max=process.t_max, clip=True)

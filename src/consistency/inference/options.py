@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from consistency.checkpoints.load import load
 from consistency.errors import UserError, require
 from consistency.flow_samplers import UNDER_FLOW
+from consistency.inference.card import FLOW, TRIGFLOW
 from consistency.inference.generate import Request
 from consistency.inference.model import Model
 from consistency.runtime.devices import (
@@ -86,25 +87,27 @@ def searched_times(model: Model, checkpoint: str) -> list[float]:
     return times
 
 
+SUITED = {
+    TRIGFLOW: (UNDER_TRIGFLOW, "trigflow_onestep"),
+    FLOW: (UNDER_FLOW, "onestep or flow_jumps"),
+}
+"""Samplers of the other noise processes than the variance-exploding one, and those to choose."""
+
+
 def require_suited(sampler: Sampler, model: Model, *, force: bool) -> None:
     """Refuse a sampler for another kind of model, unless `force`, and wrong time points."""
     function = sampler.func if isinstance(sampler, partial) else sampler
-    trigflow, flow = model.card.is_trigflow, model.card.is_flow
-    remedy = f"choose sampler={'trigflow_onestep' if trigflow else 'onestep'}, or add force=true"
-    wrong = not force and model.card.role == "consistency" and function in NEED_DENOISER
+    process, consistent = model.card.noise_process, model.card.role == "consistency"
+    wrong = consistent and function in NEED_DENOISER
     expected = "a sampler for consistency functions: onestep or multistep"
     got = "one that follows the PF-ODE of a denoiser, with a consistency checkpoint"
-    require(not wrong, expected, got, remedy)
-    wrong = not force and trigflow != (function in UNDER_TRIGFLOW)
-    expected = f"a sampler {'for' if trigflow else 'for other networks than those of'} TrigFlow"
+    suited, named = SUITED.get(process, ((), "onestep"))
+    remedy = f"choose sampler={named}, or add force=true"
+    require(force or not wrong, expected, got, remedy)
+    others = {*UNDER_TRIGFLOW, *UNDER_FLOW} - {onestep}
+    fits = function in suited if suited else function not in others
     got = "one for another noise process than the checkpoint's"
-    require(not wrong, expected, got, remedy)
-    wrong = not force and (
-        function not in UNDER_FLOW if flow else function in UNDER_FLOW and function is not onestep
-    )
-    expected = f"a sampler for {'the rectified flow' if flow else 'another process than the rectified flow'}"
-    remedy = f"choose sampler={'onestep or flow_jumps' if flow else 'onestep'}, or add force=true"
-    require(not wrong, expected, got, remedy)
+    require(force or fits, f"a sampler for {process}", got, remedy)
     sampler(lambda x, t, label=None, r=None: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
 
 
