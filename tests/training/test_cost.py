@@ -84,7 +84,7 @@ def lines(steps: int, first: int, capsys: Any, monkeypatch: Any, micro: int = 1)
             seconds += (60.0 if step - first <= 3 else 2.0) / micro
             trainer.global_step = step - (part < micro)
             cost.on_train_batch_end(trainer, module)
-    return list(capsys.readouterr().out.splitlines())
+    return [line for line in capsys.readouterr().out.splitlines() if line]
 
 
 @pytest.mark.parametrize("micro", [1, 4])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 import consistency
 from configurations import composed
@@ -73,6 +73,10 @@ def test_a_configuration_is_shortened_once() -> None:
     """A run saves the numbers that it has, and its resume leaves them alone."""
     small = expanded(composed("train", "scale=0.1"))
     assert expanded(small).trainer.max_steps == small.trainer.max_steps == 150
+    with open_dict(small):
+        small.parts = {}  # as the structure of a configuration fills it in
+    assert expanded(small).trainer.max_steps == 150
+    assert "parts" not in expanded(small)
 
 
 @pytest.mark.slow

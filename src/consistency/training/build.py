@@ -87,8 +87,9 @@ def expanded(config: DictConfig) -> DictConfig:
     config = deepcopy(config)
     with read_write(config), open_dict(config):
         _fill(config, ("mode", "callbacks", "augmentation"))
+        if config.parts:  # which is empty in a run that is resumed: its numbers are short already
+            shorten(config)
         del config["parts"]
-        shorten(config)
     return config
 
 

@@ -76,8 +76,8 @@ class Cost(L.Callback):
             seconds = (time.perf_counter() - self.began) / (TIMED - UNTIMED)
             hours, rate = self.left * seconds / 3600, module.data.batch_size / seconds
             gib = peak_memory(module.device) / 2**10
-            print_once(
-                f"{figure(hours)} hours at {figure(rate)} images a second, without evaluation, pictures and checkpoints; "
+            print_once(  # on a line of its own below the bar
+                f"\n{figure(hours)} hours at {figure(rate)} images a second, without evaluation, pictures and checkpoints; "
                 f"{figure(gib)} GiB at the peak"
             )
             self.left = 0
