@@ -59,7 +59,9 @@ class FiniteDifference:
         u = average(x_t, t, label, r=r)
 
         def moved(time: Time) -> Data:
-            with torch.no_grad(), dropout.replayed():
+            # Half precision has too few digits for a difference.
+            single = torch.autocast(x_t.device.type, enabled=False)
+            with torch.no_grad(), dropout.replayed(), single:
                 return average(x_t + broadcast_time(time - t, x_t) * v, time, label, r=r)
 
         after, before = self.ends(t, r)

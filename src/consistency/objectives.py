@@ -12,19 +12,17 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor, nn
 
-from consistency.derivatives import Derivative
 from consistency.distances import Distance
 from consistency.errors import require
 from consistency.grids import KarrasGrid
+from consistency.networks.layers import recomputes
 from consistency.pairs import Pairs, RatioPairs, Times, require_scales
-from consistency.processes import rectified_flow, variance_exploding
+from consistency.processes import variance_exploding
 from consistency.randomness import WHOLE, DropoutState, Share
 from consistency.solvers import euler_step
-from consistency.steps import SelfGuidance, Step, Velocity
+from consistency.steps import Step, Velocity
 from consistency.tangents import TangentLength, TangentMetric, derivative_along
 from consistency.tensors import (
-    NO_CLASS,
-    AverageVelocity,
     Data,
     Denoise,
     Label,
@@ -54,13 +52,19 @@ class Objective(nn.Module):
     needs_target: ClassVar[bool] = True
     head: nn.Module | None
     """A part that is trained and saved with the network, such as a learned weighting; None for no such part."""
+    forward_mode: bool
+    """Whether the loss takes a forward-mode derivative of the network."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.head = None
+        self.head, self.forward_mode = None, False
 
     def require_suited(self, network: nn.Module) -> None:
-        """Refuse a network that the loss cannot call; most take any."""
+        """Refuse a network that the loss cannot call: for a forward-mode derivative one that computes activations again."""
+        expected = "a network that keeps its activations, for a loss with a forward-mode derivative"
+        got = "model.network.checkpoint_activations=true"
+        remedy = "set it to false, or say a mode.derivative by differences, if the mode has one"
+        require(not (self.forward_mode and recomputes(network)), expected, got, remedy)
 
     def draw(self, batch: int, num_scales: Any, generator: Generator) -> tuple[Any, ...]:
         """Return the arguments of `losses_at` between label and noise: times alone, unless a method draws more."""
@@ -225,6 +229,7 @@ class ContinuousObjective(Objective):
         require(holds, expected, type(tangent).__name__, remedy)
         self.times, self.velocity, self.tangent = times, velocity, tangent
         self.weighting, self.stop_gradient = weighting, stop_gradient
+        self.forward_mode = True
 
     def losses_at(
         self, online: Denoise, target: Denoise, x_0: Data, label: Label, t: Time, z: Data
@@ -283,76 +288,6 @@ class ProgressiveObjective(Objective):
             reference = x_t - broadcast_time(t, x_0) * slope
         estimate = online(x_t, t, label)
         return Losses(self.weighting(t, r) * self.distance(estimate, reference), t, r)
-
-
-class MeanFlowObjective(Objective):
-    """d(u_theta(x_t, t, r), stopgrad(v~ - (t - r) du/dt)), x_t = (1 - t) x_0 + t z [Geng et al. 2025, arXiv:2505.13447, Eq. 9 and 10].
-
-    u is the average velocity from r to t, du/dt its derivative along (v~, 1, 0) in (x_t, t, r); where r = t this is flow
-    matching. The online network is told both times.
-
-    guidance: turns the velocity v of the data or of a teacher into v~, with the network itself; None for v~ = v.
-    label_dropout: as many samples as uniform draws below it, the first ones of the batch, lose class and guidance.
-    """
-
-    needs_target = False
-
-    def __init__(
-        self,
-        *,
-        pairs: Pairs,
-        velocity: Velocity,
-        derivative: Derivative,
-        distance: Distance,
-        guidance: SelfGuidance | None = None,
-        label_dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        expected, remedy = "mode.objective.label_dropout from 0 to 1", "0.1 is published"
-        require(0 <= label_dropout <= 1, expected, label_dropout, remedy)
-        self.pairs, self.velocity, self.derivative = pairs, velocity, derivative
-        self.distance, self.guidance, self.label_dropout = distance, guidance, label_dropout
-
-    def require_suited(self, network: nn.Module) -> None:
-        """Refuse a network of one time, and for guidance and label_dropout one without an index for no class."""
-        name, told = type(network).__name__, getattr(network, "second_time", None) is not None
-        remedy = "say model.network.second_time=gap or end"
-        require(told, "a network of two times", f"{name} with one", remedy)
-        whole = self.guidance is None and self.label_dropout == 0
-        remedy = "choose one of NVlabs' kinds, or mode.guidance=none mode.objective.label_dropout=0"
-        expected = "a network with an index for no class, for guidance and label_dropout"
-        require(whole or hasattr(network, "no_class"), expected, name, remedy)
-
-    def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
-        t, r = self.pairs(batch, num_scales, generator)
-        u = torch.rand(batch, generator=generator, device=generator.device)
-        return t, r, self.dropped(u)
-
-    def dropped(self, u: PerSample) -> Bool[Tensor, "b"]:
-        """The samples that lose their class, of draws u uniform on [0, 1)."""
-        return torch.arange(len(u), device=u.device) < (u < self.label_dropout).sum()
-
-    def losses_at(
-        self,
-        online: AverageVelocity,
-        x_0: Data,
-        label: Label,
-        t: Time,
-        r: Time,
-        dropped: Bool[Tensor, "b"],
-        z: Data,
-    ) -> Losses:
-        """The losses for given times, samples that lose their class, and noise."""
-        x_t = rectified_flow(x_0, z, t)
-        v = self.velocity(x_0, z, x_t, t, label)
-        if self.guidance is not None:
-            guided = self.guidance(online, x_t, t, v, label)
-            v = torch.where(broadcast_time(dropped, v), v, guided)
-        if label is not None and self.label_dropout > 0:
-            label = torch.where(dropped, NO_CLASS, label)
-        u, du = self.derivative(online, x_t, t, r, v, label)
-        reference = (v - broadcast_time(t - r, v) * du).detach()
-        return Losses(self.distance(u, reference), t, r)
 
 
 class DenoisingObjective(Objective):

@@ -20,8 +20,9 @@ def derivative_along(
 ) -> tuple[Data, Data]:
     """f and g = rate df/dt + (df/dx) v at (x_t, t), by one forward-mode derivative; rate None is 1."""
     rate = torch.ones_like(t) if rate is None else rate
-    # The fused attention kernels have no forward-mode derivative.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    # The fused attention kernels have no forward-mode derivative, and half precision has too few digits for one.
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with plain, torch.autocast(x_t.device.type, enabled=False):
         derivative = torch.func.jvp(lambda x, time: denoise(x, time, label), (x_t, t), (v, rate))
     return derivative[0], derivative[1]
 

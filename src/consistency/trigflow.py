@@ -126,6 +126,7 @@ class TrigFlowObjective(Objective):
         super().__init__()
         self.sigma_data, self.times, self.velocity = sigma_data, times, velocity
         self.derivative, self.normalisation = derivative, normalisation
+        self.forward_mode = isinstance(derivative, ForwardDerivative)
         self.distance, self.weighting, self.head = distance, weighting, head
         self.shared_dropout = shared_dropout
 
@@ -142,7 +143,7 @@ class TrigFlowObjective(Objective):
         dropout = DropoutState(x_0.device)
         u = online(x_t, t, label)
         units = dropout.replayed() if self.shared_dropout else nullcontext()
-        # Half precision has too few digits for the derivative.
+        # Half precision has too few digits for the derivative, by differences too.
         with torch.no_grad(), units, torch.autocast(x_0.device.type, enabled=False):
             du = self.derivative(online, x_0, z, x_t, t, v, label)
             g = self.normalisation(tangent(x_t, t, u, v, du, warm_up))

@@ -15,7 +15,6 @@ from consistency.objectives import ConsistencyObjective, TruncatedObjective
 from consistency.pairs import LognormalTimes, TruncatedStudentTimes
 from consistency.preconditioning import EDM
 from consistency.steps import DataStep
-from consistency.tensors import Data, Label, Time
 from consistency.weightings import inverse_gap
 from golden_harness import Archive, Tolerance, read_json
 from golden_later import (
@@ -26,9 +25,11 @@ from golden_later import (
     T_MIN,
     TCM,
     TIME,
+    Masked,
     cases_of,
     distance_of,
     fastgen_law,
+    numbered,
     pairs_at,
 )
 
@@ -92,31 +93,6 @@ def compare_rates(archive: Archive, half_life: dict[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------------ dropout masks
-
-
-class Masked(nn.Module):
-    """A network that notes which units it drops."""
-
-    def __init__(self, masks: list[Tensor]) -> None:
-        super().__init__()
-        self.masks = masks
-
-    def forward(self, x: Data, c_noise: Time, label: Label = None) -> Data:
-        mask = nn.functional.dropout(torch.ones_like(x), 0.5, self.training)
-        self.masks.append(mask)
-        return x * mask
-
-
-def numbered(masks: list[Tensor]) -> list[int]:
-    """A number for each mask, equal for equal masks, in the order of their first place."""
-    kinds: list[Tensor] = []
-    numbers = []
-    for mask in masks:
-        known = (i for i, kind in enumerate(kinds) if torch.equal(kind, mask))
-        numbers.append(next(known, len(kinds)))
-        if numbers[-1] == len(kinds):
-            kinds.append(mask)
-    return numbers
 
 
 def compare_dropout(path: Path) -> int:

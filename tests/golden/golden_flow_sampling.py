@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from consistency.denoiser import Denoiser
 from consistency.derivatives import FiniteDifference
@@ -25,8 +24,8 @@ from consistency.solvers import euler_step, pf_ode
 from consistency.steps import FlowVelocity, SelfGuidance
 from consistency.tensors import Data, Label, Time, broadcast_time
 from golden_harness import Archive, Tolerance, read_json
-from golden_meanflow import LOWEST, PRECISIONS, Case, Toy, velocity_objective
-from golden_networks import NVLABS
+from golden_later import NVLABS, Masked, Toy, numbered
+from golden_meanflow import LOWEST, PRECISIONS, Case, velocity_objective
 
 
 @torch.no_grad()
@@ -150,22 +149,6 @@ def compare_flow_times(archive: Archive) -> None:
 # --------------------------------------------------------------------------------------- dropout
 
 
-class Dropping(Toy):
-    """A toy network that drops hidden units and keeps the masks."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.weight = nn.Parameter(torch.randn(3, generator=torch.Generator().manual_seed(0)))
-        self.masks: list[Tensor] = []
-
-    def forward(
-        self, x: Data, c_noise: Time, label: Label = None, *, r: Time | None = None
-    ) -> Data:
-        mask = functional.dropout(torch.ones(x.shape), 0.5)
-        self.masks.append(mask)
-        return (self.weight[:, None, None] * x).tanh() * mask
-
-
 def compare_dropout(path: Path) -> int:
     """All passes of our loss share a mask, as those of every released code of MeanFlow do."""
     masks = read_json(path)["masks"]
@@ -178,11 +161,12 @@ def compare_dropout(path: Path) -> int:
         objective, _, _ = velocity_objective(
             pairs, Adaptive(p=1.0, c=1e-3), difference, guidance=guidance
         )
-        network = Dropping().train()
+        found: list[Tensor] = []
         t, r = pairs(8, 0, torch.Generator().manual_seed(0))
         x_0, nobody = torch.zeros(8, 3, 4, 4), torch.zeros(8, dtype=torch.bool)
         label, z = torch.zeros(8, dtype=torch.long), torch.randn(8, 3, 4, 4)
-        objective.losses_at(Denoiser(network, Unscaled()), x_0, label, t, r, nobody, z)
-        assert len(network.masks) == (5 if difference else 3)
-        assert all(torch.equal(mask, network.masks[0]) for mask in network.masks)
+        objective.losses_at(
+            Denoiser(Masked(found), Unscaled()).train(), x_0, label, t, r, nobody, z
+        )
+        assert numbered(found) == [0] * (5 if difference else 3)
     return len(names)

@@ -1,17 +1,21 @@
-"""What the comparisons with FastGen and with the code of truncated consistency models share: toy network, laws, cases.
+"""What the comparisons with the codes after 2023 share: toy network, dropout masks, laws, cases.
 
 Ours is computed in float64: the `.f64` arrays are compared closely, the others as far as float32 of the published code goes.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from consistency.denoiser import Denoiser
 from consistency.distances import Distance, PseudoHuber, SquaredNorm
+from consistency.networks.layers import SecondTime, two_times
 from consistency.pairs import (
     LognormalTimes,
     RatioPairs,
@@ -20,7 +24,7 @@ from consistency.pairs import (
     TruncatedTimes,
 )
 from consistency.preconditioning import EDM
-from consistency.tensors import Data, Label, Time
+from consistency.tensors import NO_CLASS, Data, Label, Time, broadcast_time
 from consistency.weightings import (
     Weighting,
     inverse_c_out,
@@ -43,6 +47,49 @@ CLOSE = 1e-5
 CLOSE_LOSS, CLOSE_GRADIENT = Tolerance(of_norm=2e-2), Tolerance(of_norm=1e-1)
 CLOSE_FLOAT64 = Tolerance(of_norm=1e-7)
 
+
+class Bounds(NamedTuple):
+    """Section L4 for average velocities: of times, values, derivatives, losses and gradients, in one precision."""
+
+    time: Tolerance
+    value: Tolerance
+    derivative: Tolerance
+    loss: Tolerance
+    gradient: Tolerance
+
+
+def bounds(suffix: str, *, differences: bool = False) -> Bounds:
+    numbers = (1e-6, 1e-5, 1e-5, 2e-5, 1e-4) if not suffix else (1e-10, 1e-9, 1e-9, 1e-9, 1e-8)
+    if differences:
+        numbers = (1e-6, 1e-3, 2e-3, 1e-4, 1e-3) if not suffix else (1e-10, 1e-8, 1e-8, 1e-8, 1e-8)
+    return Bounds(*(Tolerance(of_norm=number, absolute=1e-12) for number in numbers))
+
+
+class Tolerances(NamedTuple):
+    """The same for TrigFlow: float64 and its gradients, float32 outputs, losses, derivatives, gradients."""
+
+    double: Tolerance
+    double_gradient: Tolerance
+    output: Tolerance
+    loss: Tolerance
+    derivative: Tolerance
+    gradient: Tolerance
+
+
+def tolerances(*, difference: bool = False, ends: bool = False, toy: bool = True) -> Tolerances:
+    """The tolerances for a finite difference, for times near the ends of their range, for a U-Net.
+
+    The published U-Nets keep frequencies in float32 in the float64 run too.
+    """
+    output = 1e-5 if toy and not ends else 2e-4
+    parts = (1e-9, 1e-8, output, 2e-5, output, 1e-4)
+    if difference:
+        parts = (1e-8, 1e-8, output, 1e-4, 2e-3, 1e-4)
+    if not toy:
+        parts = (1e-7, 1e-6, *parts[2:])
+    return Tolerances(*(Tolerance(of_norm=n) for n in parts))
+
+
 # Constants of the codes that the files do not hold.
 K, B, NVLABS, T_MIN, T_MAX, RHO = 8.0, 1.0, 0.25, 0.002, 80.0, 7.0
 FASTGEN = {"r_min": 0.002, "least_gap": 1e-6}
@@ -52,37 +99,78 @@ FASTGEN_SHIFT = 1e-8
 
 
 class Toy(nn.Module):
-    """The toy network of section L2 of the golden README, by name; class `classes` is none."""
+    """F = conv_out(tanh(conv_in(x) + time phi(c_noise) + label y)) + 0.3 x, from section L2 of the golden README, by name.
 
-    def __init__(self, path: Path) -> None:
+    A class below 0 or above the last is none; `second_time` as in our networks; c_noise is at least `lowest`.
+    """
+
+    no_class = NO_CLASS
+
+    def __init__(
+        self, path: Path, second_time: SecondTime = None, *, lowest: float = -math.inf
+    ) -> None:
         super().__init__()
-        shape = read_json(path.with_name("nets.json"))["toys"][path.stem]
-        hidden, classes, channels = shape["hidden"], shape["classes"], shape["channels"]
-        self.num_classes, self.no_class = classes or None, classes
-        self.conv_in = nn.Conv2d(channels, hidden, 3, padding=1)
-        self.time = nn.Linear(3, hidden)
-        if classes:
-            self.label = nn.Linear(classes, hidden, bias=False)
-        self.conv_out = nn.Conv2d(hidden, channels, 1)
-        self.logvar_linear = nn.Linear(3, 1)
-        self.load_state_dict(read_safetensors(path))
-        self.order = [name for name, _ in shape["parameters"]]
+        self.second_time, self.lowest = second_time, lowest
+        weights = read_safetensors(path)
+        listed = read_json(path.with_name("nets.json"))["toys"][path.stem]["parameters"]
+        assert set(weights) == {name for name, _ in listed}
+        self.num_classes = weights["label.weight"].shape[1] if "label.weight" in weights else None
+        for name, _ in listed:
+            layer, kind = name.split(".")
+            if not hasattr(self, layer):
+                self.add_module(layer, nn.Module())
+            self.get_submodule(layer).register_parameter(kind, nn.Parameter(weights[name]))
 
-    def forward(self, x: Data, c_noise: Time, label: Label = None) -> Data:
-        e = self.time(torch.stack([c_noise, (3 * c_noise).sin(), (3 * c_noise).cos()], dim=1))
-        if label is not None:
-            columns = torch.cat([self.label.weight, torch.zeros_like(self.time.bias)[:, None]], 1)
-            e = e + columns.T[label]
-        return self.conv_out((self.conv_in(x) + e[:, :, None, None]).tanh()) + 0.3 * x
+    def forward(
+        self, x: Data, c_noise: Time, label: Label = None, *, r: Time | None = None
+    ) -> Data:
+        def phi(c: Time) -> Tensor:
+            return features(c.clamp(min=self.lowest))
+
+        p = dict(self.named_parameters())
+        e = two_times(phi, c_noise, r, self.second_time) @ p["time.weight"].T + p["time.bias"]
+        if label is not None and self.num_classes is not None:
+            known = (label >= 0) & (label < self.num_classes)
+            row = torch.where(known, label, 0)
+            e = e + p["label.weight"].T[row] * known[:, None]
+        h = functional.conv2d(x, p["conv_in.weight"], p["conv_in.bias"], padding=1)
+        h = (h + e[:, :, None, None]).tanh()
+        return functional.conv2d(h, p["conv_out.weight"], p["conv_out.bias"]) + 0.3 * x
 
     def gradient(self) -> Tensor:
         """Gradients in the order of the file, joined; zeros where a parameter takes no part."""
-        named = dict(self.named_parameters())
-        parts = [
-            torch.zeros_like(p) if p.grad is None else p.grad
-            for p in (named[name] for name in self.order)
-        ]
-        return torch.cat([part.flatten() for part in parts])
+        grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters())
+        return torch.cat([grad.flatten() for grad in grads])
+
+
+def features(c_noise: Time) -> Float[Tensor, "b 3"]:
+    return torch.stack([c_noise, (3 * c_noise).sin(), (3 * c_noise).cos()], dim=1)
+
+
+class Masked(nn.Module):
+    """A network, of one time or two, that keeps a random mask of units in each pass; in eval mode it drops nothing."""
+
+    no_class = NO_CLASS
+
+    def __init__(self, masks: list[Tensor]) -> None:
+        super().__init__()
+        self.masks = masks
+
+    def forward(
+        self, x: Data, c_noise: Time, label: Label = None, *, r: Time | None = None
+    ) -> Data:
+        mask = functional.dropout(torch.ones(64), 0.5, self.training)
+        self.masks.append(mask)
+        return x * mask.mean() + broadcast_time(c_noise.sin(), x)
+
+
+def numbered(masks: list[Tensor]) -> list[int]:
+    """A number for each mask, equal for equal masks, in the order of their first place."""
+    kinds: list[Tensor] = []
+    for mask in masks:
+        if not any(torch.equal(mask, kind) for kind in kinds):
+            kinds.append(mask)
+    return [next(i for i, kind in enumerate(kinds) if torch.equal(mask, kind)) for mask in masks]
 
 
 def denoiser(archive: Archive, name: str, sigma_data: float) -> Denoiser:

@@ -14,20 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from consistency.average_velocity import MeanFlowObjective
 from consistency.averaging import averaging
 from consistency.denoiser import Denoiser
 from consistency.derivatives import Derivative, ExactDerivative, FiniteDifference
 from consistency.distances import Adaptive, AdaptiveStep, Distance
 from consistency.flow_pairs import CappedPairs, CountedPairs, FirstPairs, LogitNormalPairs
 from consistency.flow_samplers import flow_jumps
-from consistency.networks.layers import two_times
 from consistency.networks.song import SongUNet
-from consistency.objectives import MeanFlowObjective
 from consistency.preconditioning import RectifiedFlow, Unscaled
 from consistency.solvers import euler_step
 from consistency.steps import FlowVelocity, SelfGuidance, TeacherVelocity, Velocity
 from consistency.tensors import (
-    NO_CLASS,
     AverageVelocity,
     Data,
     Label,
@@ -37,69 +35,12 @@ from consistency.tensors import (
 )
 from consistency.training.callbacks.ema import EvaluationEMA
 from golden_harness import Archive, Tolerance, read_json, read_safetensors
-from golden_networks import NVLABS, nvlabs_arguments
+from golden_later import NVLABS, Bounds, Toy, bounds
+from golden_networks import nvlabs_arguments
 
 PRECISIONS = ((torch.float32, ""), (torch.float64, ".f64"))
 LOWEST = math.log(1e-6) * NVLABS
 """FastGen's floor of c_noise."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Section L4 of the golden README: of times, values, derivatives, losses and gradients, in one precision."""
-
-    time: Tolerance
-    value: Tolerance
-    derivative: Tolerance
-    loss: Tolerance
-    gradient: Tolerance
-
-
-def bounds(suffix: str, *, differences: bool = False) -> Bounds:
-    numbers = (1e-6, 1e-5, 1e-5, 2e-5, 1e-4) if not suffix else (1e-10, 1e-9, 1e-9, 1e-9, 1e-8)
-    if differences:
-        numbers = (1e-6, 1e-3, 2e-3, 1e-4, 1e-3) if not suffix else (1e-10, 1e-8, 1e-8, 1e-8, 1e-8)
-    return Bounds(*(Tolerance(of_norm=number, absolute=1e-12) for number in numbers))
-
-
-class Toy(nn.Module):
-    """The toy network of the golden README, section L2; `second_time` as in our networks."""
-
-    no_class = NO_CLASS
-
-    def __init__(self, path: Path, second_time: Any = None, *, lowest: float = -math.inf) -> None:
-        super().__init__()
-        self.second_time, self.lowest = second_time, lowest
-        weights = read_safetensors(path)
-        listed = read_json(path.with_name("nets.json"))["toys"][path.stem]["parameters"]
-        weights = {name: weights[name] for name, _ in listed}
-        self.num_classes = weights["label.weight"].shape[1] if "label.weight" in weights else None
-        for name in dict.fromkeys(key.split(".")[0] for key in weights):
-            self.add_module(name, nn.Module())
-        for key, value in weights.items():
-            name, kind = key.split(".")
-            self.get_submodule(name).register_parameter(kind, nn.Parameter(value))
-
-    def forward(
-        self, x: Data, c_noise: Time, label: Label = None, *, r: Time | None = None
-    ) -> Data:
-        def features(c: Time) -> Tensor:
-            c = c.clamp(min=self.lowest)
-            return torch.stack([c, (3 * c).sin(), (3 * c).cos()], dim=1)
-
-        p = dict(self.named_parameters())
-        e = two_times(features, c_noise, r, self.second_time) @ p["time.weight"].T + p["time.bias"]
-        if label is not None and self.num_classes is not None:
-            row = functional.one_hot(label.clamp(min=0), self.num_classes) * (label >= 0)[:, None]
-            e = e + row.to(x.dtype) @ p["label.weight"].T
-        h = functional.conv2d(x, p["conv_in.weight"], p["conv_in.bias"], padding=1)
-        h = (h + e[:, :, None, None]).tanh()
-        return functional.conv2d(h, p["conv_out.weight"], p["conv_out.bias"]) + 0.3 * x
-
-    def gradient(self) -> Tensor:
-        """The gradients of all parameters in the order of nets.json, joined; zeros of those that take no part."""
-        grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters())
-        return torch.cat([grad.flatten() for grad in grads])
 
 
 def song(path: Path) -> SongUNet:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from consistency.denoiser import Denoiser
 from consistency.distances import L2, L2OverDimension
 from consistency.grids import KarrasGrid
 from consistency.networks.dhariwal import DhariwalUNet
-from consistency.networks.layers import one_hot, sinusoidal_features
+from consistency.networks.layers import sinusoidal_features
 from consistency.pairs import LognormalTimes, QuantisedTimes, TruncatedLognormalTimes
 from consistency.preconditioning import EDM, Scalings, TrigFlow, TrigFlowSlope
 from consistency.processes import trigflow, variance_exploding
@@ -36,80 +35,26 @@ from consistency.trigflow import (
 from consistency.weightings import LearnedWeighting, inverse_level, uniform
 from golden_formulas import NVLABS, RHO
 from golden_harness import Archive, Tolerance, read_json, read_safetensors, require_known
+from golden_later import Masked, Tolerances, Toy, features, numbered, tolerances
 from golden_networks import class_indices, nvlabs_module
 
 TIMES = Tolerance(of_each=1e-10)
 DOUBLE = Tolerance(of_norm=1e-9)
 
 
-class Tolerances(NamedTuple):
-    """What the golden README suggests for a case: float64 and its gradients, float32 outputs, losses, derivatives, gradients."""
-
-    double: Tolerance
-    double_gradient: Tolerance
-    output: Tolerance
-    loss: Tolerance
-    derivative: Tolerance
-    gradient: Tolerance
-
-
-def tolerances(*, difference: bool = False, ends: bool = False, toy: bool = True) -> Tolerances:
-    """The tolerances for a finite difference, for times near the ends of their range, for a U-Net.
-
-    The published U-Nets keep frequencies in float32 in the float64 run too.
-    """
-    output = 1e-5 if toy and not ends else 2e-4
-    parts = (1e-9, 1e-8, output, 2e-5, output, 1e-4)
-    if difference:
-        parts = (1e-8, 1e-8, output, 1e-4, 2e-3, 1e-4)
-    if not toy:
-        parts = (1e-7, 1e-6, *parts[2:])
-    return Tolerances(*(Tolerance(of_norm=n) for n in parts))
-
-
 # ------------------------------------------------------------------------ networks
-
-
-class Toy(nn.Module):
-    """F = conv_out(tanh(conv_in(x) + time phi(c_noise) + label y)) + 0.3 x, from section L2 of the golden README."""
-
-    no_class = -1
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        weights = read_safetensors(path)
-        outer, inner, side, _ = weights["conv_in.weight"].shape
-        self.conv_in = nn.Conv2d(inner, outer, side, padding=side // 2)
-        self.time = nn.Linear(weights["time.weight"].shape[1], outer)
-        self.num_classes = None
-        if "label.weight" in weights:
-            self.num_classes = weights["label.weight"].shape[1]
-            self.label = nn.Linear(self.num_classes, outer, bias=False)
-        self.conv_out = nn.Conv2d(outer, inner, 1)
-        own = {n: w for n, w in weights.items() if not n.startswith("logvar_linear")}
-        self.load_state_dict(own)
-
-    def forward(self, x: Data, c_noise: Time, label: Label = None) -> Data:
-        e = self.time(phi(c_noise))
-        if label is not None and self.num_classes is not None:
-            e = e + self.label(one_hot(label, self.num_classes, e.dtype))
-        return self.conv_out((self.conv_in(x) + e[:, :, None, None]).tanh()) + 0.3 * x
-
-
-def phi(a: Time) -> Float[Tensor, "b 3"]:
-    return torch.stack([a, (3 * a).sin(), (3 * a).cos()], dim=1)
 
 
 class Head(LearnedWeighting):
     """The head of a file's network, with the features of that network."""
 
     def __init__(
-        self, weights: dict[str, Tensor], c_noise: Callable[[Time], Time], features: Callable
+        self, weights: dict[str, Tensor], c_noise: Callable[[Time], Time], phi: Callable
     ) -> None:
         width = weights["logvar_linear.weight"].shape[1]
         super().__init__(preconditioning=lambda t: Scalings(t, t, t, c_noise(t)), width=width)
         self.linear.load_state_dict({n: weights[f"logvar_linear.{n}"] for n in ("weight", "bias")})
-        self.features = features
+        self.features = phi
 
 
 class Networks(NamedTuple):
@@ -145,7 +90,7 @@ def networks_of(folder: Path, name: str, net: dict[str, Any], c_noise: Callable)
     path = folder / f"{name}.safetensors"
     weights = read_safetensors(path)
     if net.get("model_type", "ToyNet") == "ToyNet":
-        network, features = Toy(path), phi
+        network, phi = Toy(path), features
     else:
         left_out = (*off, "drop_precond", "schedule_type", "net_pred_type", "hidden", "max_t")
         network = nvlabs_module({n: v for n, v in net.items() if n not in left_out})
@@ -154,17 +99,15 @@ def networks_of(folder: Path, name: str, net: dict[str, Any], c_noise: Callable)
         assert not unknown and all(n.endswith("resample_filter") for n in missing)  # constants
         width = weights["logvar_linear.weight"].shape[1]
         if isinstance(network, DhariwalUNet):
-            features = partial(sinusoidal_features, width=width)
+            phi = partial(sinusoidal_features, width=width)
         else:
-            features = network.map_noise
-    head = Head(weights, c_noise, features)
+            phi = network.map_noise
+    head = Head(weights, c_noise, phi)
     return Networks(network.double(), head.double())
 
 
 def load_weights(path: Path) -> nn.Module:
     """The network of one file of weights, for the account of the files."""
-    if path.stem.startswith("toy"):
-        return Toy(path)
     entry = read_json(path.with_name("nets.json"))["real"][path.stem.removesuffix("_teacher")]
     return networks_of(path.parent, path.stem, entry["kwargs"], lambda t: t).network
 
@@ -632,22 +575,6 @@ def compare_wrapper(archive: Archive) -> None:
 # ------------------------------------------------------------------------ dropout
 
 
-class Dropping(nn.Module):
-    """A network of one random mask a pass, which it keeps; in eval mode it drops nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-        self.masks = list[Tensor]()
-
-    def forward(self, x: Data, c_noise: Time, label: Label = None) -> Data:
-        mask = torch.ones(64)
-        if self.training:
-            mask = nn.functional.dropout(mask, 0.5)
-        self.masks.append(mask)
-        return x * self.weight * mask.mean() + broadcast_time(c_noise.sin(), x)
-
-
 def compare_dropout(path: Path) -> int:
     """The masks of sCT and sCD: as released without `shared_dropout`, and one for all passes with it."""
     content = read_json(path)
@@ -656,11 +583,11 @@ def compare_dropout(path: Path) -> int:
         difference, distils = "finite difference" in name, "sCD" in name
         for shared in (False, True):
             torch.manual_seed(0)
-            teacher, online = Dropping(), Dropping()
+            online, teacher = list[Tensor](), list[Tensor]()
             velocity: Velocity = DataVelocity()
             if distils:
                 velocity = TeacherVelocity(
-                    teacher=Denoiser(teacher, EDM(sigma_data=0.5, c_noise_scale=NVLABS)),
+                    teacher=Denoiser(Masked(teacher), EDM(sigma_data=0.5, c_noise_scale=NVLABS)),
                     sigma_data=0.5,
                 )
             objective = TrigFlowObjective(
@@ -674,21 +601,14 @@ def compare_dropout(path: Path) -> int:
                 head=None,
                 shared_dropout=shared,
             ).train()
-            slope = Denoiser(online, TrigFlowSlope(sigma_data=0.5, c_noise_scale=NVLABS)).train()
+            slope = Denoiser(
+                Masked(online), TrigFlowSlope(sigma_data=0.5, c_noise_scale=NVLABS)
+            ).train()
             x, t = torch.ones(2, 1, 2, 2), torch.tensor([0.3, 1.2])
             objective.losses_at(slope, x, None, t, 1.0, x)
             passes = [mask for mask in masks if mask != "none"]
-            assert ("none" in masks) == bool(teacher.masks)
-            assert all(bool((mask == 1).all()) for mask in teacher.masks)
+            assert ("none" in masks) == bool(teacher)
+            assert all(bool((mask == 1).all()) for mask in teacher)
             expected = [0] * len(passes) if shared else passes
-            assert numbered(online.masks) == expected, (name, shared, numbered(online.masks))
+            assert numbered(online) == expected, (name, shared, numbered(online))
     return len(found)
-
-
-def numbered(masks: list[Tensor]) -> list[int]:
-    """The number of each mask among the different ones, in the order of their first use."""
-    seen: list[Tensor] = []
-    for mask in masks:
-        if not any(torch.equal(mask, other) for other in seen):
-            seen.append(mask)
-    return [next(i for i, other in enumerate(seen) if torch.equal(mask, other)) for mask in masks]

@@ -90,7 +90,7 @@ WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
     ("later/toy_student.safetensors", later.Toy),
     ("later/toy_teacher.safetensors", later.Toy),
     ("later/toy_label_*.safetensors", later.Toy),
-    ("later/toy_two*.safetensors", meanflow.Toy),
+    ("later/toy_two*.safetensors", later.Toy),
     ("later/fastgen_*.safetensors", trigflow.load_weights),
     ("later/meanflow_song.safetensors", meanflow.song),
 ]

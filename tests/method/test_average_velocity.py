@@ -9,6 +9,7 @@ import torch
 from torch import Generator, nn
 
 from analytic import DOUBLE, normal, times
+from consistency.average_velocity import MeanFlowObjective
 from consistency.denoiser import Denoiser
 from consistency.derivatives import Derivative, ExactDerivative, FiniteDifference
 from consistency.distances import Adaptive, AdaptiveStep, Distance, SquaredNorm
@@ -20,7 +21,6 @@ from consistency.networks.dhariwal import DhariwalUNet
 from consistency.networks.layers import times_of
 from consistency.networks.mlp import MLP
 from consistency.networks.song import SongUNet
-from consistency.objectives import MeanFlowObjective
 from consistency.pairs import Pairs
 from consistency.preconditioning import RectifiedFlow, Unscaled
 from consistency.processes import rectified_flow, variance_exploding

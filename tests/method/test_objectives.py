@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from torch import Generator, Tensor, nn
 
 from analytic import DOUBLE, THREE_MODES, Gaussian, normal, times
 from consistency import trigflow
+from consistency.average_velocity import MeanFlowObjective
 from consistency.averaging import frozen_copy
 from consistency.denoiser import Denoiser
-from consistency.distances import L1, L2, Distance, PseudoHuber, SquaredNorm
+from consistency.derivatives import ExactDerivative, FiniteDifference
+from consistency.distances import L1, L2, Adaptive, Distance, PseudoHuber, SquaredNorm
 from consistency.errors import UserError
+from consistency.flow_pairs import FirstPairs
 from consistency.grids import KarrasGrid
 from consistency.networks.mlp import MLP
 from consistency.objectives import (
@@ -22,12 +26,20 @@ from consistency.objectives import (
     DenoisingObjective,
     Objective,
     ProgressiveObjective,
+    TruncatedObjective,
 )
 from consistency.pairs import LognormalTimes, RatioPairs, UniformPairs, UniformTimes
 from consistency.preconditioning import Boundary
 from consistency.randomness import Share
 from consistency.solvers import euler_step, heun_step
-from consistency.steps import DataStep, DataVelocity, Step, TeacherStep, TeacherVelocity
+from consistency.steps import (
+    DataStep,
+    DataVelocity,
+    FlowVelocity,
+    Step,
+    TeacherStep,
+    TeacherVelocity,
+)
 from consistency.tangents import HessianTangent, L1Tangent, L2Tangent, normalised
 from consistency.tensors import Data, Label, PerSample, Time
 from consistency.trigflow import TrigFlowObjective
@@ -44,7 +56,7 @@ class Dropping(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = MLP(channels=4, width=16, depth=2)
+        self.inner = MLP(channels=4, width=16, depth=2, second_time="gap")
         nn.init.normal_(self.inner.last.weight)
         self.dropout = nn.Dropout(0.5)
 
@@ -96,16 +108,38 @@ def denoising() -> DenoisingObjective:
     )
 
 
-def simplified() -> TrigFlowObjective:
+def simplified(derivative: trigflow.Derivative | None = None) -> TrigFlowObjective:
     return TrigFlowObjective(
         sigma_data=0.5,
         times=LognormalTimes(p_mean=-1.0, p_std=1.4),
         velocity=trigflow.DataVelocity(),
-        derivative=trigflow.ForwardDerivative(),
+        derivative=derivative or trigflow.ForwardDerivative(),
         normalisation=partial(normalised, c=0.1, per_root_dimension=False),
         distance=L2(),
         weighting=uniform,
         head=None,
+    )
+
+
+def truncated() -> TruncatedObjective:
+    return TruncatedObjective(
+        first_stage=network(2),
+        t_split=1.0,
+        boundary_share=0.25,
+        boundary_weight=0.1,
+        pairs=RatioPairs(times=LognormalTimes(p_mean=1.0, p_std=1.0), k=8.0, b=1.0),
+        step=DataStep(),
+        distance=L2(),
+        weighting=inverse_gap,
+    )
+
+
+def velocities() -> MeanFlowObjective:
+    return MeanFlowObjective(
+        pairs=FirstPairs(mean_t=-0.4, std_t=1.0, mean_r=-0.4, std_r=1.0, equal=0.25),
+        velocity=FlowVelocity(),
+        derivative=ExactDerivative(),
+        distance=Adaptive(p=0.75, c=1e-3),
     )
 
 
@@ -116,6 +150,8 @@ ALL: dict[str, Callable[[], nn.Module]] = {
     "progressive": progressive,
     "denoising": denoising,
     "simplified": simplified,
+    "truncated": truncated,
+    "velocities": velocities,
 }
 every = pytest.mark.parametrize("build", ALL.values(), ids=ALL.keys())
 
@@ -172,6 +208,28 @@ def test_the_loss_of_a_sample_does_not_depend_on_the_others(build: Callable[[], 
     a, b = (objective(online, online, x, None, 18, generator()).loss for x in (x_0, changed))
     assert torch.allclose(a[:-1], b[:-1], rtol=1e-4, atol=0)
     assert not torch.allclose(a[-1:], b[-1:], rtol=1e-4, atol=0)
+
+
+@every
+def test_a_forward_mode_derivative_needs_all_activations(build: Callable[[], nn.Module]) -> None:
+    objective, saving = build(), network().network
+    assert isinstance(objective, Objective)
+    objective.require_suited(saving)
+    saving.recompute = True
+    if not objective.forward_mode:
+        objective.require_suited(saving)
+        return
+    with pytest.raises(UserError, match="checkpoint_activations=true"):
+        objective.require_suited(saving)
+
+
+def test_only_exact_derivatives_are_of_forward_mode() -> None:
+    names = {"continuous", "continuous_stop_gradient", "simplified", "velocities"}
+    assert {name for name, build in ALL.items() if build().forward_mode} == names
+    velocity, pairs = FlowVelocity(), FirstPairs(mean_t=0, std_t=1, mean_r=0, std_r=1, equal=0.25)
+    parts: dict[str, Any] = {"velocity": velocity, "pairs": pairs, "distance": L2()}
+    assert not MeanFlowObjective(**parts, derivative=FiniteDifference(e=1e-4)).forward_mode
+    assert not simplified(trigflow.CentralDifference(share=1e-3)).forward_mode
 
 
 # ------------------------------------------------------------------------ consistency losses

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, TINY, Run
+from conftest import BEGINS_WITH, ROOT, TINY, Run
 from consistency.checkpoints.load import load
 from consistency.checkpoints.ours import read
 
@@ -45,6 +45,7 @@ def test_two_processes_train_alone(process: Run, tmp_path: Path) -> None:
 
 TWO_GPUS = pytest.param(
     "gpu",
+    "ct",
     marks=[
         pytest.mark.gpu,
         pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
@@ -52,11 +53,18 @@ TWO_GPUS = pytest.param(
 )
 
 
-@pytest.mark.parametrize("accelerator", [pytest.param("cpu", marks=pytest.mark.slow), TWO_GPUS])
-def test_two_processes_train_as_one(accelerator: str, process: Run, tmp_path: Path) -> None:
+ON_TWO_CPUS = [pytest.param("cpu", mode, marks=pytest.mark.slow) for mode in ("ct", "tcm", "sct", "meanflow")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("accelerator", "mode"), [*ON_TWO_CPUS, TWO_GPUS])
+def test_two_processes_train_as_one(
+    accelerator: str, mode: str, process: Run, trained: dict[str, Path], tmp_path: Path
+) -> None:
     """Over gloo or NCCL, the same batch: but for rounding, in float32 without TF32."""
     given = [option for option in TWO if "probe" not in option]
-    given += [f"trainer.accelerator={accelerator}", "float32_matmul=highest"]
+    given += [f"trainer.accelerator={accelerator}", "float32_matmul=highest", f"mode={mode}"]
+    if mode in BEGINS_WITH:
+        given += [f"teacher={trained[BEGINS_WITH[mode]]}"]
     states = []
     for devices in (1, 2):
         run = tmp_path / str(devices)

@@ -148,8 +148,7 @@ class ADM(nn.Module):
     heads; else it is `num_heads`, in the decoder `num_heads_upsample` where that is given. `resblock_updown` changes
     resolution inside residual blocks; otherwise layers do, strided or followed by a convolution if `conv_resample`.
     `second_time` joins the features of a second time to those of the first.
-    `checkpoint_activations` trades a second forward pass for memory; PyTorch cannot combine it with forward-mode
-    derivatives, for which `attention` must be "plain".
+    `checkpoint_activations` trades a second forward pass for memory, in losses without a forward-mode derivative.
     """
 
     def __init__(

@@ -126,6 +126,16 @@ def run(layer: nn.Module, *inputs: Tensor, recompute: bool) -> NewMaps:
     return layer(*inputs)
 
 
+def recomputes(network: nn.Module) -> bool:
+    """Whether the network computes activations again in the backward pass."""
+    return any(getattr(part, "recompute", False) for part in network.modules())
+
+
+def attends_fused(network: nn.Module) -> bool:
+    """Whether the network has attention by PyTorch's fused kernel."""
+    return any(getattr(part, "attention", None) == "sdpa" for part in network.modules())
+
+
 class Dropout(nn.Dropout):
     """Dropout of feature maps with at most `largest` rows; None: of all [Song and Dhariwal 2023, arXiv:2310.14189, Section 3.3]."""
 

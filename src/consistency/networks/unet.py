@@ -150,6 +150,7 @@ class UNetBlock(nn.Module):
             self.skip = nn.Conv2d(in_channels, out_channels, 1)
         head_channels = style.head_channels or out_channels
         self.heads = out_channels // head_channels if attention else 0
+        self.attention = style.attention if self.heads else None
         if self.heads:
             self.norm2 = group_norm(out_channels, style.eps)
             self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
@@ -204,6 +205,7 @@ class UNet(nn.Module):
         self.sides = [image_size >> level for level in range(len(widths))]
         self.widths, self.num_res_blocks, self.style = list(widths), num_res_blocks, style
         self.attention_sides = set(attention_resolutions)
+        self.recompute = style.recompute
         self._run = partial(layers.run, recompute=style.recompute)
 
     def _encoder(self, stem: int) -> tuple[nn.ModuleDict, list[int]]:

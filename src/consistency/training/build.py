@@ -26,9 +26,11 @@ from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
 from consistency.inference.card import ModelCard
+from consistency.networks.layers import attends_fused
 from consistency.objectives import Objective
 from consistency.runtime.devices import CUDA_GRAPHS, require_compiling, set_float32_matmul
 from consistency.runtime.files import fingerprint
+from consistency.runtime.ranks import this_launch
 from consistency.runtime.redaction import masked
 from consistency.training.length import shorten
 from consistency.training.lightning_patches import AtomicCheckpointIO
@@ -158,6 +160,8 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
     objective = _plain(instantiate(config.mode.objective, _convert_="all"))
     if isinstance(objective, Objective):
         objective.require_suited(network)
+        if objective.forward_mode and attends_fused(network):
+            tell_of_plain_attention()
     return ConsistencyModule(
         online=Denoiser(network, instantiate(config.mode.preconditioning)),
         objective=objective,
@@ -172,6 +176,17 @@ def build_module(config: DictConfig, data: DataModule | None = None) -> Consiste
         sources=_sources(config),
         callbacks=tuple if data is not None else lambda: _built(*method),
     )
+
+
+@cache
+def tell_of_plain_attention() -> None:
+    """Print, once a process and on the first rank, that the derivative takes more memory than the fused kernel."""
+    if this_launch().first:
+        print(
+            "Attention takes its plain formula in the derivative of the loss: PyTorch's fused kernels have no "
+            "forward-mode derivative.",
+            flush=True,
+        )
 
 
 def _augmentation(config: DictConfig) -> EDMAugmentation | None:
