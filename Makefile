@@ -30,7 +30,7 @@ demo: $(READY) ## serve a page for trying a checkpoint: the newest run, or CHECK
 	@test -n "$(CHECKPOINT)" || { echo 'no run in runs/: make train first, or make demo CHECKPOINT=<run or file>'; exit 2; }
 	$(BIN)/python src/demo.py "checkpoint=$(CHECKPOINT)" $(ARGS)
 
-compare: $(READY) ## compare ect, ict, cd and ct at equal training time
+compare: $(READY) ## compare nine modes at equal training time (170 s each; fewer: ARGS="modes=[ect,cd]")
 	$(BIN)/python src/compare.py $(ARGS)
 
 test: $(READY) ## run the tests (under 10 minutes on 2 cores)
@@ -42,8 +42,8 @@ test-slow: $(READY) ## run the long tests
 test-kill: $(READY) ## kill a hundred runs and compare each with one that was never stopped
 	$(BIN)/python -m pytest -m kill $(ARGS)
 
-oracle: $(READY) ## train every mode on a law with exact answers, a minute of CPU each, and print the errors
-	$(BIN)/python tests/tools/oracle.py $(ARGS)
+oracle: $(READY) ## train every mode on a law with exact answers, three times a minute of CPU each (40 minutes), and print the errors
+	@PYTHONPATH=tests/support $(BIN)/python tests/tools/oracle.py $(ARGS)
 
 gpu: $(READY) ## run what needs a GPU, tests and benchmarks (8 minutes); says so in one line where there is none
 	@PYTHONPATH=tests:tests/support:tests/golden $(BIN)/python tests/tools/gpu.py $(ARGS)

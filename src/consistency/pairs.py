@@ -81,8 +81,9 @@ class DiscreteLognormalPairs(Lognormal):
 
     grid: KarrasGrid
 
+    @cache  # noqa: B019, one law a run, and N(k) takes few values
     def probabilities(self, num_scales: int) -> Float[Tensor, "_intervals"]:
-        """p(i) for i = 0 ... N-2, descending in noise, in float64."""
+        """p(i) for i = 0 ... N-2, descending in noise, in float64; the same tensor for the same N."""
         log_t = self.grid.points(num_scales).log()
         mass = torch.erf((log_t - self.p_mean) / (math.sqrt(2) * self.p_std))
         gaps = mass[:-1] - mass[1:]

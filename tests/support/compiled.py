@@ -139,12 +139,13 @@ def law(device: str, mode: str = "ct") -> None:
     losses, states, errors = [], [], []
     for compilation in (False, True):
         seen = Losses()
-        given = mode, oracle.ORACLES[mode], LAW_STEPS, seen
-        module = oracle.train(*given, compilation=compilation)
+        known = oracle.ORACLES[mode]
+        module = oracle.train(mode, known, LAW_STEPS, seen, compilation=compilation)
         assert (module.online.network._compiled_call_impl is not None) is compilation
         losses.append(dict(enumerate(torch.tensor(seen.values))))
         states.append(module.state_dict())
-        errors.append(dict(enumerate(torch.tensor(oracle.measured(module)[0]))))
+        reached, _ = oracle.measured(oracle.sampling(module), known)
+        errors.append(dict(enumerate(torch.tensor(reached))))
     found = [apart(*losses), apart(*states), apart(*errors)]
     numbers = "losses {:.1e}, weights {:.1e}, errors {:.1e}".format(*found)
     print(f"law, {mode}: {numbers} apart after {LAW_STEPS} steps")

@@ -1,29 +1,34 @@
-"""Train every mode on data with known answers: `python tests/tools/oracle.py [seconds per mode] [mode ...]`.
+"""Train every mode on data with known answers: `python tests/tools/oracle.py [--seeds 0 1 2] [mode ...]`.
 
-Print a table and write it to runs/oracle/table.md, with a picture of the one-step samples in runs/oracle/samples.png.
+Write runs/oracle/table.md and samples.png, one-step samples, of all results there. A result is a file of a mode and a seed;
+one that is there is kept, so that an interrupted call goes on where it stopped, and several can share the work. `--seeds`
+without a seed trains nothing.
 
 Data: points of the plane whose coordinates follow the mixture of three modes in `analytic`, for which the map from
-noise to data is known. Each mode is trained for about the given processor time with its own YAML, the LightningModule
+noise to data is known. Each mode is trained for about the same processor time by its own YAML, the LightningModule
 and the callbacks that a run has; only the data, a small network and the lengths of schedules are this file's. Printed
-beside what one loop reached before (an untuned single loop, at its own budget): the root-mean-square error of the one-step map,
+beside what one loop reached before (an untuned single loop, one seed): the root-mean-square error of the one-step map,
 the Wasserstein-1 distance per coordinate after one and two steps, and the ratio of standard deviations. The first two
 are in standard deviations of the data; 0, 0, 0 and 1 would be exact, and the error 0.99 is a constant answer.
 """
 
+import json
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader
 
@@ -32,21 +37,28 @@ from consistency.commands import schema
 from consistency.data.module import DataModule
 from consistency.denoiser import Denoiser
 from consistency.flow_samplers import flow_jumps
-from consistency.networks.mlp import MLP
-from consistency.preconditioning import EDM
 from consistency.randomness import generator
 from consistency.samplers import Sampler, multistep, onestep
-from consistency.schedules import falling_rate
 from consistency.tensors import Data, Denoise, Label, Time
-from consistency.training.build import quiet
-from consistency.training.callbacks.ema import EvaluationEMA
-from consistency.training.callbacks.schedules import LearningRateSchedule
+from consistency.training.build import build_module, quiet
 from consistency.training.module import ConsistencyModule
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "runs" / "oracle"
-BATCH, AVERAGE, SHOWN = 512, 0.999, 2000
-SCALINGS = EDM(sigma_data=0.5, c_noise_scale=0.25)
+BATCH, SHOWN, TRIAL = 512, 2000, 80
+NETWORK = {"_target_": "consistency.networks.mlp.MLP", "channels": 2, "width": 128, "depth": 3}
+SETTINGS = [
+    "data=mixture",
+    "data.image_size=1",
+    "data.channels=2",
+    f"data.batch_size={BATCH}",
+    "output=/nowhere",
+    "mode.rate=falling",
+    "parts.rate.falling.start=0.0",
+    "mode.average=power",
+    "parts.average.power.widths=[0.05]",
+]
+"""Of every run: the rate falls linearly to 0, and the average spans a twentieth of the run."""
 MIXTURE = tuple(
     values.float() for values in (THREE_MODES.weights, THREE_MODES.means, THREE_MODES.stds)
 )
@@ -61,12 +73,14 @@ def exact_denoiser() -> Denoise:
     return denoise
 
 
-TRAINED: dict[str, Denoiser] = {}
+def weights_of(mode: str, seed: int) -> Path:
+    return FOLDER / f"{mode}_{seed}.pt"
 
 
-def trained_denoiser(mode: str = "edm") -> Denoiser:
+def trained_denoiser(mode: str, seed: int) -> Denoiser:
     """Return what a mode has trained, before the present one."""
-    return TRAINED[mode]
+    denoiser: Denoiser = torch.load(weights_of(mode, seed), weights_only=False)
+    return denoiser
 
 
 ONE = partial(onestep, t_max=80.0, clip=False)
@@ -106,7 +120,7 @@ ORACLES = {
     "tcm": Oracle(
         [
             "~mode.objective.first_stage",
-            "+mode.objective.first_stage={_target_: oracle.trained_denoiser, mode: ect}",
+            "+mode.objective.first_stage={_target_: oracle.trained_denoiser, mode: ect, seed: ${seed}}",
             "parts.scales.constant.num_scales=256",
         ],
         init="ect",
@@ -116,8 +130,11 @@ ORACLES = {
     "progdist": Oracle(
         [
             "~mode.callbacks.stages.teacher",
-            "+mode.callbacks.stages.teacher={_target_: oracle.trained_denoiser}",
+            "+mode.callbacks.stages.teacher={_target_: oracle.trained_denoiser, mode: edm, seed: ${seed}}",
             "parts.scales.halving.s_0=64",
+            "mode.rate=falling_in_stages",
+            "mode.average=constant",
+            "parts.average.constant.decays=[0.95]",
         ],
         init="edm",
     ),
@@ -159,11 +176,14 @@ class Plane(DataModule):
         return (means[mode] + stds[mode] * z).reshape(images.shape)
 
 
-def configured(name: str, oracle: Oracle, steps: int) -> Any:
+def configured(name: str, oracle: Oracle, steps: int, seed: int) -> Any:
     schema.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        run = [f"mode={name}", f"trainer.max_steps={steps}", "output=/nowhere"]
-        return compose("train", [*run, *oracle.overrides])
+        length = [f"trainer.max_steps={steps}", f"seed={seed}", f"optimizer.lr={oracle.lr}"]
+        config = compose("train", [f"mode={name}", *SETTINGS, *length, *oracle.overrides])
+    second_time = config.model.network.get("second_time")
+    config.model.network = OmegaConf.create({**NETWORK, "second_time": second_time})
+    return config
 
 
 def train(
@@ -171,29 +191,17 @@ def train(
     oracle: Oracle,
     steps: int,
     *callbacks: L.Callback,
+    seed: int = 0,
     compilation: bool = False,
 ) -> ConsistencyModule:
     """Train a mode with its own callbacks and the given ones, its networks compiled or not."""
-    torch.manual_seed(0)
-    config = configured(name, oracle, steps)
-    second_time = config.model.network.get("second_time")
-    network = MLP(channels=2, width=128, depth=3, second_time=second_time)
+    torch.manual_seed(seed)
+    config = configured(name, oracle, steps, seed)
+    config.compile = compilation
+    module = build_module(config)
     if oracle.init:
-        network.load_state_dict(TRAINED[oracle.init].network.state_dict())
-    module = ConsistencyModule(
-        online=Denoiser(network, instantiate(config.mode.preconditioning)),
-        objective=instantiate(config.mode.objective, _convert_="all"),
-        sampling_preconditioning=instantiate(config.mode.sampling_preconditioning),
-        optimizer=partial(torch.optim.RAdam, lr=oracle.lr),
-        card=None,
-        config={},
-        seed=0,
-        on_nonfinite="stop",
-        sources={},
-        compilation=compilation,
-    )
-    fall = partial(falling_rate, start=0.0, total_steps=steps)
-    mode_callbacks = [instantiate(node, _convert_="all") for node in config.mode.callbacks.values()]
+        start = trained_denoiser(oracle.init, seed)
+        module.online.network.load_state_dict(start.network.state_dict())
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -202,15 +210,30 @@ def train(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[
-            *mode_callbacks,
-            LearningRateSchedule(factor=fall),
-            EvaluationEMA(decays=[AVERAGE]),
-            *callbacks,
-        ],
+        callbacks=list(callbacks),
     )
     trainer.fit(module, datamodule=Plane(steps))
     return module
+
+
+def sampling(module: ConsistencyModule) -> Denoiser:
+    """Return the average under the scalings for samples."""
+    return Denoiser(next(iter(module.averages.values())), module.sampling_preconditioning)
+
+
+class Clock(L.Callback):
+    """Processor seconds at the beginning of every step, and at the end."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.times.append(time.process_time())
+
+    on_train_end = on_train_batch_start
+
+    def per_step(self) -> float:
+        return median(b - a for a, b in zip(self.times, self.times[1:], strict=False))
 
 
 @torch.no_grad()
@@ -242,83 +265,123 @@ def measured(
 
 
 @dataclass(frozen=True)
-class Row:
-    """The results of one mode: name, steps, processor seconds, the four numbers and one-step samples (n, 2)."""
+class Result:
+    """Of one mode and seed: steps, processor seconds, the four numbers and one-step samples (n, 2)."""
 
-    name: str
+    mode: str
+    seed: int
     steps: int
     seconds: float
-    numbers: tuple[float, float, float, float]
-    samples: Tensor
+    numbers: tuple[float, ...]
+    samples: list[list[float]]
 
 
-HEAD = "| mode | steps | CPU s | map error | W1, 1 step | W1, 2 steps | std ratio | one loop before: the same four |\n"
+def result_of(mode: str, seed: int) -> Path:
+    return FOLDER / f"{mode}_{seed}.json"
 
 
-def markdown(rows: list[Row]) -> str:
+def results() -> dict[str, list[Result]]:
+    """Return all results that are there, by mode."""
+    found = {name: sorted(FOLDER.glob(f"{name}_[0-9]*.json")) for name in ORACLES}
+    return {
+        name: [Result(**json.loads(file.read_text())) for file in files]
+        for name, files in found.items()
+        if files
+    }
+
+
+def obtain(name: str, seed: int, seconds: float) -> None:
+    """Train a mode, and the one that it starts from, unless its result is there."""
+    oracle = ORACLES[name]
+    if result_of(name, seed).exists():
+        return
+    if oracle.init:
+        obtain(oracle.init, seed, seconds)
+    trial, clock = Clock(), Clock()
+    train(name, oracle, TRIAL, trial, seed=seed)
+    steps = max(int(seconds / trial.per_step()), TRIAL)
+    denoise = sampling(train(name, oracle, steps, clock, seed=seed))
+    spent = clock.times[-1] - clock.times[0]
+    numbers, samples = measured(denoise, oracle)
+    points = [[round(x, 4) for x in point] for point in samples.tolist()]
+    torch.save(denoise, weights_of(name, seed))
+    result = Result(name, seed, steps, spent, numbers, points)
+    result_of(name, seed).write_text(json.dumps(asdict(result)))
+    print(f"seed {seed}", markdown({name: [result]}).splitlines()[-1], flush=True)
+
+
+HEAD = (
+    "| mode | from | seeds | steps | CPU s | map error | W1, 1 step | W1, 2 steps | std ratio "
+    "| one loop before: the same four |\n|---|---|--:|--:|--:|--:|--:|--:|--:|---|\n"
+)
+
+
+def spread(values: Iterable[float]) -> str:
+    """Return the median with the smallest and the largest of several values."""
+    low, *_, high = ordered = sorted([*values] * 2)
+    middle = f"{median(ordered):.3f}"
+    return middle if low == high else f"{middle} ({low:.3f} to {high:.3f})"
+
+
+def markdown(found: dict[str, list[Result]]) -> str:
     """Return the table."""
-    lines = [HEAD, "|---|--:|--:|--:|--:|--:|--:|---|\n"]
-    for row in rows:
-        numbers = " | ".join(f"{number:.3f}" for number in row.numbers)
-        before = " ".join(ORACLES[row.name].reached.split()) or "not known"
-        lines.append(f"| `{row.name}` | {row.steps} | {row.seconds:.0f} | {numbers} | {before} |\n")
+    lines = [HEAD]
+    for name, runs in found.items():
+        before = " ".join(ORACLES[name].reached.split()) or "not known"
+        start = f"`{ORACLES[name].init}`" if ORACLES[name].init else "random"
+        numbers = " | ".join(spread(n) for n in zip(*(run.numbers for run in runs), strict=True))
+        steps, seconds = median(run.steps for run in runs), median(run.seconds for run in runs)
+        size = f"{len(runs)} | {steps:.0f} | {seconds:.0f}"
+        lines.append(f"| `{name}` | {start} | {size} | {numbers} | {before} |\n")
     return "".join(lines)
 
 
-def picture(rows: list[Row], path: Path) -> None:
-    """Draw one panel per mode: its one-step samples over samples of the data."""
+def picture(found: dict[str, list[Result]], path: Path) -> None:
+    """Draw one panel per mode: one-step samples of its first seed over samples of the data."""
     columns = 4
-    height = -(-len(rows) // columns)
+    height = -(-len(found) // columns)
     figure = Figure(figsize=(3 * columns, 3 * height), layout="constrained")
     weights, means, stds = MIXTURE
     draw = generator(1, "oracle")
     mode = torch.multinomial(weights, 2 * SHOWN, replacement=True, generator=draw)
     law = (means[mode] + stds[mode] * torch.randn(2 * SHOWN, generator=draw)).reshape(-1, 2)
-    for place, row in enumerate(rows, start=1):
+    for place, (name, runs) in enumerate(found.items(), start=1):
         axes = figure.add_subplot(height, columns, place)
         axes.scatter(*law.T, s=2, color="0.75", linewidths=0, label="data")
-        axes.scatter(*row.samples.T, s=2, color="tab:blue", linewidths=0, label="one step")
-        axes.set(title=row.name, xlim=(-1.3, 1.4), ylim=(-1.3, 1.4), aspect="equal")
+        axes.scatter(
+            *zip(*runs[0].samples, strict=True),
+            s=2,
+            color="tab:blue",
+            linewidths=0,
+            label="one step",
+        )
+        axes.set(title=name, xlim=(-1.3, 1.4), ylim=(-1.3, 1.4), aspect="equal")
         axes.set(xticks=[], yticks=[])
         if place == 1:
             axes.legend(loc="upper left", markerscale=4, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
+    parser = ArgumentParser(description="Train modes on a law with exact answers.")
+    parser.add_argument("modes", nargs="*", help="default: all", default=list(ORACLES))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--seconds", type=float, default=60.0, help="processor time of a mode")
+    given = parser.parse_args()
     warnings.filterwarnings("ignore")
     quiet()
     torch.set_num_threads(1)
     # The parts above are found by their name in this module, which is __main__ now.
     sys.modules["oracle"] = sys.modules[__name__]
-    seconds = float(arguments[0]) if arguments else 60.0
-    chosen = {"edm", *(arguments[1:] or ORACLES)}
-    chosen |= {ORACLES[name].init for name in chosen}
-    rows = []
-    for name, oracle in ORACLES.items():
-        if name not in chosen:
-            continue
-        print(f"{name} ...", flush=True)
-        train_again = partial(train, name, oracle)
-        TRAINED.setdefault("edm", Denoiser(MLP(channels=2, width=128, depth=3), SCALINGS))
-        begin = time.process_time()
-        train_again(60)
-        per_step = (time.process_time() - begin) / 60
-        steps = max(int(seconds / per_step), 64)
-        begin = time.process_time()
-        module = train_again(steps)
-        spent = time.process_time() - begin
-        average = module.averages[f"ema:{AVERAGE}"]
-        sampling = Denoiser(average, module.sampling_preconditioning)
-        TRAINED[name] = sampling
-        numbers, samples = measured(sampling, oracle)
-        rows.append(Row(name, steps, spent, numbers, samples))
-        print(markdown(rows).splitlines()[-1], flush=True)
-    picture(rows, FOLDER / "samples.png")
-    (FOLDER / "table.md").write_text(markdown(rows))
-    print(f"\n{markdown(rows)}\nPicture: {FOLDER / 'samples.png'}")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for seed in given.seeds:
+        for name in given.modes:
+            obtain(name, seed, given.seconds)
+    found = results()
+    picture(found, FOLDER / "samples.png")
+    (FOLDER / "table.md").write_text(markdown(found))
+    print(f"\n{markdown(found)}\nPicture: {FOLDER / 'samples.png'}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -25,14 +25,30 @@ def compare(config: DictConfig, output: Path) -> None:
     require(config.seconds > 0, "seconds > 0", config.seconds, "give the training time of a mode")
     require_fresh(output)
     output.mkdir(parents=True, exist_ok=True)
+    teachers = teachers_of(config)
     teacher = _train_for(config, config.teacher_mode, output)
-    runs = [_train_for(config, m, output, f"teacher={teacher['folder']}") for m in config.modes]
+    folders, runs = {config.teacher_mode: teacher["folder"]}, []
+    for mode in config.modes:
+        runs.append(_train_for(config, mode, output, f"teacher={folders[teachers[mode]]}"))
+        folders[mode] = runs[-1]["folder"]
     runs.append(teacher)
     table = markdown(runs, teacher_mode=config.teacher_mode)
     (output / "comparison.md").write_text(table)
     (output / "comparison.json").write_text(json.dumps(runs, indent=2))
     picture(runs, config.seed).save(output / "comparison.png")
     print(f"\n{table}\nPicture: {output / 'comparison.png'}\nTable:   {output / 'comparison.md'}")
+
+
+def teachers_of(config: DictConfig) -> dict[str, str]:
+    """Return the mode of every mode's teacher; refuse one that is not trained before its student."""
+    before, teachers = [config.teacher_mode], {}
+    for mode in config.modes:
+        teachers[mode] = teacher = config.teachers.get(mode, config.teacher_mode)
+        expected = f"the teacher of {mode} among the modes before it: {', '.join(before)}"
+        remedy = f"say modes=[{teacher},{mode}], or leave {mode} out"
+        require(teacher in before, expected, f"{teacher}, by teachers.{mode}", remedy)
+        before.append(mode)
+    return teachers
 
 
 def _train_for(config: DictConfig, mode: str, output: Path, *extra: str) -> dict[str, Any]:
