@@ -71,8 +71,9 @@ class Toy(nn.Module):
         super().__init__()
         self.second_time, self.lowest = second_time, lowest
         weights = read_safetensors(path)
-        listed = read_json(path.with_name("nets.json"))["toys"][path.stem]["parameters"]
-        weights = {name: weights[name] for name, _ in listed}
+        listed = read_json(path.with_name("nets.json"))["toys"][path.stem].get("parameters")
+        if listed is not None:  # an average has those of its network
+            weights = {name: weights[name] for name, _ in listed}
         self.num_classes = weights["label.weight"].shape[1] if "label.weight" in weights else None
         for name in dict.fromkeys(key.split(".")[0] for key in weights):
             self.add_module(name, nn.Module())
