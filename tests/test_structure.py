@@ -18,7 +18,7 @@ FLOORS = [
     ["errors", "tensors", "pixels", "schedules", "grids", "preconditioning", "averaging", "randomness", "networks"],
     ["processes", "solvers", "pairs", "distances", "weightings", "denoiser", "tangents", "augmentation", "derivatives", "flow_pairs"],
     ["steps", "samplers", "editing", "flow_samplers"],
-    ["objectives", "trigflow", "average_velocity"],
+    ["objectives", "trigflow", "average_velocity", "shortcuts"],
 ]  # fmt: skip
 CORE = {name: number for number, names in enumerate(FLOORS, start=1) for name in names}
 FRAMEWORKS = ("lightning", "hydra", "omegaconf", "wandb", "torchmetrics", "torchvision", "numpy")

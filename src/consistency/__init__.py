@@ -11,7 +11,7 @@ imports only from its floor and those below it, and torch and jaxtyping:
                         networks: adm song dhariwal (with unet and layers) mlp
     floor 2, phrases    processes solvers pairs flow_pairs distances weightings denoiser tangents derivatives augmentation
     floor 3, sentences  steps samplers flow_samplers editing
-    floor 4, paragraph  objectives trigflow (sCT and sCD) average_velocity (MeanFlow)
+    floor 4, paragraph  objectives trigflow (sCT and sCD) average_velocity (MeanFlow) shortcuts (alpha-Flow and shortcut models)
 
 The shell stands in rooms:
 

@@ -49,14 +49,18 @@ class L2OverDimension(nn.Module):
 
 
 class Adaptive(nn.Module):
-    """S / stopgrad(S + c)^p with S = ||x - y||^2 [Geng et al. 2025, arXiv:2505.13447, adaptive weight]; p = 0 is S, p = 1 is nearly constant."""
+    """S / stopgrad(S + c)^p with S = ||x - y||^2 [Geng et al. 2025, arXiv:2505.13447, adaptive weight]; p = 0 is S, p = 1 is nearly constant.
 
-    def __init__(self, *, p: float, c: float) -> None:
+    per_dimension: S is the mean of the squares, not their sum [released code of alpha-Flow].
+    """
+
+    def __init__(self, *, p: float, c: float, per_dimension: bool = False) -> None:
         super().__init__()
-        self.p, self.c = p, c
+        self.p, self.c, self.per_dimension = p, c, per_dimension
 
     def forward(self, x: Data, y: Data) -> PerSample:
-        s = (x - y).square().sum(dim=(1, 2, 3))
+        squares = (x - y).square()
+        s = squares.mean(dim=(1, 2, 3)) if self.per_dimension else squares.sum(dim=(1, 2, 3))
         return s / (s.detach() + self.c) ** self.p
 
 

@@ -1,12 +1,14 @@
 """Laws of the pairs (t, r), r <= t, of an average velocity: logit-normal times, and a share with r = t, which learn the velocity itself.
 
 Both times are t_max sigmoid(mean + std n) of normal draws n; the laws differ in how they order the two and choose that share.
+`HalvedPairs` are those of shortcut models.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from consistency.errors import require
@@ -75,3 +77,54 @@ class CountedPairs(LogitNormalPairs):
 
     def chosen(self, u: Float[Tensor, "b"]) -> Tensor:
         return torch.arange(len(u), device=u.device) < (u >= 1 - self.equal).sum()
+
+
+class SinglePairs(FirstPairs):
+    """As `FirstPairs`, with the time of a pair with r = t not the later of two draws but one [released code of alpha-Flow, `minmax`]."""
+
+    def arranged(self, t: Time, r: Time, u: Float[Tensor, "b"]) -> tuple[Time, Time]:
+        chosen = self.chosen(u)
+        return torch.where(chosen, t, torch.maximum(t, r)), torch.where(
+            chosen, t, torch.minimum(t, r)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalvedPairs:
+    """Jumps of length 2^-k between multiples of it: t = 1 - i 2^-k and r = t - 2^-k, i uniform [Frans et al. 2024, arXiv:2410.12557; released code].
+
+    The first int(bootstrap b) of the batch have k = log2(steps) - 1 .. 0 in this order, equally many each, the rest of them
+    k = 0; of fewer samples than these k, each draws its own. The others have the shortest length, 1 / steps.
+
+    bootstrap: share of the long jumps, 1/8 as released. steps: a power of 2, released 128.
+    """
+
+    bootstrap: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        remedy = "0.125 is published"
+        require(0 <= self.bootstrap <= 1, "a share bootstrap from 0 to 1", self.bootstrap, remedy)
+        power = self.steps >= 2 and self.steps & (self.steps - 1) == 0
+        require(power, "steps that are a power of 2, from 2 on", self.steps, "128 is published")
+
+    def at(self, u: Float[Tensor, "b"]) -> tuple[Time, Time]:
+        """(t, r) of uniform draws on [0, 1)."""
+        k, u = self.halvings(u)
+        parts = torch.exp2(k.to(u.dtype))
+        t = 1 - (u * parts).floor() / parts
+        return t, t - 1 / parts
+
+    def halvings(self, u: Float[Tensor, "b"]) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"]]:
+        """k of each sample, and draws for the time."""
+        most, long = int(math.log2(self.steps)), int(self.bootstrap * len(u))
+        place = torch.arange(len(u), device=u.device)
+        if long >= most:
+            k, rest = (most - 1 - place // (long // most)).clamp(min=0), u
+        else:
+            k, rest = (most * u).long(), (most * u).frac()
+        shortest = place >= long
+        return torch.where(shortest, most, k), torch.where(shortest, u, rest)
+
+    def __call__(self, batch: int, num_scales: int, generator: Generator) -> tuple[Time, Time]:
+        return self.at(torch.rand(batch, generator=generator, device=generator.device))

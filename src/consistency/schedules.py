@@ -120,6 +120,24 @@ def warm_up(k: int, *, ramp_steps: int) -> float:
     return min(1.0, k / ramp_steps) if ramp_steps else 1.0
 
 
+def falling_sigmoid(
+    k: int, *, start_steps: int, end_steps: int, gamma: float, clamp: float
+) -> float:
+    """alpha(k) = 1 - sigmoid(gamma ((k - start) / (end - start) - 1/2)), 1 before and 0 after; within `clamp` of an end, that end.
+
+    [Zhang et al. 2025, arXiv:2510.20771, released code: gamma 25, clamp 0.005, start 0 and end 400,000 of 400,000 steps]
+    """
+    if k < start_steps or k > end_steps:
+        return 1.0 if k < start_steps else 0.0
+    alpha = 1 - 1 / (1 + math.exp(-gamma * ((k - start_steps) / (end_steps - start_steps) - 0.5)))
+    return 0.0 if alpha < clamp else 1.0 if alpha > 1 - clamp else alpha
+
+
+def constant_share(k: int, *, alpha: float) -> float:
+    """alpha(k) = alpha."""
+    return alpha
+
+
 def rising_rate(k: float, *, ramp_steps: float, start: float = 0.0) -> float:
     """Linearly from `start` up to 1 at `ramp_steps`: a factor of the learning rate [Karras et al. 2022, Table 7]."""
     return start + (1 - start) * min(k / max(ramp_steps, 1e-8), 1.0)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from consistency.errors import require
@@ -104,8 +104,11 @@ class SelfGuidance:
             if share != 0:
                 with dropout.replayed():
                     mixed = mixed + share * average(x_t, t, known, r=t)
-        inside = (t >= self.t_start) & (t <= self.t_end)
-        return torch.where(broadcast_time(inside, v), mixed, v)
+        return torch.where(broadcast_time(self.inside(t), v), mixed, v)
+
+    def inside(self, t: Time) -> Bool[Tensor, "b"]:
+        """The samples that are guided."""
+        return (t >= self.t_start) & (t <= self.t_end)
 
 
 class Guided(nn.Module):

@@ -112,7 +112,9 @@ class Toy(nn.Module):
         super().__init__()
         self.second_time, self.lowest = second_time, lowest
         weights = read_safetensors(path)
-        listed = read_json(path.with_name("nets.json"))["toys"][path.stem]["parameters"]
+        toy = read_json(path.with_name("nets.json"))["toys"][path.stem]
+        # An average has the parameters of its network.
+        listed = toy.get("parameters", [(name, None) for name in weights])
         assert set(weights) == {name for name, _ in listed}
         self.num_classes = weights["label.weight"].shape[1] if "label.weight" in weights else None
         for name, _ in listed:

@@ -24,6 +24,7 @@ import golden_meanflow as meanflow
 import golden_networks as networks
 import golden_perceptual as perceptual
 import golden_samplers as samplers
+import golden_shortcuts as shortcuts
 import golden_trajectories as trajectories
 import golden_trigflow as trigflow
 import golden_truncated as truncated
@@ -78,6 +79,8 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("later/fastgen_meanflow.npz", meanflow.compare_fastgen),
     ("later/fastgen_samplers.npz", flow_sampling.compare_fastgen_samplers),
     ("later/fastgen_time.npz", flow_sampling.compare_flow_times),
+    ("later/alphaflow.npz", shortcuts.compare_alphaflow),
+    ("later/shortcut_jax.npz", shortcuts.compare_shortcut),
 ]
 
 WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
@@ -91,6 +94,7 @@ WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
     ("later/toy_teacher.safetensors", later.Toy),
     ("later/toy_label_*.safetensors", later.Toy),
     ("later/toy_two*.safetensors", later.Toy),
+    ("later/toy_shortcut_ema.safetensors", later.Toy),
     ("later/fastgen_*.safetensors", trigflow.load_weights),
     ("later/meanflow_song.safetensors", meanflow.song),
 ]
@@ -102,6 +106,7 @@ SHAPES: list[tuple[str, Callable[[Path], int]]] = [
     ("later/dropout.json", fastgen_time.compare_dropout),
     ("later/dropout.json", trigflow.compare_dropout),
     ("later/dropout.json", flow_sampling.compare_dropout),
+    ("later/dropout.json", shortcuts.compare_dropout),
 ]
 
 SETTINGS = [
@@ -147,15 +152,12 @@ NEVER: list[tuple[str, str, str]] = [
     ("later/fastgen_time.npz", "schedule.[et]*.t_list_*", "time points, which are given to ours"),
     ("later/fastgen_time.npz", "schedule.[et]*.idx_t", "as above"),
     ("later/rcm.npz", "*", "rCM: its discrete derivatives and warm-up belong to no mode of ours"),
-    ("later/alphaflow.npz", "*", "alpha-Flow, which is no mode of ours"),
     (
         "later/imeanflow_jax.npz",
         "*",
         "improved MeanFlow with its head of velocities, no mode of ours",
     ),
     ("later/toy_imf.safetensors", "*", "its network"),
-    ("later/shortcut_jax.npz", "*", "shortcut models, no mode of ours"),
-    ("later/toy_shortcut_ema.safetensors", "*", "their target network"),
     (
         "later/imm.npz",
         "*",

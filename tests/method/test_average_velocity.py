@@ -365,7 +365,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 def test_an_unknown_second_time_is_refused() -> None:
     assert [times_of(second_time) for second_time in (None, "gap", "end")] == [1, 2, 2]
-    with pytest.raises(ValueError, match='"gap", "end" or None; got "both"'):
+    with pytest.raises(ValueError, match='"halvings" or None; got "both"'):
         times_of("both")
 
 

@@ -255,14 +255,14 @@ MUTATIONS = [
     Mutation(
         "a mean over pixels in the adaptive weight",
         f"{SOURCE}/distances.py",
-        "s = (x - y).square().sum(dim=(1, 2, 3))",
-        "s = (x - y).square().mean(dim=(1, 2, 3))",
+        "else squares.sum(dim=(1, 2, 3))",
+        "else squares.mean(dim=(1, 2, 3))",
     ),
     Mutation(
         "the end of a jump for its length",
         f"{SOURCE}/networks/layers.py",
-        "second = c_noise - r if",
-        "second = r if",
+        "gap = c_noise - r",
+        "gap = r",
     ),
     Mutation(
         "the student as its own target below t'",

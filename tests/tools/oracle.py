@@ -85,6 +85,10 @@ def trained_denoiser(mode: str, seed: int) -> Denoiser:
 
 ONE = partial(onestep, t_max=80.0, clip=False)
 TWO = partial(multistep, times=[80.0, 0.821], t_min=0.002, t_max=80.0, clip=False)
+JUMPS: dict[str, Any] = {
+    "one": partial(flow_jumps, times=[1.0], t_max=1.0),
+    "two": partial(flow_jumps, times=[1.0, 0.5], t_max=1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -150,11 +154,9 @@ ORACLES = {
         init="edm",
         reached=".172 .129 .130  .977",
     ),
-    "meanflow": Oracle(
-        reached=".206 .125 .157 1.010",
-        one=partial(flow_jumps, times=[1.0], t_max=1.0),
-        two=partial(flow_jumps, times=[1.0, 0.5], t_max=1.0),
-    ),
+    "meanflow": Oracle(reached=".206 .125 .157 1.010", **JUMPS),
+    "alphaflow": Oracle(**JUMPS),
+    "shortcut": Oracle(**JUMPS),
 }
 
 

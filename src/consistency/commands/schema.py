@@ -79,6 +79,7 @@ class Mode:
     derivative: str | None = None
     guidance: str | None = None
     warmup: str | None = None
+    alpha: str | None = None
     normalisation: str | None = None
     weighting: str | None = None
     head: str | None = None

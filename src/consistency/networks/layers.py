@@ -19,8 +19,11 @@ from consistency.tensors import Data, Label, Time
 Attention: TypeAlias = Literal["sdpa", "plain"]
 """`sdpa`: PyTorch's fused kernel; `plain`: the formula, which also has forward-mode derivatives."""
 
-SecondTime: TypeAlias = Literal["gap", "end"] | None
-"""The second time that a network of average velocities is told: t - r, or r itself; None: it has one time."""
+SecondTime: TypeAlias = Literal["gap", "end", "halvings"] | None
+"""The second time that a network of average velocities is told: t - r, r itself, or log2(1 / (t - r)) / 7; None: it has one time."""
+
+SHORTEST = 2**-10
+"""The gap in the place of a smaller one, in the logarithm."""
 
 Maps: TypeAlias = Float[Tensor, "b c h w"]
 NewMaps: TypeAlias = Float[Tensor, "b d h2 w2"]
@@ -95,8 +98,19 @@ def two_times(
             )
         return features(c_noise)
     r = torch.zeros_like(c_noise) if r is None else r
-    second = c_noise - r if second_time == "gap" else r
-    return torch.cat([features(c_noise), features(second)], dim=1)
+    return torch.cat([features(c_noise), features(told(c_noise, r, second_time))], dim=1)
+
+
+def told(c_noise: Time, r: Time, second_time: SecondTime) -> Time:
+    """The second time, from the first and the end r.
+
+    halvings: log2(1 / (t - r)) / 7, from 0 of the whole path to 1 of 1/128 of it [Frans et al. 2024, arXiv:2410.12557, whose
+    network is told the logarithm itself].
+    """
+    if second_time == "end":
+        return r
+    gap = c_noise - r
+    return gap if second_time == "gap" else -gap.clamp(min=SHORTEST).log2() / 7
 
 
 def attend(q: Heads, k: Heads, v: Heads, kind: Attention) -> Heads:
@@ -156,8 +170,9 @@ def check_attention(kind: str) -> None:
 
 def times_of(second_time: str | None) -> int:
     """The number of times that a network is told. Refuse an unknown kind of second time."""
-    if second_time not in ("gap", "end", None):
-        raise ValueError(f'expected second_time to be "gap", "end" or None; got "{second_time}"')
+    if second_time not in ("gap", "end", "halvings", None):
+        kinds = '"gap", "end", "halvings" or None'
+        raise ValueError(f'expected second_time to be {kinds}; got "{second_time}"')
     return 1 if second_time is None else 2
 
 
