@@ -242,13 +242,13 @@ MUTATIONS = [
     ),
     Mutation(
         "a gradient through the target of an average velocity",
-        f"{SOURCE}/objectives.py",
+        f"{SOURCE}/average_velocity.py",
         "reference = (v - broadcast_time(t - r, v) * du).detach()",
         "reference = v - broadcast_time(t - r, v) * du",
     ),
     Mutation(
         "guidance where the class is dropped",
-        f"{SOURCE}/objectives.py",
+        f"{SOURCE}/average_velocity.py",
         "v = torch.where(broadcast_time(dropped, v), v, guided)",
         "v = guided",
     ),
