@@ -5,6 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from test_average_velocity import (
+    LAW,
+    NOBODY,
+    SHAPE,
+    Classes,
+    Marginal,
+    batch,
+    exact,
+    network,
+    objective,
+)
 from torch import Generator, Tensor, nn
 
 from analytic import DOUBLE, normal
@@ -20,17 +31,6 @@ from consistency.schedules import falling_sigmoid
 from consistency.shortcuts import AlphaFlowObjective, ShortcutObjective
 from consistency.steps import FlowVelocity, SelfGuidance, Velocity
 from consistency.tensors import Data, Label, Time, broadcast_time
-from test_average_velocity import (
-    LAW,
-    NOBODY,
-    SHAPE,
-    Classes,
-    Marginal,
-    batch,
-    exact,
-    network,
-    objective,
-)
 
 UNBOUNDED = 1e9
 
