@@ -265,6 +265,24 @@ MUTATIONS = [
         "gap = r",
     ),
     Mutation(
+        "alpha-Flow's discrete samples at weight 1",
+        f"{SOURCE}/shortcuts.py",
+        "alpha if alpha > 0 else 1.0)",
+        "1.0)",
+    ),
+    Mutation(
+        "alpha-Flow's target network at t",
+        f"{SOURCE}/shortcuts.py",
+        "t - alpha * (t - r), label, r=r)",
+        "t, label, r=r)",
+    ),
+    Mutation(
+        "both jumps of a shortcut's target from its beginning",
+        f"{SOURCE}/shortcuts.py",
+        "self.guided(average, x_s, s, r, label)",
+        "self.guided(average, x_t, s, r, label)",
+    ),
+    Mutation(
         "the student as its own target below t'",
         f"{SOURCE}/objectives.py",
         "torch.where(broadcast_time(r < self.t_split, x_r), below, above)",
@@ -299,6 +317,7 @@ TESTS = [
     "randomness",
     "tangents",
     "average_velocity",
+    "shortcuts",
     "lpips",
     "objectives",
     "trigflow",
