@@ -23,7 +23,7 @@ COLUMNS = {
     "weighting": ("weighting", "head"),
     "derivative": ("derivative", "tangent", "normalisation"),
     "target": ("target",),
-    "scales or warm-up": ("scales", "warmup"),
+    "schedule": ("scales", "warmup", "alpha"),
 }
 """Columns of docs/methods.md -> kinds of parts."""
 
