@@ -28,7 +28,10 @@ def test_runs_of_one_second_get_folders_of_their_own(
     assert cli.output_path(named) == tmp_path / "runs" / "given"
 
 
-@pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--help"], ["data.image_size=7"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--cfg", "job"], pytest.param(["--help"], marks=pytest.mark.slow), ["data.image_size=7"]],
+)
 def test_what_does_not_run_leaves_no_folder(arguments: list[str], verb: Run) -> None:
     verb("train", *TINY, *arguments)
     assert not list(Path.cwd().iterdir())

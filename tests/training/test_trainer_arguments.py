@@ -241,7 +241,9 @@ def test_a_run_with_the_constant_rate_can_be_made_longer(verb: Run, tmp_path: Pa
 # ------------------------------------------------------------------------ loggers
 
 
-@pytest.mark.parametrize("none", ["logger=null", "logger=none"])
+@pytest.mark.parametrize(
+    "none", [pytest.param("logger=null", marks=pytest.mark.slow), "logger=none"]
+)
 def test_no_logger_is_a_choice(none: str, verb: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
     outcome = verb("train", *NOT_CSV, none, "trainer.max_steps=2", f"output={run}")
