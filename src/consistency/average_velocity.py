@@ -54,15 +54,10 @@ class MeanFlowObjective(Objective):
         self.forward_mode = isinstance(derivative, ExactDerivative)
 
     def require_suited(self, network: nn.Module) -> None:
-        """Refuse, beside those of every objective, a network of one time, and for guidance and label_dropout one without an index for no class."""
+        """Refuse a network of one time too, and for guidance and label_dropout one without an index for no class."""
         super().require_suited(network)
-        name, told = type(network).__name__, getattr(network, "second_time", None) is not None
-        remedy = "say model.network.second_time=gap or end"
-        require(told, "a network of two times", f"{name} with one", remedy)
-        whole = self.guidance is None and self.label_dropout == 0
-        remedy = "choose one of NVlabs' kinds, or mode.guidance=none mode.objective.label_dropout=0"
-        expected = "a network with an index for no class, for guidance and label_dropout"
-        require(whole or hasattr(network, "no_class"), expected, name, remedy)
+        classes = self.guidance is not None or self.label_dropout > 0
+        require_two_times(network, no_class=classes)
 
     def draw(self, batch: int, num_scales: int, generator: Generator) -> tuple[Any, ...]:
         t, r = self.pairs(batch, num_scales, generator)
@@ -94,3 +89,13 @@ class MeanFlowObjective(Objective):
         u, du = self.derivative(online, x_t, t, r, v, label)
         reference = (v - broadcast_time(t - r, v) * du).detach()
         return Losses(self.distance(u, reference), t, r)
+
+
+def require_two_times(network: nn.Module, *, no_class: bool) -> None:
+    """Refuse a network of one time, and with no_class one without an index for no class."""
+    name, told = type(network).__name__, getattr(network, "second_time", None) is not None
+    remedy = "say model.network.second_time=gap, end or halvings"
+    require(told, "a network of two times", f"{name} with one", remedy)
+    remedy = "choose one of NVlabs' kinds, or mode.guidance=none mode.objective.label_dropout=0"
+    expected = "a network with an index for no class, for guidance and label_dropout"
+    require(not no_class or hasattr(network, "no_class"), expected, name, remedy)

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool
 from torch import Generator, Tensor, nn
 
-from consistency.derivatives import Derivative
+from consistency.average_velocity import require_two_times
+from consistency.derivatives import Derivative, ExactDerivative
 from consistency.distances import Distance
 from consistency.errors import require
 from consistency.flow_pairs import HalvedPairs
@@ -64,9 +65,11 @@ class AlphaFlowObjective(Objective):
         self.pairs, self.velocity, self.derivative = pairs, velocity, derivative
         self.distance, self.clip, self.guidance = distance, clip, guidance
         self.label_dropout, self.shared_dropout = label_dropout, shared_dropout
+        self.forward_mode = isinstance(derivative, ExactDerivative)
 
     def require_suited(self, network: nn.Module) -> None:
-        """Refuse a network of one time, and for guidance and label_dropout one without an index for no class."""
+        """Refuse a network of one time too, and for guidance and label_dropout one without an index for no class."""
+        super().require_suited(network)
         classes = self.guidance is not None or self.label_dropout > 0
         require_two_times(network, no_class=classes)
 
@@ -154,7 +157,8 @@ class ShortcutObjective(Objective):
         self.clip, self.guidance, self.label_dropout = clip, guidance, label_dropout
 
     def require_suited(self, network: nn.Module) -> None:
-        """Refuse a network of one time, and for guidance and label_dropout one without an index for no class."""
+        """Refuse a network of one time too, and for guidance and label_dropout one without an index for no class."""
+        super().require_suited(network)
         require_two_times(network, no_class=self.guidance != 1 or self.label_dropout > 0)
 
     def draw(
@@ -213,13 +217,3 @@ class ShortcutObjective(Objective):
         without = average(x_t, t, torch.full_like(label, NO_CLASS), r=r)
         mixed = without + self.guidance * (u - without)
         return torch.where(broadcast_time(self.shortest(t, r), u), mixed, u)
-
-
-def require_two_times(network: nn.Module, *, no_class: bool) -> None:
-    """Refuse a network of one time, and with no_class one without an index for no class."""
-    name, told = type(network).__name__, getattr(network, "second_time", None) is not None
-    remedy = "say model.network.second_time=gap, end or halvings"
-    require(told, "a network of two times", f"{name} with one", remedy)
-    expected = "a network with an index for no class, for guidance and label_dropout"
-    remedy = "choose one of NVlabs' kinds, or a mode without both"
-    require(not no_class or hasattr(network, "no_class"), expected, name, remedy)
