@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from consistency.checkpoints.load import load
 from consistency.errors import UserError, require
 from consistency.flow_samplers import UNDER_FLOW
-from consistency.inference.card import FLOW, TRIGFLOW
+from consistency.inference.card import EXPLODING, FLOW, TRIGFLOW
 from consistency.inference.generate import Request
 from consistency.inference.model import Model
 from consistency.runtime.devices import (
@@ -104,10 +104,9 @@ def require_suited(sampler: Sampler, model: Model, *, force: bool) -> None:
     suited, named = SUITED.get(process, ((), "onestep"))
     remedy = f"choose sampler={named}, or add force=true"
     require(force or not wrong, expected, got, remedy)
-    others = {*UNDER_TRIGFLOW, *UNDER_FLOW} - {onestep}
-    fits = function in suited if suited else function not in others
-    got = "one for another noise process than the checkpoint's"
-    require(force or fits, f"a sampler for {process}", got, remedy)
+    of = next((name for name, (samplers, _) in SUITED.items() if function in samplers), EXPLODING)
+    fits = function in suited if suited else of == EXPLODING or function is onestep
+    require(force or fits, f"a sampler for {process}", f"one for {of}", remedy)
     sampler(lambda x, t, label=None, r=None: 0 * x, lambda: torch.zeros(1, 1, 1, 1), None)
 
 
