@@ -83,22 +83,24 @@ def load_teacher(
     path: str | None, *, weights: str, hints: Mapping[str, Any] | None = None
 ) -> Denoiser:
     """Load the teacher of a distillation, `teacher=`. hints: settings that its file does not hold, see `Hints`."""
-    if path is None:
-        expected = "a teacher to distil, teacher=<run folder or checkpoint>"
-        remedy = "train one on the same data with mode=edm and give its run folder"
-        raise UserError(expected, "teacher=null", remedy)
-    return build_model(read(path, Hints.parse(hints, weights)), weights, "teacher").denoiser
+    expected = "a teacher to distil, teacher=<run folder or checkpoint>"
+    return _opened(path, Hints.parse(hints, weights), "teacher", expected, "edm")
 
 
 def load_first_stage(
     path: str | None, *, weights: str, hints: Mapping[str, Any] | None = None
 ) -> Denoiser:
     """Load the consistency model that a second stage goes on with, `teacher=`. hints: as of a teacher."""
+    expected = "the first stage, teacher=<run folder or checkpoint of a consistency model>"
+    return _opened(path, Hints.parse(hints, weights), "consistency", expected, "ect")
+
+
+def _opened(path: str | None, hints: Hints, role: Role, expected: str, mode: str) -> Denoiser:
+    """Open the checkpoint of `teacher=`, which a run of `mode` leaves; refuse null."""
     if path is None:
-        expected = "the first stage, teacher=<run folder or checkpoint of a consistency model>"
-        remedy = "train one on the same data with mode=ect and give its run folder"
+        remedy = f"train one on the same data with mode={mode} and give its run folder"
         raise UserError(expected, "teacher=null", remedy)
-    return build_model(read(path, Hints.parse(hints, weights)), weights, "consistency").denoiser
+    return build_model(read(path, hints), hints.weights, role).denoiser
 
 
 def load_initial(
