@@ -79,7 +79,7 @@ def test_a_misspelt_key_inside_a_file_is_an_error(
     folder.mkdir()
     (folder / "misspelt_inside_a_file.yaml").write_text("mode: {proces: {t_min: 0.1}}\n")
     real = schema.register_experiments
-    monkeypatch.setattr(schema, "register_experiments", lambda: real(folder))
+    monkeypatch.setattr(schema, "register_experiments", lambda given: real(given, folder))
     outcome = verb("train", "experiment=misspelt_inside_a_file", f"output={tmp_path / 'run'}")
     assert outcome.status == 2
     assert "proces" in outcome.err

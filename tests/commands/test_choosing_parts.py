@@ -259,6 +259,7 @@ def test_a_run_saves_its_parts_and_no_menu() -> None:
     assert plain["mode"]["objective"]["pairs"] == pair
 
 
+@pytest.mark.slow
 def test_a_sweep_swaps_parts(tmp_path: Path, verb: Run) -> None:
     given = [
         "-m",

@@ -75,6 +75,7 @@ def test_inpainting_keeps_what_is_not_painted(trained: dict[str, Path], photo: P
         actions.edit("superres", None, BLANK, 2, 1, 0, "any")
 
 
+@pytest.mark.slow
 def test_what_a_task_does_not_know_does_not_matter(tmp_path: Path) -> None:
     """The colours when colorizing, the order of the pixels of a patch when super-resolving; a model in colour."""
     ours.write({"card": tiny_card(), "weights": tiny_adm()}, tmp_path / "model.ckpt")

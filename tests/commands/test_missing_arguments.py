@@ -81,7 +81,7 @@ def test_an_experiment_that_swaps_a_part_is_told(
     swap = "{scales: {square_root: {_target_: consistency.schedules.constant}}}"
     (folder / "swapped_schedule.yaml").write_text(f"parts: {swap}\n")
     real = schema.register_experiments
-    monkeypatch.setattr(schema, "register_experiments", lambda: real(folder))
+    monkeypatch.setattr(schema, "register_experiments", lambda given: real(given, folder))
     output = tmp_path / "run"
     outcome = verb("train", "experiment=swapped_schedule", "mode=ct", *NOWHERE, f"output={output}")
     assert outcome.status == 2
@@ -98,7 +98,7 @@ def test_an_experiment_that_replaces_a_part_is_told(
     swap = "{objective: {distance: {_target_: consistency.distances.L1}}}"
     (folder / "replaced.yaml").write_text(f"mode: {swap}\n")
     real = schema.register_experiments
-    monkeypatch.setattr(schema, "register_experiments", lambda: real(folder))
+    monkeypatch.setattr(schema, "register_experiments", lambda given: real(given, folder))
     outcome = verb("train", "experiment=replaced", "mode=ct", *NOWHERE)
     assert outcome.status == 2
     assert "the part at mode.objective.distance to be named by mode.distance" in outcome.err

@@ -182,7 +182,7 @@ def every_configuration(verb: str) -> Iterator[DictConfig]:
 def composed_raw(verb: str, given: list[str]) -> DictConfig:
     from hydra import compose, initialize_config_dir
 
-    schema.register_experiments()
+    schema.register_experiments(given)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose(verb, given)
 

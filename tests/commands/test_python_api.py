@@ -51,6 +51,7 @@ def test_a_configuration_trains_twice_each_time_in_a_folder_of_its_own(
     assert HydraConfig.instance().cfg is before
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_named_is_used_once(here: Path) -> None:
     config = consistency.compose([*SMALL, "output=my run (1)"])
     consistency.train(config)

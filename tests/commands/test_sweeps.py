@@ -87,6 +87,7 @@ def test_the_value_of_a_run_is_the_best_of_what_is_monitored() -> None:
         assert value_of(trainer, losses)[0] == pytest.approx(value, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_every_job_that_fails_is_told(verb: Run, tmp_path: Path) -> None:
     outcome = verb("train", "-m", *SHORT, "seed=-1,-2,3", f"output={tmp_path / 'sweep'}")
     assert outcome.status == 2

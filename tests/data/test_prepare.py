@@ -237,6 +237,7 @@ def test_done_is_done_and_something_else_is_not_overwritten(verb: Run, tmp_path:
 # ------------------------------------------------------------------------- mixtures and the bad
 
 
+@pytest.mark.slow
 def test_sizes_and_modes_are_not_mixed_silently(verb: Run, tmp_path: Path) -> None:
     grey = encoded(Image.fromarray(noise(8, 8)))
     cases = {

@@ -184,9 +184,11 @@ EDM = {
 @pytest.mark.parametrize(
     ("base", "change", "decides"),
     [
-        (CT, {"weight_decay": 0.1}, "weight_decay"),
+        pytest.param(CT, {"weight_decay": 0.1}, "weight_decay", marks=pytest.mark.slow),
         (CT, {"lr_anneal_steps": 6, "weight_schedule": "karras"}, "lr_anneal_steps"),
-        (EDM, {"weight_decay": 0.2, "lr_anneal_steps": 9}, "weight_decay"),
+        pytest.param(
+            EDM, {"weight_decay": 0.2, "lr_anneal_steps": 9}, "weight_decay", marks=pytest.mark.slow
+        ),
         (EDM, {"optimizer": "AdamW", "weight_decay": 0.3, "eps": 1e-3}, "eps"),
         (EDM, {"betas": [0.5, 0.9], "ema_rate": 0.7}, "betas"),
     ],

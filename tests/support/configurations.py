@@ -17,6 +17,6 @@ def options(group: str) -> list[str]:
 def composed(command: str, *overrides: str) -> DictConfig:
     """Compose the configuration of a command."""
     schema.register()
-    schema.register_experiments()
+    schema.register_experiments(overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(command, [*overrides, "output=/nowhere/run"])

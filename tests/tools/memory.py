@@ -63,7 +63,7 @@ class Storages(TorchDispatchMode):
 def configured(options: Sequence[str]) -> Any:
     """Compose a configuration of train.py."""
     schema.register()
-    schema.register_experiments()
+    schema.register_experiments(options)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("train", [*options, "output=/nowhere"])
 

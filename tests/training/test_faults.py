@@ -123,6 +123,7 @@ def test_without_checkpoints_a_signal_still_ends_the_run(verb: Run, tmp_path: Pa
     assert "stopped after step k=2; no checkpoint of it: callbacks.checkpoint=null" in outcome.err
 
 
+@pytest.mark.slow
 def test_under_slurm_the_job_is_queued_again(
     verb: Run, three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,11 +152,11 @@ def test_under_slurm_the_job_is_queued_again(
 @pytest.mark.parametrize(
     ("place", "code", "fails"),
     [
-        ("open", errno.EROFS, [2]),
+        pytest.param("open", errno.EROFS, [2], marks=pytest.mark.slow),
         ("save", errno.ENOSPC, [2]),
         ("fsync", errno.ENOSPC, [2]),
-        ("replace", errno.EROFS, [2]),
-        ("save", errno.ENOSPC, [2, 3]),
+        pytest.param("replace", errno.EROFS, [2], marks=pytest.mark.slow),
+        pytest.param("save", errno.ENOSPC, [2, 3], marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(

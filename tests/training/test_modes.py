@@ -8,7 +8,12 @@ import pytest
 from conftest import BEGINS_WITH, MODES, TINY, Run
 
 
-@pytest.mark.parametrize("mode", MODES)
+QUICK = ("cd", "ct", "meanflow", "sct", "tcm")
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in MODES]
+)
 def test_every_mode_trains_and_its_checkpoint_samples(
     mode: str, verb: Run, trained: dict[str, Path], tmp_path: Path
 ) -> None:

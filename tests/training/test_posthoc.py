@@ -153,6 +153,7 @@ def test_a_half_life_is_one_of_images_and_at_most_a_share_of_the_run() -> None:
     assert decays == pytest.approx([0.0, 0.5 ** (1 / 50), 0.5 ** (1 / 500), 0.5 ** (1 / 500)])
 
 
+@pytest.mark.slow
 def test_an_average_by_half_life_samples(verb: Run, tmp_path: Path) -> None:
     output = f"output={tmp_path / 'run'}"
     outcome = verb("train", *TINY, "trainer.max_steps=3", "mode.average=half_life", output)

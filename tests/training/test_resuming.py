@@ -78,7 +78,12 @@ CONTRADICTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", CONTRADICTIONS)
+QUICK = ("a leaf", "a choice", "another batch", "an experiment")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CONTRADICTIONS]
+)
 def test_a_setting_that_contradicts_the_run_is_refused(
     name: str, verb: Run, begun: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +137,7 @@ def csv_rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_run_in_a_folder_that_was_moved_goes_on_there(
     verb: Run, finished: Path, begun: Path
 ) -> None:
@@ -155,7 +161,7 @@ def test_a_run_that_has_ended_is_left_alone(verb: Run, finished: Path, tmp_path:
     assert stamps(finished) == before
 
 
-@pytest.mark.parametrize("state", ["damaged", "missing"])
+@pytest.mark.parametrize("state", ["damaged", pytest.param("missing", marks=pytest.mark.slow)])
 def test_where_last_is_no_good_previous_is_taken(
     state: str, verb: Run, finished: Path, tmp_path: Path
 ) -> None:
@@ -187,6 +193,7 @@ def damage(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_begins_again(verb: Run, finished: Path, begun: Path) -> None:
     shutil.rmtree(begun / "checkpoints")
     saved = (begun / "config.yaml").read_bytes()
@@ -253,6 +260,7 @@ def test_auto_begins_where_nothing_is_and_goes_on_in_every_folder_of_a_sweep(
             ]
 
 
+@pytest.mark.slow
 def test_wandb_goes_on_with_the_same_run(
     verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -460,6 +468,7 @@ def test_a_run_folder_is_data_and_names_only_what_is_listed(
     assert stamps(begun) == before
 
 
+@pytest.mark.slow
 def test_a_callback_of_ones_own_is_named_again(
     verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

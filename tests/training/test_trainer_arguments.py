@@ -293,6 +293,7 @@ def test_what_is_no_logger_is_told(wrong: str, verb: Run, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_tensorboard_has_one_history_of_a_run_and_its_pictures(verb: Run, tmp_path: Path) -> None:
     """Also of steps that were taken twice: what a stopped run wrote after its checkpoint is left out."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -325,6 +326,7 @@ def test_without_the_package_tensorboard_one_message_says_so(
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_tensorboard_that_fails_never_stops_training(
     verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_the_same_command_gives_the_same_bits(verb: Run, tmp_path: Path) -> None
     assert torch.equal(weights(tmp_path / "a", "ema"), weights(tmp_path / "b", "ema"))
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_network(verb: Run, tmp_path: Path) -> None:
     for seed in (0, 1):
         arguments = [f"seed={seed}", "trainer.max_steps=1", f"output={tmp_path / str(seed)}"]
@@ -71,6 +72,7 @@ def test_another_seed_gives_another_network(verb: Run, tmp_path: Path) -> None:
     assert not torch.equal(weights(tmp_path / "0"), weights(tmp_path / "1"))
 
 
+@pytest.mark.slow
 def test_accumulation_takes_the_same_number_of_optimizer_steps(verb: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["data.device_batch_size=2", "trainer.max_steps=3", f"output={run}"]
@@ -171,6 +173,7 @@ def test_the_best_checkpoint_has_the_lowest_measured_distance(verb: Run, tmp_pat
     assert "Evaluation at step 1: 1,796 samples in " in outcome.out
 
 
+@pytest.mark.slow
 def test_without_inceptions_weights_a_run_goes_on_with_the_small_classifier(
     verb: Run, tmp_path: Path, offline: None
 ) -> None:

@@ -53,6 +53,7 @@ def test_a_run_without_account_is_complete_and_offline(
     assert config["mode"]["role"] == "consistency"
 
 
+@pytest.mark.slow
 def test_a_failing_service_never_stops_training(
     verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +91,7 @@ def test_a_service_that_is_killed_never_stops_training(process: Run, tmp_path: P
     assert read(run / "checkpoints" / "last.ckpt")["k"] == 20
 
 
-@pytest.mark.parametrize("part", ["log", "finish"])
+@pytest.mark.parametrize("part", [pytest.param("log", marks=pytest.mark.slow), "finish"])
 def test_a_failure_on_the_way_or_at_the_end_never_stops_training(
     part: str, verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,7 +57,7 @@ def run(verb: str, main: Main) -> None:
     trace = os.environ.get("HYDRA_FULL_ERROR") == "1" and INSIDE not in os.environ
     os.environ.update({"HYDRA_FULL_ERROR": "1", INSIDE: "1"})
     try:
-        schema.register_experiments()
+        schema.register_experiments(sys.argv[1:])
         sys.argv[1:] = for_hydra(sys.argv[1:])
         launch = this_launch()
         require(
@@ -267,8 +267,8 @@ def compose(overrides: Sequence[str] = (), verb: str = "train") -> DictConfig:
 
 
 def _compose(overrides: Sequence[str], verb: str) -> DictConfig:
-    schema.register_experiments()
     options = [overrides] if isinstance(overrides, str) else list(overrides)
+    schema.register_experiments(options)
     verbs = sorted(file.stem for file in (ROOT / "conf").glob("*.yaml"))
     require(verb in verbs, f"a verb among {', '.join(verbs)}", verb, "choose one")
     # Another use of Hydra around this one continues unchanged.
