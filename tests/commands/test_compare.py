@@ -3,7 +3,7 @@
 import pytest
 
 from configurations import composed, options
-from consistency.commands.compare import teachers_of
+from consistency.commands.compare import options_of, teachers_of
 from consistency.errors import UserError
 
 
@@ -20,3 +20,12 @@ def test_a_mode_has_the_teacher_of_all_or_its_own() -> None:
 def test_a_teacher_is_trained_before_its_student(modes: str) -> None:
     with pytest.raises(UserError, match="teacher of tcm among the modes before it: edm"):
         teachers_of(composed("compare", f"modes={modes}"))
+
+
+def test_an_element_may_add_options() -> None:
+    """Its folder can be given back to Hydra."""
+    options, folder = options_of("tcm model=dit_digits optimizer.lr=1e-3")
+    assert options == ["mode=tcm", "model=dit_digits", "optimizer.lr=1e-3"]
+    assert folder == "tcm_dit_digits_1e_3"
+    config = composed("compare", "modes=[ect,'tcm model=dit_digits']")
+    assert teachers_of(config)["tcm model=dit_digits"] == "ect"

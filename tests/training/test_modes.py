@@ -7,7 +7,6 @@ import pytest
 
 from conftest import BEGINS_WITH, MODES, TINY, Run
 
-
 QUICK = ("cd", "ct", "meanflow", "sct", "tcm")
 
 

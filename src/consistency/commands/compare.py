@@ -1,6 +1,7 @@
 """The command `compare`: modes on one data set at equal training time."""
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -43,7 +44,8 @@ def teachers_of(config: DictConfig) -> dict[str, str]:
     """Return the mode of every mode's teacher; refuse one that is not trained before its student."""
     before, teachers = [config.teacher_mode], {}
     for mode in config.modes:
-        teachers[mode] = teacher = config.teachers.get(mode, config.teacher_mode)
+        teacher = config.teachers.get(mode.split()[0], config.teacher_mode)
+        teachers[mode] = teacher
         expected = f"the teacher of {mode} among the modes before it: {', '.join(before)}"
         remedy = f"say modes=[{teacher},{mode}], or leave {mode} out"
         require(teacher in before, expected, f"{teacher}, by teachers.{mode}", remedy)
@@ -51,11 +53,19 @@ def teachers_of(config: DictConfig) -> dict[str, str]:
     return teachers
 
 
+def options_of(mode: str) -> tuple[list[str], str]:
+    """Return the options of an element of `modes` and its folder's name: "ect model=dit_digits" is ect_dit_digits."""
+    name, *more = mode.split()
+    words = [name, *(option.rpartition("=")[2] for option in more)]
+    return [f"mode={name}", *more], re.sub(r"\W", "_", "_".join(words))
+
+
 def _train_for(config: DictConfig, mode: str, output: Path, *extra: str) -> dict[str, Any]:
     """Train `mode` for config.seconds, at the speed that a short trial measures; return folder, results and times."""
-    base = [f"mode={mode}", f"data={config.data}", f"seed={config.seed}", "logger=csv"]
+    own, name = options_of(mode)
+    base = [f"data={config.data}", f"seed={config.seed}", "logger=csv", *own]
     base += [*extra, *config.overrides]
-    trial, folder = output / "speed" / mode, output / mode
+    trial, folder = output / "speed" / name, output / name
     length = [f"trainer.max_steps={config.calibration_steps}", "trainer.log_every_n_steps=10"]
     none = [f"callbacks.{name}=null" for name in ("evaluation", "samples", "checkpoint.monitor")]
     print(f"{mode}: measuring its speed in {config.calibration_steps} steps ...", flush=True)
