@@ -18,7 +18,7 @@ The shell stands in rooms:
     runtime             devices files ranks rendezvous (of the processes of a job) launch signals redaction (of secrets)
                         allowlist (of what a configuration from elsewhere may name)
     inference           card (what a model is) model (what `load` returns) generate (numbered samples) options plots
-    checkpoints         load contents; ours (posthoc: averages of any width) openai nvlabs jcm diffusers (folders; diffusers_unet,
+    checkpoints         load contents; ours (posthoc: averages of any width) openai nvlabs edm2 jcm diffusers (folders; diffusers_unet,
                         diffusers_time_embedding); wrapped (state dicts below any keys), pickle_reader, pretrained (published
                         files)
     data                module (the LightningDataModule, order by position, foreign loaders) source; memory: digits

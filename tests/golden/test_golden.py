@@ -14,6 +14,7 @@ from torch import nn
 import golden_augmentation as augmentation
 import golden_averages as averages
 import golden_editing as editing
+import golden_edm2_snapshots as snapshots
 import golden_fastgen_time as fastgen_time
 import golden_flow_sampling as flow_sampling
 import golden_formulas as formulas
@@ -81,6 +82,7 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("later/fastgen_time.npz", flow_sampling.compare_flow_times),
     ("later/alphaflow.npz", shortcuts.compare_alphaflow),
     ("later/shortcut_jax.npz", shortcuts.compare_shortcut),
+    ("later/edm2_snapshots.npz", snapshots.compare_snapshots),
 ]
 
 WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
@@ -118,6 +120,8 @@ SETTINGS = [
     "later/augment_configs.json",
     "later/ect_compared.json",
     "later/edm2_ema.json",
+    "later/edm2_snapshots.json",
+    "later/files/edm2_snapshot_*.pkl",
     "later/fastgen_*.json",
     "later/meanflow_*.json",
     "later/nets.json",
@@ -145,6 +149,17 @@ NEVER: list[tuple[str, str, str]] = [
         "run.official_*",
         "the same reconstructions from snapshots in half precision",
     ),
+    (
+        "later/edm2_snapshots.npz",
+        "*_as_loaded",
+        "weights used in half precision, which ours never are",
+    ),
+    (
+        "later/edm2_snapshots.npz",
+        "*.logvar_*",
+        "the learned weighting of the loss, no part of a teacher",
+    ),
+    ("later/edm2_snapshots.npz", "*_before_saving", "the network before it was rounded to half"),
     ("later/fastgen_time.npz", "law.uniform", "uniform times, which no published run uses"),
     ("later/fastgen_time.npz", "law.normal", "the draws of the next"),
     ("later/fastgen_time.npz", "schedule.[et]*.*_of_*", "conversions that nothing of ours makes"),

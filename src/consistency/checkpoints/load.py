@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency.checkpoints import diffusers, jcm, nvlabs, openai, ours, pretrained, wrapped
+from consistency.checkpoints import diffusers, edm2, jcm, nvlabs, openai, ours, pretrained, wrapped
 from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, check, checking
 from consistency.checkpoints.pickle_reader import read_pickle, read_zip
 from consistency.checkpoints.posthoc import POSTHOC, POWER
@@ -215,7 +215,7 @@ def read(checkpoint: str | os.PathLike[str], hints: Hints) -> Checkpoint:
                 start = f"a file that begins with {first!r}" if first else "an empty file"
                 raise ContentError(start)
             content = reader(file)
-            whole = (form.open_content(content, path, hints) for form in (ours, jcm, nvlabs))
+            whole = (form.open_content(content, path, hints) for form in (ours, jcm, edm2, nvlabs))
             states = (wrapped.open_sets(content, path, hints, form) for form in STATE_DICTS)
             opened = next(filter(None, chain(whole, states)), None)
             if opened is None:
