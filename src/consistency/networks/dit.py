@@ -58,9 +58,10 @@ class Patches(nn.Module):
 
     def __init__(self, channels: int, width: int, side: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, side, stride=side)
-        nn.init.xavier_uniform_(self.proj.weight.flatten(1))  # shares memory: as of a linear layer
-        nn.init.zeros_(self.proj.bias)
+        self.proj = zeroed(nn.Conv2d(channels, width, side, stride=side))
+        nn.init.xavier_uniform_(
+            self.proj.weight.flatten(1)
+        )  # a view, initialised as a linear layer
 
     def forward(self, x: Data) -> Tokens:
         return self.proj(x).flatten(2).transpose(1, 2)
@@ -71,15 +72,14 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        first, last = nn.Linear(FREQUENCIES, width), nn.Linear(width, width)
+        first, last = zeroed(nn.Linear(FREQUENCIES, width)), zeroed(nn.Linear(width, width))
         for layer in (first, last):
             nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
         self.mlp = nn.Sequential(first, nn.SiLU(), last)
 
     def forward(self, c_noise: Time) -> Embedding:
         features = layers.sinusoidal_features(c_noise, FREQUENCIES)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.parameters()).dtype))
 
 
 class LabelEmbedding(nn.Module):
@@ -160,9 +160,8 @@ class FinalLayer(nn.Module):
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer with Xavier-uniform weight and zero bias."""
-    layer = nn.Linear(inputs, outputs)
+    layer = zeroed(nn.Linear(inputs, outputs))
     nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
     return layer
 
 
