@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +81,25 @@ def compare_configs(path: Path) -> int:
             check_first(ours.state_dict()[parameter], law)
     published = entries["published"]["counts"]
     for name, entry in published.items():
-        found = re.fullmatch(r"(MeanFlow-SiT )?[DS]iT-(\w+)/(\d+)", name)
+        found = re.fullmatch(r"(MeanFlow-SiT )?[DS]iT-(\w+)/\d+", name)
         assert found
-        two_times, size, patch = found.groups()
-        shipped = model_configurations()
-        model = shipped.get(f"dit_{size.lower()}{patch}", shipped[f"dit_{size.lower()}2"])
-        config = {**model["network"], "patch_size": entry["patch_size"]}
-        if two_times:
-            config |= {"second_time": "gap", "learn_sigma": False}
-        with torch.device("meta"):
-            network = hydra.utils.instantiate(config)
-        assert counts(network) == (entry["n_parameters"], entry["n_trainable"]), name
+        config, sizes = released(found[2].lower(), entry["patch_size"], two_times=bool(found[1]))
+        assert sizes == (entry["n_parameters"], entry["n_trainable"]), name
         same = ("depth", "hidden_size", "num_heads")
         assert [config[key] for key in same] == [entry[key] for key in same], name
     return len(published)
+
+
+@cache
+def released(size: str, patch: int, *, two_times: bool) -> tuple[dict[str, Any], tuple[int, int]]:
+    """The settings of the file in conf/model, or of the same size with other patches, and the counts of the network."""
+    shipped = model_configurations()
+    model = shipped.get(f"dit_{size}{patch}", shipped[f"dit_{size}2"])
+    config = model["network"] | {"patch_size": patch}
+    if two_times:
+        config |= {"second_time": "gap", "learn_sigma": False}
+    with torch.device("meta"):
+        return config, counts(hydra.utils.instantiate(config))
 
 
 def check_first(value: Tensor, law: str) -> None:
