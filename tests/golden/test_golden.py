@@ -13,6 +13,7 @@ from torch import nn
 
 import golden_augmentation as augmentation
 import golden_averages as averages
+import golden_dit as dit
 import golden_editing as editing
 import golden_edm2_snapshots as snapshots
 import golden_fastgen_time as fastgen_time
@@ -83,6 +84,9 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("later/alphaflow.npz", shortcuts.compare_alphaflow),
     ("later/shortcut_jax.npz", shortcuts.compare_shortcut),
     ("later/edm2_snapshots.npz", snapshots.compare_snapshots),
+    ("later/dit_dit.npz", dit.compare_network),
+    ("later/dit_sit.npz", dit.compare_network),
+    ("later/dit_meanflow.npz", dit.compare_meanflow),
 ]
 
 WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
@@ -99,6 +103,7 @@ WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
     ("later/toy_shortcut_ema.safetensors", later.Toy),
     ("later/fastgen_*.safetensors", trigflow.load_weights),
     ("later/meanflow_song.safetensors", meanflow.song),
+    ("later/dit_*.safetensors", dit.transformer),
 ]
 
 SHAPES: list[tuple[str, Callable[[Path], int]]] = [
@@ -109,6 +114,7 @@ SHAPES: list[tuple[str, Callable[[Path], int]]] = [
     ("later/dropout.json", trigflow.compare_dropout),
     ("later/dropout.json", flow_sampling.compare_dropout),
     ("later/dropout.json", shortcuts.compare_dropout),
+    ("later/dit_configs.json", dit.compare_configs),
 ]
 
 SETTINGS = [
@@ -118,6 +124,7 @@ SETTINGS = [
     "later/released.json",
     "openai_ema_scales.json",
     "later/augment_configs.json",
+    "later/edm2_dit_augment_tolerances.json",
     "later/ect_compared.json",
     "later/edm2_ema.json",
     "later/edm2_snapshots.json",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from consistency.networks.adm import ADM, AttentionBlock, ResBlock
 from consistency.networks.dhariwal import DhariwalUNet
+from consistency.networks.dit import DiT
 from consistency.networks.edm2 import EDM2
 from consistency.networks.layers import Dropout, attend, check_attention
 from consistency.networks.mlp import MLP
@@ -59,7 +60,13 @@ UNETS: dict[str, Build] = {
     ),
     "edm2": partial(EDM2, **shape, model_channels=16, channel_mult=[1, 2], num_head_channels=16),
 }
-ALL: dict[str, Build] = UNETS | {"mlp": partial(MLP, channels=3 * SIDE**2, width=16, depth=2)}
+dit = partial(
+    DiT, image_size=SIDE, in_channels=3, patch_size=2, hidden_size=16, depth=2, num_heads=2
+)
+ALL: dict[str, Build] = UNETS | {
+    "dit": dit,
+    "mlp": partial(MLP, channels=3 * SIDE**2, width=16, depth=2),
+}
 unets = pytest.mark.parametrize("build", UNETS.values(), ids=UNETS.keys())
 networks = pytest.mark.parametrize("build", ALL.values(), ids=ALL.keys())
 plain = {
