@@ -14,6 +14,8 @@ import foreign
 from conftest import Run
 from consistency.checkpoints import edm2, load
 from consistency.errors import UserError
+from consistency.inference.card import LatentSpace, ModelCard
+from consistency.latents import EDM2
 from consistency.preconditioning import EDM
 from tiny_models import randomised
 
@@ -21,7 +23,6 @@ KWARGS: dict[str, Any] = {
     **{"use_fp16": True, "img_resolution": 8, "img_channels": 3, "label_dim": 2},
     **{"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "channels_per_head": 8},
 }
-VAE = {"scale": np.float32([0.1, 0.2, 0.3]), "bias": np.float32([-0.5, 0.0, 0.5])}
 
 
 def network(**changes: Any) -> nn.Module:
@@ -43,6 +44,7 @@ def test_a_snapshot_is_a_teacher_in_float32(tmp_path: Path) -> None:
     model = consistency.load(snapshot(tmp_path / "a.pkl"))
     assert (model.card.role, model.card.num_classes, model.shape) == ("teacher", 2, (3, 8, 8))
     assert model.denoiser.preconditioning == EDM(sigma_data=0.5, c_noise_scale=0.25)
+    assert model.card.latents is None
     found = model.denoiser.network.state_dict()
     assert found.keys() == half().keys()
     assert all(v.dtype == torch.float32 and torch.equal(v, half()[k]) for k, v in found.items())
@@ -130,15 +132,23 @@ def test_a_damaged_or_foreign_snapshot_is_one_clear_error(fault: str, tmp_path: 
     assert len(str(error.value).splitlines()) <= 4
 
 
-def test_latents_are_named_with_their_scaling(
+def test_latents_are_those_of_the_named_autoencoder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    encoder = foreign.PlainPersistent("StabilityVAEEncoder", vae_name="a/vae", **VAE)
-    consistency.load(snapshot(tmp_path / "a.pkl", encoder=encoder))
-    noted = capsys.readouterr().err
-    assert "a/vae" in noted
-    assert "[0.1, 0.2, 0.3]" in noted
-    assert "[-0.5, 0.0, 0.5]" in noted
+    """In the published scaling; another one is noted with its numbers, and nothing decodes it."""
+    four = {"img_channels": 4}
+    vae = {"vae_name": "a/vae", "scale": EDM2.factor.flatten().numpy()}
+    vae |= {"bias": EDM2.shift.flatten().numpy()}
+    encoder = foreign.PlainPersistent("StabilityVAEEncoder", **vae)
+    card = consistency.load(snapshot(tmp_path / "a.pkl", kwargs=four, encoder=encoder)).card
+    space = {"autoencoder": "a/vae", "sha256": None, "scaling": "edm2"}
+    assert card.latents == LatentSpace(**space, channels=3, image_size=64)  # type: ignore[arg-type]
+    assert card == ModelCard.parse(card.saved(), "a test")
+    assert not capsys.readouterr().err
+    other = foreign.PlainPersistent("StabilityVAEEncoder", **vae | {"bias": np.zeros(4, "f4")})
+    card = consistency.load(snapshot(tmp_path / "b.pkl", kwargs=four, encoder=other)).card
+    assert card.latents is None
+    assert "[0.0, 0.0, 0.0, 0.0] of latents y of 'a/vae'" in capsys.readouterr().err
     bare = foreign.PlainPersistent("StabilityVAEEncoder", vae_name="a/vae")
     with pytest.raises(UserError, match="without its scale"):
-        consistency.load(snapshot(tmp_path / "b.pkl", encoder=bare))
+        consistency.load(snapshot(tmp_path / "c.pkl", encoder=bare))

@@ -34,6 +34,7 @@ def compare_snapshots(archive: Archive) -> None:
         archive.compare(f"{name}.state_digest", digests, DIGEST)
         model = consistency.load(path)
         assert (model.card.role, model.format) == ("teacher", "NVlabs EDM2")
+        assert (model.card.latents is not None) is (entry["encoder"] == "StabilityVAEEncoder")
         _same_settings(entry["init_kwargs"], model)
         compare_outputs(archive, name, model.denoiser)
 
@@ -46,7 +47,7 @@ def digest(value: Tensor) -> Tensor:
 
 def _same_settings(given: dict[str, Any], model: consistency.Model) -> None:
     side = given["img_resolution"]
-    assert model.shape == (given["img_channels"], side, side)
+    assert model.card.shape == (given["img_channels"], side, side)
     assert model.card.num_classes == (given["label_dim"] or None)
     sigma_data = given.get("sigma_data", 0.5)
     assert model.card.process.sigma_data == sigma_data

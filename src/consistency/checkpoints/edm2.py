@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from consistency.checkpoints import contents, nvlabs
 from consistency.checkpoints.contents import Hints, Object, StateDict, brief, check
-from consistency.inference.card import ModelCard, Role
+from consistency.inference.card import LatentSpace, ModelCard, Role
+from consistency.latents import EDM2
 
 FORMAT = "NVlabs EDM2"
 KIND = "Precond"
@@ -72,7 +74,9 @@ def open_content(content: Any, path: Path, hints: Hints) -> contents.Checkpoint 
         kind in ROLES,
         f"a network of EDM2 trained with {kind}, which is not one of {', '.join(ROLES)}",
     )
-    card, notes = card_of(model, ROLES[kind]), encoded_by(stored.get("encoder"))
+    card = card_of(model, ROLES[kind])
+    latents, notes = space_of(stored.get("encoder"), card)
+    card = replace(card, latents=latents)
     return contents.Checkpoint(
         path=path, format=FORMAT, card=card, sets=sets, read=weights, notes=notes
     )
@@ -106,26 +110,36 @@ def settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"_target_": target, **ours, "num_classes": ours["num_classes"] or None}
 
 
-def encoded_by(encoder: Any) -> list[str]:
-    """Return a note on the latents that a network works in; none for pixels in [-1, 1]."""
+def space_of(encoder: Any, card: ModelCard) -> tuple[LatentSpace | None, list[str]]:
+    """Return the latents that a network draws, None for pixels in [-1, 1]; and a note on those of an unknown scaling."""
     kind = encoder.kind if isinstance(encoder, Object) else brief(encoder)
     if kind in ("StandardRGBEncoder", "None"):
-        return []
+        return None, []
     check(kind == "StabilityVAEEncoder", f"a network of EDM2 behind an encoder of class {kind}")
-    name = brief(nvlabs.state_of(encoder).get("vae_name"))
+    name: Any = nvlabs.state_of(encoder).get("vae_name")
+    check(isinstance(name, str), "an encoder without its vae_name")
     scale, shift = (_channels(encoder, part) for part in ("scale", "bias"))
-    return [
-        f"draws latents x = {scale} y + {shift}, channel by channel, of y of the autoencoder {name}"
-    ]
+    known = (EDM2.factor, EDM2.shift)
+    if all(_same(*pair) for pair in zip((scale, shift), known, strict=True)):
+        sides = {"channels": 3, "image_size": 8 * card.image_size}
+        return LatentSpace(autoencoder=name, sha256=None, scaling="edm2", **sides), []
+    note = f"draws {scale.tolist()} y + {shift.tolist()} of latents y of {brief(name)}, which nothing decodes"
+    return None, [note]
 
 
-def _channels(encoder: Object, name: str) -> list[float]:
+def _channels(encoder: Object, name: str) -> Tensor:
     """Return a number for each channel."""
     array = nvlabs.state_of(encoder).get(name)
     values: Any = array.state if isinstance(array, Object) else None
     known = isinstance(values, Tensor) and values.ndim == 1 and len(values) <= 64
     check(known, f"an encoder without its {name}")
-    return [round(value, 6) for value in values.tolist()]
+    return values.float()  # type: ignore[no-any-return]
+
+
+def _same(given: Tensor, known: Tensor) -> bool:
+    return given.shape == known.flatten().shape and torch.allclose(
+        given, known.flatten(), rtol=1e-5
+    )
 
 
 def weights(model: Object) -> StateDict:

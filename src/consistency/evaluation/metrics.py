@@ -27,6 +27,7 @@ from consistency.evaluation import extractors
 from consistency.evaluation import reference as references
 from consistency.evaluation.extractors import Extractor, SmallClassifier
 from consistency.evaluation.reference import FrechetDistance, Reference, in_order
+from consistency.inference.autoencoder import hashed
 from consistency.inference.card import ModelCard
 from consistency.inference.generate import Numbered
 from consistency.runtime.files import cache_folder, path_of, written_whole
@@ -145,7 +146,7 @@ class Measure:
 
     def protocol(self, count: int, card: ModelCard | None = None) -> dict[str, Any]:
         """Return all that the metrics of `count` samples depend on beside them; card: of the model that draws them."""
-        decoding = {} if card is None or card.latents is None else card.latents.protocol
+        decoding = {} if card is None or card.latents is None else hashed(card.latents).protocol
         return {
             **self.reference.protocol,
             "quantisation": QUANTISATION,

@@ -138,6 +138,13 @@ def autoencoder_of(space: LatentSpace, device: torch.device | str) -> Autoencode
     return opened(space.autoencoder, space.sha256, space.scaling, torch.device(device))
 
 
+def hashed(space: LatentSpace) -> LatentSpace:
+    """Return the space with the hash of its autoencoder, which the checkpoint of another program does not record."""
+    if space.sha256 is not None:
+        return space
+    return replace(space, sha256=fingerprint(find(space.autoencoder) / WEIGHTS))
+
+
 def moved(card: ModelCard, autoencoder: str | None) -> ModelCard:
     """Return the card with the present place of its autoencoder, if one is given. Refuse one for a model of images."""
     if autoencoder is None:

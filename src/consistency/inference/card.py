@@ -51,13 +51,13 @@ class LatentSpace:
     """The latents that a model draws instead of pixels.
 
     autoencoder: its folder, or its name on the Hugging Face hub; two spaces are equal whatever the place.
-    sha256: of its file of weights.
+    sha256: of its file of weights; None if a checkpoint of another program does not record it.
     scaling: a name in `consistency.latents.SCALINGS`.
     channels, image_size: of the images that latents are decoded to.
     """
 
     autoencoder: str = field(compare=False)
-    sha256: str
+    sha256: str | None
     scaling: str
     channels: int
     image_size: int
@@ -66,10 +66,11 @@ class LatentSpace:
     def parse(cls, saved: object, origin: object) -> "LatentSpace":
         """Check the saved form, a dictionary of the fields. Raise `UserError` that names `origin`, the file."""
         fields = saved if isinstance(saved, dict) else {}
-        texts, counts = ("autoencoder", "sha256", "scaling"), ("channels", "image_size")
+        names, counts = ("autoencoder", "sha256", "scaling"), ("channels", "image_size")
+        texts = [fields.get(n) for n in names if n != "sha256" or fields.get(n) is not None]
         require(
-            set(fields) == {*texts, *counts}
-            and all(type(fields[n]) is str and len(fields[n]) <= MOST_PATH for n in texts)
+            set(fields) == {*names, *counts}
+            and all(type(text) is str and len(text) <= MOST_PATH for text in texts)
             and fields["scaling"] in SCALINGS
             and all(type(fields[n]) is int and 1 <= fields[n] <= LARGEST for n in counts),
             f"latents with autoencoder, sha256, scaling, channels and image_size in {origin}",
@@ -79,7 +80,7 @@ class LatentSpace:
         return cls(**fields)
 
     @property
-    def protocol(self) -> dict[str, str]:
+    def protocol(self) -> dict[str, str | None]:
         """What a measure of decoded images depends on: the autoencoder, the scaling and the rounding of pixels."""
         return {
             "autoencoder_sha256": self.sha256,
