@@ -8,7 +8,7 @@ so a mode is a YAML file in conf/mode that names the parts, and no code branches
 imports only from its floor and those below it, and torch and jaxtyping:
 
     floor 1, words      errors tensors pixels schedules grids preconditioning averaging randomness
-                        networks: adm song dhariwal (with unet and layers) mlp
+                        networks: adm song dhariwal edm2 (with unet and layers) mlp
     floor 2, phrases    processes solvers pairs flow_pairs distances weightings denoiser tangents derivatives augmentation
     floor 3, sentences  steps samplers flow_samplers editing
     floor 4, paragraph  objectives trigflow (sCT and sCD) average_velocity (MeanFlow) shortcuts (alpha-Flow and shortcut models)
