@@ -13,6 +13,7 @@ from consistency.checkpoints import nvlabs
 from consistency.checkpoints.pickle_reader import read_pickle
 from consistency.denoiser import Denoiser
 from consistency.tensors import NO_CLASS
+from consistency.weightings import FourierWeighting
 from golden_harness import Archive, Tolerance, read_json
 
 # Section 4 of the golden README, row "snapshots", and float64 throughout.
@@ -20,7 +21,7 @@ OUTPUT, DOUBLE, DIGEST = Tolerance(of_norm=1e-6), Tolerance(of_norm=1e-9), Toler
 
 
 def compare_snapshots(archive: Archive) -> None:
-    """The state, the card and the outputs of each file of the JSON."""
+    """The state, the card, the learned weighting and the outputs of each file of the JSON."""
     for name, entry in read_json(archive.path.with_suffix(".json")).items():
         path = archive.path.parent / entry["file"]
         content = read_pickle(path)
@@ -36,6 +37,14 @@ def compare_snapshots(archive: Archive) -> None:
         assert (model.card.role, model.format) == ("teacher", "NVlabs EDM2")
         assert (model.card.latents is not None) is (entry["encoder"] == "StabilityVAEEncoder")
         _same_settings(entry["init_kwargs"], model)
+        weighting = FourierWeighting(
+            preconditioning=model.denoiser.preconditioning,
+            width=len(stored["logvar_fourier.freqs"]),
+        )
+        kept = {k.removeprefix("logvar_"): v for k, v in stored.items() if k.startswith("logvar_")}
+        weighting.load_state_dict(kept)
+        logvar = weighting.log_variance(archive.tensor(f"{name}.sigma"))
+        archive.compare(f"{name}.logvar_fp32_params", logvar[:, None, None, None], OUTPUT)
         compare_outputs(archive, name, model.denoiser)
 
 

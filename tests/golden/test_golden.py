@@ -15,6 +15,7 @@ import golden_augmentation as augmentation
 import golden_averages as averages
 import golden_dit as dit
 import golden_editing as editing
+import golden_edm2 as edm2
 import golden_edm2_snapshots as snapshots
 import golden_fastgen_time as fastgen_time
 import golden_flow_sampling as flow_sampling
@@ -66,6 +67,9 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("openai_editing.npz", editing.compare_editing),
     ("piq_lpips_recipe.npz", perceptual.compare_lpips),
     ("later/edm2_ema.npz", averages.compare_power_averages),
+    ("later/edm2_*.npz", edm2.compare_network),
+    ("later/edm2_layers.npz", edm2.compare_layers),
+    ("later/edm2_scalars.npz", edm2.compare_scalars),
     ("later/augment_*.npz", augmentation.compare_augmentation),
     ("later/fastgen_cm.npz", truncated.compare_fastgen_cm),
     ("later/fastgen_tcm.npz", truncated.compare_fastgen_tcm),
@@ -104,12 +108,14 @@ WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
     ("later/fastgen_*.safetensors", trigflow.load_weights),
     ("later/meanflow_song.safetensors", meanflow.song),
     ("later/dit_*.safetensors", dit.transformer),
+    ("later/edm2_*.safetensors", edm2.Published),
 ]
 
 SHAPES: list[tuple[str, Callable[[Path], int]]] = [
     ("openai_unet/released_architectures.json", networks.compare_released_openai),
     ("edm/released_architectures.json", networks.compare_released_nvlabs),
     ("jcm/cifar10_ncsnpp_param_shapes.json", networks.compare_released_jcm),
+    ("later/edm2_scalars.json", edm2.compare_presets),
     ("later/dropout.json", fastgen_time.compare_dropout),
     ("later/dropout.json", trigflow.compare_dropout),
     ("later/dropout.json", flow_sampling.compare_dropout),
@@ -126,6 +132,7 @@ SETTINGS = [
     "later/augment_configs.json",
     "later/edm2_dit_augment_tolerances.json",
     "later/ect_compared.json",
+    "later/edm2_configs.json",
     "later/edm2_ema.json",
     "later/edm2_snapshots.json",
     "later/files/edm2_snapshot_*.pkl",
@@ -150,6 +157,7 @@ NEVER: list[tuple[str, str, str]] = [
         "response.*",
         "values of profiles, whose integrals and sums are compared",
     ),
+    ("later/edm2_scalars.npz", "vae.*", "compared with data=latents"),
     ("later/edm2_ema.npz", "run.traditional*", "EDM's ramped decay, which no recipe of ours has"),
     (
         "later/edm2_ema.npz",
@@ -160,11 +168,6 @@ NEVER: list[tuple[str, str, str]] = [
         "later/edm2_snapshots.npz",
         "*_as_loaded",
         "weights used in half precision, which ours never are",
-    ),
-    (
-        "later/edm2_snapshots.npz",
-        "*.logvar_*",
-        "the learned weighting of the loss, no part of a teacher",
     ),
     ("later/edm2_snapshots.npz", "*_before_saving", "the network before it was rounded to half"),
     ("later/fastgen_time.npz", "law.uniform", "uniform times, which no published run uses"),

@@ -32,7 +32,7 @@ def normalise(x: Float[Tensor, "*n"], dims: tuple[int, ...] | None = None) -> Fl
     """x / (rms(x) + 1e-4), the root mean square over `dims`; None: over all but the first."""
     dims = tuple(range(1, x.ndim)) if dims is None else dims
     length = vector_norm(x, dim=dims, keepdim=True, dtype=at_least_float32(x.dtype))
-    rms = length / math.sqrt(math.prod(x.shape[d] for d in dims))
+    rms = length / math.sqrt(math.prod([x.shape[d] for d in dims]))
     return x / (rms + EPS).to(x.dtype)
 
 
