@@ -58,7 +58,8 @@ class Scaling:
 
     def to_uint8(self, pixels: Data) -> UInt8[Tensor, "b c h w"]:
         """Return 0 ... 255 of the autoencoder's pixels, on their device; values beyond black and white are clamped."""
-        levels = (pixels.float() - self.black) / (1 - self.black) * 255 + 0.5 * self.half_up
+        scale = 255 / (1 - self.black)
+        levels = pixels.float() * scale + (0.5 * self.half_up - self.black * scale)
         return levels.clamp(0, 255).to(torch.uint8)
 
     def from_unit(self, x: Data) -> Data:

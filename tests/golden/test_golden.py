@@ -21,6 +21,7 @@ import golden_fastgen_time as fastgen_time
 import golden_flow_sampling as flow_sampling
 import golden_formulas as formulas
 import golden_jcm as jcm
+import golden_latents as latents
 import golden_later as later
 import golden_losses as losses
 import golden_meanflow as meanflow
@@ -71,6 +72,7 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("later/edm2_layers.npz", edm2.compare_layers),
     ("later/edm2_scalars.npz", edm2.compare_scalars),
     ("later/augment_*.npz", augmentation.compare_augmentation),
+    ("later/edm2_scalars.npz", latents.compare_latents),
     ("later/fastgen_cm.npz", truncated.compare_fastgen_cm),
     ("later/fastgen_tcm.npz", truncated.compare_fastgen_tcm),
     ("later/fastgen_time.npz", fastgen_time.compare_fastgen_time),

@@ -1,5 +1,6 @@
 """The autoencoder of a model of latents: an AutoencoderKL of diffusers, an optional extra, known by the hash of its weights."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -91,19 +92,21 @@ class Autoencoder:
         return torch.cat([law.mean for law in laws]), torch.cat([law.std for law in laws])
 
     @torch.no_grad()
-    def pixels(self, x_0: Data) -> Data:
-        """Decode latents to the autoencoder's pixels, not clamped."""
-        latents = self.scaling.unscaled(x_0.float())
+    def pixels(self, x_0: Data) -> Iterator[Data]:
+        """Decode latents to the autoencoder's pixels, not clamped, a few at a time."""
         few = max(1, PIXELS // (self.factor**2 * x_0.shape[2] * x_0.shape[3]))
-        return torch.cat([self.network.decode(part).sample for part in latents.split(few)])
+        for part in x_0.split(few):
+            latents = self.scaling.unscaled(part.to(self.device).float())
+            yield self.network.decode(latents).sample
 
     def images(self, x_0: Data) -> UInt8[Tensor, "b c h w"]:
         """Decode latents to images of 0 ... 255, on the device of x_0."""
-        return self.scaling.to_uint8(self.pixels(x_0.to(self.device))).to(x_0.device)
+        parts = [self.scaling.to_uint8(part).to(x_0.device) for part in self.pixels(x_0)]
+        return torch.cat(parts)
 
     def decoded(self, x_0: Data) -> Data:
         """Decode latents to images in [-1, 1], not clamped."""
-        return self.scaling.to_unit(self.pixels(x_0))
+        return self.scaling.to_unit(torch.cat([*self.pixels(x_0)]))
 
     def encoded(self, images: Data) -> Data:
         """Encode images in [-1, 1] to the means of their latents."""
@@ -113,12 +116,13 @@ class Autoencoder:
 @lru_cache(maxsize=2)
 def opened(name: str, sha256: str | None, scaling: str, device: torch.device) -> Autoencoder:
     """Open an autoencoder by folder or name, once a process. Refuse one of another SHA-256, unless that is None."""
-    diffusers, folder = library(), find(name)
+    folder = find(name)
     digest = fingerprint(folder / WEIGHTS)
     expected = f"the autoencoder of the latents, weights of sha256 {sha256}"
     remedy = "say autoencoder=<the folder of that one, or its name on the Hugging Face hub>"
     got = f"autoencoder={name}, another one, sha256 {digest}"
     require(sha256 in (None, digest), expected, got, remedy)
+    diffusers = library()
     try:
         options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
         read = diffusers.AutoencoderKL.from_pretrained
