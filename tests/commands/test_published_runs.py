@@ -33,7 +33,7 @@ RECIPES = {
     "cm_imagenet64_cd_lpips_released", "cm_imagenet64_ct_released", "ict_imagenet64", "cm_lsun_bedroom_edm_released",
     "cm_lsun_bedroom_cd_lpips_released", "cm_lsun_bedroom_ct_released", "cm_lsun_cat_edm_released",
     "cm_lsun_cat_cd_lpips_released", "cm_lsun_cat_ct_released", "edm_ffhq64_vp", "edm_afhqv264_vp", "tcm_cifar10_stage2",
-    "fastgen_sct_cifar10", "fastgen_scd_cifar10", "meanflow_cifar10_v1",
+    "fastgen_sct_cifar10", "fastgen_scd_cifar10", "meanflow_cifar10_v1", "meanflow_imagenet256_b4", "edm2_imagenet512_s",
 }  # fmt: skip
 """Runs that `mode=<mode> data=<data>` is; the others are experiments of their name."""
 
@@ -41,6 +41,7 @@ STEPS = {
     "not given": 610352,
     "not set": 1_000_000,
     "iteration=800,000 as bound": 800_000,
+    "240 epochs": 1_200_960,
     "16,000 epochs": 800_000,
     "not printed": 400_000,
     "100k / 200k / 400k": 100_000,
@@ -51,6 +52,7 @@ DISTANCES = {
     "l2 norm of the tangent": "L2Tangent", "LPIPS (Hessian)": "Hessian", "pseudo-Huber 1e-8": 1e-8, "pseudo-Huber, c=0.00054": 0.00054,
     "pseudo-Huber c=1e-8": 1e-8, "pseudo-Huber 0.06": 0.06, "pseudo-Huber c=0.06": 0.06,
     "adaptive weighted l2 of the normalised tangent": "L2", "normalised tangent": "L2OverDimension",
+    "squared error with adaptive weight, p=1, eps 0.01": (1.0, 0.01), "poly_1.0, const 1.0": (1.0, 1.0),
     "squared error with adaptive weight, p=0.75, eps 1e-3": (0.75, 1e-3), "poly_0.75, const 1e-3": (0.75, 1e-3),
 }  # fmt: skip
 WEIGHTINGS = {"karras": "karras", "1/t^2+1/sd^2": "karras", "uniform": "uniform", "truncated snr": "truncated_snr", "1/(t-r)": "inverse_gap", "1/c_out^2": "karras", "learned w(t)": "uniform", "learned + prior": "inverse_level"}  # fmt: skip
@@ -58,6 +60,8 @@ NETWORKS = {
     "NCSN++ 5": (128, 4, 16.0), "NCSN++, 4": (128, 4, 0.02), "NCSN++, 8": (128, 8, 0.02), "NCSN++ 6": (128, 4, 16.0),
     "DDPM++": (128, 4, None), "SongUNet, encoder standard": (128, 4, None), "ADM 296M": (192, 3, True), "ADM 526M": (256, 2, False), "ADM, 3": (192, 3, False), "ADM, 6": (192, 6, False),
     "EDM2-S": (192, 3, None), "EDM2-M": (256, 3, None), "EDM2-L": (320, 3, None), "EDM2-XL": (384, 3, None),
+    "EDM2-XS": (128, 3, None), "EDM2-XXL": (448, 3, None), "SiT-B/4": (768, 12, 4), "SiT-B/2": (768, 12, 2), "SiT-XL/2": (1152, 28, 2),
+    "DiT-B/2": (768, 12, 2), "DiT-XL/2": (1152, 28, 2),
 }  # fmt: skip
 
 
@@ -162,7 +166,11 @@ def test_a_published_run_is_one_command(run: str) -> None:
 
 def _same_network(row: dict[str, str], config: dict[str, Any], network: dict[str, Any]) -> None:
     width, blocks, kind = rule(NETWORKS, row["network"])
-    assert (network["model_channels"], network["num_res_blocks"]) == (width, blocks)
+    if "patch_size" in network:
+        assert network["patch_size"] == kind
+        assert (network["hidden_size"], network["depth"]) == (width, blocks)
+    else:
+        assert (network["model_channels"], network["num_res_blocks"]) == (width, blocks)
     if "use_scale_shift_norm" in network:
         assert network["use_scale_shift_norm"] is kind
     elif network["_target_"].endswith("SongUNet"):
@@ -170,7 +178,7 @@ def _same_network(row: dict[str, str], config: dict[str, Any], network: dict[str
         assert network["residual_input"] is (kind is not None)
     classes = {"no": None, "10 classes": 10, "1,000 classes": 1000}[row["conditional"]]
     assert config["data"]["num_classes"] == network["num_classes"] == classes
-    assert network["dropout"] == numbers(row["dropout"])[0]
+    assert network.get("dropout", 0.0) == numbers(row["dropout"])[0]
     small = re.search(r"(at |<=)16", row["dropout"])
     assert network.get("dropout_resolution") == (16 if small else None)
     piped = re.match(r"augment pipe p=([\d.]+)|EDM pipe", row["augmentation"])
@@ -197,7 +205,7 @@ def _same_method(row: dict[str, str], mode: Any, objective: Any, scales: Any, co
         assert distance["c"] == kind
     elif isinstance(kind, tuple):
         assert (distance["p"], distance["c"]) == kind
-        _same_flow(row, mode, objective["pairs"], config["model"]["network"]["second_time"])
+        _same_flow(row, mode, objective, config["model"]["network"])
         return
     elif kind == "max":
         pooled = "average_pooled_unit" if "verage" in row["distance"] else "max_pooled_signed"
@@ -299,18 +307,28 @@ def _same_tangent(row: dict[str, str], mode: Any, objective: Any) -> None:
     assert ends == ([0.002, last] if released else [None, None])
 
 
-def _same_flow(row: dict[str, str], mode: Any, pairs: Any, second_time: str) -> None:
-    """The times and the second time of MeanFlow."""
+def _same_flow(row: dict[str, str], mode: Any, objective: Any, network: Any) -> None:
+    """The times, the second time and the guidance of MeanFlow."""
+    pairs, latents = objective["pairs"], "imagenet256" in row["run_id"]
     law = [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", row["t_law"].partition(";")[0])[:4]]
     assert [pairs[n] for n in ("mean_t", "std_t", "mean_r", "std_r")] == law
-    assert re.search(r"75%|ratio \.75", row["t_law"])
+    share = re.search(r"75% have r = t|ratio \.25", row["t_law"])
+    assert share or re.search(r"r!=t in 75%|ratio \.75", row["t_law"])
     fastgen = row["run_id"].startswith("fastgen")
     kinds = {"meanflow_cifar10_v0": "LogitNormalPairs", "meanflow_cifar10_v1": "CappedPairs"}
-    assert pairs["_target_"].endswith(kinds.get(row["run_id"], "CountedPairs"))
-    assert (pairs["equal"], pairs["t_max"]) == (0.25, 0.999 if fastgen else 1.0)
-    assert second_time == ("end" if fastgen else "gap")
-    assert (row["weighting"], row["n_scales"]) == ("-", "-")
-    assert (mode["derivative"], mode["guidance"]) == ("flow_forward", "none")
+    kind = "CountedPairs" if fastgen else "FirstPairs"
+    assert pairs["_target_"].endswith(kinds.get(row["run_id"], kind))
+    assert (pairs["equal"], pairs["t_max"]) == (0.75 if share else 0.25, 0.999 if fastgen else 1.0)
+    assert network["second_time"] == ("end" if fastgen and not latents else "gap")
+    assert (row["weighting"][0], row["n_scales"]) == ("-", "-")
+    assert mode["derivative"] == "flow_forward"
+    guided = re.search(
+        r"w (\S+), k (\S+) in \[(\S+),(\S+)\], labels dropped (\S+)", row["weighting"]
+    )
+    given = [float(n) for n in guided.groups()] if guided else [None] * 4 + [0.0]
+    node = objective["guidance"] or {}
+    found = [node.get(n) for n in ("w", "k", "t_start", "t_end")] + [objective["label_dropout"]]
+    assert found == given
 
 
 def _same_averages(text: str, ema: Any, weights: str) -> None:
