@@ -21,7 +21,7 @@ from tiny_models import randomised
 
 KWARGS: dict[str, Any] = {
     **{"use_fp16": True, "img_resolution": 8, "img_channels": 3, "label_dim": 2},
-    **{"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "channels_per_head": 8},
+    **{"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "channels_per_head": 8},
 }
 
 

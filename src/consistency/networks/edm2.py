@@ -158,7 +158,9 @@ class Block(nn.Module):
         self.heads = out_channels // head_channels if attends else 0
         self.attention: layers.Attention | None = attention if self.heads else None
         if resampling is not None:
-            self.register_buffer("taps", fir_filter(resample_filter), persistent=False)
+            with torch.device("cpu"):  # a constant, which a network built without memory has too
+                taps = fir_filter(resample_filter)
+            self.register_buffer("taps", taps, persistent=False)
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(out_channels if encoder else in_channels, out_channels, 3)
         self.emb_linear = MPConv(embedding, out_channels)
