@@ -43,18 +43,21 @@ class LatentWriter(ChunkWriter):
     rank: PerProcess[int]
     title, suffix = "encoding", ".json"
 
-    def encoder(self) -> Autoencoder:
-        """Open the autoencoder on the device of this process."""
-        device = self.device
-        if self.processes > 1:
-            share_threads(device, self.processes)
-            rank = self.rank()
-            device = device if device.type == "cpu" else torch.device(device.type, rank)
+    def encoder(self, device: torch.device) -> Autoencoder:
+        """Open the autoencoder."""
         return opened(self.autoencoder, self.settings["sha256"], self.settings["scaling"], device)
+
+    def own_device(self) -> torch.device:
+        """Return the device of this process, one of several, and give it its share of the CPU."""
+        if self.processes == 1:
+            return self.device
+        share_threads(self.device, self.processes)
+        rank = self.rank()
+        return self.device if self.device.type == "cpu" else torch.device(self.device.type, rank)
 
     def write(self, span: range, file: Path) -> None:
         images, bad, latents, labels = list[ImageFacts](), list[str](), list[Tensor](), list[int]()
-        encoder, sums = self.encoder(), list[Tensor]()
+        encoder, sums = self.encoder(self.own_device()), list[Tensor]()
         with ThreadPool() as pool:
             reads = pool.imap(self.read, span)
             while group := list(islice(reads, AT_ONCE)):
@@ -118,7 +121,8 @@ class LatentWriter(ChunkWriter):
                 sums.append(torch.tensor(self.facts(file)["sums"], dtype=torch.float64))
         for left in {*folder.iterdir()} - {folder / name for name, _ in counts}:
             left.unlink()
-        encoder, settings, side = self.encoder(), self.settings, facts["resolution"]
+        settings, side = self.settings, facts["resolution"]
+        encoder = self.encoder(torch.device("cpu"))
         orientations, latent_side = 2 if settings["flip"] else 1, side // encoder.factor
         pixels = facts["count"] * orientations * latent_side**2
         total, squares = torch.stack(sums).sum(0) / pixels

@@ -146,7 +146,7 @@ class Latents(Source):
         n = torch.randn(shape, generator=draw, device=draw.device)[share.rows(len(mean))]
         return self.scaling.scaled(mean + std * n)
 
-    def decoded(self, batch: Float[Tensor, "b k h w"]) -> Images:
+    def decoded(self, batch: Float[Tensor, "b k i j"]) -> Images:
         """Decode the means of the items, or the stored samples, to images."""
         assert self.latents is not None
         x_0 = self.scaling.scaled(batch[:, : self.channels].float())

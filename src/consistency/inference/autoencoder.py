@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from consistency.errors import UserError, require
@@ -18,6 +18,9 @@ from consistency.tensors import Data
 
 WEIGHTS, SETTINGS = "diffusion_pytorch_model.safetensors", "config.json"
 INSIDE = "vae"  # the folder of the autoencoder in that of a pipeline
+Sized: TypeAlias = Float[Tensor, "b _c _h _w"]
+"""Images, of another size than their latents."""
+
 PIXELS = 1 << 20  # of the images that are encoded or decoded at once: 4 of 512 x 512
 
 
@@ -85,30 +88,30 @@ class Autoencoder:
         return 1 << (len(self.network.config.block_out_channels) - 1)
 
     @torch.no_grad()
-    def moments(self, pixels: Data) -> tuple[Data, Data]:
+    def moments(self, pixels: Sized) -> tuple[Data, Data]:
         """Return means and standard deviations of the autoencoder's own latents of its pixels."""
         few = max(1, PIXELS // (pixels.shape[2] * pixels.shape[3]))
         laws = [self.network.encode(part).latent_dist for part in pixels.split(few)]
         return torch.cat([law.mean for law in laws]), torch.cat([law.std for law in laws])
 
     @torch.no_grad()
-    def pixels(self, x_0: Data) -> Iterator[Data]:
+    def pixels(self, x_0: Data) -> Iterator[Sized]:
         """Decode latents to the autoencoder's pixels, not clamped, a few at a time."""
         few = max(1, PIXELS // (self.factor**2 * x_0.shape[2] * x_0.shape[3]))
         for part in x_0.split(few):
             latents = self.scaling.unscaled(part.to(self.device).float())
             yield self.network.decode(latents).sample
 
-    def images(self, x_0: Data) -> UInt8[Tensor, "b c h w"]:
+    def images(self, x_0: Data) -> UInt8[Tensor, "b _c _h _w"]:
         """Decode latents to images of 0 ... 255, on the device of x_0."""
         parts = [self.scaling.to_uint8(part).to(x_0.device) for part in self.pixels(x_0)]
         return torch.cat(parts)
 
-    def decoded(self, x_0: Data) -> Data:
+    def decoded(self, x_0: Data) -> Sized:
         """Decode latents to images in [-1, 1], not clamped."""
         return self.scaling.to_unit(torch.cat([*self.pixels(x_0)]))
 
-    def encoded(self, images: Data) -> Data:
+    def encoded(self, images: Sized) -> Data:
         """Encode images in [-1, 1] to the means of their latents."""
         return self.scaling.scaled(self.moments(self.scaling.from_unit(images))[0])
 

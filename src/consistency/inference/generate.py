@@ -61,7 +61,7 @@ class Request:
         latents = self.card.latents
         return ImageSpace() if latents is None else autoencoder_of(latents, self.device)
 
-    def decode(self, x_0: Data) -> UInt8[Tensor, "b c h w"]:
+    def decode(self, x_0: Data) -> UInt8[Tensor, "b _c _h _w"]:
         """Return x_0 as images of 0 ... 255, on its device; latents are decoded."""
         space = self.space
         return space.images(x_0) if isinstance(space, Autoencoder) else quantised(x_0)
