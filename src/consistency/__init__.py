@@ -20,7 +20,7 @@ The shell stands in rooms:
     inference           card (what a model is) model (what `load` returns) generate (numbered samples) options plots
                         autoencoder (of latents)
     checkpoints         load contents; ours (posthoc: averages of any width) openai nvlabs edm2 jcm diffusers (folders; diffusers_unet,
-                        diffusers_time_embedding); wrapped (state dicts below any keys), pickle_reader, pretrained (published
+                        diffusers_time_embedding) dit; wrapped (state dicts below any keys), pickle_reader, pretrained (published
                         files)
     data                module (the LightningDataModule, order by position, foreign loaders) source; memory: digits
                         mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; latents; decode crop

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import recipes
+import yaml
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
@@ -65,6 +66,18 @@ NETWORKS = {
 }  # fmt: skip
 
 
+def names_another_run(run: str) -> bool:
+    """Whether its experiment is another run with the network of another size, say."""
+    file = ROOT / "experiments" / f"{run}.yaml"
+    defaults = yaml.safe_load(file.read_text()).get("defaults", []) if file.is_file() else []
+    return any(name in RUNS for name in defaults if isinstance(name, str))
+
+
+PARAMETERS = [
+    pytest.param(run, marks=pytest.mark.slow) if names_another_run(run) else run for run in RUNS
+]
+
+
 def rule(table: dict[str, Any], text: str) -> Any:
     """The value of the longest key that the text begins with."""
     keys = [key for key in table if text.startswith(key)]
@@ -84,7 +97,7 @@ def configuration(run: str) -> DictConfig:
     return expanded(composed("train", *(recipe if run in RECIPES else [f"experiment={run}"])))
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", PARAMETERS)
 def test_the_schedules_of_a_hundredth_are_those_of_the_whole_sampled(run: str) -> None:
     """N_small(k) = N(100 k), the rate likewise, and every decay d_small(k) = d(100 k)^100: the same share of the run."""
     whole = configuration(run)
@@ -134,7 +147,7 @@ def test_the_schedules_of_a_hundredth_are_those_of_the_whole_sampled(run: str) -
             assert every == node.every_n_train_steps / 100
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", PARAMETERS)
 def test_a_published_run_is_one_command(run: str) -> None:
     row = RUNS[run]
     config: Any = OmegaConf.to_container(configuration(run), resolve=True)

@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency.checkpoints import diffusers, edm2, jcm, nvlabs, openai, ours, pretrained, wrapped
+from consistency.checkpoints import (
+    diffusers,
+    dit,
+    edm2,
+    jcm,
+    nvlabs,
+    openai,
+    ours,
+    pretrained,
+    wrapped,
+)
 from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, check, checking
 from consistency.checkpoints.pickle_reader import read_pickle, read_zip
 from consistency.checkpoints.posthoc import POSTHOC, POWER
@@ -37,7 +47,7 @@ CONTAINERS: dict[bytes, Callable[[Path], Any]] = {
 }
 """First bytes of a file -> the reader of its container. A safetensors file begins with a length and a brace."""
 
-STATE_DICTS = (nvlabs, openai, diffusers)
+STATE_DICTS = (nvlabs, openai, diffusers, dit)
 """Formats of state dicts, in the order in which a content is offered to them."""
 
 
