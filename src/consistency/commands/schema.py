@@ -112,6 +112,7 @@ class Data:
     flip: bool = False
     on_bad: str = "stop"  # stop or skip, at an image that cannot be used
     background: str | None = None  # colour behind transparent images; null refuses them
+    clips: bool = True  # samplers may clip estimates to [-1, 1]: images, no latents
     in_memory: bool = False  # decode the images once and hold them
     download: bool = False  # fetch a public set that is missing at `path`
     allow_reorder: bool = False  # resume although the images come in another order than before
