@@ -182,7 +182,12 @@ def test_from_training_to_every_picture_and_number(verb: Run, made: Path, tmp_pa
         "logger=none",
     ]
     metrics += ["num_samples=12", "weights=ema", "samplers=onestep", "device=cpu"]
-    pictures = ["data=folder", f"data.path={made / 'set'}", "data.image_size=16"]
+    pictures = [
+        "data=folder",
+        f"data.path={made / 'set'}",
+        "data.image_size=16",
+        "data.num_workers=0",
+    ]
     for name, reference in (("pictures", pictures), ("latents", data)):
         output = tmp_path / f"evaluation_{name}"
         done = verb("evaluate", f"checkpoint={run}", *reference, *metrics, f"output={output}")

@@ -130,6 +130,7 @@ def test_a_data_module_takes_them_as_it_takes_images(tmp_path: Path) -> None:
     shape = {"image_size": 8, "channels": 4, "num_classes": 2, "batch_size": 7}
     rest = {"held_out": None, "device_batch_size": None, "num_workers": 0, "flip": True, "seed": 0}
     module = DataModule(source=source, **shape, **rest)
+    assert "Latents of somebody/vae, sha256 000000000000, scaling edm2" in module.summary(1)
     order = module.batches(split=module.split(1), total=2)
     batches = list(module.loader(order))
     assert [tuple(items.shape) for items, _ in batches] == [(7, 8, 8, 8)] * 2
@@ -143,7 +144,8 @@ def test_a_data_module_takes_them_as_it_takes_images(tmp_path: Path) -> None:
     [
         ({"orientations": 1}, {"flip": True}, "latents of mirror images too, for data.flip=true"),
         ({}, {"scaling": "sit"}, "another range"),
-        ({"num_classes": None}, {"num_classes": 2}, "latents with classes"),
+        ({"num_classes": None}, {"num_classes": 2}, "got: no classes"),
+        ({}, {"num_classes": 1}, "got: 2 classes"),
         ({"files": [["../../0.safetensors", 3]]}, {}, "another content of latents.json"),
         ({"stored": "pickles"}, {}, "another content of latents.json"),
         ({"shape": None}, {}, "damaged latents.json"),
@@ -165,7 +167,7 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "set" / "1.safetensors").write_bytes(b"nothing")
     source = Latents(path=str(tmp_path / "set"), flip=False)
     assert source[2][1] == 0
-    with pytest.raises(UserError, match=r"latents in .*1\.safetensors"):
+    with pytest.raises(UserError, match=r"latents of shape \(4, 2, 8, 8, 8\) in .*1\.safetensors"):
         source[3]
 
 

@@ -63,14 +63,18 @@ class Latents(Source):
         expected, got = "latents of mirror images too, for data.flip=true", "those of images alone"
         remedy = "prepare them with flip=true, or set data.flip=false"
         require(not flip or table["orientations"] == 2, expected, got, remedy)
-        classes = table["num_classes"]
-        expected = f"latents with classes for data.num_classes={num_classes} at data.path={path}"
-        remedy = "prepare them with classes=true, or set data.num_classes=null"
-        require(num_classes is None or bool(classes), expected, "none", remedy)
+        classes = table["num_classes"] or 0
+        expected = f"latents of 1 to data.num_classes={num_classes} classes at data.path={path}"
+        remedy = "set data.num_classes to that; null trains without classes"
+        fits = num_classes is None or 1 <= classes <= num_classes
+        require(fits, expected, f"{classes or 'no'} classes", remedy)
         self.class_names, self.left_out = table["class_names"], table["left_out"]
         self.stored, self.orientations = table["stored"], 2 if flip else 1
         self.files = [self.folder / name for name, _ in table["files"]]
-        self.ends = torch.tensor([count for _, count in table["files"]]).cumsum(0)
+        self.counts = [count for _, count in table["files"]]
+        self.ends = torch.tensor(self.counts).cumsum(0)
+        channels = self.channels * (2 if self.stored == MOMENTS else 1)
+        self.item = table["orientations"], channels, *self.sides
         self.open_files: PerProcess[dict[int, Any]] = PerProcess(dict)
 
     def _table(self) -> dict[str, Any]:
@@ -106,19 +110,24 @@ class Latents(Source):
         mirrored, number = divmod(index, int(self.ends[-1]))
         shard = int(torch.searchsorted(self.ends, number, right=True))
         row = number - (int(self.ends[shard - 1]) if shard else 0)
-        try:
-            latents, labels = self._opened(shard)
-            item = latents[row : row + 1, mirrored : mirrored + 1][0, 0]
-        except (OSError, SafetensorError, IndexError) as error:
-            remedy = "copy the file again, or prepare the latents again"
-            raise UserError(f"latents in {self.files[shard]}", str(error)[:200], remedy) from error
-        return item, int(labels[row])
+        latents, labels = self._opened(shard)
+        return latents[row, mirrored], int(labels[row])
 
-    def _opened(self, shard: int) -> tuple[Any, Tensor]:
-        files = self.open_files()
+    def _opened(self, shard: int) -> tuple[Tensor, Tensor]:
+        """Return latents and labels of a file; the latents are mapped, and read when they are used."""
+        files, path = self.open_files(), self.files[shard]
         if shard not in files:
-            file = safe_open(self.files[shard], framework="pt")
-            files[shard] = file.get_slice("latents"), file.get_tensor("labels")
+            try:
+                with safe_open(path, framework="pt") as file:
+                    latents, labels = file.get_tensor("latents"), file.get_tensor("labels")
+                got = f"shape {tuple(latents.shape)}"
+            except (OSError, SafetensorError) as error:
+                latents, labels, got = torch.empty(0), torch.empty(0), str(error)[:200]
+            expected = (self.counts[shard], *self.item)
+            remedy = "copy the file again, or prepare the latents again"
+            fits = tuple(latents.shape) == expected and len(labels) == expected[0]
+            require(fits, f"latents of shape {expected} in {path}", got, remedy)
+            files[shard] = latents, labels
         latents, labels = files[shard]
         return latents, labels
 

@@ -136,12 +136,16 @@ class DataModule(L.LightningDataModule):
         return BatchSplit(world_size, images, share // images)
 
     def summary(self, world_size: int) -> str:
-        """Return two lines for the start of a run: the split of a batch, and the images an epoch leaves out."""
+        """Return lines for the start of a run: the split of a batch, the images an epoch leaves out, the autoencoder."""
         count = len(self.train_source)
         batches, dropped = divmod(count, self.batch_size)
         rest = f"the {dropped} that remain are left out, other ones in each"
         epoch = f"{count} images = {batches} batches, {rest if dropped else 'none left out'}"
-        return f"Batch: {self.batch_size} = {self.split(world_size)}\nEpoch: {epoch}"
+        lines = [f"Batch: {self.batch_size} = {self.split(world_size)}", f"Epoch: {epoch}"]
+        if (space := self.train_source.latents) is not None:
+            origin = f"{space.autoencoder}, sha256 {space.sha256[:12]}, scaling {space.scaling}"
+            lines.append(f"Latents of {origin}")
+        return "\n".join(lines)
 
     def batches(
         self, *, split: BatchSplit, rank: int = 0, start: int = 0, total: int = 0
