@@ -112,7 +112,7 @@ def forced_normalisation(network: nn.Module) -> Callable[[], None]:
     """Return the overwriting of all weights of `MPConv` in the network by their normalised form, as a function [Eq. 66].
 
     Training calls it before the passes of each optimizer step. So all of them see the same weights, that of a target too,
-    and a compiled, recomputed or differentiated pass changes none. To list the layers takes longer than to normalise them.
+    and a compiled, recomputed or differentiated pass changes none.
     """
     weights = [part.weight for part in network.modules() if isinstance(part, MPConv)]
 
