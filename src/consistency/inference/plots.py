@@ -75,6 +75,15 @@ def draw_lines(
     figure.savefig(picture, dpi=110)
 
 
+FORMER_NAMES = {
+    "N": "schedule/N",
+    "mu": "schedule/mu",
+    "train/learning_rate": "schedule/learning_rate",
+    "images_per_second": "speed/images_per_second",
+}
+"""Metrics of older runs -> their names now."""
+
+
 def read_metrics(file: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Read metrics.csv: the steps and values of every metric."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
@@ -82,7 +91,7 @@ def read_metrics(file: Path) -> dict[str, tuple[list[float], list[float]]]:
         for row in csv.DictReader(rows):
             for name, value in row.items():
                 if name not in ("step", "epoch") and value not in ("", None):
-                    steps, values = curves.setdefault(name, ([], []))
+                    steps, values = curves.setdefault(FORMER_NAMES.get(name, name), ([], []))
                     steps.append(float(row["step"]))
                     values.append(float(value))
     return curves
@@ -94,11 +103,11 @@ def draw_curves(file: Path, picture: Path) -> None:
     panels = {
         "loss": ["train/loss"],
         "loss by noise quartile": [n for n in curves if "quartile" in n],
-        "scales N(k)": ["N"],
-        "target decay mu(k)": ["mu"],
-        "learning rate": ["train/learning_rate"],
+        "scales N(k)": ["schedule/N"],
+        "target decay mu(k)": ["schedule/mu"],
+        "learning rate": ["schedule/learning_rate"],
         "gradient norm": ["train/gradient_norm"],
-        "Fréchet distance": [n for n in curves if n.startswith(("fid/", "frechet_"))],
+        "Fréchet distance": [n for n in curves if "fid/" in n or "frechet_" in n],
     }
     shown = {title: names for title, names in panels.items() if names and names[0] in curves}
     if not shown:
