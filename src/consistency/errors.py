@@ -20,7 +20,7 @@ class UserError(ValueError):
         return f"expected {self.expected}\n  got: {self.got}\n  do: {self.remedy}"
 
 
-class Diverged(UserError):
+class DivergenceError(UserError):
     """A loss or gradient that is not finite, at which a run stops."""
 
 

@@ -56,7 +56,8 @@ def test_the_other_verbs_return_what_they_measure(
     outcome = verb("evaluate", *sweep, *given, *few)
     assert outcome.status == 0, outcome.err
     found = OmegaConf.load(output / "optimization_results.yaml")
-    (result,) = OmegaConf.load(output / "0" / "evaluation.json").results
+    (file,) = output.glob("0_seed-*/evaluation.json")
+    (result,) = OmegaConf.load(file).results
     assert found.best_value == pytest.approx(result["frechet_classifier"])
 
 
@@ -95,7 +96,7 @@ def test_every_job_that_fails_is_told(verb: Run, tmp_path: Path) -> None:
         told = next(t for t in outcome.err.split("error: ") if f"job {number} of the sweep" in t)
         assert f"got: {seed}" in told
     assert "job 2 of the sweep" not in outcome.err
-    assert (tmp_path / "sweep" / "2_digits_ect" / "checkpoints" / "last.ckpt").is_file()
+    assert (tmp_path / "sweep" / "2_seed-3" / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_a_failure_is_told_with_its_cause(capfd: pytest.CaptureFixture[str]) -> None:
@@ -162,7 +163,9 @@ def test_the_job_after_one_of_two_processes_has_all_cores(
     arguments = ["-m", *SHORT, "trainer.devices=2,1", *probe, f"output={sweep}"]
     outcome = process("train", *arguments, PYTHONPATH=support)
     assert outcome.status == 0, outcome.err
-    files = [sweep / f"{job}_digits_ect" / f"rank_{r}.json" for job, r in ((0, 0), (0, 1), (1, 0))]
+    files = [
+        sweep / f"{job}_devices-{2 - job}" / f"rank_{r}.json" for job, r in ((0, 0), (0, 1), (1, 0))
+    ]
     threads = [json.loads(file.read_text())["threads"] for file in files]
     assert threads == [max(1, free_threads // 2)] * 2 + [free_threads]
 
@@ -178,5 +181,5 @@ def test_jobs_of_joblib_train_with_loader_processes(process: Run, tmp_path: Path
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "optimizer.lr=1e-3,2e-3"]
     outcome = process("train", "-m", *SHORT, *data, *launcher, f"output={tmp_path / 'sweep'}")
     assert outcome.status == 0, outcome.err
-    for job in ("0_folder_ect", "1_folder_ect"):
+    for job in ("0_lr-0.001", "1_lr-0.002"):
         assert (tmp_path / "sweep" / job / "checkpoints" / "last.ckpt").is_file()

@@ -18,6 +18,7 @@ from consistency.checkpoints.ours import settle
 from consistency.commands.cli import called
 from consistency.commands.overrides import given_options, shell_line
 from consistency.commands.resume import CONFIG, RunStart, begin
+from consistency.commands.sweeps import require_monitor
 from consistency.errors import require
 from consistency.runtime.devices import warn_of_slow
 from consistency.runtime.files import ROOT, commit, write_text
@@ -42,6 +43,7 @@ def train(config: DictConfig, output: Path) -> float:
     start = begin(build.expanded(config), output)
     config, steps = start.config, start.config.trainer.max_steps
     build.require_taken(config.trainer)
+    require_monitor(config)
     require(config.seed >= 0, "seed >= 0", config.seed, "give another seed")
     require(steps >= 1, "trainer.max_steps >= 1", steps, "give the number of optimizer steps")
     if start.checkpoint is not None and start.step >= steps:

@@ -75,6 +75,30 @@ def draw_lines(
     figure.savefig(picture, dpi=110)
 
 
+def draw_values(
+    options: Mapping[str, Sequence[float | str]], values: Sequence[float], picture: Path
+) -> None:
+    """Draw values over each of several options, numbers or names, one panel an option; the axes of wide ranges by powers."""
+    columns = min(3, len(options))
+    rows = -(-len(options) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    for number, (name, given) in enumerate(options.items(), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        numeric = all(isinstance(value, float) for value in given)
+        axes.plot(given if numeric else list(map(str, given)), values, "o", markersize=4)
+        axes.set_xlabel(name)
+        axes.set_ylabel("value")
+        if numeric and _is_wide([float(value) for value in given]):
+            axes.set_xscale("log")
+        if _is_wide(values):
+            axes.set_yscale("log")
+    figure.savefig(picture, dpi=100)
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) > 20 * min(values)
+
+
 FORMER_NAMES = {
     "N": "schedule/N",
     "mu": "schedule/mu",

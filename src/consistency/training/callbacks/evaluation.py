@@ -88,7 +88,11 @@ class Evaluation(Periodic):
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         results = self._bounds(module) | self._measure_all(module, self.seeds)
         self.summary = self._table(results)
-        log_results(trainer.loggers, [{"samples": n, **v} for n, v in results.items()], trainer.global_step - 1)
+        log_results(
+            trainer.loggers,
+            [{"samples": n, **v} for n, v in results.items()],
+            trainer.global_step - 1,
+        )
         if trainer.is_global_zero:
             protocol = self.measure.protocol(self.count)
             content = dict(protocol=protocol, seeds=self.seeds, k=module.k, results=results)
