@@ -113,9 +113,9 @@ def record(hydra: Any, value: Any, seconds: float, failure: str) -> None:
     row = {"job": str(hydra.job.num), "folder": Path(str(hydra.runtime.output_dir)).name}
     row |= {key: masked_text(f"{key}={v}").partition("=")[2] for key, v in varied(hydra).items()}
     row["value"] = f"{value:.9g}" if isinstance(value, int | float) else ""
-    row |= {"seconds": f"{seconds:.1f}", "failure": masked_text(failure)}
+    row |= {"seconds": f"{seconds:.1f}", "failure": " ".join(masked_text(failure).split())}
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "sweep.lock"):
+    with locked(folder / ".sweep.lock"):
         others = [other for other in read(folder) if other["job"] != row["job"]]
         rows = sorted([*others, row], key=lambda row: int(row["job"]))
         _write(folder, rows, ascending=worst(hydra) != -math.inf)
@@ -152,7 +152,7 @@ def _write(folder: Path, rows: Sequence[Row], *, ascending: bool) -> None:
 
 
 def _cell(text: str | None) -> str:
-    return " ".join((text or "").replace("|", "/").split())
+    return (text or "").replace("|", "/")
 
 
 def _number(text: str) -> float | str:
