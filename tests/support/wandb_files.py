@@ -29,6 +29,13 @@ def records(file: Path) -> Iterator[Any]:
             yield record
 
 
+def names(file: Path) -> set[str]:
+    """Return the names that a run logged in a .wandb file, without W&B's own."""
+    history = [r.history for r in records(file) if r.WhichOneof("record_type") == "history"]
+    found = {i.nested_key[0] if i.nested_key else i.key for row in history for i in row.item}
+    return {name for name in found if not name.startswith("_")}
+
+
 def contents(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the logged rows and the config of a .wandb file."""
     rows: list[dict[str, Any]] = []
