@@ -4,10 +4,10 @@ import re
 from typing import Any
 
 import pytest
-from test_wandb import documented
 
 from conftest import Run
 from consistency.commands import dashboard
+from wandb_files import documented
 
 
 def test_without_its_package_one_message_says_so(

@@ -11,25 +11,7 @@ from consistency.checkpoints.ours import read
 from consistency.errors import UserError
 from consistency.evaluation.extractors import PUBLISHED
 from consistency.training.loggers import PatientWandbLogger
-from wandb_files import contents, names, records
-
-
-def documented() -> set[str]:
-    """Return the names that docs/wandb.md explains."""
-    page = (ROOT / "docs" / "wandb.md").read_text().partition("## Names")[2].partition("\n## ")[0]
-    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
-    return {name for row in rows for name in re.findall("`([^`]+)`", row)}
-
-
-def as_documented(logged: set[str]) -> set[str]:
-    """Return the most specific documented name of each logged one, or itself if there is none."""
-    patterns = sorted(documented(), key=len, reverse=True)
-
-    def place(name: str) -> str:
-        fits = (p for p in patterns if re.fullmatch(re.sub("<.+?>", r"[\\w.:]+", p), name))
-        return next(fits, name)
-
-    return {place(name) for name in logged}
+from wandb_files import as_documented, contents, documented, names, records
 
 
 @pytest.mark.slow

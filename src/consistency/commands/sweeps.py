@@ -60,7 +60,7 @@ def folder_name() -> str:
     hydra = HydraConfig.get()
     parts = [str(hydra.job.num)]
     for key, value in varied(hydra).items():
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        text = f"{value:.4g}" if isinstance(value, float) else str(value).strip("[]{}")
         name = (
             Path(text).name
             if schema.is_path(key)
