@@ -153,7 +153,10 @@ def perform_job(verb: str, main: Main, config: DictConfig) -> Any:
             raise
         value = math.nan
     finally:
-        sweeps.record(hydra, value, perf_counter() - began, failure)
+        try:
+            sweeps.record(hydra, value, perf_counter() - began, failure)
+        except OSError as error:
+            print(f"warning: the table of the sweep lacks a job: {error}", file=sys.stderr)
     return worst if worst is not None and isinstance(value, float) and math.isnan(value) else value
 
 

@@ -55,26 +55,26 @@ def varied(hydra: Any) -> dict[str, Any]:
     return {o.key_or_group: o.value() for o in options if o.key_or_group not in left_out}
 
 
+def shown(key: str, value: Any) -> str:
+    """Return the value of an option as a text, a secret masked."""
+    return masked_text(f"{key}={value}").partition("=")[2]
+
+
 def folder_name() -> str:
     """Resolve `${job_folder:}`: the number of the job and the options that vary, as 3_lr-0.001_mode-ct."""
     hydra = HydraConfig.get()
     parts = [str(hydra.job.num)]
     for key, value in varied(hydra).items():
-        text = f"{value:.4g}" if isinstance(value, float) else str(value).strip("[]{}")
-        name = (
-            Path(text).name
-            if schema.is_path(key)
-            else masked_text(f"{key}={text}").partition("=")[2]
-        )
+        text = f"{value:.4g}" if isinstance(value, float) else shown(key, value).strip("[]{}")
+        name = Path(text).name if schema.is_path(key) else text
         parts.append(f"{key.rpartition('.')[2]}-{name}")
     return re.sub(r"[^\w.+-]+", "-", "_".join(parts))[:LONGEST].rstrip("-_.")
 
 
 def sweep_name() -> str | None:
     """Resolve `${sweep_name:}`: the name of the sweep's folder, or None outside a sweep."""
-    hydra = HydraConfig.instance().cfg and HydraConfig.get()
-    within = hydra is not None and hydra.mode == RunMode.MULTIRUN
-    return Path(str(hydra.sweep.dir)).name if within else None
+    within = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return Path(str(HydraConfig.get().sweep.dir)).name if within else None
 
 
 def require_monitor(config: DictConfig) -> None:
@@ -92,11 +92,9 @@ def require_monitor(config: DictConfig) -> None:
         names.append(f"quality/<metric>/{sampler}/{weights}")
     section, _, rest = monitor.partition("/")
     known = f"{section}/<metric>/{rest.partition('/')[2]}" if section == "quality" else monitor
-    missing = (
-        "" if evaluation else "; evaluation@callbacks.evaluation=<name> adds the quality of samples"
-    )
-    expected = f"callbacks.checkpoint.monitor among {', '.join(names)}, or auto{missing}"
-    require(known in names, expected, monitor, "choose one; docs/wandb.md has all names")
+    remedy = "choose one; evaluation@callbacks.evaluation=<name> adds the quality of samples"
+    expected = f"callbacks.checkpoint.monitor among {', '.join(names)}, or auto"
+    require(known in names, expected, monitor, remedy)
 
 
 def worst(hydra: Any) -> float | None:
@@ -111,7 +109,7 @@ def record(hydra: Any, value: Any, seconds: float, failure: str) -> None:
     """Write the row of this job into the table of its sweep, and draw the plot anew."""
     folder = Path(str(hydra.sweep.dir))
     row = {"job": str(hydra.job.num), "folder": Path(str(hydra.runtime.output_dir)).name}
-    row |= {key: masked_text(f"{key}={v}").partition("=")[2] for key, v in varied(hydra).items()}
+    row |= {key: shown(key, option) for key, option in varied(hydra).items()}
     row["value"] = f"{value:.9g}" if isinstance(value, int | float) else ""
     row |= {"seconds": f"{seconds:.1f}", "failure": " ".join(masked_text(failure).split())}
     folder.mkdir(parents=True, exist_ok=True)
