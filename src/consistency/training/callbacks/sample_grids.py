@@ -70,8 +70,8 @@ class SampleGrids(Periodic):
             if not isinstance(logger, WandbLogger | PatientTensorBoardLogger):
                 continue
             for name, panel in zip(self.samplers, panels, strict=True):
-                picture = plots.side_by_side([panel])
-                logger.log_image(f"samples/{name}", [picture], step=trainer.global_step - 1)
+                alone = plots.side_by_side([panel])
+                logger.log_image(f"samples/{name}", [alone], step=trainer.global_step - 1)
 
 
 class Curves(Periodic):
