@@ -15,7 +15,6 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.commands import schema
@@ -69,12 +68,6 @@ def folder_name() -> str:
         name = Path(text).name if schema.is_path(key) else text
         parts.append(f"{key.rpartition('.')[2]}-{name}")
     return re.sub(r"[^\w.+-]+", "-", "_".join(parts))[:LONGEST].rstrip("-_.")
-
-
-def sweep_name() -> str | None:
-    """Resolve `${sweep_name:}`: the name of the sweep's folder, or None outside a sweep."""
-    within = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    return Path(str(HydraConfig.get().sweep.dir)).name if within else None
 
 
 def require_monitor(config: DictConfig) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import wandb
 import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.errors import UsageError
@@ -120,6 +122,12 @@ def key_configured() -> bool:
         return False
 
 
+def sweep_name() -> str | None:
+    """Return the name of the folder of the sweep that this run is a job of, or None."""
+    within = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return Path(str(HydraConfig.get().sweep.dir)).name if within else None
+
+
 def patient(method: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a method of a logger: after its first failure, reported in one line, the logger is off and the run continues."""
 
@@ -155,6 +163,7 @@ class PatientWandbLogger(WandbLogger):
         *,
         folder: str,
         name: str | None = None,
+        group: str | None = None,
         mode: str | None = None,
         log_model: bool = False,
         settings: Mapping[str, Any] | None = None,
@@ -174,7 +183,8 @@ class PatientWandbLogger(WandbLogger):
             expected = "settings that wandb.Settings takes at logger.wandb.settings"
             raise UserError(expected, error, "change or remove them") from error
         name = name or os.environ.get("WANDB_NAME") or Path(folder).name
-        super().__init__(save_dir=folder, name=name, settings=given, **options)
+        group = sweep_name() if group == "auto" else group
+        super().__init__(save_dir=folder, name=name, group=group, settings=given, **options)
         self.keeps_best = log_model
         self._wandb_init.pop("anonymous", None)  # W&B warns about this option
 
