@@ -30,6 +30,10 @@ demo: $(READY) ## serve a page for trying a checkpoint: the newest run, or CHECK
 	@test -n "$(CHECKPOINT)" || { echo 'no run in runs/: make train first, or make demo CHECKPOINT=<run or file>'; exit 2; }
 	$(BIN)/python src/demo.py "checkpoint=$(CHECKPOINT)" $(ARGS)
 
+dashboard: $(READY) ## make a W&B workspace for the runs of a project: make dashboard ENTITY=<team> PROJECT=<project>
+	@test -n "$(ENTITY)" || { echo 'make dashboard ENTITY=<a team or user of W&B> PROJECT=<project>'; exit 2; }
+	$(BIN)/python src/dashboard.py "entity=$(ENTITY)" "project=$(or $(PROJECT),consistency)" $(ARGS)
+
 compare: $(READY) ## compare nine modes at equal training time (170 s each; fewer: ARGS="modes=[ect,cd]")
 	$(BIN)/python src/compare.py $(ARGS)
 
@@ -74,4 +78,4 @@ audit: $(READY) ## compare the locked packages with the known advisories, where 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help setup train demo compare test test-slow test-kill oracle gpu mutations lint format lock audit clean
+.PHONY: help setup train demo dashboard compare test test-slow test-kill oracle gpu mutations lint format lock audit clean

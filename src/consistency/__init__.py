@@ -33,6 +33,7 @@ The shell stands in rooms:
                         length (of a run: its steps at a fraction) plain (the published loop)
     commands            cli schema overrides resume, and one file a verb, which src/<verb>.py starts: train.py sample.py
                         evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py benchmark.py
+                        dashboard.py; sweeps (their folders and tables)
 """
 
 from __future__ import annotations
