@@ -1,7 +1,7 @@
 """Draw the pictures of the documentation into docs/: `make pictures`.
 
 idea.png comes from a law with an exact answer. The others need runs, which docs/first-run.md and docs/data.md train; a picture
-whose run is missing is left as it is, with one line: `runs/edm` and `runs/cd` on the digits, `runs/coloured` on coloured digits.
+whose run is missing is left as it is, with one line: `runs/edm`, `runs/cd` and `runs/ict` on the digits, `runs/coloured` on coloured ones.
 """
 
 import subprocess
@@ -130,10 +130,11 @@ def draw_edits(run: Path, folder: Path) -> None:
 def main() -> None:
     """Draw every picture whose run is there."""
     draw_idea(DOCS / "idea.png")
-    edm, cd, coloured = (Path("runs") / name for name in ("edm", "cd", "coloured"))
+    names = ("edm", "cd", "ict", "coloured")
+    edm, cd, ict, coloured = (Path("runs") / name for name in names)
     pictures = {
         "steps.png": ((edm, cd), lambda: draw_steps(edm, cd, DOCS / "steps.png")),
-        "curves.png": ((cd,), lambda: draw_curves(cd / "metrics.csv", DOCS / "curves.png")),
+        "curves.png": ((ict,), lambda: draw_curves(ict / "metrics.csv", DOCS / "curves.png")),
         "edit_*.png": ((coloured,), lambda: draw_edits(coloured, DOCS)),
     }
     for name, (runs, draw) in pictures.items():
