@@ -26,7 +26,9 @@ def modules(folder: Path) -> list[Path]:
 
 def dotted(module: Path) -> str:
     """Return the name that an import takes."""
-    return ".".join(module.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(module.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
 
 
 def api_page(module: Path) -> str:
