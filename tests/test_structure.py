@@ -15,7 +15,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "src" / "consistency"
 FLOORS = [
-    ["errors", "tensors", "pixels", "schedules", "grids", "preconditioning", "averaging", "randomness", "networks"],
+    ["errors", "tensors", "pixels", "latents", "schedules", "grids", "preconditioning", "averaging", "randomness", "networks"],
     ["processes", "solvers", "pairs", "distances", "weightings", "denoiser", "tangents", "augmentation", "derivatives", "flow_pairs"],
     ["steps", "samplers", "editing", "flow_samplers"],
     ["objectives", "trigflow", "average_velocity", "shortcuts"],

@@ -7,8 +7,8 @@ Every method is one formula with its parts swapped,
 so a mode is a YAML file in conf/mode that names the parts, and no code branches on a mode's name. A module of the method
 imports only from its floor and those below it, and torch and jaxtyping:
 
-    floor 1, words      errors tensors pixels schedules grids preconditioning averaging randomness
-                        networks: adm song dhariwal (with unet and layers) mlp
+    floor 1, words      errors tensors pixels latents schedules grids preconditioning averaging randomness
+                        networks: adm song dhariwal (with unet and layers) dit edm2 mlp
     floor 2, phrases    processes solvers pairs flow_pairs distances weightings denoiser tangents derivatives augmentation
     floor 3, sentences  steps samplers flow_samplers editing
     floor 4, paragraph  objectives trigflow (sCT and sCD) average_velocity (MeanFlow) shortcuts (alpha-Flow and shortcut models)
@@ -18,12 +18,13 @@ The shell stands in rooms:
     runtime             devices files ranks rendezvous (of the processes of a job) launch signals redaction (of secrets)
                         allowlist (of what a configuration from elsewhere may name)
     inference           card (what a model is) model (what `load` returns) generate (numbered samples) options plots
-    checkpoints         load contents; ours (posthoc: averages of any width) openai nvlabs jcm diffusers (folders; diffusers_unet,
-                        diffusers_time_embedding); wrapped (state dicts below any keys), pickle_reader, pretrained (published
+                        autoencoder (of latents)
+    checkpoints         load contents; ours (posthoc: averages of any width) openai nvlabs edm2 jcm diffusers (folders; diffusers_unet,
+                        diffusers_time_embedding) dit; wrapped (state dicts below any keys), pickle_reader, pretrained (published
                         files)
     data                module (the LightningDataModule, order by position, foreign loaders) source; memory: digits
-                        mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; decode crop listing
-                        parallel
+                        mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; latents; decode crop
+                        listing parallel; chunks and encode (of sets that are prepared)
     evaluation          metrics extractors (with the small classifier) reference; timing (windows, memory, peak rates)
                         sampling_speed
     training            build (configuration -> parts) module (the LightningModule) nonfinite loggers lpips

@@ -96,6 +96,8 @@ def require_two_times(network: nn.Module, *, no_class: bool) -> None:
     name, told = type(network).__name__, getattr(network, "second_time", None) is not None
     remedy = "say model.network.second_time=gap, end or halvings"
     require(told, "a network of two times", f"{name} with one", remedy)
-    remedy = "choose one of NVlabs' kinds, or mode.guidance=none mode.objective.label_dropout=0"
+    remedy = (
+        "choose one of NVlabs' kinds or a DiT, or mode.guidance=none mode.objective.label_dropout=0"
+    )
     expected = "a network with an index for no class, for guidance and label_dropout"
     require(not no_class or hasattr(network, "no_class"), expected, name, remedy)

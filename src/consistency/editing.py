@@ -104,6 +104,26 @@ class PatchBasis:
         return torch.einsum(product, x.unflatten(1, (-1, self.patch**2)), matrix).flatten(1, 2)
 
 
+@runtime_checkable
+class Space(Protocol):
+    """A map from images in [-1, 1] to the x_0 of a model, and back."""
+
+    def encoded(self, images: Data) -> Data: ...
+
+    def decoded(self, x_0: Data) -> Data: ...
+
+
+@dataclass(frozen=True)
+class ImageSpace:
+    """x_0 is the image."""
+
+    def encoded(self, images: Data) -> Data:
+        return images
+
+    def decoded(self, x_0: Data) -> Data:
+        return x_0
+
+
 @dataclass(frozen=True)
 class Task:
     """A transform A and the mask Omega in its space, 1 where the image is free and 0 where it is known.
@@ -226,24 +246,30 @@ def edit(
     t_min: float,
     start: Start,
     clip: bool,
+    space: Space = ImageSpace(),  # frozen
 ) -> Data:
     """Algorithm 4 of Song et al. 2023 at the falling time points `times`; NFE len(times).
 
     The loop is that of `samplers.multistep`, with the known part of y imposed on every estimate. The released code
-    differs in `start`, and in the picture of the free part of y.
+    differs in `start`, and in the picture of the free part of y. In another `space` than that of images, the known part
+    is imposed on the decoded estimate, which is encoded again.
     """
     require_falling(times, t_min)
-    estimate = bounded(denoise, clip)
+    estimate, edited = bounded(denoise, clip), y
 
     def imposed(x_t: Data, t: Time, label: Label = None) -> Data:
-        return task.imposed(y, estimate(x_t, t, label))
+        nonlocal edited
+        edited = task.imposed(y, space.decoded(estimate(x_t, t, label)))
+        return space.encoded(edited)
 
     if start == "input":
-        x = y
+        x = space.encoded(y)
     else:
-        origin = task.reference(y) if start == "reference" else torch.zeros_like(y)
-        x = variance_exploding(origin, noise(), at(times[0], y))
-    return refined(imposed, x, noise, label, times, t_min)
+        x = space.encoded(task.reference(y))
+        origin = x if start == "reference" else torch.zeros_like(x)
+        x = variance_exploding(origin, noise(), at(times[0], x))
+    refined(imposed, x, noise, label, times, t_min)
+    return edited
 
 
 def spherical(z_0: Data, z_1: Data, share: float) -> Data:

@@ -30,7 +30,7 @@ from consistency.tensors import (
     Time,
     broadcast_time,
 )
-from consistency.weightings import Weighting
+from consistency.weightings import Head, Weighting
 
 
 class Losses(NamedTuple):
@@ -291,16 +291,29 @@ class ProgressiveObjective(Objective):
 
 
 class DenoisingObjective(Objective):
-    """lambda(t) d(D_theta(x_0 + t z, t), x_0) [Karras et al. 2022, arXiv:2206.00364, Eq. 2]."""
+    """e^-l(t) lambda(t) d(D_theta(x_0 + t z, t), x_0) + l(t) [Karras et al. 2022, arXiv:2206.00364, Eq. 2].
+
+    head: l, a learned weighting [Karras et al. 2024, arXiv:2312.02696, Eq. 14], or None for 0.
+    """
 
     needs_target = False
+    head: Head | None
 
-    def __init__(self, *, times: Times, distance: Distance, weighting: Weighting) -> None:
+    def __init__(
+        self,
+        *,
+        times: Times,
+        distance: Distance,
+        weighting: Weighting,
+        head: Head | None = None,
+    ) -> None:
         super().__init__()
         self.times, self.distance, self.weighting = times, distance, weighting
+        self.head = head
 
     def losses_at(self, online: Denoise, x_0: Data, label: Label, t: Time, z: Data) -> Losses:
         """The losses for given times and noise."""
         estimate = online(variance_exploding(x_0, z, t), t, label)
         r = torch.zeros_like(t)
-        return Losses(self.weighting(t, r) * self.distance(estimate, x_0), t, r)
+        losses = self.weighting(t, r) * self.distance(estimate, x_0)
+        return Losses(losses if self.head is None else self.head(losses, t), t, r)

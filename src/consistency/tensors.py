@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 Data: TypeAlias = Float[Tensor, "b c h w"]
-"""Images or latents in [-1, 1] units: x_0, x_t, noise z, network outputs."""
+"""Images in [-1, 1], or latents: x_0, x_t, noise z, network outputs."""
 
 Time: TypeAlias = Float[Tensor, "b"]
 """One time (noise level) per sample, positive."""

@@ -24,7 +24,7 @@ from consistency.randomness import DropoutState
 from consistency.steps import Frozen, Velocity
 from consistency.tangents import Normalisation, derivative_along
 from consistency.tensors import Data, Denoise, Label, Time, broadcast_time
-from consistency.weightings import LearnedWeighting, Weighting
+from consistency.weightings import Head, Weighting
 
 
 class DataVelocity:
@@ -108,7 +108,7 @@ class TrigFlowObjective(Objective):
     """
 
     needs_target: ClassVar[bool] = False
-    head: LearnedWeighting | None
+    head: Head | None
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class TrigFlowObjective(Objective):
         normalisation: Normalisation,
         distance: Distance,
         weighting: Weighting,
-        head: LearnedWeighting | None,
+        head: Head | None,
         shared_dropout: bool = True,
     ) -> None:
         super().__init__()

@@ -1,11 +1,13 @@
-"""Weightings lambda(t, r) of the loss, functions of the noisier time t and the cleaner time r; and a learned one."""
+"""Weightings lambda(t, r) of the loss, functions of the noisier time t and the cleaner time r; and learned ones."""
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from consistency.networks.edm2 import MPConv, MPFourier
 from consistency.networks.layers import sinusoidal_features, zeroed
 from consistency.preconditioning import Preconditioning
 from consistency.tensors import PerSample, Time
@@ -67,12 +69,22 @@ def inverse_level(t: Time, r: Time, *, sigma_data: float) -> PerSample:
     return 1 / (sigma_data * t.tan())
 
 
-class LearnedWeighting(nn.Module):
-    """e^-l(t) loss + l(t), l a linear function of sinusoidal features of c_noise, trained with the network.
+class Head(nn.Module):
+    """e^-l(t) loss + l(t), with l trained beside the network; a head has `log_variance`, l of the times.
 
     The best l(t) is ln of the mean loss at t, which gives every time the same weight [Karras et al. 2024,
-    arXiv:2312.02696; Lu and Song 2024, with w = -l]. l starts at 0. width: number of features.
+    arXiv:2312.02696, Eq. 14 to 16; Lu and Song 2024, with w = -l].
     """
+
+    log_variance: Callable[[Time], PerSample]
+
+    def forward(self, loss: PerSample, t: Time) -> PerSample:
+        log_variance = self.log_variance(t)
+        return (-log_variance).exp() * loss + log_variance
+
+
+class LearnedWeighting(Head):
+    """l a linear function of sinusoidal features of c_noise, which starts at 0. width: number of features."""
 
     def __init__(self, *, preconditioning: Preconditioning, width: int) -> None:
         super().__init__()
@@ -88,6 +100,18 @@ class LearnedWeighting(nn.Module):
         rows = self.features(self.preconditioning(t).c_noise) * self.linear.weight
         return rows.sum(dim=1) + self.linear.bias
 
-    def forward(self, loss: PerSample, t: Time) -> PerSample:
-        log_variance = self.log_variance(t)
-        return (-log_variance).exp() * loss + log_variance
+
+class FourierWeighting(Head):
+    """l a magnitude-preserving linear function of Fourier features of c_noise, as in EDM2.
+
+    It starts at random, and training normalises its weights with those of the network. width: number of features.
+    """
+
+    def __init__(self, *, preconditioning: Preconditioning, width: int) -> None:
+        super().__init__()
+        self.preconditioning = preconditioning
+        self.fourier, self.linear = MPFourier(width), MPConv(width, 1)
+
+    def log_variance(self, t: Time) -> PerSample:
+        """l(t), in the precision of t also where half precision is on."""
+        return (self.fourier(self.preconditioning(t).c_noise) * self.linear.used()).sum(dim=1)

@@ -177,16 +177,7 @@ def test_parameters_with_attributes_are_weights(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ refused
 
 
-def test_snapshots_of_edm2_are_refused_by_name() -> None:
-    places = sorted((FOLDER / "later" / "files").glob("edm2_snapshot_*.pkl"))
-    if not places:
-        pytest.skip("a golden folder without EDM2's snapshots")
-    for path in places:
-        with pytest.raises(UserError, match="Precond, a network of EDM2"):
-            consistency.load(path)
-
-
-@pytest.mark.parametrize("kind", ["VPPrecond", "VEPrecond", "iDDPMPrecond", "Precond", "GPrecond"])
+@pytest.mark.parametrize("kind", ["VPPrecond", "VEPrecond", "iDDPMPrecond", "GPrecond"])
 def test_other_preconditionings_of_nvlabs_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     kwargs, weights = song()
     path = foreign.write_nvlabs(tmp_path / "snapshot.pkl", kwargs, weights, kind)

@@ -20,6 +20,7 @@ from PIL import Image
 import originals
 from conftest import ROOT, Run
 from consistency.commands import prepare
+from consistency.data import chunks
 from consistency.data.crop import box
 from consistency.data.shards import Stream
 from consistency.data.zip_or_folder import Archive, Folder
@@ -34,7 +35,7 @@ real = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "CHUNK", 4)
+    monkeypatch.setattr(chunks, "CHUNK", 4)
 
 
 def digest(file: Path) -> str:
@@ -147,9 +148,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     source = f"source={tmp_path / 'set'}"
     whole, stopped = tmp_path / "whole.zip", tmp_path / "stopped.zip"
     assert verb("prepare", source, f"output={whole}").status == 0
-    write, made = prepare.ChunkWriter.write, []
+    write, made = prepare.ZipWriter.write, []
 
-    def break_off(self: prepare.ChunkWriter, span: range, file: Path) -> None:
+    def break_off(self: prepare.ZipWriter, span: range, file: Path) -> None:
         if len(made) == 3:
             part_path(file).write_bytes(b"half a chunk")
             raise KeyboardInterrupt
@@ -157,7 +158,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
         write(self, span, file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.ChunkWriter, "write", break_off)
+        patch.setattr(prepare.ZipWriter, "write", break_off)
         with pytest.raises(KeyboardInterrupt):
             verb("prepare", source, "num_workers=1", f"output={stopped}")
     assert not stopped.exists()

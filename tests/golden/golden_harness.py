@@ -35,7 +35,7 @@ class Tolerance:
         largest = float(np.abs(expected).max(initial=0.0))
         if self.of_norm is not None:
             bound = self.of_norm * np.linalg.norm(expected) + self.absolute
-            return float(np.linalg.norm(difference) / bound)
+            return float(np.linalg.norm(difference) / max(bound, 1e-300))
         bounds = self.absolute + self.of_largest * largest + self.of_each * np.abs(expected)
         return float(np.max(difference / np.maximum(bounds, 1e-300), initial=0.0))
 

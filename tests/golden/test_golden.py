@@ -13,11 +13,15 @@ from torch import nn
 
 import golden_augmentation as augmentation
 import golden_averages as averages
+import golden_dit as dit
 import golden_editing as editing
+import golden_edm2 as edm2
+import golden_edm2_snapshots as snapshots
 import golden_fastgen_time as fastgen_time
 import golden_flow_sampling as flow_sampling
 import golden_formulas as formulas
 import golden_jcm as jcm
+import golden_latents as latents
 import golden_later as later
 import golden_losses as losses
 import golden_meanflow as meanflow
@@ -64,7 +68,11 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("openai_editing.npz", editing.compare_editing),
     ("piq_lpips_recipe.npz", perceptual.compare_lpips),
     ("later/edm2_ema.npz", averages.compare_power_averages),
+    ("later/edm2_*.npz", edm2.compare_network),
+    ("later/edm2_layers.npz", edm2.compare_layers),
+    ("later/edm2_scalars.npz", edm2.compare_scalars),
     ("later/augment_*.npz", augmentation.compare_augmentation),
+    ("later/edm2_scalars.npz", latents.compare_latents),
     ("later/fastgen_cm.npz", truncated.compare_fastgen_cm),
     ("later/fastgen_tcm.npz", truncated.compare_fastgen_tcm),
     ("later/fastgen_time.npz", fastgen_time.compare_fastgen_time),
@@ -81,6 +89,10 @@ ARRAYS: list[tuple[str, Callable[[Archive], None]]] = [
     ("later/fastgen_time.npz", flow_sampling.compare_flow_times),
     ("later/alphaflow.npz", shortcuts.compare_alphaflow),
     ("later/shortcut_jax.npz", shortcuts.compare_shortcut),
+    ("later/edm2_snapshots.npz", snapshots.compare_snapshots),
+    ("later/dit_dit.npz", dit.compare_network),
+    ("later/dit_sit.npz", dit.compare_network),
+    ("later/dit_meanflow.npz", dit.compare_meanflow),
 ]
 
 WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
@@ -97,16 +109,20 @@ WEIGHTS: list[tuple[str, Callable[[Path], nn.Module]]] = [
     ("later/toy_shortcut_ema.safetensors", later.Toy),
     ("later/fastgen_*.safetensors", trigflow.load_weights),
     ("later/meanflow_song.safetensors", meanflow.song),
+    ("later/dit_*.safetensors", dit.transformer),
+    ("later/edm2_*.safetensors", edm2.Published),
 ]
 
 SHAPES: list[tuple[str, Callable[[Path], int]]] = [
     ("openai_unet/released_architectures.json", networks.compare_released_openai),
     ("edm/released_architectures.json", networks.compare_released_nvlabs),
     ("jcm/cifar10_ncsnpp_param_shapes.json", networks.compare_released_jcm),
+    ("later/edm2_scalars.json", edm2.compare_presets),
     ("later/dropout.json", fastgen_time.compare_dropout),
     ("later/dropout.json", trigflow.compare_dropout),
     ("later/dropout.json", flow_sampling.compare_dropout),
     ("later/dropout.json", shortcuts.compare_dropout),
+    ("later/dit_configs.json", dit.compare_configs),
 ]
 
 SETTINGS = [
@@ -116,8 +132,12 @@ SETTINGS = [
     "later/released.json",
     "openai_ema_scales.json",
     "later/augment_configs.json",
+    "later/edm2_dit_augment_tolerances.json",
     "later/ect_compared.json",
+    "later/edm2_configs.json",
     "later/edm2_ema.json",
+    "later/edm2_snapshots.json",
+    "later/files/edm2_snapshot_*.pkl",
     "later/fastgen_*.json",
     "later/meanflow_*.json",
     "later/nets.json",
@@ -139,12 +159,19 @@ NEVER: list[tuple[str, str, str]] = [
         "response.*",
         "values of profiles, whose integrals and sums are compared",
     ),
+    ("later/edm2_scalars.npz", "vae.*", "compared with data=latents"),
     ("later/edm2_ema.npz", "run.traditional*", "EDM's ramped decay, which no recipe of ours has"),
     (
         "later/edm2_ema.npz",
         "run.official_*",
         "the same reconstructions from snapshots in half precision",
     ),
+    (
+        "later/edm2_snapshots.npz",
+        "*_as_loaded",
+        "weights used in half precision, which ours never are",
+    ),
+    ("later/edm2_snapshots.npz", "*_before_saving", "the network before it was rounded to half"),
     ("later/fastgen_time.npz", "law.uniform", "uniform times, which no published run uses"),
     ("later/fastgen_time.npz", "law.normal", "the draws of the next"),
     ("later/fastgen_time.npz", "schedule.[et]*.*_of_*", "conversions that nothing of ours makes"),

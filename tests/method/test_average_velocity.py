@@ -18,6 +18,7 @@ from consistency.flow_pairs import CappedPairs, CountedPairs, FirstPairs, LogitN
 from consistency.flow_samplers import flow_jumps, flow_multistep
 from consistency.networks.adm import ADM
 from consistency.networks.dhariwal import DhariwalUNet
+from consistency.networks.dit import DiT
 from consistency.networks.layers import times_of
 from consistency.networks.mlp import MLP
 from consistency.networks.song import SongUNet
@@ -341,6 +342,9 @@ def test_wrong_times_of_jumps_are_refused(points: list[float]) -> None:
 SONG = dict(image_size=8, in_channels=1, model_channels=8, num_res_blocks=1, channel_mult=[1, 1])
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mlp": partial(MLP, channels=64, width=16, depth=1),
+    "dit": partial(
+        *(DiT,), image_size=8, in_channels=1, patch_size=4, hidden_size=16, depth=1, num_heads=2
+    ),
     "song": partial(
         *(SongUNet,),
         **SONG,

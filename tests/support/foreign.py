@@ -232,3 +232,30 @@ def write_openai(path: Path, weights: dict[str, Tensor]) -> Path:
     state._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
     torch.save(state, path)
     return path
+
+
+def edm2_modules(kwargs: dict[str, Any], weights: dict[str, Tensor]) -> Persistent:
+    """Return EDM2's preconditioned network in half precision: `kwargs` of the constructor, weights of the network inside."""
+    outer = Persistent("Precond", **kwargs)
+    outer.__dict__.update(sigma_data=kwargs.get("sigma_data", 0.5), use_fp16=True)
+    outer.unet = Persistent("UNet", model_channels=8)
+    for name, value in weights.items():
+        _place(outer, ["unet", *name.split(".")], value.half())
+    outer.logvar_linear = Persistent("MPConv", kernel=[])
+    outer.logvar_linear.weight = nn.Parameter(torch.ones(1, 8).half())
+    return outer.eval().requires_grad_(False)
+
+
+def write_edm2(path: Path, ema: object, **others: Any) -> Path:
+    """Write a snapshot of EDM2 with other entries than the usual ones, None for no entry."""
+    with persistence():
+        content = {
+            "encoder": PlainPersistent("StandardRGBEncoder"),
+            "dataset_kwargs": {"class_name": "training.dataset.ImageFolderDataset"},
+            "loss_fn": PlainPersistent("EDM2Loss", P_mean=-0.4, P_std=1.0, sigma_data=0.5),
+            "ema": ema,
+        }
+        path.write_bytes(
+            pickle.dumps({k: v for k, v in (content | others).items() if v is not None})
+        )
+    return path

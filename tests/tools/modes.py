@@ -72,7 +72,7 @@ def part(content: Mode, kind: str) -> str:
     if kind == "grid":
         return "`grid`" if "grid" in objective else ""
     named = any(f"${{mode.{kind}}}" in str(v) for node in nodes(content) for v in node.values())
-    return f"`{content[kind]}`" if named else ""
+    return f"`{content[kind]}`" if named and content[kind] != "none" else ""
 
 
 def rows(cells: list[list[str]]) -> str:

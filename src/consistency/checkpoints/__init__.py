@@ -5,6 +5,7 @@
 | `.ckpt` of a run, converted model | ours, with its card | `ours` |
 | `.pt`, `.safetensors` | flat state dict of OpenAI's `UNetModel` | `openai` |
 | `.pkl`, `training-state-*.pt` | NVlabs modules (EDM, ECT) | `nvlabs` |
+| `.pkl` | NVlabs modules (EDM2, ECT on ImageNet) | `edm2` |
 | no suffix | training state of the JAX code, flax MessagePack | `jcm` |
 | folder | `ConsistencyModelPipeline` or `UNet2DModel` | `diffusers`, `diffusers_unet` |
 

@@ -14,12 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency.checkpoints import diffusers, jcm, nvlabs, openai, ours, pretrained, wrapped
+from consistency.checkpoints import (
+    diffusers,
+    dit,
+    edm2,
+    jcm,
+    nvlabs,
+    openai,
+    ours,
+    pretrained,
+    wrapped,
+)
 from consistency.checkpoints.contents import Checkpoint, ContentError, Hints, check, checking
 from consistency.checkpoints.pickle_reader import read_pickle, read_zip
 from consistency.checkpoints.posthoc import POSTHOC, POWER
 from consistency.denoiser import Denoiser
 from consistency.errors import UserError, require
+from consistency.inference.autoencoder import moved
 from consistency.inference.card import LARGEST, MOST_CHARACTERS, MOST_LISTED, Role
 from consistency.inference.model import Model
 from consistency.runtime.files import expanded, verify_checksum
@@ -36,7 +47,7 @@ CONTAINERS: dict[bytes, Callable[[Path], Any]] = {
 }
 """First bytes of a file -> the reader of its container. A safetensors file begins with a length and a brace."""
 
-STATE_DICTS = (nvlabs, openai, diffusers)
+STATE_DICTS = (nvlabs, openai, diffusers, dit)
 """Formats of state dicts, in the order in which a content is offered to them."""
 
 
@@ -50,6 +61,7 @@ def load(
     attention_resolutions: Sequence[int] | None = None,
     num_heads: int | None = None,
     num_heads_upsample: int | None = None,
+    autoencoder: str | None = None,
 ) -> Model:
     """Open a checkpoint of any format, on the CPU, in eval mode, without gradient.
 
@@ -61,22 +73,28 @@ def load(
         openai:cd_imagenet64_lpips.
     role: refuse any other; needed if the file does not record its role.
     weights: name of the set of weights, if the file holds several.
+    autoencoder: folder or name of that of a model of latents, if it is no longer where the card has it.
 
     The others are settings that some files do not record, see `Hints`. Raise `UserError` if the file is missing, damaged,
     of another role or no checkpoint.
     """
     heads = (num_head_channels, attention_resolutions, num_heads, num_heads_upsample)
-    return build_model(read(checkpoint, Hints(image_size, *heads, weights)), weights, role)
+    opened = read(checkpoint, Hints(image_size, *heads, weights))
+    return build_model(opened, weights, role, autoencoder)
 
 
 def load_sets(
-    checkpoint: str | os.PathLike[str], weights: Sequence[str] | None, *, role: Role | None = None
+    checkpoint: str | os.PathLike[str],
+    weights: Sequence[str] | None,
+    *,
+    role: Role | None = None,
+    autoencoder: str | None = None,
 ) -> list[Model]:
     """Open several sets of weights of a checkpoint, all if `weights` is None. The file is read once."""
     content = read(checkpoint, Hints())
     averages = [name for name in content.sets if name.startswith(("ema:", POWER))]
     names = [name for name in content.sets if name != "ema" or not averages]
-    return [build_model(content, name, role) for name in weights or names]
+    return [build_model(content, name, role, autoencoder) for name in weights or names]
 
 
 def load_teacher(
@@ -215,7 +233,7 @@ def read(checkpoint: str | os.PathLike[str], hints: Hints) -> Checkpoint:
                 start = f"a file that begins with {first!r}" if first else "an empty file"
                 raise ContentError(start)
             content = reader(file)
-            whole = (form.open_content(content, path, hints) for form in (ours, jcm, nvlabs))
+            whole = (form.open_content(content, path, hints) for form in (ours, jcm, edm2, nvlabs))
             states = (wrapped.open_sets(content, path, hints, form) for form in STATE_DICTS)
             opened = next(filter(None, chain(whole, states)), None)
             if opened is None:
@@ -232,13 +250,15 @@ def read(checkpoint: str | os.PathLike[str], hints: Hints) -> Checkpoint:
     return opened
 
 
-def build_model(checkpoint: Checkpoint, weights: str, role: Role | None) -> Model:
-    """Build the denoiser of a checkpoint with the set of weights of that name. `role` is as in `load`.
+def build_model(
+    checkpoint: Checkpoint, weights: str, role: Role | None, autoencoder: str | None = None
+) -> Model:
+    """Build the denoiser of a checkpoint with the set of weights of that name. `role` and `autoencoder` are as in `load`.
 
     The weights must be complete, of the right shapes and finite. The network is built without memory first: settings of
     any size cost nothing until the weights agree with them.
     """
-    card, sets = checkpoint.card, checkpoint.sets
+    card, sets = moved(checkpoint.card, autoencoder), checkpoint.sets
     if card.role is None or role not in (None, card.role):
         card = card.with_role(role, checkpoint.path)
     name = next(iter(sets)) if weights == "ema" and len(sets) == 1 else weights

@@ -76,10 +76,9 @@ def open_content(content: Any, path: Path, hints: Hints) -> contents.Checkpoint 
 
 def card_of_module(module: Object) -> ModelCard:
     """Return the card of a preconditioned network."""
-    edm2 = ", a network of EDM2, which is not built here" if module.kind == "Precond" else ""
     known = f"whose preconditioning is not one of {', '.join(ROLES)}"
-    check(module.kind in ROLES, f"a model of class {module.kind}{edm2 or f', {known}'}")
-    inner: Any = _part(module, "_modules").get("model")
+    check(module.kind in ROLES, f"a model of class {module.kind}, {known}")
+    inner: Any = part(module, "_modules").get("model")
     kind = inner.kind if isinstance(inner, Object) else brief(inner)
     check(kind in DEFAULTS, f"a network of class {kind}, which is not one of {', '.join(DEFAULTS)}")
     arguments = inner.state.get("_init_kwargs")
@@ -98,25 +97,37 @@ def card_of(network: dict[str, Any], **known: Any) -> ModelCard:
 
 
 def module_weights(network: dict[str, Any], module: Object) -> StateDict:
-    """Return the parameters and buffers of a preconditioned network. Refuse a module that stands in two places."""
+    """Return the parameters and buffers of a preconditioned network."""
+    return renamed(network, tensors_below(part(module, "_modules")["model"]))
+
+
+def tensors_below(root: object) -> StateDict:
+    """Return the parameters and buffers of a module by their dotted names. Refuse a module that stands in two places."""
     weights: dict[str, Any] = {}
     seen: set[int] = set()
-    waiting = [("", _part(module, "_modules")["model"])]
+    waiting = [("", root)]
     for prefix, inner in waiting:  # grows while it is walked
         new = id(inner) not in seen and prefix.count(".") <= 8
         check(new, "modules that contain each other")
         seen.add(id(inner))
-        tensors = _part(inner, "_parameters") | _part(inner, "_buffers")
+        tensors = part(inner, "_parameters") | part(inner, "_buffers")
         weights |= {f"{prefix}{name}": v for name, v in tensors.items() if v is not None}
-        modules = _part(inner, "_modules").items()
+        modules = part(inner, "_modules").items()
         waiting += [(f"{prefix}{name}.", m) for name, m in modules if isinstance(m, Object)]
-    return renamed(network, weights)
+    return weights
 
 
-def _part(module: Object, name: str) -> dict[str, Any]:
-    part: dict[str, Any] = module.state.get(name)
-    check(isinstance(part, dict), f"a module without its {name}")
-    return part
+def part(module: object, name: str) -> dict[str, Any]:
+    """Return a dictionary in the state of a module."""
+    found: Any = state_of(module).get(name)
+    check(isinstance(found, dict), f"a module without its {name}")
+    return found  # type: ignore[no-any-return]
+
+
+def state_of(persistent: object) -> dict[str, Any]:
+    """Return the attributes of a persistent object; none of anything else."""
+    state = persistent.state if isinstance(persistent, Object) else None
+    return state if isinstance(state, dict) else {}
 
 
 def renamed(network: dict[str, Any], weights: StateDict) -> StateDict:

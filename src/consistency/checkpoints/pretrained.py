@@ -1,4 +1,4 @@
-"""The published files by name: `openai:cd_imagenet64_lpips`, `jcm:cd-lpips`, `edm:edm-cifar10-32x32-uncond-vp`.
+"""The published files by name, such as `openai:cd_imagenet64_lpips`, `jcm:cd-lpips`, `edm2:edm2-img64-s-1073741-0.075`.
 
 A name is accepted in place of any checkpoint. The file is downloaded once, into `$CONSISTENCY_CACHE` or
 `~/.cache/consistency`; a broken download continues at its end; its size is compared with that of the server's file and
@@ -22,6 +22,7 @@ PROGRAMS = {
     "openai:": OPENAI,
     "jcm:": f"{OPENAI}/jcm_checkpoints",
     "edm:": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained",
+    "edm2:": "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions",
 }
 """Beginnings of names -> the address of the files."""
 
@@ -44,13 +45,23 @@ FILES = {
     ("edm:", "%s.pkl", 61_805_571): """
         edm-ffhq-64x64-uncond-vp edm-afhqv2-64x64-uncond-vp
         edm-ffhq-64x64-uncond-ve edm-afhqv2-64x64-uncond-ve""",
+    ("edm2:", "%s.pkl", 280_209_381): "edm2-img64-s-1073741-0.075",
+    ("edm2:", "%s.pkl", 497_803_173): "edm2-img64-m-2147483-0.060",
+    ("edm2:", "%s.pkl", 777_492_325): "edm2-img64-l-1073741-0.040",
+    ("edm2:", "%s.pkl", 1_119_276_837): "edm2-img64-xl-0671088-0.040",
+    ("edm2:", "%s.pkl", 124_713_253): "edm2-img512-xs-2147483-0.135",
+    ("edm2:", "%s.pkl", 280_212_837): "edm2-img512-s-2147483-0.130",
+    ("edm2:", "%s.pkl", 497_807_781): "edm2-img512-m-2147483-0.100",
+    ("edm2:", "%s.pkl", 777_498_085): "edm2-img512-l-1879048-0.085",
+    ("edm2:", "%s.pkl", 1_119_283_749): "edm2-img512-xl-1342177-0.085",
+    ("edm2:", "%s.pkl", 1_523_164_773): "edm2-img512-xxl-0939524-0.070",
 }
 """Program, path and number of weights of the published files -> their names."""
 
 
 @dataclass(frozen=True)
 class Released:
-    """One published file; bytes_at_least: size of its weights alone in float32."""
+    """One published file; bytes_at_least: size of its weights alone."""
 
     url: str
     role: Role
@@ -61,7 +72,7 @@ RELEASED = {
     f"{program}{name}": Released(
         url=f"{PROGRAMS[program]}/{path % name}",
         role="teacher" if name.startswith("edm") else "consistency",
-        bytes_at_least=4 * count,
+        bytes_at_least=(2 if program == "edm2:" else 4) * count,  # EDM2's are in half precision
     )
     for (program, path, count), names in FILES.items()
     for name in names.split()

@@ -110,6 +110,6 @@ def estimate(model: Model, t: float) -> tuple[Tensor, Tensor]:
     """Return one fixed noisy image at noise level t, and the model's estimate from it."""
     card = model.card
     deviation = (t**2 + card.process.sigma_data**2) ** 0.5
-    x_t = deviation * torch.randn(1, *model.shape, generator=generator(0, "verify", 0))
+    x_t = deviation * torch.randn(1, *card.shape, generator=generator(0, "verify", 0))
     label = None if card.num_classes is None else torch.zeros(1, dtype=torch.long)
     return x_t, model.denoise(x_t, torch.full((1,), t), label)

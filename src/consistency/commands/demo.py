@@ -66,7 +66,8 @@ def demo(config: DictConfig, output: Path) -> None:
     library()
     # Gradio opens uploads before we do; Pillow refuses more than twice as many pixels.
     PILImage.MAX_IMAGE_PIXELS = decode.MOST_PIXELS // 2
-    model = load(config.checkpoint, weights=config.weights, role=config.role)
+    place = config.autoencoder
+    model = load(config.checkpoint, weights=config.weights, role=config.role, autoencoder=place)
     model.denoiser.to(chosen_device(config.device))
     if not local:
         print(f"host={config.host}: whoever reaches this machine may use the page", file=sys.stderr)

@@ -90,9 +90,16 @@ class ZeroShot:
         if times is None and self.indices is not None:
             times = indexed_times(self.indices, self.num_scales, grid)
         times = editing.grid_times(grid, self.num_scales) if times is None else times
-        task = self.pairing(request.card.shape, generator(request.seed, "edit"))
+        request.card.require_start(start)
+        task = self.pairing(request.card.image_shape, generator(request.seed, "edit"))
         loop = partial(
-            editing.edit, task=task, times=times, t_min=grid.t_min, start=start, clip=self.clip
+            editing.edit,
+            task=task,
+            times=times,
+            t_min=grid.t_min,
+            start=start,
+            clip=self.clip,
+            space=request.space,
         )
         x_0 = edits(request, loop, y, outputs=count, batch_size=request.options.batch_size)
         each, a = y.repeat_interleave(count, 0), task.transform
@@ -140,7 +147,7 @@ class Interpolation:
         )
         size = options.batch_size
         (shown,) = by_batch(lambda *x: (draw(*x).transpose(0, 1),), request, size, *ends)
-        return to_uint8(shown.flatten(0, 1)).unflatten(0, shown.shape[:2]), panels
+        return request.decode(shown.flatten(0, 1)).unflatten(0, shown.shape[:2]), panels
 
     def inverted(
         self, request: EditRequest, images: UInt8[Tensor, "n c h w"], label: Label
@@ -154,12 +161,13 @@ class Interpolation:
         remedy = "give input= a folder with two or more"
         require(len(y) >= 2, "at least two images to interpolate", len(y), remedy)
 
-        def round_trip(x: Data, label: Label) -> tuple[Data, Data, Data]:
+        def round_trip(images: Data, label: Label) -> tuple[Data, Data, Data, Data]:
+            x = request.space.encoded(images)
             z = editing.invert(teacher, x, label, grid=grid, steps=self.steps)
             back = heun(teacher, lambda: z, label, grid=grid, steps=self.steps, clip=False)
-            return z, back, request.denoise(grid.t_max * z, at(grid.t_max, z), label)
+            return z, x, back, request.denoise(grid.t_max * z, at(grid.t_max, z), label)
 
-        z, back, once = by_batch(round_trip, request, request.options.batch_size, y, label)
+        z, y, back, once = by_batch(round_trip, request, request.options.batch_size, y, label)
         for name, x in (("of the teacher", back), ("through the model", once)):
             error = editing.difference(x, y).mean()
             print(f"round trip {name}, root mean square: {error:.3g}")
@@ -173,16 +181,18 @@ def edit(config: DictConfig, output: Path) -> None:
     masked, remedy = "mask" in config.task.get("pairing", {}), "choose task=inpaint, or no mask"
     require(masked or not config.mask, "no mask for a task without one", "mask=", remedy)
     require_fresh(output)
-    model, teacher = load(config.checkpoint, config.role, weights=config.weights), None
+    weights, place, teacher = config.weights, config.autoencoder, None
+    model = load(config.checkpoint, config.role, weights=weights, autoencoder=place)
     if config.teacher is not None:
-        teacher = load(config.teacher, "teacher", weights=config.weights)
+        teacher = load(config.teacher, "teacher", weights=weights, autoencoder=place)
         teacher.denoiser.to(chosen_device(config.device))
-    wanted = f"a model of {EXPLODING} and of shape {model.shape}"
+    wanted = f"a model of {EXPLODING} and of shape {model.shape}, of the same latents if of any"
     remedy = "choose another checkpoint, or the teacher of this model"
     for each in filter(None, (model, teacher)):
         process = each.card.noise_process
         got = f"{each.path}, of {process} and shape {each.shape}"
-        require(process == EXPLODING and each.shape == model.shape, wanted, got, remedy)
+        same = each.card.shape == model.card.shape and each.card.latents == model.card.latents
+        require(process == EXPLODING and same, wanted, got, remedy)
     fill_process(config, config.task, model)
     task: ZeroShot | Interpolation = instantiate(config.task, _convert_="all")
     path, (channels, side, _) = config.input, model.shape

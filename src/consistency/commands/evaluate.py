@@ -26,6 +26,7 @@ from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.metrics import Measure, measure_against
 from consistency.inference import options
+from consistency.inference.card import ModelCard
 from consistency.inference.generate import fitting_batch, generate
 from consistency.inference.model import Model
 from consistency.inference.plots import draw_lines
@@ -66,10 +67,12 @@ def evaluate(config: DictConfig, output: Path) -> float:
 def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> "Report":
     # Mistakes in models and samplers are reported before the reference is computed.
     names = [config.weights] if isinstance(config.weights, str) else config.weights
-    models = load_sets(config.checkpoint, names, role=config.role)
+    place = config.autoencoder
+    models = load_sets(config.checkpoint, names, role=config.role, autoencoder=place)
     samplers = [samplers_of(config, model) for model in models]
-    config.batch_size = config.batch_size or fitting_batch(models[0].shape, device)
-    report = Report(config, measure_of(config, models[0].shape, device), output)
+    card = models[0].card
+    config.batch_size = config.batch_size or fitting_batch(card.shape, device)
+    report = Report(config, measure_of(config, card.image_shape, device), output, card)
     clock, shares = report.measure.clock, batches(config.num_samples, config.batch_size)
     settings: Any = {**config, "device": str(device)}
     for model, named in zip(models, samplers, strict=True):
@@ -120,7 +123,7 @@ def measure_of(config: DictConfig, shape: Sequence[int], device: torch.device) -
 
     def built(node: DictConfig, in_memory: bool) -> Source:
         source = instantiate(node)
-        got, expected = tuple(source[0][0].shape), f"data of the samples' shape {tuple(shape)}"
+        got, expected = tuple(source.image_shape), f"data of the samples' shape {tuple(shape)}"
         remedy = "choose data= and data.image_size, data.channels as the model was trained"
         require(got == tuple(shape), expected, f"images of shape {got}", remedy)
         return load_into_memory(source) if in_memory else source
@@ -191,7 +194,9 @@ def _stored_samples(file: Path) -> UInt8[Tensor, "n c h w"]:
 class Report:
     """The results, on the screen, in files and to the loggers of rank 0; written anew after each result."""
 
-    def __init__(self, config: DictConfig, measure: Measure, output: Path) -> None:
+    def __init__(
+        self, config: DictConfig, measure: Measure, output: Path, card: ModelCard | None = None
+    ) -> None:
         self.measure, self.output, self.is_writer = measure, output, rank_and_size()[0] == 0
         self.head: dict[str, Any] = {"seed": config.seed, "precision": config.precision}
         self.results, self.values, self.loggers = list[dict[str, Any]](), list[float](), list[Any]()
@@ -202,7 +207,7 @@ class Report:
         if config.checkpoint is not None:
             path = find(config.checkpoint)
             self.head |= {"checkpoint": str(path), "sha256": fingerprint(path)}
-        self.head["protocol"] = measure.protocol(config.num_samples)
+        self.head["protocol"] = measure.protocol(config.num_samples, card)
         self.loggers = build_loggers(config)
         settings = OmegaConf.to_container(config, resolve=True)
         for logger in self.loggers:

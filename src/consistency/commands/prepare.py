@@ -1,8 +1,6 @@
-"""The command `prepare`: a zip in the form of NVlabs' dataset_tool, or shards, from any source of images.
+"""The command `prepare`: a zip in the form of NVlabs' dataset_tool, shards, or latents, from any source of images.
 
-Several processes write the images in chunks. A finished chunk is a zip of its own, named by a digest of its images
-and settings; so a stopped run continues with the missing chunks, and a chunk whose images or settings changed is
-written again. The same images and settings give the same bytes, for any number of processes or interruptions.
+`consistency.data.chunks` writes the images and continues a stopped run.
 """
 
 import hashlib
@@ -10,38 +8,40 @@ import json
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from hydra.utils import instantiate
+import torch
 from omegaconf import DictConfig, OmegaConf
-from PIL import ImageStat
-from torchvision.transforms.functional import to_pil_image
 
 from consistency.commands.overrides import shell_line
 from consistency.data import shards
+from consistency.data.chunks import Chunks, ChunkWriter, ImageFacts
 from consistency.data.cifar10 import CIFAR10
-from consistency.data.crop import Crop
-from consistency.data.decode import MODES, ImageError
+from consistency.data.encode import TYPES, LatentWriter
 from consistency.data.huggingface import HuggingFace
 from consistency.data.image_files import ImageFiles
+from consistency.data.latents import MOMENTS, SAMPLES, TABLE
 from consistency.data.listing import LABELS, has_labels
 from consistency.data.lsun import FILE, Database
 from consistency.data.memory import InMemory
 from consistency.data.mnist import MNIST
-from consistency.data.parallel import write_missing
+from consistency.data.parallel import PerProcess
 from consistency.data.source import require_existing, require_split
 from consistency.data.zip_or_folder import Archive, Folder
 from consistency.errors import require
+from consistency.inference import autoencoder
+from consistency.latents import SCALINGS
+from consistency.runtime.devices import chosen_device
 from consistency.runtime.files import path_of, written_whole
 
 PREPARED = "prepared.json"  # beside shards: the facts that a zip has in its comment
-CHUNK = 500  # images in a chunk: as many as each process may lose when it is stopped
 FACTS = "facts.json"  # the entry of a chunk that describes its images
+CPU = torch.device("cpu")
 EARLIEST = (1980, 1, 1, 0, 0, 0)  # of every entry, so that the same images give the same bytes
 
 
@@ -55,7 +55,7 @@ def prepare(config: DictConfig, target: Path) -> None:
     print(f"source      {config.source} ({kind}): {len(source):,} images, {count or 'no'} classes")
     names = ["resolution", "channels", "crop", *(["background"] if config.background else [])]
     settings: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, names), resolve=True)
-    writer = ChunkWriter(source, settings)
+    writer, workers = FORMS[config.to](config, source, settings)
     parts = target.with_name(f".{target.name}.parts")
     files = writer.files(parts)
     digests = "".join(file.stem.partition("_")[2] for file in files)
@@ -68,24 +68,20 @@ def prepare(config: DictConfig, target: Path) -> None:
         require(facts.get("identity") == identity, expected, got, remedy)
         print(f"nothing to do: {target} is made from this source with these settings")
     else:
-        chunks, bad = writer.write_all(files, config.num_workers)
+        chunks, bad = writer.write_all(files, workers)
         images = [image for chunk in chunks.values() for image in chunk]
         facts = {"identity": identity, "num_classes": count or None}
         facts |= _summary(images, bad, config.on_bad)
-        file, folder = target if config.to == "zip" else parts / "joined.zip", parts / "shards"
-        join(chunks, file, facts)
-        if config.to == "shards":
-            shards.write_shards(Archive(path=str(file), classes=count > 0), folder)
-            (folder / PREPARED).write_text(json.dumps(facts, sort_keys=True))
-            folder.replace(target)
+        facts = writer.finish(chunks, target, facts)
     shutil.rmtree(parts, ignore_errors=True)
     _print_result(target, facts)
 
 
 def _require_options(config: DictConfig, target: Path) -> None:
     size, workers = config.resolution, config.num_workers
-    shape = {"zip": "a file *.zip", "shards": "a folder"}
+    shape = {"zip": "a file *.zip", "shards": "a folder", "latents": "a folder"}
     fits = (target.suffix == ".zip") == (config.to == "zip")
+    named = (config.autoencoder is None) == (config.to != "latents")
     for valid, expected, got in (
         (config.to in shape, f"to= among {', '.join(shape)}", config.to),
         (config.on_bad in ("stop", "skip"), "on_bad=stop or skip", config.on_bad),
@@ -93,10 +89,12 @@ def _require_options(config: DictConfig, target: Path) -> None:
         (size is None or size > 0, "a resolution of at least 1 pixel, or null", size),
         (workers is None or workers > 0, "num_workers >= 1, or null", workers),
         (fits, f"{shape.get(config.to)} at output=", target),
+        (named, "autoencoder= for to=latents, and for it alone", config.autoencoder),
+        (config.scaling in SCALINGS, f"scaling= among {', '.join(SCALINGS)}", config.scaling),
+        (config.store in (MOMENTS, SAMPLES), f"store={MOMENTS} or {SAMPLES}", config.store),
+        (config.dtype in TYPES, f"dtype= among {', '.join(TYPES)}", config.dtype),
     ):
         require(valid, expected, got, "choose one")
-    if config.to == "shards":
-        shards.engine()  # fails before the work if the extra is missing
 
 
 def detect_source(
@@ -126,93 +124,83 @@ def detect_source(
     return images
 
 
-@dataclass(frozen=True)
-class ImageFacts:
-    """A written image. index: its number in the source; means: of each channel, 0 ... 255."""
+class ZipWriter(ChunkWriter):
+    """Chunks that are zips of PNG without compression, joined to one."""
 
-    index: int
-    name: str
-    label: int
-    height: int
-    width: int
-    means: list[float]
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height} {'grey' if len(self.means) == 1 else 'RGB'}"
-
-    def require_alike(self, first: "ImageFacts") -> None:
-        """Refuse an image that is not square, or of another size or mode than the first."""
-        square = f"square images, or resolution=<pixels> to crop them, for {self.name}"
-        require(self.height == self.width, square, self, "add resolution=64, for example")
-        alike = f"images of one size and mode, as {first.name} of {first}"
-        remedy = "choose resolution=<pixels>, and channels=1 for grey or channels=3 for RGB"
-        require(str(self) == str(first), alike, f"{self.name} of {self}", remedy)
-
-
-Chunks: TypeAlias = dict[Path, list[ImageFacts]]  # the images of finished chunks, by file
-
-
-@dataclass(frozen=True)
-class ChunkWriter:
-    """Images of a source, written as chunks. settings: those of conf/prepare.yaml that change the images."""
-
-    source: ImageFiles | InMemory
-    settings: dict[str, Any]
-
-    def files(self, folder: Path) -> dict[Path, range]:
-        """Return the file of every chunk, named by its number and digest, with the numbers of its images."""
-        every = range(len(self.source))
-        spans = [every[n : n + CHUNK] for n in every[::CHUNK]]
-        return {folder / f"{n:08d}_{self.digest(span)}.zip": span for n, span in enumerate(spans)}
-
-    def digest(self, span: range) -> str:
-        """Return a digest of the settings and of each image's name, class and stamp."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
-        for index in span:
-            stamp, label = self.source.stamp(index), int(self.source.labels[index])
-            head = f"{index} {self.source.name_of(index)} {label} {len(stamp)} "
-            digest.update(head.encode(errors="surrogateescape") + stamp)
-        return digest.hexdigest()[:32]
+    title, suffix = "preparing", ".zip"
 
     def write(self, span: range, file: Path) -> None:
-        """Write one chunk, as PNG without compression, and its facts."""
-        channels, resolution = self.settings["channels"], self.settings["resolution"]
-        crop: Crop = instantiate(self.settings["crop"])
         images, bad = [], []
         with written_whole(file) as whole, zipfile.ZipFile(whole, "w") as archive:
             for index in span:
-                try:
-                    pixels, label = self.source[index]
-                except ImageError as error:
-                    bad.append(f"{error.name}: {error.got}")
+                read = self.read(index)
+                if isinstance(read, str):
+                    bad.append(read)
                     continue
-                image = to_pil_image(pixels)
-                if channels is not None:
-                    image = image.convert(MODES[channels])
-                if resolution is not None:
-                    image = crop(image, resolution)
+                image, facts = read
                 with archive.open(_entry(str(index)), "w") as entry:
                     image.save(entry, format="PNG", compress_level=0, optimize=False)
-                name, means = self.source.name_of(index), ImageStat.Stat(image).mean
-                images.append(ImageFacts(index, name, label, image.height, image.width, means))
-            facts = {"images": [vars(image) for image in images], "bad": bad}
-            archive.writestr(_entry(FACTS), json.dumps(facts))
+                images.append(vars(facts))
+            archive.writestr(_entry(FACTS), json.dumps({"images": images, "bad": bad}))
 
-    def write_all(
-        self, files: Mapping[Path, range], workers: int | None
-    ) -> tuple[Chunks, list[str]]:
-        """Return all chunks, missing ones written, and lines about unusable images; stop at another size or mode."""
-        chunks, bad, first = Chunks(), list[str](), None
-        with closing(write_missing(files, self.write, workers=workers, title="preparing")) as done:
-            for file in done:
-                with zipfile.ZipFile(file) as archive:
-                    facts = json.loads(archive.read(FACTS))
-                bad += facts["bad"]
-                chunks[file] = [ImageFacts(**image) for image in facts["images"]]
-                for image in chunks[file]:
-                    first = first or image
-                    image.require_alike(first)
-        return chunks, bad
+    def facts(self, file: Path) -> dict[str, Any]:
+        with zipfile.ZipFile(file) as archive:
+            facts: dict[str, Any] = json.loads(archive.read(FACTS))
+        return facts
+
+    def finish(self, chunks: Chunks, target: Path, facts: dict[str, Any]) -> dict[str, Any]:
+        join(chunks, target, facts)
+        return facts
+
+
+class ShardsWriter(ZipWriter):
+    """Chunks that are zips, joined to one and then cut into shards."""
+
+    def finish(self, chunks: Chunks, target: Path, facts: dict[str, Any]) -> dict[str, Any]:
+        parts = next(iter(chunks)).parent
+        file, folder = parts / "joined.zip", parts / "shards"
+        join(chunks, file, facts)
+        classes = facts["num_classes"] is not None
+        shards.write_shards(Archive(path=str(file), classes=classes), folder)
+        (folder / PREPARED).write_text(json.dumps(facts, sort_keys=True))
+        folder.replace(target)
+        return facts
+
+
+Made: TypeAlias = tuple[ChunkWriter, int | None]  # a writer, and the number of its processes
+
+
+def to_zip(config: DictConfig, source: ImageFiles | InMemory, settings: dict[str, Any]) -> Made:
+    """Return the writer of a zip."""
+    return ZipWriter(source, settings), config.num_workers
+
+
+def to_shards(config: DictConfig, source: ImageFiles | InMemory, settings: dict[str, Any]) -> Made:
+    """Return the writer of shards; fail before the work if the extra is missing."""
+    shards.engine()
+    return ShardsWriter(source, settings), config.num_workers
+
+
+def to_latents(config: DictConfig, source: ImageFiles | InMemory, settings: dict[str, Any]) -> Made:
+    """Return the writer of latents, one process a device; open the autoencoder once, before the work."""
+    device, devices = chosen_device(config.device, config.devices), config.devices
+    place = path_of(config.autoencoder)
+    name = str(place.absolute()) if place.exists() else config.autoencoder
+    encoder = autoencoder.opened(name, None, config.scaling, device if devices == 1 else CPU)
+    channels = int(encoder.network.config.in_channels)
+    remedy = "leave it out"
+    expected = f"channels={channels} of the autoencoder, or null"
+    require(config.channels in (None, channels), expected, config.channels, remedy)
+    own = {name: config[name] for name in ("scaling", "flip", "store", "dtype", "seed")}
+    settings |= own | {"channels": channels, "sha256": encoder.sha256}
+    ranks = get_context("spawn").SimpleQueue()
+    for rank in range(devices):
+        ranks.put(rank)
+    return LatentWriter(source, settings, name, device, devices, PerProcess(ranks.get)), devices
+
+
+FORMS = {"zip": to_zip, "shards": to_shards, "latents": to_latents}
+"""The writers of the forms of a prepared set."""
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
@@ -261,9 +249,11 @@ def _summary(images: Sequence[ImageFacts], bad: Sequence[str], on_bad: str) -> d
 
 def _facts_of(target: Path) -> dict[str, Any]:
     """Return the facts that an earlier run wrote with its zip or shards; nothing for other files."""
-    with suppress(OSError, TypeError, ValueError, zipfile.BadZipFile):
+    with suppress(OSError, TypeError, ValueError, StopIteration, zipfile.BadZipFile):
         if target.is_dir():
-            return dict(json.loads((target / PREPARED).read_text()))
+            names = (PREPARED, TABLE)
+            file = next(target / name for name in names if (target / name).is_file())
+            return dict(json.loads(file.read_text()))
         with zipfile.ZipFile(target) as archive:
             return dict(json.loads(archive.comment))
     return {}
@@ -273,16 +263,29 @@ def _print_result(target: Path, facts: dict[str, Any]) -> None:
     size, channels, classes = facts["resolution"], facts["channels"], facts["num_classes"]
     least, most = facts["images_per_class"]
     means = " ".join(f"{mean:.2f}" for mean in facts["channel_means"])
+    lines = [f"means       {means} (of 0 to 255, by channel)"]
     kind = "zip" if target.is_file() else "stream"
+    side = size
+    if latents := facts.get("latents"):
+        kind, (channels, side, _) = "latents", facts["shape"]
+        mean, deviation = (
+            " ".join(f"{value:.3f}" for value in facts[name]) for name in ("means", "deviations")
+        )
+        lines += [
+            f"latents     {side}x{side}x{channels}, {facts['stored']}, {facts['orientations']} orientations",
+            f"autoencoder {latents['autoencoder']}, sha256 {latents['sha256'][:12]}",
+            f"scaling     {latents['scaling']}: means {mean}, deviations {deviation}, by channel",
+        ]
     options = [f"data={kind}", f"data.path={target}"]
-    options += [f"data.image_size={size}", f"data.channels={channels}"]
+    options += [f"data.image_size={side}", f"data.channels={channels}"]
     options += [f"data.num_classes={classes}"] if classes else []
     options += ["data.source.classes=true"] if classes and kind == "zip" else []
+    options += ["data.flip=true"] if facts.get("orientations") == 2 else []
     print(
         f"images      {facts['count']:,}, left out {facts['left_out']:,}",
-        f"size        {size}x{size}, {'grey' if channels == 1 else 'RGB'}",
+        f"size        {size}x{size}, {'grey' if facts['channels'] == 1 else 'RGB'}",
         f"classes     {f'{classes}, of {least:,} to {most:,} images' if classes else 'none'}",
-        f"means       {means} (of 0 to 255, by channel)",
+        *lines,
         f"written     {target}",
         f"train on it {shell_line('train', *options)}",
         sep="\n",

@@ -21,13 +21,12 @@ from consistency.checkpoints.load import load
 from consistency.errors import require
 from consistency.inference import options, plots
 from consistency.inference.generate import Request, drawing, fitting_batch, in_batches, samples
-from consistency.pixels import to_uint8
 from consistency.runtime.devices import chosen_device
 from consistency.runtime.files import fingerprint, write_text, written_whole
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
 
-FREE = ("num_samples", "batch_size", "images", "device", "devices", "trajectory", "output", "compile", "force")  # fmt: skip
+FREE = ("autoencoder", "num_samples", "batch_size", "images", "device", "devices", "trajectory", "output", "compile", "force")  # fmt: skip
 """Options that may differ when a folder of samples is continued: they change no sample but for rounding."""
 
 
@@ -37,7 +36,8 @@ def sample(config: DictConfig, output: Path) -> None:
     A folder with samples of the same settings is continued: the missing samples are drawn into parts/.
     """
     device = chosen_device(config.device, config.devices, config.precision)
-    model = load(config.checkpoint, weights=config.weights, role=config.role)
+    place = config.autoencoder
+    model = load(config.checkpoint, weights=config.weights, role=config.role, autoencoder=place)
     options.fill_process(config, config.sampler, model)
     sampler: Sampler = instantiate(config.sampler, _convert_="all")
     options.require_suited(sampler, model, force=config.force)
@@ -113,7 +113,7 @@ def write_trajectory(request: Request, sampler: Sampler, count: int, output: Pat
 
     def denoise(x_t: Data, t: Time, label: Label = None, **end: Time) -> Data:
         estimate = request.denoise(x_t, t, label, **end)
-        estimates.append((float(t[0]), to_uint8(estimate)))
+        estimates.append((float(t[0]), request.decode(estimate).cpu()))
         return estimate
 
     samples(replace(request, denoise=denoise), sampler, count, count)

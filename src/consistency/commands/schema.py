@@ -23,8 +23,8 @@ from consistency.runtime.files import ROOT
 
 HYDRAS = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
-PATHS = ("checkpoint", "export", "init", "input", "mode.init", "output", "resume", "samples", "source", "teacher", "verify")  # fmt: skip
-PATH_WORDS = ("cache", "dir", "dirpath", "extractor", "file", "folder", "metrics", "path", "picture", "reference")  # fmt: skip
+PATHS = ("autoencoder", "checkpoint", "export", "init", "input", "mode.init", "output", "resume", "samples", "source", "teacher", "verify")  # fmt: skip
+PATH_WORDS = ("autoencoder", "cache", "dir", "dirpath", "extractor", "file", "folder", "metrics", "path", "picture", "reference")  # fmt: skip
 
 POSITIVE = ("batch_size", "devices", "num_nodes", "num_samples", "outputs", "points")
 """Counts at the top of a configuration that must be at least 1; null is no count."""
@@ -112,6 +112,7 @@ class Data:
     flip: bool = False
     on_bad: str = "stop"  # stop or skip, at an image that cannot be used
     background: str | None = None  # colour behind transparent images; null refuses them
+    clips: bool = True  # samplers may clip estimates to [-1, 1]: images, no latents
     in_memory: bool = False  # decode the images once and hold them
     download: bool = False  # fetch a public set that is missing at `path`
     allow_reorder: bool = False  # resume although the images come in another order than before

@@ -41,9 +41,9 @@ def search(config: DictConfig, output: Path) -> float:
     require(config.num_scales >= fewest, grid, config.num_scales, finer)
     device = chosen_device(config.device, config.devices)
     path = find(config.checkpoint)
-    model = load(path, weights=config.weights, role="consistency")
+    model = load(path, "consistency", weights=config.weights, autoencoder=config.autoencoder)
     model.card.require_variance_exploding("time points of multi-step sampling")
-    config.batch_size = config.batch_size or fitting_batch(model.shape, device)
+    config.batch_size = config.batch_size or fitting_batch(model.card.shape, device)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     names = ("weights", "metric", "seed", "num_scales", "num_samples", "evaluation")
     settings = {name: plain[name] for name in names} | {"checkpoint": fingerprint(path)}
@@ -55,7 +55,9 @@ def search(config: DictConfig, output: Path) -> float:
 
         def value(times: Sequence[float]) -> float:
             t_min, t_max = process.t_min, process.t_max
-            sampler = partial(multistep, times=times, t_min=t_min, t_max=t_max, clip=True)
+            sampler = partial(
+                multistep, times=times, t_min=t_min, t_max=t_max, clip=model.card.clips
+            )
             samples = draw(sampler, in_batches(range(count), config.batch_size))
             values = measure(samples, count, config.metric)
             got = f"evaluation.extractor={config.evaluation.extractor}, without classes or features"
@@ -69,7 +71,7 @@ def search(config: DictConfig, output: Path) -> float:
     result = {
         "times": times,
         "metric": metric,
-        "protocol": measure.protocol(count),
+        "protocol": measure.protocol(count, model.card),
         "value": best,
         **{name: settings[name] for name in ("weights", "checkpoint", "num_scales", "seed")},
         "unimodal": log.unimodal,

@@ -91,9 +91,12 @@ class Downloaded(InMemory):
     def read(self, folder: Path, part: str) -> tuple[Images, Classes]: ...
 
 
-def load_into_memory(source: Source) -> InMemory:
-    """Decode every image of a source, in as many threads as there are cores."""
-    if isinstance(source, InMemory):
+def load_into_memory(source: Source) -> Source:
+    """Decode every image of a source, in as many threads as there are cores.
+
+    Latents stay in their files, which the system keeps in memory by itself.
+    """
+    if isinstance(source, InMemory) or source.latents is not None:
         return source
     shape = source[0][0].shape
     images = torch.empty((len(source), *shape), dtype=torch.uint8)

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from consistency.data.memory import load_into_memory
-from consistency.data.source import Classes, Images, Source
+from consistency.data.source import Classes, Items, Source
 from consistency.errors import require
 from consistency.pixels import to_unit
 from consistency.randomness import WHOLE, Share, generator
@@ -114,13 +114,13 @@ class DataModule(L.LightningDataModule):
         expected = f"at least one batch of data.batch_size={size} images"
         remedy = "lower data.batch_size or add images"
         require(len(images) >= size, expected, f"{len(images)} images", remedy)
-        (image, label), side = self.train_source[0], self.image_size
+        shape, label, side = self.train_source.shape, self.train_source[0][1], self.image_size
         expected = f"images of {self.channels} channels and {side}x{side} pixels"
         expected += "" if classes is None else f", class indices below data.num_classes={classes}"
-        got = f"a first image of shape {tuple(image.shape)}, class index {label}"
+        got = f"a first image of shape {shape}, class index {label}"
         remedy = "set data.channels, data.image_size and data.num_classes to the images, or prepare the images"
         known = classes is None or 0 <= label < classes
-        require(known and image.shape == (self.channels, side, side), expected, got, remedy)
+        require(known and shape == (self.channels, side, side), expected, got, remedy)
 
     def split(self, world_size: int) -> BatchSplit:
         """Split a batch over devices in equal shares; a device holds the largest divisor of its share that is allowed."""
@@ -136,12 +136,16 @@ class DataModule(L.LightningDataModule):
         return BatchSplit(world_size, images, share // images)
 
     def summary(self, world_size: int) -> str:
-        """Return two lines for the start of a run: the split of a batch, and the images an epoch leaves out."""
+        """Return lines for the start of a run: the split of a batch, the images an epoch leaves out, the autoencoder."""
         count = len(self.train_source)
         batches, dropped = divmod(count, self.batch_size)
         rest = f"the {dropped} that remain are left out, other ones in each"
         epoch = f"{count} images = {batches} batches, {rest if dropped else 'none left out'}"
-        return f"Batch: {self.batch_size} = {self.split(world_size)}\nEpoch: {epoch}"
+        lines = [f"Batch: {self.batch_size} = {self.split(world_size)}", f"Epoch: {epoch}"]
+        if (space := self.train_source.latents) is not None:
+            origin = f"{space.autoencoder}, sha256 {space.sha256[:12]}, scaling {space.scaling}"
+            lines.append(f"Latents of {origin}")
+        return "\n".join(lines)
 
     def batches(
         self, *, split: BatchSplit, rank: int = 0, start: int = 0, total: int = 0
@@ -151,7 +155,7 @@ class DataModule(L.LightningDataModule):
 
     def loader(
         self, batches: PositionedBatches, *, pin_memory: bool = False
-    ) -> DataLoader[tuple[Images, Classes]]:
+    ) -> DataLoader[tuple[Items, Classes]]:
         """Return a loader of the batches (uint8 images, int64 class indices) at the index lists of `batches`."""
         return DataLoader(
             range(len(self.train_source)),  # type: ignore[arg-type]
@@ -163,7 +167,7 @@ class DataModule(L.LightningDataModule):
             worker_init_fn=partial(_init_worker, os.getpid()),
         )
 
-    def train_dataloader(self) -> DataLoader[tuple[Images, Classes]]:
+    def train_dataloader(self) -> DataLoader[tuple[Items, Classes]]:
         """Return the batches from the trainer's present position up to its last step."""
         trainer = self.trainer
         assert trainer is not None
@@ -220,14 +224,9 @@ class DataModule(L.LightningDataModule):
             count.ready = count.started = count.processed = position
             count.completed = position - unfinished
 
-    def augmented(self, images: Images, draw: Generator, share: Share = WHOLE) -> Data:
-        """Scale images to [-1, 1] and mirror them at random; they are `share` of the optimizer step's batch."""
-        x_0 = to_unit(images)
-        if not self.flip:
-            return x_0
-        coin = torch.rand(share.parts * len(x_0), generator=draw, device=draw.device) < 0.5
-        coin = coin[share.rows(len(x_0))]
-        return torch.where(coin[:, None, None, None], x_0.flip(-1), x_0)
+    def augmented(self, images: Items, draw: Generator, share: Share = WHOLE) -> Data:
+        """Return x_0 of a batch, `share` of the optimizer step's: images in [-1, 1], mirrored at random, or latents."""
+        return self.train_source.training_data(images, draw, share, flip=self.flip)
 
 
 def unpack_batch(

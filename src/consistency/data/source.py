@@ -1,4 +1,4 @@
-"""The interface of a source of images: a map-style data set of (uint8 image, class index)."""
+"""The interface of a source: a map-style data set of (uint8 image, class index), or of latents in the place of images."""
 
 import socket
 import tarfile
@@ -9,14 +9,21 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped, UInt8
 from torch import Generator, Tensor
 
 from consistency.errors import UserError, require
+from consistency.inference.card import LatentSpace
+from consistency.pixels import to_unit
+from consistency.randomness import WHOLE, Share
 from consistency.runtime.files import path_of
+from consistency.tensors import Data
 
 Image: TypeAlias = UInt8[Tensor, "c h w"]
 Images: TypeAlias = UInt8[Tensor, "b c h w"]
+Items: TypeAlias = Shaped[Tensor, "b k h w"]
+"""Images, or what a source of latents stores in their place."""
+
 Classes: TypeAlias = Int[Tensor, "b"]
 Split: TypeAlias = Literal["train", "test", "all"]
 
@@ -30,10 +37,12 @@ class Source(ABC):
 
     class_names: names of the classes in the order of their indices; empty without classes.
     left_out: number of images left out because they cannot be used.
+    latents: of which autoencoder the items are latents; None for images.
     """
 
     class_names: Sequence[str] = ()
     left_out: int = 0
+    latents: LatentSpace | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -41,10 +50,35 @@ class Source(ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Image, int]: ...
 
-    def batch(self, indices: list[int]) -> tuple[Images, Classes]:
+    def batch(self, indices: list[int]) -> tuple[Items, Classes]:
         """Return the images and class indices (int64) of `indices`, stacked in their order."""
         images, classes = zip(*(self[index] for index in indices), strict=True)
         return torch.stack(images), torch.tensor(classes, dtype=torch.long)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of the training data."""
+        return tuple(self[0][0].shape)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of the images, decoded ones of latents."""
+        return self.shape
+
+    def training_data(
+        self, batch: Items, draw: Generator, share: Share = WHOLE, *, flip: bool = False
+    ) -> Data:
+        """Return x_0 of a batch of items, `share` of an optimizer step's: images in [-1, 1], mirrored at random if `flip`."""
+        x_0 = to_unit(batch)
+        if not flip:
+            return x_0
+        coin = torch.rand(share.parts * len(x_0), generator=draw, device=draw.device) < 0.5
+        coin = coin[share.rows(len(x_0))]
+        return torch.where(coin[:, None, None, None], x_0.flip(-1), x_0)
+
+    def decoded(self, batch: Items) -> Images:
+        """Return the images of a batch of items, on its device."""
+        return batch
 
     def order(self, draw: Generator) -> Int[Tensor, "n"]:
         """Draw a permutation of all indices, a function of the generator's state alone."""

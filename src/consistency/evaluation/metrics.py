@@ -27,6 +27,8 @@ from consistency.evaluation import extractors
 from consistency.evaluation import reference as references
 from consistency.evaluation.extractors import Extractor, SmallClassifier
 from consistency.evaluation.reference import FrechetDistance, Reference, in_order
+from consistency.inference.autoencoder import hashed
+from consistency.inference.card import ModelCard
 from consistency.inference.generate import Numbered
 from consistency.runtime.files import cache_folder, path_of, written_whole
 from consistency.runtime.ranks import gathered, print_once, rank_and_size
@@ -142,8 +144,9 @@ class Measure:
         require(count > 0, expected, num_samples, "give a number")
         return count
 
-    def protocol(self, count: int) -> dict[str, Any]:
-        """Return all that the metrics of `count` samples depend on beside the samples."""
+    def protocol(self, count: int, card: ModelCard | None = None) -> dict[str, Any]:
+        """Return all that the metrics of `count` samples depend on beside them; card: of the model that draws them."""
+        decoding = {} if card is None or card.latents is None else hashed(card.latents).protocol
         return {
             **self.reference.protocol,
             "quantisation": QUANTISATION,
@@ -152,6 +155,7 @@ class Measure:
             "kid_subsets": DEFAULTS["kid_subsets"],
             "kid_subset_size": self._subset(count),
             "precision_recall_k": NEIGHBOURHOOD,
+            **decoding,
         }
 
 
@@ -220,7 +224,7 @@ def own_classifier(train: Source, cache: Path) -> Extractor:
     """
     expected = f"images with classes for evaluation.extractor={extractors.OWN_CLASSIFIER}"
     require(bool(classes := len(train.class_names)), expected, "none", "choose another extractor")
-    channels, size = train[0][0].shape[:2]
+    channels, size = train.image_shape[:2]
     described = repr((references.content_key(train), classes, OWN_IMAGES, OWN_STEPS))
     file = cache / f"{hashlib.sha256(described.encode()).hexdigest()[:32]}.safetensors"
     state: dict[str, Tensor] = {}
@@ -232,7 +236,8 @@ def own_classifier(train: Source, cache: Path) -> Extractor:
                 "Training a classifier, whose features measure the samples, on the training images",
                 flush=True,
             )
-            images, labels = train.batch(references.spread(len(train), OWN_IMAGES))
+            items, labels = train.batch(references.spread(len(train), OWN_IMAGES))
+            images = train.decoded(items)
             epochs = max(1, round(OWN_STEPS * 64 / len(images)))
             trained = extractors.train_classifier(
                 images, labels, num_classes=classes, epochs=epochs

@@ -166,14 +166,15 @@ def reference_of(
     expected = f"a reference of at least {fewest} images, one a process"
     require(count >= fewest, expected, count, "add images")
     stored = set(spread(count, most_features))
-    described = {"set": name, "shape": list(source[0][0].shape), "images": count}
+    described = {"set": name, "shape": list(source.image_shape), "images": count}
+    described |= {} if source.latents is None else {"decoded": source.latents.protocol}
     described |= {"features": len(stored), "content": content_key(source)}
     protocol = {**extractor.protocol, "reference": described}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:32]
     path = cache / f"{key}.npz"
     if all(gathered(os.path.isfile(path))):  # False also for a folder that may not be read
         return read_reference(path, extractor, protocol)
-    images = images_of(source, batch_size, num_workers, "Reference")
+    images = images_of(source, batch_size, num_workers, "Reference", extractor.device)
     reference = Reference(*_statistics(images, count, extractor, stored), protocol)
     if rank_and_size()[0] == 0:
         try:
@@ -212,14 +213,16 @@ def spread(count: int, most: int) -> list[int]:
     return [i * count // most for i in range(most)]
 
 
-def images_of(source: Source, batch_size: int, num_workers: int, title: str) -> Iterator[Numbered]:
-    """Yield this rank's share of a source."""
+def images_of(
+    source: Source, batch_size: int, num_workers: int, title: str, device: torch.device
+) -> Iterator[Numbered]:
+    """Yield this rank's share of the images of a source, on a device; latents are decoded there."""
     every, parts = range(len(source)), batches(len(source), batch_size)
     options = {"collate_fn": source.batch, "num_workers": num_workers}
     loader: Any = DataLoader(every, batch_sampler=parts, **options)  # type: ignore[arg-type]
     shown = tqdm(parts, desc=title, unit="batch", disable=rank_and_size()[0] > 0 or len(parts) < 2)
-    for numbers, (images, _) in zip(shown, loader, strict=True):
-        yield numbers, images
+    for numbers, (items, _) in zip(shown, loader, strict=True):
+        yield numbers, source.decoded(sent(items, device))
 
 
 def content_key(source: Source) -> str:

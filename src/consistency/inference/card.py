@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from consistency.errors import UserError, require
 from consistency.flow_samplers import flow_jumps
 from consistency.grids import KarrasGrid
+from consistency.latents import SCALINGS
 from consistency.randomness import generator
 from consistency.samplers import Sampler, heun, multistep, trigflow_multistep
 
@@ -22,13 +23,13 @@ Role: TypeAlias = Literal["teacher", "consistency"]
 EXPLODING, TRIGFLOW, FLOW = "the variance-exploding process", "TrigFlow", "the rectified flow"
 """Names of noise processes."""
 
-LARGEST, MOST_LISTED, MOST_CHARACTERS = 1 << 20, 64, 256
+LARGEST, MOST_LISTED, MOST_CHARACTERS, MOST_PATH = 1 << 20, 64, 256, 4096
 """Bounds of numbers, lists and texts in a card from elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """The noise process of a model: data in [-1, 1], and its Karras grid.
+    """The noise process of a model, and its Karras grid.
 
     times: time points of two-step sampling, the first of them t_max; None if none are published.
     """
@@ -46,14 +47,58 @@ class Process:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentSpace:
+    """The latents that a model draws instead of pixels.
+
+    autoencoder: its folder, or its name on the Hugging Face hub; two spaces are equal whatever the place.
+    sha256: of its file of weights; None if a checkpoint of another program does not record it.
+    scaling: a name in `consistency.latents.SCALINGS`.
+    channels, image_size: of the images that latents are decoded to.
+    """
+
+    autoencoder: str = field(compare=False)
+    sha256: str | None
+    scaling: str
+    channels: int
+    image_size: int
+
+    @classmethod
+    def parse(cls, saved: object, origin: object) -> "LatentSpace":
+        """Check the saved form, a dictionary of the fields. Raise `UserError` that names `origin`, the file."""
+        fields = saved if isinstance(saved, dict) else {}
+        names, counts = ("autoencoder", "sha256", "scaling"), ("channels", "image_size")
+        texts = [fields.get(n) for n in names if n != "sha256" or fields.get(n) is not None]
+        require(
+            set(fields) == {*names, *counts}
+            and all(type(text) is str and len(text) <= MOST_PATH for text in texts)
+            and fields["scaling"] in SCALINGS
+            and all(type(fields[n]) is int and 1 <= fields[n] <= LARGEST for n in counts),
+            f"latents with autoencoder, sha256, scaling, channels and image_size in {origin}",
+            "a missing or impossible part",
+            "take another checkpoint, or prepare the latents again",
+        )
+        return cls(**fields)
+
+    @property
+    def protocol(self) -> dict[str, str | None]:
+        """What a measure of decoded images depends on: the autoencoder, the scaling and the rounding of pixels."""
+        return {
+            "autoencoder_sha256": self.sha256,
+            "scaling": self.scaling,
+            "quantisation": SCALINGS[self.scaling].quantisation,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """The description of a model.
 
     role: teacher or consistency; None if the file does not record it.
     network, preconditioning: `_target_` and arguments; without a role, preconditioning has no `_target_`.
-    channels, image_size: of the images, which are square.
+    channels, image_size: of the images or latents, which are square.
     num_classes: number of classes; None for an unconditional model.
     class_names: names of the classes; empty if unknown.
+    latents: of which autoencoder they are; None for images.
     """
 
     role: Role | None
@@ -64,6 +109,7 @@ class ModelCard:
     image_size: int
     num_classes: int | None
     class_names: tuple[str, ...] = ()
+    latents: LatentSpace | None = None
 
     @classmethod
     def parse(cls, saved: Mapping[str, Any], origin: object) -> "ModelCard":
@@ -76,6 +122,7 @@ class ModelCard:
         scalars = ("sigma_data", "t_min", "t_max", "rho")
         times = process.get("times") or ()
         counts = (image.get("channels"), image.get("size"), 1 if classes is None else classes)
+        latents = saved.get("latents")
         require(
             saved.get("role") in ("teacher", "consistency", None)
             and bool(network and scalings)
@@ -103,11 +150,16 @@ class ModelCard:
             image_size=image["size"],
             num_classes=classes,
             class_names=tuple(names),
+            latents=None if latents is None else LatentSpace.parse(latents, origin),
         )
 
     def saved(self) -> dict[str, Any]:
         """Return the form in which checkpoints hold the card: plain dictionaries, lists and scalars."""
-        times = self.process.times
+        times, extras = self.process.times, dict[str, Any]()
+        if self.class_names:
+            extras["class_names"] = list(self.class_names)
+        if self.latents is not None:
+            extras["latents"] = asdict(self.latents)
         return {
             "role": self.role,
             "network": dict(self.network),
@@ -115,7 +167,8 @@ class ModelCard:
             "process": asdict(self.process) | ({} if times is None else {"times": list(times)}),
             "image": {"channels": self.channels, "size": self.image_size},
             "num_classes": self.num_classes,
-        } | ({"class_names": list(self.class_names)} if self.class_names else {})
+            **extras,
+        }
 
     def with_role(self, role: Role | None, origin: object) -> "ModelCard":
         """Return the card with its role, or else `role`. Raise `UserError` if they differ or neither is known."""
@@ -141,8 +194,19 @@ class ModelCard:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of an image."""
+        """(channels, height, width) of an image or a latent."""
         return self.channels, self.image_size, self.image_size
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image, a decoded one of a model of latents."""
+        own = self if self.latents is None else self.latents
+        return own.channels, own.image_size, own.image_size
+
+    @property
+    def clips(self) -> bool:
+        """Whether samplers may clip estimates to [-1, 1], the range of images."""
+        return self.latents is None
 
     @property
     def noise_process(self) -> str:
@@ -154,6 +218,12 @@ class ModelCard:
         """Refuse a model of another process for work that moves along the variance-exploding one."""
         expected, got = f"a model of {EXPLODING}, for {what}", f"one of {self.noise_process}"
         require(self.noise_process == EXPLODING, expected, got, "choose another")
+
+    def require_start(self, start: str) -> None:
+        """Refuse an edit that takes the noise of an image for that of its latents."""
+        expected, remedy = "a model of images for start=input", "choose start=reference or noise"
+        suited = self.latents is None or start != "input"
+        require(suited, expected, "one of latents, whose noise is not that of an image", remedy)
 
     def sampler(self, steps: int) -> Sampler:
         """Return Heun's sampler for a teacher, jumps for an average velocity, else Algorithm 1 of Song et al. 2023.
@@ -174,8 +244,10 @@ class ModelCard:
             times = process.grid.points(steps + 1)[:-1].tolist()
         if self.noise_process == TRIGFLOW:
             angles = [math.atan(t / sigma_data) for t in times]
-            return partial(trigflow_multistep, times=angles, sigma_data=sigma_data, clip=True)
-        return partial(multistep, times=times, t_min=process.t_min, t_max=process.t_max, clip=True)
+            return partial(trigflow_multistep, times=angles, sigma_data=sigma_data, clip=self.clips)
+        return partial(
+            multistep, times=times, t_min=process.t_min, t_max=process.t_max, clip=self.clips
+        )
 
     def labels(self, labels: object, seed: int, numbers: Sequence[int]) -> Int[Tensor, "n"] | None:
         """Return the class index of each sample number; None for an unconditional model.

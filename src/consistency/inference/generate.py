@@ -20,7 +20,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from consistency.editing import ImageSpace, Space
 from consistency.errors import UserError
+from consistency.inference.autoencoder import Autoencoder, autoencoder_of
 from consistency.inference.card import ModelCard
 from consistency.pixels import quantised
 from consistency.randomness import SampleNoise
@@ -40,6 +42,8 @@ class Request:
 
     denoise: the model, on `device`.
     labels: classes of the samples, as `ModelCard.labels` takes them.
+
+    Raises `UserError` if the autoencoder of a model of latents is missing, or another.
     """
 
     denoise: Denoise
@@ -47,6 +51,20 @@ class Request:
     labels: object = None
     seed: int = 0
     device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        _ = self.space
+
+    @property
+    def space(self) -> Space:
+        """Images to x_0 and back: the same, or the autoencoder of latents."""
+        latents = self.card.latents
+        return ImageSpace() if latents is None else autoencoder_of(latents, self.device)
+
+    def decode(self, x_0: Data) -> UInt8[Tensor, "b _c _h _w"]:
+        """Return x_0 as images of 0 ... 255, on its device; latents are decoded."""
+        space = self.space
+        return space.images(x_0) if isinstance(space, Autoencoder) else quantised(x_0)
 
 
 def fitting_batch(shape: Sequence[int], device: torch.device | str) -> int:
@@ -73,7 +91,7 @@ def generate(request: Request, sampler: Sampler, batches: Batches) -> Iterator[N
         labels = card.labels(request.labels, request.seed, numbers)
         label = None if labels is None else sent(labels, device)
         with torch.inference_mode():
-            images = quantised(sampler(request.denoise, noise, label))
+            images = request.decode(sampler(request.denoise, noise, label))
         yield numbers, images
 
 
@@ -95,7 +113,7 @@ def edits(
     """
 
     def edited(numbers: Tensor, y: Data, label: Label) -> tuple[Data]:
-        noise = SampleNoise(request.seed, numbers.tolist(), y.shape[1:], request.device)
+        noise = SampleNoise(request.seed, numbers.tolist(), request.card.shape, request.device)
         return (edit(request.denoise, noise, y, label=label),)
 
     numbers, each = torch.arange(len(y) * outputs), y.repeat_interleave(outputs, 0)

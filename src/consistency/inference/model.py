@@ -53,8 +53,8 @@ class Model:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the images."""
-        return self.card.shape
+        """(channels, height, width) of the images, decoded ones of a model of latents."""
+        return self.card.image_shape
 
     def sample(
         self,
@@ -98,6 +98,8 @@ class Model:
         shape = tuple(images.shape[1:])
         require(shape == self.shape, f"images of shape {self.shape}", shape, "resize them first")
         self.card.require_variance_exploding("edits")
+        self.card.require_start(start)
+        request = self._request(labels, seed)
         grid = self.card.process.grid
         loop = partial(
             edit,
@@ -105,8 +107,8 @@ class Model:
             times=grid_times(grid) if times is None else times,
             t_min=grid.t_min,
             start=start,
-            clip=True,
+            clip=self.card.clips,
+            space=request.space,
         )
-        request = self._request(labels, seed)
         x_0 = edits(request, loop, to_unit(images), outputs=outputs, batch_size=batch_size)
         return to_uint8(x_0).unflatten(0, (len(images), outputs))

@@ -35,8 +35,10 @@ def request_of(
 
     model: None loads it.
     """
-    role, device = options.get("role"), chosen_device(options["device"])
-    model = model or load(options["checkpoint"], role, weights=options["weights"])
+    device = chosen_device(options["device"])
+    if model is None:
+        named = {name: options.get(name) for name in ("role", "autoencoder")}
+        model = load(options["checkpoint"], weights=options["weights"], **named)
     if processes > 1:
         share_threads(device, processes)
         device = device if device.type == "cpu" else torch.device(device.type, rank)
@@ -51,11 +53,16 @@ def request_of(
 
 
 def fill_process(config: DictConfig, sampler: DictConfig, model: Model) -> None:
-    """Replace null in `process` by the model's time range and points, searched ones too if the sampler takes them."""
+    """Replace null in `process` by the model's time range and points, searched ones too if the sampler takes them.
+
+    Latents are not clipped.
+    """
     for name, value in vars(model.card.process).items():
         if config.process[name] is None:
             config.process[name] = value
     node: Any = OmegaConf.to_container(sampler, resolve=False)
+    if "clip" in node and not model.card.clips:
+        sampler.clip = False
     if node.get("times") == "${process.searched}" and config.process.searched is None:
         config.process.searched = searched_times(model, config.checkpoint)
 

@@ -89,16 +89,23 @@ def two_times(
     r: Time | None,
     second_time: SecondTime,
 ) -> Float[Tensor, "b _widths"]:
-    """The features of the time; of a network with two, joined by those of the second. r None stands for 0."""
+    """The features of the time; of a network with two, joined by those of the second."""
+    second = second_of(c_noise, r, second_time)
+    if second is None:
+        return features(c_noise)
+    return torch.cat([features(c_noise), features(second)], dim=1)
+
+
+def second_of(c_noise: Time, r: Time | None, second_time: SecondTime) -> Time | None:
+    """The second time that the network is told, None if it has one time; r None stands for 0."""
     if second_time is None:
         if r is not None:
             raise ValueError(
                 "expected one time, because second_time=null; got a second one. "
                 "Leave r out, or build the network with second_time=gap or end."
             )
-        return features(c_noise)
-    r = torch.zeros_like(c_noise) if r is None else r
-    return torch.cat([features(c_noise), features(told(c_noise, r, second_time))], dim=1)
+        return None
+    return told(c_noise, torch.zeros_like(c_noise) if r is None else r, second_time)
 
 
 def told(c_noise: Time, r: Time, second_time: SecondTime) -> Time:
@@ -133,7 +140,7 @@ def modulated(norm: nn.Module, h: Maps, e: Float[Tensor, "b _"], scale_shift: bo
     return torch.addcmul(shift, norm(h), 1 + scale)  # one pass over the maps
 
 
-def run(layer: nn.Module, *inputs: Tensor, recompute: bool) -> NewMaps:
+def run(layer: nn.Module, *inputs: Tensor, recompute: bool) -> Float[Tensor, "b ..."]:
     """The layer's output; `recompute` computes its activations, with the same dropout, again in the backward pass."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(layer, *inputs, use_reentrant=False)

@@ -118,10 +118,11 @@ def build_data(config: DictConfig) -> DataModule:
 
 
 def describe(config: DictConfig, data: DataModule | None = None) -> ModelCard:
-    """Return the card of the denoiser, with the names of the classes of `data`."""
+    """Return the card of the denoiser, with the names of the classes of `data` and the autoencoder of its latents."""
     plain: Any = OmegaConf.to_container(config, resolve=True)
     mode, shape = plain["mode"], plain["data"]
     names = [] if data is None else list(data.train_source.class_names)
+    latents = None if data is None else data.train_source.latents
     saved = {
         "role": mode["role"],
         "network": plain["model"]["network"],
@@ -130,6 +131,7 @@ def describe(config: DictConfig, data: DataModule | None = None) -> ModelCard:
         "image": {"channels": shape["channels"], "size": shape["image_size"]},
         "num_classes": shape["num_classes"],
         "class_names": names if len(names) == shape["num_classes"] else [],
+        "latents": latents and vars(latents),
     }
     return ModelCard.parse(saved, "this configuration")
 

@@ -51,6 +51,8 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
     def forward(self, x: Data) -> list[Float[Tensor, "b _c _h _w"]]:
+        expected, remedy = "images of 1 or 3 channels for LPIPS", "choose another mode.distance"
+        require(x.shape[1] in (1, 3), expected, f"{x.shape[1]} channels", remedy)
         h = ((x + 1) / 2 - self.get_buffer("mean")) / self.get_buffer("std")
         maps = []
         for index, layer in enumerate(self.features):

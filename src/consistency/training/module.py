@@ -17,6 +17,7 @@ from consistency.denoiser import Denoiser
 from consistency.errors import require
 from consistency.inference.card import ModelCard
 from consistency.inference.generate import Request
+from consistency.networks.edm2 import forced_normalisation
 from consistency.objectives import Losses
 from consistency.preconditioning import Preconditioning
 from consistency.randomness import WHOLE, Share, generator, key
@@ -119,6 +120,8 @@ class ConsistencyModule(L.LightningModule):
         grows, and all copies of the networks are made.
         """
         self.named = self.trained()
+        heads = [] if self.head is None else [self.head]
+        self.normalise_weights = forced_normalisation(nn.ModuleList([self.online, *heads]))
 
         def count() -> None:
             self.k += 1
@@ -142,6 +145,8 @@ class ConsistencyModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         accumulated, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
         step, micro = divmod(batches_before(self.trainer), accumulated)
+        if micro == 0:
+            self.normalise_weights()
         draw = generator(self.seed, "train", 0, step, device=self.device)
         share = Share(micro * ranks + self.global_rank, accumulated * ranks)
         # An objective without a `share` argument is enough for whole batches.

@@ -68,7 +68,7 @@ class Evaluation(Periodic):
 
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         data, device = module.data, module.device
-        self.batch = self.batch_size or fitting_batch(data.train_source[0][0].shape, device)
+        self.batch = self.batch_size or fitting_batch(data.train_source.shape, device)
         loading = {"batch_size": self.batch, "num_workers": data.num_workers}
         sources = (lambda: data.train_source), data.held_out
         self.measure = self.measure_against(*sources, device, **loading)
@@ -87,7 +87,7 @@ class Evaluation(Periodic):
         results = self._bounds(module) | self._measure_all(module, self.seeds)
         self.summary = self._table(results)
         if trainer.is_global_zero:
-            protocol = self.measure.protocol(self.count)
+            protocol = self.measure.protocol(self.count, module.card)
             content = dict(protocol=protocol, seeds=self.seeds, k=module.k, results=results)
             with tolerate_write_errors(str(self.file)):
                 write_text(self.file, json.dumps(content, indent=2) + "\n")
@@ -134,7 +134,8 @@ class Evaluation(Periodic):
         if self.measure.reference.protocol["reference"].get("set") != "held_out":
             return {}
         train = module.data.train_source
-        images = images_of(train, self.batch, module.data.num_workers, "Train images")
+        workers, device = module.data.num_workers, module.device
+        images = images_of(train, self.batch, workers, "Train images", device)
         return {
             "train_images": self.measure(images, len(train)),
             "noise": self.measure(self._noise(module), self.count),
@@ -144,6 +145,6 @@ class Evaluation(Periodic):
         assert module.card is not None
         for numbers in batches(self.count, self.batch):
             draws = (generator(self.seeds[0], "noise_image", number) for number in numbers)
-            shape = module.card.shape
+            shape = module.card.image_shape
             images = [torch.randint(256, shape, generator=d, dtype=torch.uint8) for d in draws]
             yield numbers, torch.stack(images)
