@@ -20,7 +20,7 @@ LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+)([^)#\s]+)(?:#([^)\s]+))?\)")
 
 
 def modules(folder: Path) -> list[Path]:
-    """Return the modules of a folder in the order of their names; a package stands for its `__init__`, if that says anything."""
+    """Return the modules of a folder in the order of their names; an empty `__init__` is left out."""
     return sorted(file for file in folder.glob("*.py") if file.read_text().strip())
 
 
