@@ -21,7 +21,7 @@ The shell stands in rooms:
                         figures (of several panels) autoencoder (of latents)
     checkpoints         load contents; ours (posthoc: averages of any width) openai nvlabs edm2 jcm diffusers (folders; diffusers_unet,
                         diffusers_time_embedding) dit; wrapped (state dicts below any keys), pickle_reader, pretrained (published
-                        files)
+                        files) hub (names on the Hugging Face Hub) hub_folder (what is pushed there)
     data                module (the LightningDataModule, order by position, foreign loaders) source; memory: digits
                         mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; latents; decode crop
                         listing parallel; chunks and encode (of sets that are prepared)

@@ -219,7 +219,7 @@ def published(run: str) -> list[tuple[float, float]]:
     for file in _settings():
         text = file.read_text()
         if re.search(rf"\bpublished: {re.escape(run)}\b", text):
-            head = re.search(r"^# Published: (.*?)(?:;| Source|$)", text, re.MULTILINE)
+            head = re.search(r"^#.*Published: (.*?)(?:;| Source|$)", text, re.MULTILINE)
             said = head[1] if head else ""
             found = ((form, re.search(pattern, said)) for pattern, form in PUBLISHED.items())
             return sorted((float(form(m)), float(m[1])) for form, m in found if m)

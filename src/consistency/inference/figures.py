@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import matplotlib
 import numpy as np
@@ -50,7 +50,11 @@ def draw(panels: Sequence[Panel], stem: Path, columns: int) -> list[Path]:
             )[0]
         for label, points in panel.published.items():
             marker = "*" if published.index(label) % 2 else "d"
-            look = {"linestyle": "none", "markerfacecolor": "none", "markersize": 10}
+            look: dict[str, Any] = {
+                "linestyle": "none",
+                "markerfacecolor": "none",
+                "markersize": 10,
+            }
             xs, ys = zip(*points, strict=True)
             handles[label] = axes.plot(xs, ys, marker=marker, color="#606060", **look)[0]
         axes.set_title(panel.title, fontsize=10)
