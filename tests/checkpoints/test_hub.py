@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 
 import consistency
 from conftest import Run
-from consistency.checkpoints import hub
+from consistency.checkpoints import hub, ours
 from consistency.checkpoints.load import find, load
 from consistency.errors import UserError
 from consistency.inference.card import ModelCard
 from consistency.runtime.files import fingerprint
+from tiny_models import tiny, tiny_adm
 
 library = pytest.importorskip("huggingface_hub")
 
@@ -26,8 +28,9 @@ OLDER = "fedcba9876543210fedcba9876543210fedcba98"
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: None) -> Path:
     """An empty cache of the library, which is offline."""
-    monkeypatch.setattr(library.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", True)
+    constants = import_module("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
 
 
@@ -96,11 +99,30 @@ def test_a_network_that_diffusers_lacks_goes_without_a_pipeline(
     assert same_weights(load(target), load(files["nvlabs"]))
 
 
+def write_run(run: Path) -> None:
+    """The last checkpoint of a run of two steps, as far as it is read here."""
+    part = {"_target_": "consistency.objectives.ConsistencyObjective"}
+    source = {"_target_": "consistency.data.digits.Digits", "path": str(run)}
+    config = {
+        "data": {"source": source, "batch_size": 8, "path": str(run)},
+        "mode": {"role": "consistency", "objective": part, "total_steps": 2, "distance": "l2"},
+        "optimizer": {"_target_": "torch.optim.RAdam", "lr": 2e-3},
+        **{"trainer": {"precision": "32-true"}, "seed": 0},
+        **{"teacher": str(run / "teacher"), "init": "edm:edm-cifar10-32x32-uncond-vp"},
+    }
+    begun = {"path": str(run), "weights": "ema", "sha256": 64 * "a"}
+    content = {"card": tiny().saved(), "config": config, "k": 2}
+    content |= {"sources": {"teacher": begun, "init": begun}}
+    content["callbacks"] = {"EvaluationEMA": {"averages": {"0.99": tiny_adm()}}}
+    (run / "checkpoints").mkdir(parents=True)
+    ours.write(content, run / "checkpoints" / ours.LAST)
+
+
 def test_the_card_of_a_run_has_recipe_and_metrics_with_their_protocol(
-    trained: dict[str, Path], convert: Run, tmp_path: Path
+    convert: Run, tmp_path: Path
 ) -> None:
     run, target = tmp_path / "run", tmp_path / "card"
-    shutil.copytree(trained["ect"], run)
+    write_run(run)
     metrics = {"fid": 12.5, "kid": 0.25, "kid_std": 0.125}
     content = {"protocol": {"extractor": "inception", "samples": 50_000}, "k": 2}
     content |= {"nfe": {"one_step": 1.0}, "results": {"one_step/ema": metrics}}
@@ -112,7 +134,12 @@ def test_the_card_of_a_run_has_recipe_and_metrics_with_their_protocol(
     assert found == {"fid": 12.5, "kid": 0.25}
     assert {result.dataset_name for result in read.data.eval_results} == {"Digits"}
     assert "| one_step | ema | 1 | 12.5 | 0.25 | 0.125 |" in read.text
-    for line in ("- samples: 50000", "| optimizer steps | 2 of 2 |", "| images a step | 8 |"):
+    assert read.data.license == "cc-by-nc-sa-4.0"  # of the initial weights
+    for line in (
+        *("- samples: 50000", "| optimizer steps | 2 of 2 |", "| images a step | 8 |"),
+        *("| distance | l2 |", f"| teacher | a checkpoint of SHA-256 {16 * 'a'} |"),
+        "They began with `edm:edm-cifar10-32x32-uncond-vp`: cc-by-nc-sa-4.0.",
+    ):
         assert line in read.text
     assert str(tmp_path) not in read.text  # no path of this machine
     (run / "evaluation.json").write_text(json.dumps(content | {"k": 1}))

@@ -75,10 +75,10 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
 def require_name(repository: str) -> None:
     """Refuse what is no <user>/<name>, before work is done for it."""
     expected = "push=<user>/<name>"
-    validation = library("push=").utils
+    library("push=")
     require("/" in repository, expected, repository, "name the user or organisation too")
     try:
-        validation.validate_repo_id(repository)
+        import_module("huggingface_hub.utils").validate_repo_id(repository)
     except ValueError as error:
         raise UserError(expected, reason(error), "choose another name") from error
 
