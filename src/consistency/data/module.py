@@ -74,8 +74,9 @@ class PositionedBatches(Sampler[list[int]]):
 def _init_worker(parent: int, worker: int) -> None:
     """Let a worker die with its parent, but ignore signals to the whole process group, so that the step can finish."""
     die_with(parent)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if os.name == "posix":
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
