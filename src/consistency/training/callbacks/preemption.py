@@ -34,8 +34,9 @@ class Preemption(L.Callback):
         """
         signals.call_instead(lambda: self._note(signal.SIGINT))
         number = getattr(signal, "SIGUSR1", None)
-        free = number is not None and signal.getsignal(number) is signal.SIG_DFL
-        if free and threading.current_thread() is threading.main_thread():
+        if number is None or threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, lambda number, _: self._note(number))
 
     def _note(self, number: int, *, requeue: bool = False) -> None:
