@@ -46,6 +46,15 @@ test-slow: $(READY) ## run the long tests
 test-kill: $(READY) ## kill a hundred runs and compare each with one that was never stopped
 	$(BIN)/python -m pytest -m kill $(ARGS)
 
+docs: $(READY) ## build the documentation site into site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'open site/index.html, or with its search: $(BIN)/python -m http.server -d site'
+
+pictures: $(READY) ## draw the pictures of the documentation, of the runs that docs/first-run.md and docs/data.md train
+	PYTHONPATH=tests/support $(BIN)/python tests/tools/pictures.py
+
+.PHONY: docs pictures
+
 oracle: $(READY) ## train every mode on a law with exact answers, three times a minute of CPU each (40 minutes), and print the errors
 	@PYTHONPATH=tests/support $(BIN)/python tests/tools/oracle.py $(ARGS)
 

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from consistency.commands import schema, sweeps
-from consistency.commands.overrides import changes, for_hydra, given_options, is_sweep
+from consistency.commands.overrides import changes, for_hydra, given_options, is_sweep, named
 from consistency.errors import DivergenceError, UserError, require
 from consistency.runtime import rendezvous, signals
 from consistency.runtime.files import ROOT, path_of
@@ -60,7 +60,7 @@ def run(verb: str, main: Main) -> None:
     os.environ.update({"HYDRA_FULL_ERROR": "1", INSIDE: "1"})
     try:
         schema.register_experiments(sys.argv[1:])
-        sys.argv[1:] = for_hydra(sys.argv[1:])
+        sys.argv[1:] = for_hydra(named(verb, sys.argv[1:]))
         if is_sweep(sys.argv[1:]):
             options = sweeps.fixed(sys.argv[1:])
             if verb == "train":  # before the first run, not at its end
@@ -310,7 +310,7 @@ def _compose(overrides: Sequence[str], verb: str) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return hydra.compose(verb, for_hydra(options), return_hydra_config=True)
+            return hydra.compose(verb, for_hydra(named(verb, options)), return_hydra_config=True)
     except ERRORS as error:
         raise UserError(message(error)) from error
     finally:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import repeat
 from multiprocessing import get_context
@@ -28,7 +28,7 @@ from consistency.pixels import quantised
 from consistency.randomness import SampleNoise
 from consistency.runtime import signals
 from consistency.samplers import Sampler
-from consistency.tensors import Data, Denoise, Label, sent
+from consistency.tensors import Data, Denoise, Label, Time, sent
 
 # Numbers of samples, batch by batch; numbers with their samples; and (sampler, batches) -> the samples of each in turn.
 Batches: TypeAlias = Iterable[Sequence[int]]
@@ -65,6 +65,17 @@ class Request:
         """Return x_0 as images of 0 ... 255, on its device; latents are decoded."""
         space = self.space
         return space.images(x_0) if isinstance(space, Autoencoder) else quantised(x_0)
+
+
+def counting(request: Request) -> tuple[Request, list[int]]:
+    """Return the request with a denoiser that notes the size of each batch it is called with, and these sizes."""
+    sizes, denoise = list[int](), request.denoise
+
+    def noted(x_t: Data, t: Time, label: Label = None, **end: Time) -> Data:
+        sizes.append(len(x_t))
+        return denoise(x_t, t, label, **end)
+
+    return replace(request, denoise=noted), sizes
 
 
 def fitting_batch(shape: Sequence[int], device: torch.device | str) -> int:

@@ -4,6 +4,7 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -62,15 +63,29 @@ def columns_for(count: int, num_classes: int | None = None) -> int:
     return max(1, math.ceil(math.sqrt(count)))
 
 
+COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d00")
+DASHES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "X", "P", "*", "<")
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Return the style of a plot's line of that number; dashes and markers tell the first 36 apart without colours."""
+    kinds = {"color": COLOURS, "linestyle": DASHES, "marker": MARKERS}
+    return {name: kind[number % len(kind)] for name, kind in kinds.items()}
+
+
 def draw_lines(
-    lines: Mapping[str, Sequence[tuple[float, float]]], picture: Path, x: str, y: str
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    picture: Path,
+    x: str,
+    y: str,
+    scale: str = "log",
 ) -> None:
-    """Draw y over x on a logarithmic axis, a line for each label."""
+    """Draw y over x, whose axis has that scale, a line for each label."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
-    axes.set(xscale="log", xlabel=x, ylabel=y)
+    for number, (label, points) in enumerate(lines.items()):
+        axes.plot(*zip(*sorted(points), strict=True), label=label, **line_style(number))
+    axes.set(xscale=scale, xlabel=x, ylabel=y)
     axes.legend()
     figure.savefig(picture, dpi=110)
 

@@ -87,10 +87,9 @@ def written_whole(path: Path, *, checksum: bool = False) -> Iterator[IO[bytes]]:
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Hold the lock `file`, which one process of a machine can hold at a time."""
-    import fcntl  # POSIX alone has it, and the package imports this module
+    from filelock import FileLock  # a part of it that another system lacks is missing until then
 
-    with file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(file):
         yield
 
 

@@ -15,7 +15,7 @@ from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION
 from consistency.evaluation.metrics import Measure, measure_against
 from consistency.evaluation.reference import images_of
-from consistency.inference.generate import Numbered, fitting_batch, generate
+from consistency.inference.generate import Numbered, counting, fitting_batch, generate
 from consistency.randomness import generator
 from consistency.runtime.files import write_text
 from consistency.runtime.ranks import batches, print_once
@@ -58,6 +58,7 @@ class Evaluation(Periodic):
         self.file = Path(folder) / "evaluation.json"
         self.samplers, self.weights, self.seeds = samplers, list(weights), list(seeds)
         self.num_samples, self.batch_size = num_samples, batch_size
+        self.nfe: dict[str, float] = {}
         metrics: dict[str, Any] = {"extractor": extractor, "reference": reference, "cache": cache}
         metrics |= {"reference_features": reference_features}
         self.measure_against: Callable[..., Measure] = partial(measure_against, **metrics)
@@ -95,7 +96,8 @@ class Evaluation(Periodic):
         )
         if trainer.is_global_zero:
             protocol = self.measure.protocol(self.count, module.card)
-            content = dict(protocol=protocol, seeds=self.seeds, k=module.k, results=results)
+            content = dict(protocol=protocol, seeds=self.seeds, k=module.k, nfe=self.nfe)
+            content["results"] = results
             with tolerate_write_errors(str(self.file)):
                 write_text(self.file, json.dumps(content, indent=2) + "\n")
 
@@ -121,8 +123,11 @@ class Evaluation(Periodic):
             runs = []
             for seed in seeds:
                 with module.sampling(weights, seed) as request:
-                    images = generate(request, sampler, batches(self.count, self.batch))
+                    request, evaluations = counting(request)
+                    shares = batches(self.count, self.batch)
+                    images = generate(request, sampler, shares)
                     runs.append(self.measure(images, self.count))
+            self.nfe[name] = sum(evaluations) / sum(map(len, shares))
             means = {metric: sum(run[metric] for run in runs) / len(runs) for metric in runs[0]}
             results[f"{name}/{weights}"] = means
         seconds = time.perf_counter() - began
