@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import repeat
 from multiprocessing import get_context
@@ -28,7 +28,7 @@ from consistency.pixels import quantised
 from consistency.randomness import SampleNoise
 from consistency.runtime import signals
 from consistency.samplers import Sampler
-from consistency.tensors import Data, Denoise, Label, sent
+from consistency.tensors import Data, Denoise, Label, Time, sent
 
 # Numbers of samples, batch by batch; numbers with their samples; and (sampler, batches) -> the samples of each in turn.
 Batches: TypeAlias = Iterable[Sequence[int]]
@@ -102,6 +102,21 @@ def samples(
     size = batch_size or fitting_batch(request.card.shape, request.device)
     batches = generate(request, sampler, in_batches(range(count), size))
     return torch.cat([images for _, images in batches]).cpu()
+
+
+def trajectory(
+    request: Request, sampler: Sampler, count: int
+) -> list[tuple[float, UInt8[Tensor, "n _c _h _w"]]]:
+    """Return the time and the estimates of the first `count` samples at every evaluation."""
+    estimates: list[tuple[float, Tensor]] = []
+
+    def denoise(x_t: Data, t: Time, label: Label = None, **end: Time) -> Data:
+        estimate = request.denoise(x_t, t, label, **end)
+        estimates.append((float(t[0]), request.decode(estimate).cpu()))
+        return estimate
+
+    samples(replace(request, denoise=denoise), sampler, count, count)
+    return estimates
 
 
 def edits(
