@@ -215,6 +215,47 @@ def test_the_page_listens_on_loopback_unless_told_otherwise(
         demo.demo(config, Path())
 
 
+PAINTING = """
+const fs = require("fs");
+const paper = { clearRect() {}, drawImage() {}, fillRect() {} };
+const box = { left: 0, top: 0, width: 80, height: 80 };
+const canvas = { getContext: () => paper, getBoundingClientRect: () => box, setPointerCapture() {} };
+const [button, brush, hint, kept] = [{}, { value: 15 }, {}, []];
+const element = { querySelector: (name) => ({ canvas, input: brush, p: hint, button }[name]) };
+const props = { value: { image: "x", free: "" } };
+class Image { constructor() { this.naturalWidth = this.naturalHeight = 8; } }
+const code = fs.readFileSync(process.argv[1], "utf8") + "; picture.onload();";
+new Function("element", "props", "watch", "Image", code)(element, props, () => {}, Image);
+const press = (key) => canvas.onkeydown({ key, preventDefault: () => kept.push(key) });
+const free = () => [...props.value.free].flatMap((digit, index) => (digit === "1" ? [index] : []));
+const found = [];
+["Tab", "ArrowLeft", "ArrowUp", " "].forEach(press);
+found.push(free());
+[..."x".repeat(20)].forEach(() => press("ArrowRight"));
+press(" ");
+found.push(free());
+button.onclick();
+found.push(free());
+canvas.onpointerdown({ pointerId: 1, clientX: 15, clientY: 25 });
+canvas.onpointerup();
+found.push(free());
+console.log(JSON.stringify([kept.includes("Tab"), found]));
+"""
+"""A page of 8x8 pixels with the painter: the arrows and the space bar, the button, then the mouse at pixel (1, 2)."""
+
+
+def test_the_painter_takes_keys_and_the_mouse() -> None:
+    driver = pytest.importorskip("playwright._impl._driver")
+    node = driver.compute_driver_executable()[0]
+    painter = Path(page.__file__).with_name("painter.js")
+    done = subprocess.run(
+        [node, "-e", PAINTING, str(painter)], capture_output=True, text=True, check=True
+    )
+    takes_tab, found = json.loads(done.stdout)
+    assert not takes_tab  # it moves on to the next control
+    assert found == [[3 * 8 + 3], [3 * 8 + 3, 3 * 8 + 7], [], [2 * 8 + 1]]
+
+
 # ----------------------------------------------------------------------------- served
 
 
@@ -279,7 +320,19 @@ def test_a_person_draws_samples_and_inpaints(address: str, tmp_path: Path) -> No
             drawn.append(shown("#samples", "#draw"))
             said("#sample_time", 16)
         assert drawn[0] == drawn[2] != drawn[1]
+        before = tab.locator("#strip img").get_attribute("src")
+        assert shown("#samples", "#next_seed")
+        playwright.expect(tab.locator("#seed input")).to_have_value("2")
+        tab.locator("#steps input[type=number]").fill("3")
+        tab.locator("#steps input[type=number]").press("Tab")
+        playwright.expect(tab.locator("#times textarea")).to_have_value(re.compile(r"80, .*, .*"))
+        shown("#samples", "#draw")
+        assert tab.locator("#strip img").get_attribute("src") != before
         tab.screenshot(path=picture_path(tmp_path, "sample"))
+        tab.set_viewport_size({"width": 360, "height": 740})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+        tab.screenshot(path=picture_path(tmp_path, "narrow"))
+        tab.set_viewport_size({"width": 1100, "height": 1000})
         tab.get_by_role("tab", name="Edit").click()
         tab.locator("#photo input[type=file]").set_input_files(given)
         canvas = tab.locator("#painter canvas")
@@ -297,6 +350,10 @@ def test_a_person_draws_samples_and_inpaints(address: str, tmp_path: Path) -> No
         tab.locator("#painter button").click()
         tab.locator("#edit").click()
         tab.get_by_text("nothing painted on the image").wait_for()
+        canvas.focus()
+        tab.keyboard.press("ArrowUp")
+        tab.keyboard.press("Space")
+        shown("#edited", "#edit")
         tab.get_by_label("superres", exact=True).click()
         shown("#edited", "#edit")
         browser.close()
