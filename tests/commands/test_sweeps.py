@@ -281,7 +281,8 @@ def test_a_monitor_is_one_of_the_run_s_own_metrics() -> None:
         measured.callbacks.checkpoint.monitor = monitor
         with pytest.raises(UserError, match="monitor among"):
             sweeps.require_monitor(measured)
-    measured.callbacks.mine = {"_target_": "mine.Callback"}  # which may log anything
+    own = {"_target_": "mine.Callback"}  # which may log anything
+    OmegaConf.update(measured, "callbacks.mine", own, force_add=True)
     sweeps.require_monitor(measured)
 
 

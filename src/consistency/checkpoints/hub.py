@@ -17,10 +17,10 @@ NAME = re.compile(r"hf:((?:[\w-][\w.-]*/)?[\w-][\w.-]*)(?:@([\w-][\w./-]*))?")
 """A name: the repository, and perhaps its revision."""
 
 USUAL = ("*.json", "*.safetensors")
-OTHER = ("*.json", "*.ckpt", "*.pt", "*.pth", "*.bin", "*.pkl")
-"""Files of a repository; the second if it has none of the first with weights. All are read as data."""
+OTHER = (*USUAL, "*.ckpt", "*.pt", "*.pth", "*.bin", "*.pkl")
+"""Files of a repository; the second if it has no weights among the first. All are read as data."""
 HALF = "*.fp16.*"
-"""Weights in half precision beside the others, which take as long again."""
+"""Weights in half precision beside the others, which take half as long again."""
 
 
 def fetch(name: str) -> Path:
@@ -29,19 +29,21 @@ def fetch(name: str) -> Path:
     if match is None:
         expected = "hf:<user>/<name> or hf:<user>/<name>@<revision>"
         raise UserError(expected, name, "for example hf:openai/diffusers-cd_imagenet64_l2")
-    folder = _download(match[1], match[2], USUAL)
+    folder = _download(match[1], match[2], USUAL, HALF)
     found = any(folder.rglob("*.safetensors"))
     return folder if found else _download(match[1], match[2], OTHER)
 
 
-def _download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
+def _download(
+    repository: str, revision: str | None, patterns: Sequence[str], without: str | None = None
+) -> Path:
     hub = library("hf: names")
     try:
         folder = hub.snapshot_download(
             repository,
             revision=revision,
             allow_patterns=list(patterns),
-            ignore_patterns=[HALF],
+            ignore_patterns=without,
         )
     except Exception as error:  # of the library, its network and its file system
         at = f" at revision {revision}" if revision else ""

@@ -7,7 +7,9 @@ from typing import Any, TypeAlias
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from consistency.inference.plots import line_style
 
@@ -22,6 +24,7 @@ class Panel:
     """Lines by label over one axis.
 
     published: points by label beside the lines, which are drawn hollow.
+    x_log: a logarithmic axis with a tick at every point, for few points.
     """
 
     title: str
@@ -57,16 +60,7 @@ def draw(panels: Sequence[Panel], stem: Path, columns: int) -> list[Path]:
             }
             xs, ys = zip(*points, strict=True)
             handles[label] = axes.plot(xs, ys, marker=marker, color="#606060", **look)[0]
-        axes.set_title(panel.title, fontsize=10)
-        axes.set_xlabel(panel.x, fontsize=9)
-        if panel.x_log:
-            axes.set_xscale("log", base=2)
-        values = [
-            y for points in (*panel.lines.values(), *panel.published.values()) for _, y in points
-        ]
-        if min(values) > 0 and max(values) > 10 * min(values):
-            axes.set_yscale("log")
-        axes.grid(alpha=0.3)
+        _scale(axes, panel)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", fontsize=8)
     files = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
     with matplotlib.rc_context({"svg.hashsalt": "consistency", "svg.fonttype": "none"}):
@@ -74,7 +68,26 @@ def draw(panels: Sequence[Panel], stem: Path, columns: int) -> list[Path]:
             figure.savefig(
                 file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None
             )
+            figure.set_layout_engine("none")  # it has placed everything
     return files
+
+
+def _scale(axes: Axes, panel: Panel) -> None:
+    """Set title and axes of a panel; the y axis is logarithmic if its values span more than a factor of ten."""
+    axes.set_title(panel.title, fontsize=10)
+    axes.set_xlabel(panel.x, fontsize=9)
+    axes.grid(alpha=0.3)
+    points = [p for line in (*panel.lines.values(), *panel.published.values()) for p in line]
+    xs, ys = zip(*points, strict=True)
+    if panel.x_log:
+        ticks = sorted(set(xs))
+        axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    if min(ys) > 0 and max(ys) > 10 * min(ys):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
 
 
 def thinned(points: Points) -> Points:

@@ -144,6 +144,9 @@ def patient(method: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+WANDB_OPTIONS = {**signature(wandb.init).parameters, **signature(WandbLogger).parameters}
+
+
 class PatientWandbLogger(WandbLogger):
     """Lightning's W&B logger, off once W&B fails; conf/logger/wandb.yaml explains the arguments.
 
@@ -169,8 +172,7 @@ class PatientWandbLogger(WandbLogger):
         settings: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        known = {**signature(wandb.init).parameters, **signature(WandbLogger).parameters}
-        unknown = [option for option in options if option not in known]
+        unknown = [option for option in options if option not in WANDB_OPTIONS]
         expected = "arguments of wandb.init or of Lightning's WandbLogger at logger.wandb"
         require(not unknown, expected, ", ".join(unknown), "docs/wandb.md names the usual ones")
         expected, remedy = "logger.wandb.log_model=true or false", "true keeps the best checkpoint"
