@@ -115,7 +115,7 @@ VERBS = {p.stem for p in (ROOT / "src").glob("*.py")}
 def test_every_module_of_the_shell_is_in_a_room() -> None:
     folders = {p.parent.name for p in PACKAGE.rglob("*.py")} - {"consistency", "callbacks"}
     assert folders == {*ROOMS, "networks"}
-    assert {p.stem for p in PACKAGE.glob("*.py")} == {*CORE, "__init__"} - {"networks"}
+    assert {p.stem for p in PACKAGE.glob("*.py")} == {*CORE, "__init__", "__main__"} - {"networks"}
     assert len(list((PACKAGE / "runtime").glob("[!_]*.py"))) <= 8
     for verb in VERBS:
         assert (PACKAGE / "commands" / f"{verb}.py").is_file(), verb

@@ -29,10 +29,13 @@ The shell stands in rooms:
                         sampling_speed
     training            build (configuration -> parts) module (the LightningModule) nonfinite loggers lpips
                         lightning_patches io_errors; callbacks: schedules ema progressive_distillation periodic
-                        checkpoints preemption evaluation sample_grids progress; speed (of the step, in its parts)
+                        checkpoints preemption evaluation sample_grids progress overfit; speed (of the step, in its parts)
                         length (of a run: its steps at a fraction) plain (the published loop)
-    commands            cli schema overrides resume, and one file a verb, which src/<verb>.py starts: train.py sample.py
-                        evaluate.py edit.py search.py demo.py compare.py plot.py convert.py prepare.py benchmark.py
+    commands            cli schema overrides resume page (of demo), and one file a verb, which src/<verb>.py starts: train.py
+                        sample.py evaluate.py edit.py search.py demo.py compare.py plot.py convert.py prepare.py benchmark.py
+                        dashboard.py; sweeps (their folders and tables)
+
+`python -m consistency --version` is __main__.
 """
 
 from __future__ import annotations

@@ -19,17 +19,26 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
 from conftest import REPORT, ROOT, Run
 from consistency.checkpoints import ours
 from consistency.checkpoints.load import load
-from consistency.commands import demo, schema
-from consistency.commands.demo import BLANK, Actions, mask_of
+from consistency.commands import demo, page, schema
+from consistency.commands.demo import BLANK, Actions, checkpoints_at, mask_of, times_of
 from consistency.errors import UserError
 from tiny_models import tiny_adm, tiny_card
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+NAME = "run"
+"""A checkpoint on the page."""
+
+
+def acting(checkpoint: Path, uploads: Path) -> Actions:
+    return Actions({NAME: checkpoint}, load, uploads)
 
 
 def painted(free: torch.Tensor) -> dict[str, str]:
@@ -60,26 +69,80 @@ def photo(tmp_path: Path) -> Path:
 
 
 def test_inpainting_keeps_what_is_not_painted(trained: dict[str, Path], photo: Path) -> None:
-    actions, given = Actions(load(trained["ect"]), photo.parent), np.asarray(Image.open(photo))
+    actions, given = acting(trained["ect"], photo.parent), np.asarray(Image.open(photo))
     left = torch.zeros(8, 8)
     left[:, :4] = 1
-    picture, said = actions.edit("inpaint", str(photo), painted(left), 2, 1, 0, "any")
+    picture, said = actions.edit(NAME, "inpaint", str(photo), painted(left), 2, 0.5, 1, 0, "any")
     assert re.fullmatch(r"[\d.]+ ms an image, 1 images", said)
     cell = (picture.width - 2) // 8
     pixels = np.asarray(picture.convert("L"))[cell // 2 :: cell, cell // 2 :: cell][:8, :8]
     assert np.array_equal(pixels[:, 4:], given[:, 4:])
     assert not np.array_equal(pixels[:, :4], given[:, :4])
     with pytest.raises(UserError, match="nothing painted"):
-        actions.edit("inpaint", str(photo), BLANK, 2, 1, 0, "any")
+        actions.edit(NAME, "inpaint", str(photo), BLANK, 2, 0.5, 1, 0, "any")
     with pytest.raises(UserError, match="an image to edit"):
-        actions.edit("superres", None, BLANK, 2, 1, 0, "any")
+        actions.edit(NAME, "superres", None, BLANK, 2, 0.5, 1, 0, "any")
+    with pytest.raises(UserError, match="a task among"):
+        actions.edit(NAME, "sharpen", str(photo), BLANK, 2, 0.5, 1, 0, "any")
+
+
+def test_strokes_and_noise_are_edited_as_by_the_command(
+    trained: dict[str, Path], photo: Path
+) -> None:
+    """The times of a stroke are those of conf/task; without noise to remove the image hardly changes."""
+    actions = acting(trained["ect"], photo.parent)
+    stroke = OmegaConf.load(ROOT / "conf" / "task" / "stroke.yaml")
+    assert list(stroke.times) == demo.STROKE
+    assert page.LEVEL == OmegaConf.load(ROOT / "conf" / "task" / "denoise.yaml").times[0]
+    given = np.asarray(Image.open(photo)).astype(int)
+    for task, near in (("denoise", True), ("stroke", False)):
+        picture, _ = actions.edit(NAME, task, str(photo), BLANK, 2, 0.004, 1, 0, "any")
+        cell = (picture.width - 2) // 8
+        found = np.asarray(picture.convert("L"))[cell // 2 :: cell, cell // 2 :: cell][:8, :8]
+        assert (np.abs(found.astype(int) - given).mean() < 4) == near
+
+
+def test_a_folder_of_runs_offers_each(trained: dict[str, Path], tmp_path: Path) -> None:
+    folder = trained["ect"].parent
+    found = checkpoints_at(str(folder))
+    assert set(found) == set(trained)
+    ages = [(found[name] / "checkpoints" / "last.ckpt").stat().st_mtime for name in found]
+    assert ages == sorted(ages, reverse=True)
+    (one,) = checkpoints_at(str(trained["ect"])).values()
+    assert one == trained["ect"]
+    (one,) = checkpoints_at(str(tmp_path)).values()  # refused when it is read
+    assert one == tmp_path
+    actions = Actions(found, load, tmp_path)
+    assert "colorize" not in actions.tasks("ct")
+    assert actions.model("edm").card.role == "teacher"
+    with pytest.raises(UserError, match="a checkpoint of the list"):
+        actions.times("/etc/passwd", 1)
+
+
+def test_steps_are_shown_with_their_time_points(trained: dict[str, Path], tmp_path: Path) -> None:
+    actions = acting(trained["ect"], tmp_path)
+    process = actions.model(NAME).card.process
+    assert actions.times(NAME, 1) == f"{process.t_max:.3g}"
+    assert actions.times(NAME, 2) == ", ".join(f"{t:.3g}" for t in process.times)
+    for steps in range(1, page.MOST_STEPS["consistency"] + 1):
+        times = times_of(actions.model(NAME).card.sampler(steps))
+        assert len(times) == steps
+        assert times == sorted(times, reverse=True)
+    samples, strip, said = actions.sample(NAME, 5, 3, 7, "3")
+    assert re.fullmatch(r"[\d.]+ ms an image, 5 images", said)
+    assert strip.width > strip.height * 3 / 5  # three columns of four samples
+    assert np.array_equal(*(np.asarray(actions.sample(NAME, 5, 3, 7, "3")[0]), np.asarray(samples)))
+
+
+def test_seeds_are_stepped() -> None:
+    assert (page.next_seed(4), page.previous_seed(4), page.previous_seed(0)) == (5, 3, 0)
 
 
 @pytest.mark.slow
 def test_what_a_task_does_not_know_does_not_matter(tmp_path: Path) -> None:
     """The colours when colorizing, the order of the pixels of a patch when super-resolving; a model in colour."""
     ours.write({"card": tiny_card(), "weights": tiny_adm()}, tmp_path / "model.ckpt")
-    actions = Actions(load(tmp_path / "model.ckpt"), tmp_path)
+    actions = acting(tmp_path / "model.ckpt", tmp_path)
     given = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     other = {
         "colorize": np.asarray(Image.fromarray(given).convert("L").convert("RGB")),
@@ -88,7 +151,9 @@ def test_what_a_task_does_not_know_does_not_matter(tmp_path: Path) -> None:
 
     def edited(task: str, pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         Image.fromarray(pixels).save(tmp_path / "photo.png")
-        picture, _ = actions.edit(task, str(tmp_path / "photo.png"), BLANK, 2, 4, 0, "any")
+        picture, _ = actions.edit(
+            NAME, task, str(tmp_path / "photo.png"), BLANK, 2, 0.5, 4, 0, "any"
+        )
         return np.asarray(picture).astype(int)
 
     for task, same in other.items():
@@ -98,23 +163,22 @@ def test_what_a_task_does_not_know_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_the_painter_shows_what_the_model_sees(trained: dict[str, Path], photo: Path) -> None:
-    actions = Actions(load(trained["ect"]), photo.parent)
-    shown = actions.choose(str(photo))
+    actions = acting(trained["ect"], photo.parent)
+    shown = actions.choose(NAME, str(photo))
     with urllib.request.urlopen(shown["image"]) as found:
         assert np.array_equal(np.asarray(Image.open(found)), np.asarray(Image.open(photo)))
     assert shown["free"] == ""
-    assert actions.choose(None) == BLANK
+    assert actions.choose(NAME, None) == BLANK
     with pytest.raises(UserError, match="an uploaded image"):
-        Actions(actions.model, photo.parent / "uploads").choose(str(photo))
+        acting(trained["ect"], photo.parent / "uploads").choose(NAME, str(photo))
 
 
 def test_classes_are_chosen_by_name(trained: dict[str, Path]) -> None:
-    model = load(trained["ect"])
-    actions = Actions(model, Path())
-    assert next(iter(actions.labels)) == "any"
-    assert len(actions.labels) == 11
-    assert actions.labels["any"] is None
-    assert list(actions.labels.values())[4] == 3
+    labels = acting(trained["ect"], Path()).labels(NAME)
+    assert next(iter(labels)) == "any"
+    assert len(labels) == 11
+    assert labels["any"] is None
+    assert list(labels.values())[4] == 3
 
 
 def test_wrong_options_are_told(verb: Run, trained: dict[str, Path]) -> None:
@@ -135,8 +199,8 @@ def test_the_page_listens_on_loopback_unless_told_otherwise(
 ) -> None:
     launched: dict[str, Any] = {}
     served = SimpleNamespace(launch=lambda **options: launched.update(options))
-    monkeypatch.setattr(demo, "library", lambda: None)
-    monkeypatch.setattr(demo, "page", lambda *_: served)
+    monkeypatch.setattr(page, "library", lambda: None)
+    monkeypatch.setattr(page, "blocks", lambda _: served)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     schema.register()
     given = [f"checkpoint={trained['ect']}", *([f"host={host}"] if host else [])]
@@ -149,6 +213,47 @@ def test_the_page_listens_on_loopback_unless_told_otherwise(
     config.host = "everywhere"
     with pytest.raises(UserError, match="an address of this machine"):
         demo.demo(config, Path())
+
+
+PAINTING = """
+const fs = require("fs");
+const paper = { clearRect() {}, drawImage() {}, fillRect() {} };
+const box = { left: 0, top: 0, width: 80, height: 80 };
+const canvas = { getContext: () => paper, getBoundingClientRect: () => box, setPointerCapture() {} };
+const [button, brush, hint, kept] = [{}, { value: 15 }, {}, []];
+const element = { querySelector: (name) => ({ canvas, input: brush, p: hint, button }[name]) };
+const props = { value: { image: "x", free: "" } };
+class Image { constructor() { this.naturalWidth = this.naturalHeight = 8; } }
+const code = fs.readFileSync(process.argv[1], "utf8") + "; picture.onload();";
+new Function("element", "props", "watch", "Image", code)(element, props, () => {}, Image);
+const press = (key) => canvas.onkeydown({ key, preventDefault: () => kept.push(key) });
+const free = () => [...props.value.free].flatMap((digit, index) => (digit === "1" ? [index] : []));
+const found = [];
+["Tab", "ArrowLeft", "ArrowUp", " "].forEach(press);
+found.push(free());
+[..."x".repeat(20)].forEach(() => press("ArrowRight"));
+press(" ");
+found.push(free());
+button.onclick();
+found.push(free());
+canvas.onpointerdown({ pointerId: 1, clientX: 15, clientY: 25 });
+canvas.onpointerup();
+found.push(free());
+console.log(JSON.stringify([kept.includes("Tab"), found]));
+"""
+"""A page of 8x8 pixels with the painter: the arrows and the space bar, the button, then the mouse at pixel (1, 2)."""
+
+
+def test_the_painter_takes_keys_and_the_mouse() -> None:
+    driver = pytest.importorskip("playwright._impl._driver")
+    node = driver.compute_driver_executable()[0]
+    painter = Path(page.__file__).with_name("painter.js")
+    done = subprocess.run(
+        [node, "-e", PAINTING, str(painter)], capture_output=True, text=True, check=True
+    )
+    takes_tab, found = json.loads(done.stdout)
+    assert not takes_tab  # it moves on to the next control
+    assert found == [[3 * 8 + 3], [3 * 8 + 3, 3 * 8 + 7], [], [2 * 8 + 1]]
 
 
 # ----------------------------------------------------------------------------- served
@@ -215,7 +320,19 @@ def test_a_person_draws_samples_and_inpaints(address: str, tmp_path: Path) -> No
             drawn.append(shown("#samples", "#draw"))
             said("#sample_time", 16)
         assert drawn[0] == drawn[2] != drawn[1]
+        before = tab.locator("#strip img").get_attribute("src")
+        assert shown("#samples", "#next_seed")
+        playwright.expect(tab.locator("#seed input")).to_have_value("2")
+        tab.locator("#steps input[type=number]").fill("3")
+        tab.locator("#steps input[type=number]").press("Tab")
+        playwright.expect(tab.locator("#times textarea")).to_have_value(re.compile(r"80, .*, .*"))
+        shown("#samples", "#draw")
+        assert tab.locator("#strip img").get_attribute("src") != before
         tab.screenshot(path=picture_path(tmp_path, "sample"))
+        tab.set_viewport_size({"width": 360, "height": 740})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+        tab.screenshot(path=picture_path(tmp_path, "narrow"))
+        tab.set_viewport_size({"width": 1100, "height": 1000})
         tab.get_by_role("tab", name="Edit").click()
         tab.locator("#photo input[type=file]").set_input_files(given)
         canvas = tab.locator("#painter canvas")
@@ -233,6 +350,10 @@ def test_a_person_draws_samples_and_inpaints(address: str, tmp_path: Path) -> No
         tab.locator("#painter button").click()
         tab.locator("#edit").click()
         tab.get_by_text("nothing painted on the image").wait_for()
+        canvas.focus()
+        tab.keyboard.press("ArrowUp")
+        tab.keyboard.press("Space")
+        shown("#edited", "#edit")
         tab.get_by_label("superres", exact=True).click()
         shown("#edited", "#edit")
         browser.close()
@@ -291,7 +412,11 @@ def uploaded(address: str, name: str, content: bytes) -> tuple[int, str]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_served_page_keeps_to_itself(
-    address: str, photo: Path, record_property: pytest.FixtureRequest, tmp_path: Path
+    address: str,
+    trained: dict[str, Path],
+    photo: Path,
+    record_property: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
     """It is heard on 127.0.0.1 alone, hands out none of this machine's files and opens no other than uploaded ones."""
     port = int(address.rsplit(":", 1)[1])
@@ -300,12 +425,14 @@ def test_the_served_page_keeps_to_itself(
     status, path = uploaded(address, "photo.png", photo.read_bytes())
     assert status == 200
     meta = {"_type": "gradio.FileData"}
-    assert "data:image/png" in called(address, "choose", {"path": path, "meta": meta})
+    name = "/".join(trained["ect"].parts[-3:])
+    assert "data:image/png" in called(address, "choose", name, {"path": path, "meta": meta})
+    assert called(address, "times", "/etc/passwd", 1).startswith("event: error")
     tried = 0
     for secret in (str(photo), "/etc/passwd", f"{tmp_path}/../photo.png", str(ROOT / "README.md")):
         assert answer(address, f"file={secret}")[0] in (403, 404)
         for given in ({"path": secret, "meta": meta}, {"path": secret}, secret):
-            text = called(address, "choose", given)
+            text = called(address, "choose", name, given)
             assert text.startswith("event: error"), text
             assert "data:image" not in text
             tried += 1
@@ -317,7 +444,8 @@ def test_the_served_page_keeps_to_itself(
         "page.eps": b"%!PS-Adobe-3.0 EPSF-3.0",
     }.items():
         _, path = uploaded(address, name, content)
-        assert called(address, "choose", {"path": path, "meta": meta}).startswith("event: error")
+        text = called(address, "choose", name, {"path": path, "meta": meta})
+        assert text.startswith("event: error")
         tried += 1
     record_property(
         REPORT, f"page: {tried + 1} requests for what it must not give or take, none granted"

@@ -67,7 +67,7 @@ def test_every_sampler_and_every_set_of_weights_is_measured(
     assert len([line for line in table.splitlines() if line.startswith("|")]) == 2 + len(pairs)
     assert table in outcome.out
     row = (output / "metrics.csv").read_text().splitlines()[0]
-    assert f"frechet_classifier/twostep/{next(iter(averages))}" in row
+    assert f"quality/frechet_classifier/twostep/{next(iter(averages))}" in row
 
 
 class Brightness:

@@ -267,7 +267,9 @@ def build_model(
     The weights must be complete, of the right shapes and finite. The network is built without memory first: settings of
     any size cost nothing until the weights agree with them.
     """
-    card, sets = moved(checkpoint.card, autoencoder), checkpoint.sets
+    card, sets = checkpoint.card, checkpoint.sets
+    if autoencoder is not None:
+        card = moved(card, autoencoder)
     if card.role is None or role not in (None, card.role):
         card = card.with_role(role, checkpoint.path)
     name = next(iter(sets)) if weights == "ema" and len(sets) == 1 else weights

@@ -1,4 +1,4 @@
-"""The command `demo`: serves a page that draws samples of a checkpoint and edits uploaded images."""
+"""The command `demo`: serves a page that draws samples of checkpoints and edits uploaded images."""
 
 import base64
 import io
@@ -6,51 +6,40 @@ import ipaddress
 import os
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image as PILImage
 from PIL import ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from consistency.checkpoints.load import load
+from consistency.checkpoints.ours import CHECKPOINTS, LAST
+from consistency.commands import page
 from consistency.data import decode
 from consistency.data.crop import fit
-from consistency.editing import Pairing, colorize, inpaint, superres
+from consistency.editing import Pairing, colorize, inpaint, regenerate, superres
 from consistency.errors import UserError, require
 from consistency.inference import plots
+from consistency.inference.generate import Request, trajectory
 from consistency.inference.model import Model
 from consistency.runtime.devices import chosen_device
+from consistency.runtime.files import ROOT, path_of
+from consistency.samplers import Sampler
+from consistency.tensors import Data, Label, Time
 
 SIDE = 320  # pixels at which a single image is shown
-Shown: TypeAlias = tuple[PILImage.Image, str]  # a picture and a line on its time
-
-# Settings of a picture: without the default button that sends it to a public place.
-SHOWN = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
-TALL = {"height": SIDE + 100}
-UPLOADED = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"]}
-# Files painter.<suffix> beside this one, by gradio's name for their content; its value without an image.
-PAINTER = {"html_template": "html", "css_template": "css", "js_on_load": "js"}
+STRIP = 4  # samples whose estimates are shown step by step
+STROKE = list(OmegaConf.load(ROOT / "conf" / "task" / "stroke.yaml").times)
 BLANK = {"image": "", "free": ""}
-
-
-def library() -> ModuleType:
-    """Import gradio, with its analytics off."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio
-    except ImportError as error:
-        remedy = "install the extra `demo`: pip install -e '.[demo]'"
-        raise UserError("gradio, which draws the page", "it is not installed", remedy) from error
-    return gradio
+"""The painter's value without an image."""
 
 
 def demo(config: DictConfig, output: Path) -> None:
@@ -63,18 +52,25 @@ def demo(config: DictConfig, output: Path) -> None:
         remedy = "leave it at 127.0.0.1, or say host=0.0.0.0 to let other machines in"
         raise UserError("an address of this machine", f"host={error}", remedy) from error
     decode.colour_of(config.background)
-    library()
+    page.library()
     # Gradio opens uploads before we do; Pillow refuses more than twice as many pixels.
     PILImage.MAX_IMAGE_PIXELS = decode.MOST_PIXELS // 2
-    place = config.autoencoder
-    model = load(config.checkpoint, weights=config.weights, role=config.role, autoencoder=place)
-    model.denoiser.to(chosen_device(config.device))
+    device = chosen_device(config.device)
+
+    def read(checkpoint: Path) -> Model:
+        options = {name: config[name] for name in ("weights", "role", "autoencoder")}
+        model = load(checkpoint, **options)
+        model.denoiser.to(device)
+        return model
+
+    checkpoints = checkpoints_at(config.checkpoint)
     if not local:
         print(f"host={config.host}: whoever reaches this machine may use the page", file=sys.stderr)
     try:
         with TemporaryDirectory() as uploads:
             os.environ["GRADIO_TEMP_DIR"] = uploads
-            page(model, Path(uploads), config.background).launch(
+            actions = Actions(checkpoints, read, Path(uploads), config.background)
+            page.blocks(actions).launch(
                 server_name=config.host,
                 server_port=config.port or None,
                 max_file_size=f"{config.upload_megabytes}mb",
@@ -96,124 +92,151 @@ def mask_of(painted: object, size: tuple[int, int]) -> Float[Tensor, "h w"]:
     return torch.tensor([float(digit) for digit in free or "0" * height * width]).view(size)
 
 
-class Actions:
-    """The actions of the buttons.
+def checkpoints_at(place: str) -> dict[str, Path]:
+    """Return the checkpoints at a place by the names to choose them by: the runs below a folder, the newest first, or one.
 
+    place: a folder of runs or of sweeps, or what `consistency.load` takes.
+    """
+    folder, last = path_of(place), f"{CHECKPOINTS}/{LAST}"
+    found = [*folder.glob(f"*/{last}"), *folder.glob(f"*/*/{last}")]
+    if (folder / CHECKPOINTS).is_dir() or not found:
+        return {"/".join(folder.parts[-3:]): Path(place)}
+    runs = [file.parents[1] for file in sorted(found, key=lambda file: -file.stat().st_mtime)]
+    return {run.relative_to(folder).as_posix(): run for run in runs}
+
+
+def times_of(sampler: Sampler) -> list[float]:
+    """Return the times at which a sampler asks a model, from one sample of a model of zeros."""
+    times: list[float] = []
+
+    def zeros(x: Data, t: Time, label: Label = None, r: Time | None = None) -> Data:
+        times.append(float(t[0]))
+        return 0 * x
+
+    sampler(zeros, lambda: torch.zeros(1, 1, 1, 1), None)
+    return times
+
+
+class Actions:
+    """The actions of the page; each takes the name of a checkpoint first.
+
+    checkpoints: paths by name; no other is read. read: opens one; the last two that were chosen stay in memory.
     uploads: folder of the uploaded files; no other file is opened.
     background: colour that transparent images are put on.
     """
 
-    def __init__(self, model: Model, uploads: Path, background: str | None = None) -> None:
-        self.model, self.uploads = model, uploads.resolve()
+    def __init__(
+        self,
+        checkpoints: Mapping[str, Path],
+        read: Callable[[Path], Model],
+        uploads: Path,
+        background: str | None = None,
+    ) -> None:
+        self.checkpoints, self.uploads = dict(checkpoints), uploads.resolve()
+        self._read = lru_cache(maxsize=2)(read)
         self.background = decode.colour_of(background)
-        names = model.card.class_names or [str(n) for n in range(model.card.num_classes or 0)]
-        self.labels: dict[str, int | None] = {"any": None}
-        self.labels.update((name, index) for index, name in enumerate(names))
+        self.model(next(iter(self.checkpoints)))  # an unreadable one is refused before the page
 
-    def timed(self, draw: Callable[..., Tensor], seed: float, label: str) -> Shown:
-        """Return the images as one picture of a visible size, and the time of an image."""
-        start = time.perf_counter()
-        images = draw(seed=int(seed), labels=self.labels[label]).reshape(-1, *self.model.shape)
+    def model(self, name: str) -> Model:
+        """Return the model of a checkpoint by its name on the page."""
+        known = name in self.checkpoints
+        require(known, "a checkpoint of the list", "another", "load the page anew")
+        return self._read(self.checkpoints[name])
+
+    def labels(self, name: str) -> dict[str, int | None]:
+        """Return the classes by name."""
+        card = self.model(name).card
+        names = card.class_names or [str(n) for n in range(card.num_classes or 0)]
+        return {"any": None, **{text: index for index, text in enumerate(names)}}
+
+    def timed(
+        self, name: str, draw: Callable[..., Tensor], seed: float, label: str
+    ) -> tuple[PILImage.Image, str]:
+        """Return the images as one picture of a visible size, and a line on the time of an image."""
+        model, start = self.model(name), time.perf_counter()
+        images = draw(seed=int(seed), labels=self.labels(name)[label]).reshape(-1, *model.shape)
         each = (time.perf_counter() - start) / len(images)
         picture = plots.grid(images, plots.columns_for(len(images)))
-        factor = max(1, SIDE // picture.width)
-        large = ImageOps.scale(picture, factor, PILImage.Resampling.NEAREST)
-        return large, f"{1000 * each:.1f} ms an image, {len(images)} images"
+        return enlarged(picture), f"{1000 * each:.1f} ms an image, {len(images)} images"
 
-    def sample(self, count: float, steps: float, seed: float, label: str) -> Shown:
-        """Draw samples."""
-        return self.timed(partial(self.model.sample, int(count), steps=int(steps)), seed, label)
+    def times(self, name: str, steps: float) -> str:
+        """Return the time points of so many steps as a line."""
+        return ", ".join(f"{t:.3g}" for t in times_of(self.model(name).card.sampler(int(steps))))
 
-    def read(self, photo: str | None) -> UInt8[Tensor, "c h w"]:
+    def sample(
+        self, name: str, count: float, steps: float, seed: float, label: str
+    ) -> tuple[PILImage.Image, PILImage.Image, str]:
+        """Draw samples; return them, the estimates of the first ones at every step, and the time."""
+        model = self.model(name)
+        draw = partial(model.sample, int(count), steps=int(steps))
+        shown, line = self.timed(name, draw, seed, label)
+        labels = self.labels(name)[label]
+        request = Request(
+            denoise=model, card=model.card, labels=labels, seed=int(seed), device=model.device
+        )
+        estimates = trajectory(request, model.card.sampler(int(steps)), min(STRIP, int(count)))
+        step = -(-len(estimates) // plots.MOST_COLUMNS)
+        panels = [(f"t={t:.3g}", plots.grid(images, 1)) for t, images in estimates]
+        return shown, enlarged(plots.side_by_side(panels[::-step][::-1])), line
+
+    def read(self, name: str, photo: str | None) -> UInt8[Tensor, "c h w"]:
         """Read an uploaded file as the model's input."""
         require(photo is not None, "an image to edit", "none", "choose one")
-        file, (channels, height, _) = Path(str(photo)).resolve(), self.model.shape
+        file, (channels, height, _) = Path(str(photo)).resolve(), self.model(name).shape
         # Gradio accepts requests for other files, which the page itself does not send.
         inside = file.is_relative_to(self.uploads)
         require(inside, "an uploaded image", "another file", "upload it")
         picture = decode.read_picture(file, decode.MODES[channels], self.background)
         return decode.to_tensor(fit(picture, height))
 
-    def choose(self, photo: str | None) -> dict[str, str]:
+    def choose(self, name: str, photo: str | None) -> dict[str, str]:
         """Show an uploaded file in the painter."""
         if photo is None:
             return BLANK
         file = io.BytesIO()
-        to_pil_image(self.read(photo)).save(file, "PNG")
+        to_pil_image(self.read(name, photo)).save(file, "PNG")
         content = base64.b64encode(file.getvalue()).decode()
         return {**BLANK, "image": f"data:image/png;base64,{content}"}
 
+    def tasks(self, name: str) -> list[str]:
+        """Return the tasks that a model can do."""
+        colour = ["colorize"] if self.model(name).shape[0] == 3 else []
+        return ["inpaint", *colour, "superres", "stroke", "denoise"]
+
     def edit(
         self,
+        name: str,
         task: str,
         photo: str | None,
         painted: object,
         patch: float,
+        level: float,
         outputs: float,
         seed: float,
         label: str,
-    ) -> Shown:
-        """Edit an uploaded image; inpainting draws the painted part anew."""
-        image, (_, height, width) = self.read(photo)[None], self.model.shape
-        free = mask_of(painted, (height, width))
+    ) -> tuple[PILImage.Image, str]:
+        """Edit an uploaded image; inpainting draws the painted part anew, and `level` is the noise to remove."""
+        model, image = self.model(name), self.read(name, photo)[None]
+        free = mask_of(painted, (model.shape[1], model.shape[2]))
         drawn, remedy = task != "inpaint" or bool(free.any()), "paint over the part with the brush"
         require(drawn, "a part to draw anew", "nothing painted on the image", remedy)
         pairings: dict[str, Pairing] = {
             "inpaint": partial(inpaint, mask=lambda height, width, draw: free),
             "colorize": colorize,
             "superres": partial(superres, patch=int(patch)),
+            "stroke": regenerate,
+            "denoise": regenerate,
         }
-        edit = partial(self.model.edit, image, pairings[task], outputs=int(outputs))
-        return self.timed(edit, seed, label)
+        require(task in pairings, f"a task among {', '.join(pairings)}", task, "choose one")
+        loops: dict[str, Any] = {
+            "stroke": {"times": STROKE},
+            "denoise": {"times": [float(level)], "start": "input"},
+        }
+        options = {"outputs": int(outputs), **loops.get(task, {})}
+        return self.timed(name, partial(model.edit, image, pairings[task], **options), seed, label)
 
 
-def page(model: Model, uploads: Path, background: str | None = None) -> Any:
-    """Build the page as gradio's Blocks."""
-    gr, actions = library(), Actions(model, uploads, background)
-    channels, height, _ = model.shape
-    tasks = ["inpaint", *(["colorize"] if channels == 3 else []), "superres"]
-    sides = [n for n in range(2, height + 1) if height % n == 0]
-    beside, name = Path(__file__).with_name, "/".join(model.path.parts[-3:])
-    painting: Any = {key: beside(f"painter.{end}").read_text() for key, end in PAINTER.items()}
-    with gr.Blocks(title="Consistency model") as blocks:
-        about = f"`{name}`, {model.card.role}, weights {model.weights}"
-        gr.Markdown(f"## Consistency model\n{about}")
-        with gr.Row():
-            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-            label = gr.Dropdown([*actions.labels], value="any", label="Class", elem_id="class")
-        with gr.Tab("Sample"):
-            with gr.Row():
-                count = gr.Slider(1, 64, 16, step=1, label="Images")
-                steps = gr.Slider(1, 40, 1, step=1, label="Steps")
-            draw = gr.Button("Draw", variant="primary", elem_id="draw")
-            samples = gr.Image(label="Samples", elem_id="samples", **SHOWN)
-            seconds = gr.Textbox(label="Time", elem_id="sample_time", interactive=False)
-            _connect(draw.click, actions.sample, [count, steps, seed, label], [samples, seconds])
-        with gr.Tab("Edit"):
-            with gr.Row():
-                task = gr.Radio(tasks, value="inpaint", label="Task", elem_id="task", scale=3)
-                patch = gr.Dropdown(sides, value=sides[0], label="Patch (superres)", scale=2)
-                outputs = gr.Slider(1, 16, 4, step=1, label="Results", scale=2)
-            with gr.Row():
-                photo = gr.Image(label="Image", elem_id="photo", **UPLOADED, **TALL)
-                painting |= {"label": "Paint what to inpaint", "show_label": True}
-                painter = gr.HTML(BLANK, elem_id="painter", container=True, **painting)
-                edited = gr.Image(label="Results", elem_id="edited", **SHOWN, **TALL)
-            change = gr.Button("Edit", variant="primary", elem_id="edit")
-            seconds = gr.Textbox(label="Time", elem_id="edit_time", interactive=False)
-            inputs = [task, photo, painter, patch, outputs, seed, label]
-            _connect(photo.change, actions.choose, photo, painter)
-            _connect(change.click, actions.edit, inputs, [edited, seconds])
-    return blocks
-
-
-def _connect(event: Any, action: Callable[..., Any], inputs: Any, outputs: Any) -> None:
-    """Call the action at an event of the page, and show its `UserError` there."""
-
-    def run(*values: Any) -> Any:
-        try:
-            return action(*values)
-        except UserError as error:
-            raise library().Error(str(error), print_exception=False) from error
-
-    event(run, inputs, outputs, api_name=action.__name__)
+def enlarged(picture: PILImage.Image) -> PILImage.Image:
+    """Return a picture of a visible size, enlarged by a whole factor."""
+    factor = max(1, SIDE // picture.width)
+    return ImageOps.scale(picture, factor, PILImage.Resampling.NEAREST)

@@ -37,6 +37,7 @@ from consistency.runtime.ranks import batches, print_once, rank_and_size, this_l
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
 from consistency.training.build import build_loggers, quiet
+from consistency.training.loggers import log_results
 
 
 def evaluate(config: DictConfig, output: Path) -> float:
@@ -258,7 +259,7 @@ class Report:
         self.loggers = build_loggers(config)
         settings = OmegaConf.to_container(config, resolve=True)
         for logger in self.loggers:
-            logger.log_hyperparams({"evaluation": self.head, "config": settings})
+            logger.log_hyperparams({"evaluation": self.head, "options": settings})
 
     def write(self, names: Mapping[str, Any], values: Mapping[str, float]) -> None:
         """Write one result; names: its sampler and weights, or its samples."""
@@ -278,7 +279,8 @@ class Report:
         title = "/".join(str(names[n]) for n in ("sampler", "weights") if n in names) or "samples"
         for logger in self.loggers:
             step = names.get("step", 0)
-            logger.log_metrics({f"{name}/{title}": v for name, v in values.items()}, step)
+            measured = {f"quality/{name}/{title}": v for name, v in values.items()}
+            logger.log_metrics(measured, step)
 
     def table(self) -> str:
         """Return the results as a table, with the protocol under it."""
@@ -297,6 +299,8 @@ class Report:
         if self.is_writer:
             print(f"\n{self.table()}\nWritten: {self.output / 'evaluation.json'}")
             self.draw_curve()
+            rows = [{n: v for n, v in result.items() if n != "seconds"} for result in self.results]
+            log_results(self.loggers, rows, 0)
         for logger in self.loggers:
             logger.finalize("success")
         return self.values[0]

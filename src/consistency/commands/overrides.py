@@ -44,7 +44,10 @@ def named(verb: str, arguments: Sequence[str]) -> list[str]:
 
 def is_sweep(arguments: Sequence[str]) -> bool:
     """Return whether the arguments start a sweep."""
-    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+    given = set(arguments)
+    preset = any(a.startswith("search=") for a in arguments) and "search=null" not in given
+    asked = preset or bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & given)
+    return asked and "hydra.mode=RUN" not in given  # as a further rank of a job has it
 
 
 def for_hydra(arguments: Sequence[str]) -> list[str]:

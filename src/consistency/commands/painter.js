@@ -1,4 +1,5 @@
 // Runs in a gr.HTML. props.value: {image: address of a picture, free: a digit a pixel, row by row, 1 where painted}.
+// With the keyboard, arrows move a frame over the picture and the space bar paints there.
 const canvas = element.querySelector("canvas");
 const paper = canvas.getContext("2d");
 const brush = element.querySelector("input");
@@ -7,11 +8,27 @@ const picture = new Image();
 let free = [];
 let last = null;
 let handed_over = null;
+let framed = null;
+
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const PAINT = "rgba(225, 29, 72, 0.75)";
 
 function wipe() {
   free = new Array(canvas.width * canvas.height).fill(0);
+  framed = null;
+  redraw();
+}
+
+function redraw() {
   paper.clearRect(0, 0, canvas.width, canvas.height);
   paper.drawImage(picture, 0, 0);
+  paper.fillStyle = PAINT;
+  free.forEach((digit, index) => {
+    if (digit) paper.fillRect(index % canvas.width, Math.floor(index / canvas.width), 1, 1);
+  });
+  if (!framed) return;
+  paper.fillStyle = "rgba(37, 99, 235, 0.75)";
+  paper.fillRect(framed[0], framed[1], 1, 1);
 }
 
 function show() {
@@ -46,7 +63,7 @@ function position(event) {
 function paint(from, to) {
   const radius = (brush.value / 200) * canvas.width;
   const steps = Math.max(1, Math.ceil(2 * Math.hypot(to[0] - from[0], to[1] - from[1])));
-  paper.fillStyle = "rgba(225, 29, 72, 0.75)";
+  paper.fillStyle = PAINT;
   for (let step = 0; step <= steps; step++) {
     const x = from[0] + ((to[0] - from[0]) * step) / steps;
     const y = from[1] + ((to[1] - from[1]) * step) / steps;
@@ -77,6 +94,27 @@ canvas.onpointermove = (event) => {
 canvas.onpointerup = canvas.onpointercancel = () => {
   if (last) hand_over();
   last = null;
+};
+canvas.onkeydown = (event) => {
+  const move = ARROWS[event.key];
+  if (!move && event.key !== " ") return;
+  event.preventDefault();
+  framed = framed || [Math.floor(canvas.width / 2), Math.floor(canvas.height / 2)];
+  if (move) {
+    framed = [
+      Math.min(canvas.width - 1, Math.max(0, framed[0] + move[0])),
+      Math.min(canvas.height - 1, Math.max(0, framed[1] + move[1])),
+    ];
+  } else {
+    const middle = [framed[0] + 0.5, framed[1] + 0.5];
+    paint(middle, middle);
+    hand_over();
+  }
+  redraw();
+};
+canvas.onblur = () => {
+  framed = null;
+  redraw();
 };
 element.querySelector("button").onclick = () => {
   wipe();

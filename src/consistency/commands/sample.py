@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from tqdm import tqdm
 from consistency.checkpoints.load import load
 from consistency.errors import require
 from consistency.inference import options, plots
-from consistency.inference.generate import Request, drawing, fitting_batch, in_batches, samples
+from consistency.inference.generate import Request, drawing, fitting_batch, in_batches, trajectory
 from consistency.runtime.devices import chosen_device
 from consistency.runtime.files import fingerprint, write_text, written_whole
 from consistency.samplers import Sampler
-from consistency.tensors import Data, Label, Time
+from consistency.tensors import Label
 
 FREE = ("autoencoder", "num_samples", "batch_size", "images", "device", "devices", "trajectory", "output", "compile", "force")  # fmt: skip
 """Options that may differ when a folder of samples is continued: they change no sample but for rounding."""
@@ -109,14 +108,7 @@ def collect(folder: Path, numbers: Sequence[int], labels: Label) -> UInt8[Tensor
 
 def write_trajectory(request: Request, sampler: Sampler, count: int, output: Path) -> None:
     """Write trajectory.png and trajectory.gif: the estimates of the first samples at every evaluation."""
-    estimates: list[tuple[float, UInt8[Tensor, "n c h w"]]] = []
-
-    def denoise(x_t: Data, t: Time, label: Label = None, **end: Time) -> Data:
-        estimate = request.denoise(x_t, t, label, **end)
-        estimates.append((float(t[0]), request.decode(estimate).cpu()))
-        return estimate
-
-    samples(replace(request, denoise=denoise), sampler, count, count)
+    estimates = trajectory(request, sampler, count)
     panels = [(f"t={t:.2g}", plots.grid(images, 1)) for t, images in estimates]
     step = -(-len(panels) // plots.MOST_COLUMNS)
     plots.side_by_side(panels[::-step][::-1]).save(output / "trajectory.png")

@@ -74,8 +74,9 @@ class PositionedBatches(Sampler[list[int]]):
 def _init_worker(parent: int, worker: int) -> None:
     """Let a worker die with its parent, but ignore signals to the whole process group, so that the step can finish."""
     die_with(parent)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if os.name == "posix":
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_AFTER_SIGTERM))
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -143,7 +144,9 @@ class DataModule(L.LightningDataModule):
         epoch = f"{count} images = {batches} batches, {rest if dropped else 'none left out'}"
         lines = [f"Batch: {self.batch_size} = {self.split(world_size)}", f"Epoch: {epoch}"]
         if (space := self.train_source.latents) is not None:
-            origin = f"{space.autoencoder}, sha256 {space.sha256[:12]}, scaling {space.scaling}"
+            origin = (
+                f"{space.autoencoder}, sha256 {str(space.sha256)[:12]}, scaling {space.scaling}"
+            )
             lines.append(f"Latents of {origin}")
         return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Speed: windows of repeated work in turn with a baseline's, memory, and the peak rate of the machine."""
 
+import math
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -157,9 +157,13 @@ def begin_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the peak in MiB: allocated by torch on a GPU, resident in the process on a CPU."""
+    """Return the peak in MiB: allocated by torch on a GPU, resident in the process on a CPU; NaN on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 

@@ -115,6 +115,21 @@ def samples(
     return torch.cat([images for _, images in batches]).cpu()
 
 
+def trajectory(
+    request: Request, sampler: Sampler, count: int
+) -> list[tuple[float, UInt8[Tensor, "n _c _h _w"]]]:
+    """Return the time and the estimates of the first `count` samples at every evaluation."""
+    estimates: list[tuple[float, Tensor]] = []
+
+    def denoise(x_t: Data, t: Time, label: Label = None, **end: Time) -> Data:
+        estimate = request.denoise(x_t, t, label, **end)
+        estimates.append((float(t[0]), request.decode(estimate).cpu()))
+        return estimate
+
+    samples(replace(request, denoise=denoise), sampler, count, count)
+    return estimates
+
+
 def edits(
     request: Request, edit: Callable[..., Data], y: Data, *, outputs: int, batch_size: int | None
 ) -> Float[Tensor, "m c h w"]:

@@ -90,6 +90,39 @@ def draw_lines(
     figure.savefig(picture, dpi=110)
 
 
+def draw_values(
+    options: Mapping[str, Sequence[float | str]], values: Sequence[float], picture: Path
+) -> None:
+    """Draw values over each of several options, numbers or names, one panel an option; the axes of wide ranges by powers."""
+    columns = min(3, len(options))
+    rows = -(-len(options) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    for number, (name, given) in enumerate(options.items(), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        numeric = all(isinstance(value, float) for value in given)
+        axes.plot(given if numeric else list(map(str, given)), values, "o", markersize=4)
+        axes.set_xlabel(name)
+        axes.set_ylabel("value")
+        if numeric and _is_wide([float(value) for value in given]):
+            axes.set_xscale("log")
+        if _is_wide(values):
+            axes.set_yscale("log")
+    figure.savefig(picture, dpi=100)
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) > 20 * min(values)
+
+
+FORMER_NAMES = {
+    "N": "schedule/N",
+    "mu": "schedule/mu",
+    "train/learning_rate": "schedule/learning_rate",
+    "images_per_second": "speed/images_per_second",
+}
+"""Metrics of older runs -> their names now."""
+
+
 def read_metrics(file: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Read metrics.csv: the steps and values of every metric."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
@@ -97,7 +130,7 @@ def read_metrics(file: Path) -> dict[str, tuple[list[float], list[float]]]:
         for row in csv.DictReader(rows):
             for name, value in row.items():
                 if name not in ("step", "epoch") and value not in ("", None):
-                    steps, values = curves.setdefault(name, ([], []))
+                    steps, values = curves.setdefault(FORMER_NAMES.get(name, name), ([], []))
                     steps.append(float(row["step"]))
                     values.append(float(value))
     return curves
@@ -109,11 +142,11 @@ def draw_curves(file: Path, picture: Path) -> None:
     panels = {
         "loss": ["train/loss"],
         "loss by noise quartile": [n for n in curves if "quartile" in n],
-        "scales N(k)": ["N"],
-        "target decay mu(k)": ["mu"],
-        "learning rate": ["train/learning_rate"],
+        "scales N(k)": ["schedule/N"],
+        "target decay mu(k)": ["schedule/mu"],
+        "learning rate": ["schedule/learning_rate"],
         "gradient norm": ["train/gradient_norm"],
-        "Fréchet distance": [n for n in curves if n.startswith(("fid/", "frechet_"))],
+        "Fréchet distance": [n for n in curves if "fid/" in n or "frechet_" in n],
     }
     shown = {title: names for title, names in panels.items() if names and names[0] in curves}
     if not shown:

@@ -4,6 +4,7 @@ import atexit
 import hashlib
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,15 @@ BASES = {
     "TRITON_HOME": ("~", ".triton"),
 }
 """By variable: its default, and a folder made there. torch hub, Hugging Face, fontconfig and others read the first three."""
+
+
+def commit() -> str | None:
+    """Return the git commit of this code, or None for a copy without one."""
+    try:
+        call = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def expanded(text: str) -> str:
@@ -77,10 +87,9 @@ def written_whole(path: Path, *, checksum: bool = False) -> Iterator[IO[bytes]]:
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Hold the lock `file`, which one process of a machine can hold at a time."""
-    import fcntl  # POSIX alone has it, and the package imports this module
+    from filelock import FileLock  # a part of it that another system lacks is missing until then
 
-    with file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(file):
         yield
 
 

@@ -253,7 +253,8 @@ def _connected(address: str, port: int, seconds: float = 0.0) -> socket.socket:
 current = Rendezvous()  # of this process's job
 tried = False  # whether this process has looked for the others
 
-os.register_at_fork(after_in_child=lambda: current.forget())
+if hasattr(os, "register_at_fork"):  # where processes fork
+    os.register_at_fork(after_in_child=lambda: current.forget())
 
 
 @contextmanager

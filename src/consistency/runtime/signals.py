@@ -22,6 +22,7 @@ SAME_SECONDS = 0.3  # within them a launcher repeats the Ctrl-C of the terminal:
 STUCK_SECONDS = 2.0  # after them a process is ended whose main thread is stuck in native code
 FIRST, SECOND = "stopped by Ctrl-C", "stopped at once by another Ctrl-C"
 PR_SET_PDEATHSIG = 1
+MASKS = hasattr(signal, "pthread_sigmask")  # whether signals can be held back: not on Windows
 
 
 class Interrupted(SystemExit):
@@ -117,7 +118,8 @@ def stoppable(cleanup: Callable[[], None]) -> Iterator[None]:
     _handler.handled.clear()
     _handler.first, _handler.action, _handler.cleanup = 0.0, _interrupt, cleanup
     reading, writing = os.pipe()
-    os.set_blocking(writing, False)
+    if hasattr(os, "set_blocking"):  # Windows, before Python 3.12, needs none
+        os.set_blocking(writing, False)
     signal.signal(signal.SIGINT, _handler)
     woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_handler.watch, args=(reading,), daemon=True).start()
@@ -137,12 +139,14 @@ def call_instead(function: Callable[[], None] | None) -> None:
 
 def block() -> None:
     """Hold Ctrl-C back until `unblock`, here and in new processes, which would print a traceback before `take_over`."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if MASKS:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def unblock() -> None:
     """Deliver Ctrl-C again, also one that was held back."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if MASKS:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @contextmanager
@@ -168,4 +172,5 @@ def _ignore_in_child() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-os.register_at_fork(after_in_child=_ignore_in_child)
+if hasattr(os, "register_at_fork"):  # where processes fork
+    os.register_at_fork(after_in_child=_ignore_in_child)

@@ -20,8 +20,10 @@ from consistency.randomness import generator
 from consistency.runtime.files import write_text
 from consistency.runtime.ranks import batches, print_once
 from consistency.samplers import Sampler
-from consistency.training.callbacks.periodic import Periodic
+from consistency.training.callbacks.periodic import Periodic, callback_of
+from consistency.training.callbacks.progress import Throughput
 from consistency.training.io_errors import tolerate_write_errors
+from consistency.training.loggers import log_results
 from consistency.training.module import ConsistencyModule
 
 Values = dict[str, dict[str, float]]
@@ -31,7 +33,7 @@ Values = dict[str, dict[str, float]]
 class Evaluation(Periodic):
     """Measures samples of each sampler and each set of weights every n steps, and at the end for evaluation.json.
 
-    A metric is called <metric>/<sampler>/<weights>. If the reference is held out, the final results have those of the
+    A metric is called quality/<metric>/<sampler>/<weights>. If the reference is held out, the final results have those of the
     training images and of noise beside them. conf/evaluation and conf/metrics explain the arguments.
     """
 
@@ -65,7 +67,7 @@ class Evaluation(Periodic):
     def monitor(self) -> str:
         """The metric that decides which checkpoint is best: the Fréchet distance of the first sampler and weights."""
         metric = self.measure.extractor.named("frechet")
-        return f"{metric}/{next(iter(self.samplers))}/{self.weights[0]}"
+        return f"quality/{metric}/{next(iter(self.samplers))}/{self.weights[0]}"
 
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         data, device = module.data, module.device
@@ -87,6 +89,11 @@ class Evaluation(Periodic):
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         results = self._bounds(module) | self._measure_all(module, self.seeds)
         self.summary = self._table(results)
+        log_results(
+            trainer.loggers,
+            [{"samples": n, **v} for n, v in results.items()],
+            trainer.global_step - 1,
+        )
         if trainer.is_global_zero:
             protocol = self.measure.protocol(self.count, module.card)
             content = dict(protocol=protocol, seeds=self.seeds, k=module.k, nfe=self.nfe)
@@ -126,8 +133,14 @@ class Evaluation(Periodic):
         seconds = time.perf_counter() - began
         drawn = self.count * len(results) * len(seeds)
         print_once(f"Evaluation at step {module.k}: {drawn:,} samples in {seconds:.1f} s")
-        values = {f"{m}/{title}": v for title, means in results.items() for m, v in means.items()}
-        values["evaluation_seconds"] = seconds
+        values = {
+            f"quality/{metric}/{title}": value
+            for title, means in results.items()
+            for metric, value in means.items()
+        }
+        values["speed/evaluation_seconds"] = seconds
+        if (throughput := callback_of(trainer, Throughput)) is not None:
+            values |= throughput.axes
         # `module.log` would repeat the values in every later row.
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step - 1)  # the row of this step

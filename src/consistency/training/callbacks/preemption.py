@@ -28,11 +28,16 @@ class Preemption(L.Callback):
         self._requeue = take_signals(trainer, self._note)
 
     def on_train_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
-        """Handle SIGUSR1 if nothing else does (Lightning restores all handlers at the end), and the first Ctrl-C."""
+        """Handle SIGUSR1 if nothing else does (Lightning restores all handlers at the end), and the first Ctrl-C.
+
+        Windows has no SIGUSR1.
+        """
         signals.call_instead(lambda: self._note(signal.SIGINT))
-        free = signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
-        if free and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGUSR1, lambda number, _: self._note(number))
+        number = getattr(signal, "SIGUSR1", None)
+        if number is None or threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda number, _: self._note(number))
 
     def _note(self, number: int, *, requeue: bool = False) -> None:
         self.guard.received = (number, int(requeue))
