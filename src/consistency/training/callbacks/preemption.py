@@ -33,10 +33,9 @@ class Preemption(L.Callback):
         Windows has no SIGUSR1.
         """
         signals.call_instead(lambda: self._note(signal.SIGINT))
-        number = getattr(signal, "SIGUSR1", None)
-        free = number is not None and signal.getsignal(number) is signal.SIG_DFL
+        free = hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
         if free and threading.current_thread() is threading.main_thread():
-            signal.signal(number, lambda number, _: self._note(number))
+            signal.signal(signal.SIGUSR1, lambda number, _: self._note(number))
 
     def _note(self, number: int, *, requeue: bool = False) -> None:
         self.guard.received = (number, int(requeue))
