@@ -30,6 +30,10 @@ demo: $(READY) ## serve a page for trying a checkpoint: the newest run, or CHECK
 	@test -n "$(CHECKPOINT)" || { echo 'no run in runs/: make train first, or make demo CHECKPOINT=<run or file>'; exit 2; }
 	$(BIN)/python src/demo.py "checkpoint=$(CHECKPOINT)" $(ARGS)
 
+dashboard: $(READY) ## make a W&B workspace for the runs of a project: make dashboard ENTITY=<team> PROJECT=<project>
+	@test -n "$(ENTITY)" || { echo 'make dashboard ENTITY=<a team or user of W&B> PROJECT=<project>'; exit 2; }
+	$(BIN)/python src/dashboard.py "entity=$(ENTITY)" "project=$(or $(PROJECT),consistency)" $(ARGS)
+
 compare: $(READY) ## compare nine modes at equal training time (170 s each; fewer: ARGS="modes=[ect,cd]")
 	$(BIN)/python src/compare.py $(ARGS)
 
@@ -41,6 +45,15 @@ test-slow: $(READY) ## run the long tests
 
 test-kill: $(READY) ## kill a hundred runs and compare each with one that was never stopped
 	$(BIN)/python -m pytest -m kill $(ARGS)
+
+docs: $(READY) ## build the documentation site into site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'open site/index.html, or with its search: $(BIN)/python -m http.server -d site'
+
+pictures: $(READY) ## draw the pictures of the documentation, of the runs that docs/first-run.md and docs/data.md train
+	PYTHONPATH=tests/support $(BIN)/python tests/tools/pictures.py
+
+.PHONY: docs pictures
 
 oracle: $(READY) ## train every mode on a law with exact answers, three times a minute of CPU each (40 minutes), and print the errors
 	@PYTHONPATH=tests/support $(BIN)/python tests/tools/oracle.py $(ARGS)
@@ -74,4 +87,4 @@ audit: $(READY) ## compare the locked packages with the known advisories, where 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help setup train demo compare test test-slow test-kill oracle gpu mutations lint format lock audit clean
+.PHONY: help setup train demo dashboard compare test test-slow test-kill oracle gpu mutations lint format lock audit clean

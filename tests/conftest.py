@@ -103,7 +103,7 @@ compose_for_mode = Hydra.get_mode
 
 def hydra_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> RunMode | None:
     """Return `hydra.mode`; only if these options may set it, compose the configuration for it, as Hydra does always."""
-    if any(option.startswith(("hydra.mode", "experiment=")) for option in overrides):
+    if any(option.startswith(("hydra.mode", "experiment=", "search=")) for option in overrides):
         return compose_for_mode(hydra, config_name, overrides)
     return None
 

@@ -18,21 +18,22 @@ The shell stands in rooms:
     runtime             devices files ranks rendezvous (of the processes of a job) launch signals redaction (of secrets)
                         allowlist (of what a configuration from elsewhere may name)
     inference           card (what a model is) model (what `load` returns) generate (numbered samples) options plots
-                        autoencoder (of latents)
+                        figures (of several panels) autoencoder (of latents)
     checkpoints         load contents; ours (posthoc: averages of any width) openai nvlabs edm2 jcm diffusers (folders; diffusers_unet,
                         diffusers_time_embedding) dit; wrapped (state dicts below any keys), pickle_reader, pretrained (published
-                        files)
+                        files) hub (names on the Hugging Face Hub) hub_folder (what is pushed there)
     data                module (the LightningDataModule, order by position, foreign loaders) source; memory: digits
                         mixture mnist cifar10; image_files: zip_or_folder lsun huggingface; shards; latents; decode crop
                         listing parallel; chunks and encode (of sets that are prepared)
-    evaluation          metrics extractors (with the small classifier) reference; timing (windows, memory, peak rates)
+    evaluation          metrics extractors (with the small classifier) reference; results (their files) timing (windows, memory, peak rates)
                         sampling_speed
     training            build (configuration -> parts) module (the LightningModule) nonfinite loggers lpips
                         lightning_patches io_errors; callbacks: schedules ema progressive_distillation periodic
                         checkpoints preemption evaluation sample_grids progress overfit; speed (of the step, in its parts)
                         length (of a run: its steps at a fraction) plain (the published loop)
-    commands            cli schema overrides resume page (of the demo), and one file a verb, which src/<verb>.py starts: train.py sample.py
-                        evaluate.py edit.py search.py demo.py compare.py convert.py prepare.py benchmark.py
+    commands            cli schema overrides resume page (of demo), and one file a verb, which src/<verb>.py starts: train.py
+                        sample.py evaluate.py edit.py search.py demo.py compare.py plot.py convert.py prepare.py benchmark.py
+                        dashboard.py; sweeps (their folders and tables)
 
 `python -m consistency --version` is __main__.
 """

@@ -20,6 +20,10 @@ class UserError(ValueError):
         return f"expected {self.expected}\n  got: {self.got}\n  do: {self.remedy}"
 
 
+class DivergenceError(UserError):
+    """A loss or gradient that is not finite, at which a run stops."""
+
+
 def require(condition: bool, expected: str, got: object, remedy: str) -> None:
     """Raise `UserError(expected, got, remedy)` unless the condition holds."""
     if not condition:

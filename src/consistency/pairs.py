@@ -240,7 +240,7 @@ class TruncatedStudentTimes(TruncatedTimes):
 
 @cache
 def gauss_legendre(n: int) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
-    """Return the n nodes and weights of Gauss-Legendre integration on [-1, 1] [Golub and Welsch 1969]."""
+    """Return the n nodes and weights of Gauss-Legendre integration from -1 to 1 [Golub and Welsch 1969]."""
     k = torch.arange(1, n, dtype=torch.float64)
     beta = k / (4 * k**2 - 1).sqrt()
     nodes, vectors = torch.linalg.eigh(beta.diag(1) + beta.diag(-1))

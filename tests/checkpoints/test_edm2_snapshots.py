@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 import consistency
 import foreign
+from autoencoders import write_autoencoder
 from conftest import Run
 from consistency.checkpoints import edm2, load
 from consistency.errors import UserError
+from consistency.inference.autoencoder import WEIGHTS, autoencoder_of, hashed
 from consistency.inference.card import LatentSpace, ModelCard
 from consistency.latents import EDM2
 from consistency.preconditioning import EDM
+from consistency.runtime.files import fingerprint
 from tiny_models import randomised
 
 KWARGS: dict[str, Any] = {
@@ -152,3 +155,18 @@ def test_latents_are_those_of_the_named_autoencoder(
     bare = foreign.PlainPersistent("StabilityVAEEncoder", vae_name="a/vae")
     with pytest.raises(UserError, match="without its scale"):
         consistency.load(snapshot(tmp_path / "c.pkl", encoder=bare))
+
+
+@pytest.mark.slow
+def test_samples_of_latents_are_decoded_by_the_autoencoder_that_is_given(tmp_path: Path) -> None:
+    """And a measure of them names its hash, which the snapshot does not record."""
+    vae = {"scale": EDM2.factor.flatten().numpy(), "bias": EDM2.shift.flatten().numpy()}
+    encoder = foreign.PlainPersistent("StabilityVAEEncoder", vae_name="a/vae", **vae)
+    path = snapshot(tmp_path / "a.pkl", kwargs={"img_channels": 4}, encoder=encoder)
+    folder = write_autoencoder(tmp_path / "vae", halvings=3)
+    model = consistency.load(path, autoencoder=str(folder))
+    assert model.sample(2, steps=2).shape == (2, 3, 64, 64)
+    assert model.card.latents is not None
+    space = hashed(model.card.latents)
+    assert space.sha256 == autoencoder_of(space, "cpu").sha256
+    assert space.protocol["autoencoder_sha256"] == fingerprint(folder / WEIGHTS)

@@ -238,6 +238,8 @@ CHANGES: dict[str, Change] = {
         x={**c["callbacks"]["checkpoint"], "folder": "/home/x"}
     ),
     "the trainer's folder elsewhere": lambda c: c["trainer"].update(default_root_dir="/home/x"),
+    "a program that W&B starts": lambda c: c["logger"]["wandb"]["settings"].update(x_executable="x"),
+    "another server of W&B": lambda c: c["logger"]["wandb"].update(base_url="https://elsewhere"),
     "no output": lambda c: c.pop("output"),
 }  # fmt: skip
 

@@ -148,7 +148,8 @@ def test_a_mask_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 NO_PATHS = {
     "background", "crop", "data", "device", "extractor", "float32_matmul", "host", "metric", "on_bad", "on_nonfinite", "part", "precision", "role", "split",
     "start", "tcm", "teacher_mode", "to", "weights", "init_weights", "teacher_weights", "modes", "overrides", "monitor", "project",
-    "name", "category", "subset", "images", "labels", "attention", "accelerator", "strategy",
+    "name", "dtype", "scaling", "store", "category", "subset", "images", "labels", "attention", "accelerator", "strategy",
+    "snapshots", "push", "license",
 }  # fmt: skip
 """Words that options may have as texts that are no paths: what is new here is decided upon."""
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from configurations import composed
 from conftest import ROOT
 from consistency.augmentation import EDMAugmentation
-from consistency.averaging import relative_width
+from consistency.averaging import power_exponent, relative_width
 from consistency.training.build import expanded
 from consistency.training.length import SCALED, shorten
 
@@ -135,12 +135,12 @@ def test_the_schedules_of_a_hundredth_are_those_of_the_whole_sampled(run: str) -
         every = (
             ema.every
         )  # an update comes after the last of so many steps, whose number is counted from 0
-        # That of a power function, (1 - 1/k)^(gamma + 1), is the same share of a run but for 1/k^2.
-        bound = 1e-3 if ema.widths else 1e-6
+        # That of a power function, (1 - 1/k)^(gamma + 1), is the same share of a run but for (gamma + 1) / 2 k^2.
+        power = max((power_exponent(width) + 1 for width in ema.widths.values()), default=0.0)
         for k in (every * (k // every or 1) - (every > 1) for k in drawn):
             decays = whole_ema.decays_at(100 * (k + (every > 1)) - (every > 1)).values()
             exact = [decay**100 for decay in decays]
-            assert [*ema.decays_at(k).values()] == pytest.approx(exact, abs=bound)
+            assert [*ema.decays_at(k).values()] == pytest.approx(exact, abs=1e-6 + power / k**2)
     for name, node in whole.callbacks.items():
         if node and "every_n_train_steps" in node:
             every = small.callbacks[name].every_n_train_steps

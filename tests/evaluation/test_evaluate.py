@@ -1,10 +1,12 @@
 """`src/evaluate.py`: exact counts, the same numbers on any number of processes, and torch-fidelity's own numbers."""
 
+import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from conftest import REPORT, Run
+from consistency.checkpoints import ours
 from consistency.checkpoints.load import load
+from consistency.commands import evaluate
+from consistency.evaluation.metrics import Clock
+from consistency.inference.generate import Numbered
 from inception import write_random_inception
 
 CLASSIFIER = ["evaluation.extractor=classifier", "logger=csv", "device=cpu"]
@@ -61,7 +67,54 @@ def test_every_sampler_and_every_set_of_weights_is_measured(
     assert len([line for line in table.splitlines() if line.startswith("|")]) == 2 + len(pairs)
     assert table in outcome.out
     row = (output / "metrics.csv").read_text().splitlines()[0]
-    assert f"frechet_classifier/twostep/{next(iter(averages))}" in row
+    assert f"quality/frechet_classifier/twostep/{next(iter(averages))}" in row
+
+
+class Brightness:
+    """The mean of samples in the place of a measure, which takes seconds to set up."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+
+    def protocol(self, count: int, card: object) -> dict[str, int]:
+        return {"samples": count}
+
+    def __call__(self, samples: Iterable[Numbered], count: int) -> dict[str, float]:
+        return {
+            "frechet_classifier": torch.cat([images for _, images in samples]).float().mean().item()
+        }
+
+
+def test_all_snapshots_of_a_run_are_measured(
+    verb: Run, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One result a kept checkpoint in the order of the steps, with its step, its hash, a table and a curve."""
+    run, output = tmp_path / "run", tmp_path / "out"
+    monkeypatch.setattr(evaluate, "measure_of", lambda *_: Brightness())
+    for step in (20_000, 10_000):
+        file = ours.kept_path(run / "checkpoints", step)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(trained["ect"] / "checkpoints" / "last.ckpt", file)
+    outcome = verb(
+        "evaluate",
+        f"checkpoint={run}",
+        *("snapshots=all", "weights=ema", "samplers=[onestep]", "num_samples=16"),
+        f"output={output}",
+        *CLASSIFIER,
+    )
+    assert outcome.status == 0, outcome.err
+    report = results(output)
+    assert [result["step"] for result in report["results"]] == [10_000, 20_000]
+    same = [result["frechet_classifier"] for result in report["results"]]
+    assert same[0] == same[1]  # the same weights
+    names = [Path(path).name for path in report["snapshots"]]
+    assert names == ["step_0010000.ckpt", "step_0020000.ckpt"]
+    assert "checkpoint" not in report
+    assert "| 20000 | onestep | ema | 1 |" in (output / "evaluation.md").read_text()
+    assert (output / "snapshots.png").stat().st_size > 0
+    assert "Best of onestep, ema: step_0010000.ckpt" in outcome.out
+    with (output / "metrics.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["10000", "20000"]
 
 
 def test_the_numbers_are_those_of_exactly_these_samples(
@@ -250,6 +303,8 @@ MISTAKES = {
     "unknown extractor": (["samples={images}", "num_samples=16", "evaluation.extractor=vgg"], "vgg"),
     "missing reference": (["samples={images}", "num_samples=16", "evaluation.reference=/nowhere"], "/nowhere"),
     "misspelt option": (["samples={images}", "evaluation.extracter=x"], "extracter"),
+    "no snapshots": (["checkpoint={run}", "snapshots=all"], "callbacks.checkpoint.keep_every"),
+    "one snapshot": (["checkpoint={run}", "snapshots=2"], "snapshots=all"),
 }  # fmt: skip
 
 

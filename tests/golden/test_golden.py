@@ -159,7 +159,6 @@ NEVER: list[tuple[str, str, str]] = [
         "response.*",
         "values of profiles, whose integrals and sums are compared",
     ),
-    ("later/edm2_scalars.npz", "vae.*", "compared with data=latents"),
     ("later/edm2_ema.npz", "run.traditional*", "EDM's ramped decay, which no recipe of ours has"),
     (
         "later/edm2_ema.npz",

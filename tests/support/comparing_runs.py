@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-TIMES = {"images_per_second", "training_seconds", "evaluation_seconds"}
+TIMES = {"speed/images_per_second", "speed/hours", "speed/evaluation_seconds"}
 
 
 def rows(run: Path) -> list[dict[str, str]]:

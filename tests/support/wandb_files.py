@@ -1,11 +1,14 @@
 """Readers of the offline files of W&B."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from wandb.proto import wandb_internal_pb2 as protocol
+
+from conftest import ROOT
 
 BLOCK, HEADER = 32768, 7
 
@@ -27,6 +30,31 @@ def records(file: Path) -> Iterator[Any]:
             record.ParseFromString(parts)
             parts = b""
             yield record
+
+
+def documented() -> set[str]:
+    """Return the names that docs/wandb.md explains."""
+    page = (ROOT / "docs" / "wandb.md").read_text().partition("## Names")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall("`([^`]+)`", row)}
+
+
+def as_documented(logged: set[str]) -> set[str]:
+    """Return the most specific documented name of each logged one, or itself if there is none."""
+    patterns = sorted(documented(), key=len, reverse=True)
+
+    def place(name: str) -> str:
+        fits = (p for p in patterns if re.fullmatch(re.sub("<.+?>", r"[\\w.:]+", p), name))
+        return next(fits, name)
+
+    return {place(name) for name in logged}
+
+
+def names(file: Path) -> set[str]:
+    """Return the names that a run logged in a .wandb file, without W&B's own."""
+    history = [r.history for r in records(file) if r.WhichOneof("record_type") == "history"]
+    found = {i.nested_key[0] if i.nested_key else i.key for row in history for i in row.item}
+    return {name for name in found if not name.startswith("_")}
 
 
 def contents(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

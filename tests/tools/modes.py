@@ -1,6 +1,6 @@
-"""Fill in the tables of modes in README.md and docs/methods.md: `python tests/tools/modes.py`.
+"""Fill in the tables of modes in README.md, docs/choose.md and docs/methods.md: `python tests/tools/modes.py`.
 
-Both are made of conf/mode/*.yaml, in the order of the papers: README.md lists the modes, docs/methods.md the parts that each
+They are made of conf/mode/*.yaml, in the order of the papers: the first two list the modes, docs/methods.md the parts that each
 names. A part stands under the name that `mode.<kind>=<name>` takes; step and velocity have their class.
 """
 
@@ -12,6 +12,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "conf" / "mode"
+PAGES = ("README.md", "docs/choose.md", "docs/methods.md")
 BLOCK = re.compile(r"(<!-- (modes|methods) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEADER = re.compile(r"(?P<name>.+?) \[(?P<authors>[^\],]+), arXiv:(?P<number>[\d.]+)")
 """A mode's first comment: `<method> [<authors and year>, arXiv:<number> ...`."""
@@ -102,11 +103,11 @@ def table_of_methods() -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Return both pages with their tables written anew."""
+    """Return the pages with their tables written anew."""
     tables = {"modes": table_of_modes, "methods": table_of_methods}
     return {
         page: BLOCK.sub(lambda m: m[1] + tables[m[2]]() + m[3], page.read_text())
-        for page in (ROOT / "README.md", ROOT / "docs" / "methods.md")
+        for page in (ROOT / name for name in PAGES)
     }
 
 

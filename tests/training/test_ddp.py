@@ -90,7 +90,7 @@ def test_two_processes_train_inside_a_sweep(process: Run, tmp_path: Path) -> Non
     )
     assert outcome.status == 0, outcome.err
     folders = sorted(p for p in sweep.iterdir() if p.is_dir())
-    assert [p.name for p in folders] == ["0_digits_ct", "1_digits_ct"]
+    assert [p.name for p in folders] == ["0_lr-0.001", "1_lr-0.002"]
     assert [check(p)["lr"] for p in folders] == [1e-3, 2e-3]
     assert not list((tmp_path / "process_cwd").iterdir())
 

@@ -27,8 +27,14 @@ def shortened(scale: float, **trainer: Any) -> dict[str, Any]:
 def test_steps_stay_whole_and_at_least_one_and_none_stays_none() -> None:
     given: dict[str, Any] = {"max_steps": 1000, "every_n_train_steps": 3, "ramp_steps": 0}
     given |= {"stage_steps": None, "ref_steps": 50.0, "steps": 18, "limit_steps": -1}
+    given |= {"keep_every": 200}
     small = shortened(0.01, **given)
-    assert small == given | {"max_steps": 10, "every_n_train_steps": 1, "ref_steps": 0.5}
+    assert small == given | {
+        "max_steps": 10,
+        "every_n_train_steps": 1,
+        "ref_steps": 0.5,
+        "keep_every": 2,
+    }
     assert type(small["max_steps"]) is int
     assert shortened(1.0, **given) == given
 

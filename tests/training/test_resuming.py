@@ -126,7 +126,7 @@ def test_the_same_command_with_more_steps_is_the_longer_run(
     assert rows(longer) == rows(whole)
     one, other = (content(f / "checkpoints" / LAST) for f in (longer, whole))
     assert_equal(one, other, LAST)
-    seconds = [float(row["training_seconds"]) for row in csv_rows(longer)]
+    seconds = [float(row["speed/hours"]) for row in csv_rows(longer)]
     assert seconds == sorted(seconds)
 
 
@@ -253,7 +253,7 @@ def test_auto_begins_where_nothing_is_and_goes_on_in_every_folder_of_a_sweep(
         outcome = verb("train", *sweep, f"trainer.max_steps={steps}", "mode.total_steps=9")
         assert outcome.status == 0, outcome.err
         assert outcome.out.count("it begins there") == begins
-        for folder in ("0_digits_ct", "1_digits_ect"):
+        for folder in ("0_mode-ct", "1_mode-ect"):
             assert at_step(tmp_path / "sweep" / folder) == steps
             assert [row["step"] for row in rows(tmp_path / "sweep" / folder)] == [
                 str(step) for step in range(steps)

@@ -311,7 +311,7 @@ def test_tensorboard_has_one_history_of_a_run_and_its_pictures(verb: Run, tmp_pa
     losses = events.Scalars("train/loss")
     assert [event.step for event in losses] == [0, 1, 2, 3]
     assert all(event.value > 0 for event in losses)
-    assert [event.step for event in events.Images("samples")] == [1, 3]
+    assert [event.step for event in events.Images("samples/one_step")] == [1, 3]
     assert (run / "metrics.csv").is_file()
 
 

@@ -33,10 +33,16 @@ def test_a_run_leaves_what_it_promises(trained: dict[str, Path]) -> None:
     assert not any(name.startswith("objective") for name in content["state_dict"])
     assert (run / "checkpoints" / "last.ckpt.sha256").is_file()
     logged = rows(run)
-    assert {"N", "mu", "train/loss", "train/learning_rate", "train/gradient_norm"} <= set(logged[0])
+    assert {
+        "schedule/N",
+        "schedule/mu",
+        "train/loss",
+        "schedule/learning_rate",
+        "train/gradient_norm",
+    } <= set(logged[0])
     assert {f"train/loss_noise_quartile_{q}" for q in (1, 2, 3, 4)} <= set(logged[0])
-    assert {"images_per_second", "training_seconds"} <= set(logged[0])
-    assert [float(row["N"]) for row in logged] == [2.0, float(content_scales(content))]
+    assert {"speed/images_per_second", "speed/hours", "speed/images_seen"} <= set(logged[0])
+    assert [float(row["schedule/N"]) for row in logged] == [2.0, float(content_scales(content))]
 
 
 def content_scales(content: dict) -> int:
@@ -103,7 +109,7 @@ def test_averages_and_target_follow_their_formula(verb: Run, tmp_path: Path) -> 
     torch.testing.assert_close(
         weights(second, "ema"), 0.75 * start + 0.25 * moved, atol=1e-6, rtol=1e-5
     )
-    mu = float(rows(second)[0]["mu"])
+    mu = float(rows(second)[0]["schedule/mu"])
     torch.testing.assert_close(
         weights(second, "target"), mu * start + (1 - mu) * moved, atol=1e-6, rtol=1e-5
     )
@@ -164,7 +170,7 @@ def test_the_best_checkpoint_has_the_lowest_measured_distance(verb: Run, tmp_pat
     ]
     outcome = verb("train", *tiny, *arguments)
     assert outcome.status == 0, outcome.err
-    name = "frechet_classifier/one_step/ema"
+    name = "quality/frechet_classifier/one_step/ema"
     found = {int(r["step"]): float(r[name]) for r in rows(run) if r.get(name)}
     best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     saved = best["callbacks"]["RunCheckpoints"]["best_value"]
@@ -186,7 +192,7 @@ def test_without_inceptions_weights_a_run_goes_on_with_the_small_classifier(
     assert outcome.status == 0, outcome.err
     assert outcome.out.count("No FID") == 1
     assert (run / "checkpoints" / "best.ckpt").is_file()
-    assert any("frechet_classifier/two_steps/ema" in row for row in rows(run))
+    assert any("quality/frechet_classifier/two_steps/ema" in row for row in rows(run))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(verb: Run, tmp_path: Path) -> None:
@@ -213,7 +219,7 @@ def test_a_sweep_runs_both_modes_each_in_its_own_folder(process: Run, tmp_path: 
     )
     assert outcome.status == 0, outcome.err
     folders = sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir())
-    assert folders == ["0_digits_ct", "1_digits_ect"]
+    assert folders == ["0_mode-ct", "1_mode-ect"]
     for folder in folders:
         assert load(tmp_path / "sweep" / folder).card.role == "consistency"
 

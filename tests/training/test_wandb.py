@@ -1,14 +1,17 @@
 """The offline W&B run is read back from its file."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT, TINY, Run
 from consistency.checkpoints.ours import read
+from consistency.errors import UserError
+from consistency.evaluation.extractors import PUBLISHED
 from consistency.training.loggers import PatientWandbLogger
-from wandb_files import contents
+from wandb_files import as_documented, contents, documented, names, records
 
 
 @pytest.mark.slow
@@ -25,9 +28,53 @@ def test_an_evaluation_is_in_wandb(
     rows, config = contents(file)
     logged = {name: value for row in rows for name, value in row.items()}
     for result in json.loads((output / "evaluation.json").read_text())["results"]:
-        name = f"frechet_classifier/onestep/{result['weights']}"
+        name = f"quality/frechet_classifier/onestep/{result['weights']}"
         assert logged[name] == pytest.approx(result["frechet_classifier"], rel=1e-6)
     assert config["evaluation"]["protocol"]["samples"] == 16
+    assert logged["quality/results/nrows"] == 2
+
+
+@pytest.mark.slow
+def test_a_measured_run_has_its_table_with_the_bounds_and_its_best_checkpoint(
+    verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    tiny = [
+        a
+        for a in TINY
+        if not a.startswith(("logger", "callbacks.evaluation", "callbacks.checkpoint"))
+    ]
+    measured = ["evaluation@callbacks.evaluation=classifier", "callbacks.evaluation.num_samples=16"]
+    few = ["callbacks.evaluation.seeds=[0]", "trainer.max_steps=2", "logger.wandb.log_model=true"]
+    outcome = verb("train", *tiny, *measured, *few, f"output={run}")
+    assert outcome.status == 0, outcome.err
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    quality = {n for n in documented() if n.startswith("quality/") and "<features>" in n}
+    assert quality | {"quality/results", "speed/evaluation_seconds"} <= as_documented(names(file))
+    (table,) = file.parent.glob("files/media/table/quality/results*.json")
+    rows = json.loads(table.read_text())["data"]
+    assert [row[0] for row in rows] == ["train_images", "noise", "one_step/ema", "two_steps/ema"]
+    (measurement,) = [row for row in contents(file)[0] if "speed/evaluation_seconds" in row]
+    assert measurement["speed/images_seen"] == 16 and measurement["speed/hours"] > 0
+    kept = [r.artifact for r in records(file) if r.WhichOneof("record_type") == "artifact"]
+    (model,) = [artifact for artifact in kept if artifact.type == "model"]
+    assert [entry.path for entry in model.manifest.contents] == ["best.ckpt"]
+
+
+def test_the_page_has_the_names_of_every_method_and_of_the_published_measures() -> None:
+    shown = {
+        n
+        for f in (ROOT / "conf/mode").glob("*.yaml")
+        for n in re.findall(r"shown: (\w+)", f.read_text())
+    }
+    assert {f"schedule/{name}" for name in shown} <= documented()
+    measures = [n.removeprefix("quality/") for n in documented() if "<features>" in n]
+    for name in measures:
+        metric = name.partition("_<features>")[0]
+        for ours, published in PUBLISHED.items():
+            metric = metric.replace(ours, published)
+        assert f"quality/{metric}/<sampler>/<weights>" in documented()
 
 
 def test_a_run_without_account_is_complete_and_offline(
@@ -38,19 +85,33 @@ def test_a_run_without_account_is_complete_and_offline(
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
     run = tmp_path / "run"
     tiny = [a for a in TINY if a != "logger=csv"]
-    outcome = verb("train", "mode=ct", *tiny, "trainer.max_steps=2", f"output={run}")
+    given = [
+        "logger.wandb.tags=[a,b]",
+        "logger.wandb.notes=mine",
+        "+logger.wandb.settings.label_disable=true",
+    ]
+    secret = "+logger.wandb.settings.http_proxy=https://me:hidden@proxy"
+    outcome = verb(
+        "train", "mode=ct", *tiny, *given, secret, "trainer.max_steps=2", f"output={run}"
+    )
     assert outcome.status == 0, outcome.err
     (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    (started,) = [r.run for r in records(file) if r.WhichOneof("record_type") == "run"]
+    assert (list(started.tags), started.notes) == (["a", "b"], "mine")
+    assert (started.display_name, started.run_group) == ("run", "")
     assert f"wandb sync {file.parent}" in outcome.out
     rows, config = contents(file)
     logged = {name for row in rows for name in row}
-    expected = {"N", "mu", "train/loss", "train/gradient_norm", "train/learning_rate"}
-    expected |= {"images_per_second", *(f"train/loss_noise_quartile_{q}" for q in (1, 2, 3, 4))}
-    assert expected <= logged
-    assert any(name.startswith("samples") for name in logged)
-    assert list(file.parent.glob("files/media/images/samples*.png"))
-    assert config["data"]["batch_size"] == 8
-    assert config["mode"]["role"] == "consistency"
+    assert {f"train/loss_noise_quartile_{q}" for q in (1, 2, 3, 4)} <= logged
+    other = ("quality/", "speed/evaluation", "schedule/r", "schedule/alpha")  # of other runs
+    assert as_documented(names(file)) == {n for n in documented() if not n.startswith(other)}
+    for sampler in ("one_step", "two_steps"):
+        assert list(file.parent.glob(f"files/media/images/samples/{sampler}*.png"))
+    assert config["options"]["data"]["batch_size"] == 8
+    plain = {name: config[name] for name in ("mode", "data", "model", "experiment")}
+    assert plain == {"mode": "ct", "data": "digits", "model": "unet", "experiment": None}
+    assert config["parameters"] > 0
+    assert "mode=ct" in config["command"] and "hidden" not in json.dumps(config)
 
 
 @pytest.mark.slow
@@ -117,3 +178,17 @@ def test_a_configured_key_means_online(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(loggers, "key_configured", lambda found=key: found)
         logger = PatientWandbLogger(project="p", folder=str(tmp_path), name=None)
         assert logger._wandb_init["settings"].mode == mode
+
+
+def test_a_wrong_option_is_told_before_the_run(tmp_path: Path) -> None:
+    given = {"folder": str(tmp_path), "mode": "offline"}
+    for wrong, told in (
+        ({"entitty": "me"}, "entitty"),
+        ({"log_model": "all"}, "log_model"),
+        ({"settings": {"no_such": 1}}, "no_such"),
+    ):
+        with pytest.raises(UserError, match=told):
+            PatientWandbLogger(**given, **wrong)
+    logger = PatientWandbLogger(**given, entity="team", job_type="train", id="abc")
+    taken = {name: logger._wandb_init[name] for name in ("entity", "job_type", "name", "id")}
+    assert taken == {"entity": "team", "job_type": "train", "name": tmp_path.name, "id": "abc"}

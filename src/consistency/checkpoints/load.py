@@ -18,6 +18,7 @@ from consistency.checkpoints import (
     diffusers,
     dit,
     edm2,
+    hub,
     jcm,
     nvlabs,
     openai,
@@ -69,8 +70,8 @@ def load(
         images = model.sample(16, steps=2, seed=0)
         edited = model.edit(images, consistency.editing.colorize)
 
-    checkpoint: a run folder, a file or folder of one of `consistency.checkpoints`, or a published name such as
-        openai:cd_imagenet64_lpips.
+    checkpoint: a run folder, a file or folder of one of `consistency.checkpoints`, a published name such as
+        openai:cd_imagenet64_lpips, or hf:<user>/<name> on the Hugging Face Hub, perhaps with @<revision>.
     role: refuse any other; needed if the file does not record its role.
     weights: name of the set of weights, if the file holds several.
     autoencoder: folder or name of that of a model of latents, if it is no longer where the card has it.
@@ -168,11 +169,14 @@ def attention_heads(network: nn.Module) -> list[int]:
 
 def find(checkpoint: str | os.PathLike[str]) -> Path:
     """Return the path of a checkpoint: a file, a folder of diffusers or of ours, the last checkpoint of a run folder, or
-    the downloaded file of a published name.
+    the downloaded file of a published name, or files of a name on the Hub.
     """
     if str(checkpoint).startswith(tuple(pretrained.PROGRAMS)):
         return pretrained.fetch(str(checkpoint))
-    path = Path(expanded(os.fspath(checkpoint)))
+    if str(checkpoint).startswith(hub.PREFIX):
+        path = _content(hub.fetch(str(checkpoint)))
+    else:
+        path = Path(expanded(os.fspath(checkpoint)))
     if path.is_dir():
         path = snapshot(path)
     if path.is_dir() and not ((path / ours.SEALED).is_file() or diffusers.is_diffusers(path)):
@@ -210,6 +214,11 @@ def snapshot(path: Path) -> Path:
     if revision is None:
         raise UserError(f"a snapshot in {path / 'snapshots'}", "none", "download the model again")
     print(f"{path.name}: takes the snapshot {revision.name}", file=sys.stderr)
+    return _content(revision)
+
+
+def _content(revision: Path) -> Path:
+    """Return the single file of weights in a folder from the Hub, or the folder."""
     suffixes = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors")
     weights = [p for p in revision.iterdir() if p.is_file() and p.suffix in suffixes]
     return weights[0] if len(weights) == 1 and not diffusers.is_diffusers(revision) else revision
@@ -258,7 +267,9 @@ def build_model(
     The weights must be complete, of the right shapes and finite. The network is built without memory first: settings of
     any size cost nothing until the weights agree with them.
     """
-    card, sets = moved(checkpoint.card, autoencoder), checkpoint.sets
+    card, sets = checkpoint.card, checkpoint.sets
+    if autoencoder is not None:
+        card = moved(card, autoencoder)
     if card.role is None or role not in (None, card.role):
         card = card.with_role(role, checkpoint.path)
     name = next(iter(sets)) if weights == "ema" and len(sets) == 1 else weights

@@ -4,11 +4,12 @@ A run's checkpoint (`.ckpt`) is what Lightning saves, with `card` beside it; oth
 converted model is a safetensors file, whose metadata hold the card as JSON and a SHA-256 over card and weights: a file
 that changed is recognised wherever it is copied to. The card is what `ModelCard.saved` returns.
 
-A run keeps its checkpoints next, last and previous. A whole one exists at whatever moment the process dies.
+A run keeps its checkpoints next, last and previous, and on request one every n steps. A whole one exists at whatever moment the process dies.
 """
 
 import hashlib
 import json
+import re
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,8 @@ CARD, DIGEST = "consistency", "sha256"
 CHECKPOINTS = "checkpoints"
 NEXT, LAST, PREVIOUS = "next.ckpt", "last.ckpt", "previous.ckpt"
 """A run's checkpoints: the newest until it is renamed to `last`; the newest; the one before it."""
+KEPT = re.compile(r"step_(\d{7,})\.ckpt")
+"""Names of the checkpoints that a run keeps beside these, with their optimizer step."""
 
 
 def open_content(content: Any, path: Path, hints: Hints) -> Checkpoint | None:
@@ -134,6 +137,17 @@ def promote(folder: Path) -> None:
         if (folder / LAST).is_file():
             files.move(folder / LAST, folder / PREVIOUS)
         files.move(folder / NEXT, folder / LAST)
+
+
+def kept_path(folder: Path, step: int) -> Path:
+    """Return the path of the checkpoint that a run keeps of an optimizer step."""
+    return folder / f"step_{step:07d}.ckpt"
+
+
+def kept(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints that a run has kept in the folder, by optimizer step in rising order."""
+    found = {int(m[1]): p for p in folder.glob("step_*.ckpt") if (m := KEPT.fullmatch(p.name))}
+    return dict(sorted(found.items()))
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -25,6 +25,11 @@ PROGRAMS = {
     "edm2:": "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions",
 }
 """Beginnings of names -> the address of the files."""
+LICENCES = {
+    **dict.fromkeys(("edm:", "edm2:"), "cc-by-nc-sa-4.0"),
+    **{"openai:": "mit", "jcm:": "apache-2.0"},
+}
+"""Beginnings of names -> the licence of the weights, as the Hugging Face Hub spells it; docs/checkpoints.md has their sources."""
 
 FILES = {
     ("openai:", "%s.pt", 295_899_267): """

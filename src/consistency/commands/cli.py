@@ -1,5 +1,6 @@
 """The start of a command, from the command line or in Python: Hydra in front, one clear error message behind."""
 
+import math
 import multiprocessing
 import os
 import shlex
@@ -11,6 +12,7 @@ from copy import deepcopy
 from datetime import datetime
 from itertools import count
 from pathlib import Path
+from time import perf_counter
 from typing import Any, TypeAlias, cast
 
 import hydra
@@ -22,9 +24,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from consistency.commands import schema
-from consistency.commands.overrides import changes, for_hydra, given_options, is_sweep
-from consistency.errors import UserError, require
+from consistency.commands import schema, sweeps
+from consistency.commands.overrides import changes, for_hydra, given_options, is_sweep, named
+from consistency.errors import DivergenceError, UserError, require
 from consistency.runtime import rendezvous, signals
 from consistency.runtime.files import ROOT, path_of
 from consistency.runtime.ranks import is_started_here, require_alone, this_launch
@@ -58,7 +60,13 @@ def run(verb: str, main: Main) -> None:
     os.environ.update({"HYDRA_FULL_ERROR": "1", INSIDE: "1"})
     try:
         schema.register_experiments(sys.argv[1:])
-        sys.argv[1:] = for_hydra(sys.argv[1:])
+        sys.argv[1:] = for_hydra(named(verb, sys.argv[1:]))
+        if is_sweep(sys.argv[1:]):
+            options = sweeps.fixed(sys.argv[1:])
+            if verb == "train":  # before the first run, not at its end
+                sweeps.require_monitor(_compose(options, verb))
+            if options:  # which stand together for argparse
+                sys.argv.insert(sys.argv.index(options[0]), sweeps.excluding(options))
         launch = this_launch()
         require(
             not is_sweep(sys.argv[1:]) or launch.rank is None or launch.processes in (None, 1),
@@ -68,7 +76,7 @@ def run(verb: str, main: Main) -> None:
         )
         start = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=verb)
         with masked_output(), signals.stoppable(remove_unused):
-            start(lambda config: perform(verb, main, config))()
+            start(lambda config: perform_job(verb, main, config))()
     except signals.Interrupted:
         signals.print_line(f"stopped by Ctrl-C{_way_on(verb)}")
         raise
@@ -76,6 +84,9 @@ def run(verb: str, main: Main) -> None:
         known = isinstance(error, ERRORS)
         if trace and known:
             raise
+        if str(error).startswith("No trials are completed"):  # of optuna
+            remedy = "their errors are above; correct the options of the sweep"
+            error, known = UserError("a trial with a value", "only failed ones", remedy), True
         text = masked_text(message(error) if known else f"{type(error).__name__}: {error}")
         if known and not is_started_here():
             print(f"error: {text}", file=sys.stderr, flush=True)
@@ -122,6 +133,33 @@ def message(error: BaseException) -> str:
     return "\n  ".join(dict.fromkeys(shown[:8]))
 
 
+def perform_job(verb: str, main: Main, config: DictConfig) -> Any:
+    """Perform a command; if it is a job of a sweep, add it to the sweep's table.
+
+    A sweeper that looks for the best value gets the worst one for a run that diverges and for a value that is no number.
+    """
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        return perform(verb, main, config)
+    value, failure, began, worst = None, "", perf_counter(), sweeps.worst(hydra)
+    try:
+        value = perform(verb, main, config)
+    except Exception as error:
+        _print_failure(hydra.job, error)
+        failure = (
+            message(error) if isinstance(error, ERRORS) else f"{type(error).__name__}: {error}"
+        )
+        if worst is None or not isinstance(error, DivergenceError):
+            raise
+        value = math.nan
+    finally:
+        try:
+            sweeps.record(hydra, value, perf_counter() - began, failure)
+        except OSError as error:
+            print(f"warning: the table of the sweep lacks a job: {error}", file=sys.stderr)
+    return worst if worst is not None and isinstance(value, float) and math.isnan(value) else value
+
+
 def perform(verb: str, main: Main, config: DictConfig) -> Any:
     """Check the configuration and call the command's function with the path that it writes.
 
@@ -144,10 +182,6 @@ def perform(verb: str, main: Main, config: DictConfig) -> Any:
             with read_write(runtime), open_dict(runtime):
                 config.output = runtime.output_dir = str(output)
             return main(config, output)
-    except Exception as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            _print_failure(HydraConfig.get().job, error)
-        raise
     finally:
         remove_unused()
 
@@ -276,7 +310,7 @@ def _compose(overrides: Sequence[str], verb: str) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return hydra.compose(verb, for_hydra(options), return_hydra_config=True)
+            return hydra.compose(verb, for_hydra(named(verb, options)), return_hydra_config=True)
     except ERRORS as error:
         raise UserError(message(error)) from error
     finally:
@@ -315,3 +349,4 @@ def called(main: Main, config: DictConfig, verb: str) -> Any:
 schema.register()
 OmegaConf.register_new_resolver("dated", dated, replace=True)
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+OmegaConf.register_new_resolver("job_folder", sweeps.folder_name, replace=True)

@@ -72,12 +72,12 @@ def _train_for(config: DictConfig, mode: str, output: Path, *extra: str) -> dict
     _train([*base, *length, *none, f"output={trial}"], quiet=True)
     # The median, so that another program's load for a moment does not shorten the run.
     metrics = plots.read_metrics(trial / "metrics.csv")
-    speed = statistics.median(metrics["images_per_second"][1])
+    speed = statistics.median(metrics["speed/images_per_second"][1])
     batch = OmegaConf.load(trial / "config.yaml").data.batch_size
     steps = max(1, round(config.seconds * speed / batch))
     print(f"{mode}: {steps} steps for {config.seconds:.0f} s", flush=True)
     _train([*base, f"trainer.max_steps={steps}", f"output={folder}"], quiet=False)
-    seconds = plots.read_metrics(folder / "metrics.csv")["training_seconds"][1][-1]
+    seconds = 3600 * plots.read_metrics(folder / "metrics.csv")["speed/hours"][1][-1]
     return {
         "mode": mode,
         "folder": str(folder),

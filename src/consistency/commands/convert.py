@@ -8,21 +8,24 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from consistency.checkpoints import ours
+from consistency.checkpoints import hub, hub_folder, ours
 from consistency.checkpoints.contents import HINTS
 from consistency.checkpoints.diffusers import write_diffusers
 from consistency.checkpoints.load import load
 from consistency.checkpoints.openai import require_openai, write_openai
 from consistency.checkpoints.ours import SEALED, write_sealed
+from consistency.checkpoints.pretrained import LICENCES
 from consistency.commands.overrides import shell_line
 from consistency.errors import require
+from consistency.evaluation.results import FILE, Results, read_results
 from consistency.inference.model import Model
 from consistency.pixels import to_uint8
 from consistency.randomness import generator
-from consistency.runtime.files import require_fresh
+from consistency.runtime.files import fingerprint, path_of, require_fresh
 
 TORCH = (".pt", ".pth", ".ckpt")
-CHOICES = {"to": (ours.FORMAT, "openai", "diffusers"), "role": ("teacher", "consistency", None)}
+FOLDERS = ("diffusers", hub_folder.FORMAT)
+CHOICES = {"to": (ours.FORMAT, "openai", *FOLDERS), "role": ("teacher", "consistency", None)}
 LEVELS = 9  # noise levels at which `verify` checks the outputs
 
 
@@ -39,18 +42,111 @@ def convert(config: DictConfig, target: Path) -> None:
         require(config[name] in choices, expected, config[name], "choose one")
     if config.source is not None:
         require_fresh(target)
-        folder = config.to != "diffusers" or target.suffix not in (".safetensors", *TORCH)
-        expected = "a folder at output=, because diffusers reads folders"
+        folder = config.to not in FOLDERS or target.suffix not in (".safetensors", *TORCH)
+        expected = f"a folder at output=, because {config.to} is one"
         require(folder, expected, target.name, "leave the suffix out")
+    _require_hub(config)
     hints: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, HINTS), resolve=True)
     source = config.verify if config.source is None else config.source
     model = load(source, config.role, weights=config.weights, **hints)
     print_facts(model)
     if config.source is None:
         verify(model)
+    elif config.to == hub_folder.FORMAT:
+        publish(config, model, target)
     else:
         print(f"written     {write(model, config.to, target)} ({config.to})")
         print(f"check it    {shell_line('convert', f'verify={target}')}")
+
+
+def _require_hub(config: DictConfig) -> None:
+    """Refuse options of to=hub without it, and a name or a package that would fail after the work."""
+    given = [n for n in ("push", "license", "results") if config[n] is not None]
+    expected = "to=hub with push=, license= and results="
+    to_hub = config.source is not None and config.to == hub_folder.FORMAT
+    require(to_hub or not given, expected, f"to={config.to}, and {', '.join(given)}", "add to=hub")
+    if config.push is not None:
+        hub.require_name(config.push)
+
+
+def publish(config: DictConfig, model: Model, target: Path) -> None:
+    """Write the folder for the Hub, and upload it if push= names a repository."""
+    content = run_content(model.path)
+    given = [config.source, *(content.get("config", {}).get(n) for n in ("teacher", "init"))]
+    origins = list(dict.fromkeys(str(name) for name in given if is_public(name)))
+    known = [name for name in origins if not name.startswith(hub.PREFIX)]
+    facts = hub_folder.Facts(
+        repository=config.push or target.name,
+        license=config.license or (hub_folder.licence_of(known[0]) if known else None),
+        recipe=recipe_of(content),
+        origins=origins,
+        results=results_of(config.results, model, content.get("k")),
+    )
+    missing = hub_folder.write_hub(target, model, facts)
+    if missing:
+        print(f"diffusers   no pipeline, because diffusers does not have {missing}")
+    if facts.license is None:
+        print("license     not stated; license=<its name on the Hub> states one in the card")
+    print(f"written     {target} (hub); the card is {target / hub_folder.CARD}")
+    if config.push is None:
+        print(f"check it    {shell_line('convert', f'verify={target}')}")
+        print(
+            "The card was read back by huggingface_hub; the Hub's own check runs with push=<user>/<name>."
+        )
+    else:
+        print(f"pushed      {hub.push(target, config.push, private=config.private)}")
+
+
+def run_content(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint of a run holds beside its tensors; nothing for other files, which have no recipe."""
+    content: Any = {}
+    if path.suffix == ".ckpt":  # `load` has checked the file
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return content if isinstance(content, dict) and "config" in content else {}
+
+
+def is_public(name: object) -> bool:
+    """Return whether a checkpoint is given by the name of a published file or of a model on the Hub."""
+    return str(name).startswith((*LICENCES, hub.PREFIX))
+
+
+def recipe_of(content: dict[str, Any]) -> dict[str, str]:
+    """Return the settings of a run for its card: its data, length and the parts of its mode; no path of this machine."""
+    if not content:
+        return {}
+    config = content["config"]
+    mode, data, optimizer = config["mode"], config["data"], config["optimizer"]
+    kinds = {"data": data["source"], "objective": mode["objective"], "optimizer": optimizer}
+    named = {name: str(node["_target_"]).rpartition(".")[2] for name, node in kinds.items()}
+    named |= {"optimizer steps": f"{content['k']:,} of {mode['total_steps']:,}"}
+    named |= {"images a step": str(data["batch_size"]), "learning rate": f"{optimizer['lr']:g}"}
+    named |= {"precision": str(config["trainer"]["precision"]), "seed": str(config["seed"])}
+    left_out = ("role", "init")
+    named |= {n: v for n, v in mode.items() if isinstance(v, str) and n not in left_out}
+    for name, source in content["sources"].items():
+        given, digest = str(config.get(name)), source["sha256"][:16]
+        named[name] = given if is_public(given) else f"a checkpoint of SHA-256 {digest}"
+    return named
+
+
+def results_of(given: str | None, model: Model, k: int | None) -> Results | None:
+    """Return the results for the card: those at results=, of this very checkpoint, or those of the end of its run.
+
+    k: the step of the checkpoint of a run.
+    """
+    if given is None:
+        file = model.path.parents[1] / FILE
+        if model.path.name != ours.LAST or not file.is_file():
+            return None
+        results = read_results(file)
+        return results if {row.step for row in results.rows} == {k} else None
+    file = path_of(given)
+    results = read_results(file / FILE if file.is_dir() else file)
+    expected = f"results= of {model.path}"
+    remedy = "measure this checkpoint with src/evaluate.py, and give its folder"
+    same = results.sha256 == fingerprint(model.path)
+    require(same, expected, "those of another file, by its hash", remedy)
+    return results
 
 
 def write(model: Model, to: str, target: Path) -> Path:

@@ -17,19 +17,19 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
+from consistency.checkpoints import ours
 from consistency.checkpoints.load import find, load_sets
 from consistency.checkpoints.posthoc import POSTHOC, width_of
 from consistency.data.decode import MODES, colour_of, read_picture, to_tensor
 from consistency.data.listing import files_at
 from consistency.data.memory import load_into_memory
 from consistency.data.source import Source
-from consistency.errors import require
+from consistency.errors import UserError, require
 from consistency.evaluation.metrics import Measure, measure_against
-from consistency.inference import options
+from consistency.inference import options, plots
 from consistency.inference.card import ModelCard
 from consistency.inference.generate import fitting_batch, generate
 from consistency.inference.model import Model
-from consistency.inference.plots import draw_lines
 from consistency.runtime.devices import chosen_device, share_threads
 from consistency.runtime.files import fingerprint, path_of, require_fresh, write_text
 from consistency.runtime.launch import one_job
@@ -37,6 +37,7 @@ from consistency.runtime.ranks import batches, print_once, rank_and_size, this_l
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
 from consistency.training.build import build_loggers, quiet
+from consistency.training.loggers import log_results
 
 
 def evaluate(config: DictConfig, output: Path) -> float:
@@ -66,13 +67,52 @@ def evaluate(config: DictConfig, output: Path) -> float:
 
 def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> "Report":
     # Mistakes in models and samplers are reported before the reference is computed.
-    names = [config.weights] if isinstance(config.weights, str) else config.weights
-    place = config.autoencoder
-    models = load_sets(config.checkpoint, names, role=config.role, autoencoder=place)
+    steps = snapshots_of(config)
+    places = list(steps.values()) or [config.checkpoint]
+    models = models_of(config, places[0])
     samplers = [samplers_of(config, model) for model in models]
     card = models[0].card
     config.batch_size = config.batch_size or fitting_batch(card.shape, device)
-    report = Report(config, measure_of(config, card.image_shape, device), output, card)
+    report = Report(config, measure_of(config, card.image_shape, device), output, card, places)
+    for number, place in enumerate(places):
+        if number > 0:
+            models = models_of(config, place)
+            samplers = [samplers_of(config, model) for model in models]
+        step = {"step": list(steps)[number]} if steps else {}
+        _measure_models(config, models, samplers, report, device, step)
+    return report
+
+
+def snapshots_of(config: DictConfig) -> dict[int, Path]:
+    """Return the kept checkpoints of the run, by optimizer step, for snapshots=all; none without it."""
+    if config.snapshots is None:
+        return {}
+    expected, remedy = "snapshots=all or null", "leave it out to measure one checkpoint"
+    require(config.snapshots == "all", expected, config.snapshots, remedy)
+    folder = path_of(config.checkpoint) / ours.CHECKPOINTS
+    if not (kept := ours.kept(folder)):
+        expected = f"kept checkpoints in {folder}, {ours.kept_path(Path(), 10_000)} and the like"
+        remedy = "train with callbacks.checkpoint.keep_every=<steps>, and give the run folder"
+        raise UserError(expected, "none", remedy)
+    return kept
+
+
+def models_of(config: DictConfig, checkpoint: Any) -> list[Model]:
+    """Open the sets of weights that `weights=` names in a checkpoint."""
+    names = [config.weights] if isinstance(config.weights, str) else config.weights
+    place = config.autoencoder
+    return load_sets(checkpoint, names, role=config.role, autoencoder=place)
+
+
+def _measure_models(
+    config: DictConfig,
+    models: Sequence[Model],
+    samplers: Sequence[Mapping[str, Sampler]],
+    report: "Report",
+    device: torch.device,
+    step: Mapping[str, int],
+) -> None:
+    """Measure every set of weights with its samplers; step: of a snapshot."""
     clock, shares = report.measure.clock, batches(config.num_samples, config.batch_size)
     settings: Any = {**config, "device": str(device)}
     for model, named in zip(models, samplers, strict=True):
@@ -86,13 +126,14 @@ def _evaluate_model(config: DictConfig, device: torch.device, output: Path) -> "
                     return request.denoise(x_t, t, label, **end)  # noqa: B023
 
             samples = generate(replace(request, denoise=counted), sampler, shares)
-            bar, hidden = f"{title}, {model.weights}", not report.is_writer
+            at = "".join(f", step {k:,}" for k in step.values())
+            bar, hidden = f"{title}, {model.weights}{at}", not report.is_writer
             shown = tqdm(samples, bar, len(shares), unit="batch", disable=hidden)
             values = report.measure(iter(shown), config.num_samples)
             nfe = sum(evaluations) / sum(map(len, shares))
-            report.write({"sampler": title, "weights": model.weights, "nfe": nfe}, values)
+            names = {**step, "sampler": title, "weights": model.weights, "nfe": nfe}
+            report.write(names, values)
         model.denoiser.cpu()
-    return report
 
 
 def _evaluate_samples(config: DictConfig, device: torch.device, output: Path) -> "Report":
@@ -195,7 +236,12 @@ class Report:
     """The results, on the screen, in files and to the loggers of rank 0; written anew after each result."""
 
     def __init__(
-        self, config: DictConfig, measure: Measure, output: Path, card: ModelCard | None = None
+        self,
+        config: DictConfig,
+        measure: Measure,
+        output: Path,
+        card: ModelCard | None = None,
+        checkpoints: Sequence[str | Path] = (),
     ) -> None:
         self.measure, self.output, self.is_writer = measure, output, rank_and_size()[0] == 0
         self.head: dict[str, Any] = {"seed": config.seed, "precision": config.precision}
@@ -204,14 +250,16 @@ class Report:
         if not self.is_writer:
             return
         output.mkdir(parents=True, exist_ok=True)
-        if config.checkpoint is not None:
-            path = find(config.checkpoint)
-            self.head |= {"checkpoint": str(path), "sha256": fingerprint(path)}
+        paths = {str(path): fingerprint(path) for path in map(find, checkpoints)}
+        if config.get("snapshots") is not None:
+            self.head["snapshots"] = paths
+        elif paths:
+            self.head["checkpoint"], self.head["sha256"] = next(iter(paths.items()))
         self.head["protocol"] = measure.protocol(config.num_samples, card)
         self.loggers = build_loggers(config)
         settings = OmegaConf.to_container(config, resolve=True)
         for logger in self.loggers:
-            logger.log_hyperparams({"evaluation": self.head, "config": settings})
+            logger.log_hyperparams({"evaluation": self.head, "options": settings})
 
     def write(self, names: Mapping[str, Any], values: Mapping[str, float]) -> None:
         """Write one result; names: its sampler and weights, or its samples."""
@@ -230,13 +278,16 @@ class Report:
         print(f"{total:.1f} s: {parts}, {rest:.1f} s ({rest / total:.1%}) all else", flush=True)
         title = "/".join(str(names[n]) for n in ("sampler", "weights") if n in names) or "samples"
         for logger in self.loggers:
-            logger.log_metrics({f"{name}/{title}": v for name, v in values.items()}, 0)
+            step = names.get("step", 0)
+            measured = {f"quality/{name}/{title}": v for name, v in values.items()}
+            logger.log_metrics(measured, step)
 
     def table(self) -> str:
         """Return the results as a table, with the protocol under it."""
         names = [name for name in self.results[0] if name != "seconds"]
         rows = [
-            [r[n] if isinstance(r[n], str) else f"{r[n]:.5g}" for n in names] for r in self.results
+            [f"{r[n]:.5g}" if isinstance(r[n], float) else str(r[n]) for n in names]
+            for r in self.results
         ]
         lines = [f"| {' | '.join(cells)} |" for cells in (names, *rows)]
         lines.insert(1, f"|{'---|' * len(names)}")
@@ -247,23 +298,35 @@ class Report:
         """Print the table, close the loggers, and return the first value."""
         if self.is_writer:
             print(f"\n{self.table()}\nWritten: {self.output / 'evaluation.json'}")
-            self.compare_widths()
+            self.draw_curve()
+            rows = [{n: v for n, v in result.items() if n != "seconds"} for result in self.results]
+            log_results(self.loggers, rows, 0)
         for logger in self.loggers:
             logger.finalize("success")
         return self.values[0]
 
-    def compare_widths(self) -> None:
-        """Draw the first metric over the widths of weights=posthoc:[...], and print the best of each sampler."""
+    def draw_curve(self) -> None:
+        """Draw the first metric over the steps of snapshots=all or the widths of weights=posthoc:[...]; print each line's
+        best point.
+        """
+        by_step = "step" in self.results[0]
         lines: dict[str, list[tuple[float, float]]] = {}
         for result in self.results:
-            if str(result.get("weights")).startswith(POSTHOC):
-                point = width_of(result["weights"]), result[self.metric]
-                lines.setdefault(result["sampler"], []).append(point)
+            if by_step:
+                line, x = f"{result['sampler']}, {result['weights']}", result["step"]
+            elif str(result.get("weights")).startswith(POSTHOC):
+                line, x = result["sampler"], width_of(result["weights"])
+            else:
+                continue
+            lines.setdefault(line, []).append((x, result[self.metric]))
         if max(map(len, lines.values()), default=0) < 2:
             return
-        picture = self.output / "widths.png"
-        draw_lines(lines, picture, "relative width of the average", self.metric)
-        for sampler, points in lines.items():
-            width, value = min(points, key=lambda point: point[1])
-            print(f"Best of {sampler}: weights={POSTHOC}{width:g}, {self.metric} {value:.4g}")
+        picture = self.output / ("snapshots.png" if by_step else "widths.png")
+        label = "optimizer step" if by_step else "relative width of the average"
+        scale = "linear" if by_step else "log"
+        plots.draw_lines(lines, picture, label, self.metric, scale)
+        for line, points in lines.items():
+            x, value = min(points, key=lambda point: point[1])
+            best = ours.kept_path(Path(), int(x)) if by_step else f"weights={POSTHOC}{x:g}"
+            print(f"Best of {line}: {best}, {self.metric} {value:.4g}")
         print(f"Curve:   {picture}")

@@ -23,9 +23,31 @@ FOLDERS = ("output", "hydra.run.dir", "hydra.sweep.dir")
 """Options that a sweep does not vary: a comma in them belongs to the path."""
 
 
+POSITIONAL = {"plot": "runs"}
+"""Verbs whose arguments without a name are paths, and the option that lists them."""
+VALUED = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")  # fmt: skip
+"""Flags of Hydra that take the next argument."""
+
+
+def named(verb: str, arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a verb with its positional paths as one option: `a b` of `plot` is runs=['a','b']."""
+    if verb not in POSITIONAL:
+        return list(arguments)
+    paths, options = list[str](), list[str]()
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option = argument.startswith(("-", "~", "+")) or before in VALUED
+        option = option or ("=" in argument and not _exists(argument))
+        (options if option else paths).append(argument)
+    listed = ",".join(quoted(expanded(path)) for path in paths)
+    return [*options, f"{POSITIONAL[verb]}=[{listed}]"] if paths else options
+
+
 def is_sweep(arguments: Sequence[str]) -> bool:
     """Return whether the arguments start a sweep."""
-    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+    given = set(arguments)
+    preset = any(a.startswith("search=") for a in arguments) and "search=null" not in given
+    asked = preset or bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & given)
+    return asked and "hydra.mode=RUN" not in given  # as a further rank of a job has it
 
 
 def for_hydra(arguments: Sequence[str]) -> list[str]:

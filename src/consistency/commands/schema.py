@@ -23,7 +23,7 @@ from consistency.runtime.files import ROOT
 
 HYDRAS = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
-PATHS = ("autoencoder", "checkpoint", "export", "init", "input", "mode.init", "output", "resume", "samples", "source", "teacher", "verify")  # fmt: skip
+PATHS = ("autoencoder", "checkpoint", "export", "init", "input", "mode.init", "output", "results", "resume", "samples", "source", "teacher", "verify")  # fmt: skip
 PATH_WORDS = ("autoencoder", "cache", "dir", "dirpath", "extractor", "file", "folder", "metrics", "path", "picture", "reference")  # fmt: skip
 
 POSITIVE = ("batch_size", "devices", "num_nodes", "num_samples", "outputs", "points")

@@ -40,8 +40,8 @@ def search(config: DictConfig, output: Path) -> float:
     grid = f"a grid of num_scales >= points + 2 = {fewest}"
     require(config.num_scales >= fewest, grid, config.num_scales, finer)
     device = chosen_device(config.device, config.devices)
-    path = find(config.checkpoint)
-    model = load(path, "consistency", weights=config.weights, autoencoder=config.autoencoder)
+    path, place = find(config.checkpoint), config.autoencoder
+    model = load(path, "consistency", weights=config.weights, autoencoder=place)
     model.card.require_variance_exploding("time points of multi-step sampling")
     config.batch_size = config.batch_size or fitting_batch(model.card.shape, device)
     plain: Any = OmegaConf.to_container(config, resolve=True)
@@ -54,10 +54,8 @@ def search(config: DictConfig, output: Path) -> float:
     with drawing(prepare, devices) as draw:
 
         def value(times: Sequence[float]) -> float:
-            t_min, t_max = process.t_min, process.t_max
-            sampler = partial(
-                multistep, times=times, t_min=t_min, t_max=t_max, clip=model.card.clips
-            )
+            t_min, t_max, clip = process.t_min, process.t_max, model.card.clips
+            sampler = partial(multistep, times=times, t_min=t_min, t_max=t_max, clip=clip)
             samples = draw(sampler, in_batches(range(count), config.batch_size))
             values = measure(samples, count, config.metric)
             got = f"evaluation.extractor={config.evaluation.extractor}, without classes or features"

@@ -18,11 +18,13 @@ from consistency.checkpoints.ours import settle
 from consistency.commands.cli import called
 from consistency.commands.overrides import given_options, shell_line
 from consistency.commands.resume import CONFIG, RunStart, begin
+from consistency.commands.sweeps import require_monitor
 from consistency.errors import require
 from consistency.runtime.devices import warn_of_slow
-from consistency.runtime.files import ROOT, write_text
+from consistency.runtime.files import ROOT, commit, write_text
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import require_launched, this_launch
+from consistency.runtime.redaction import masked_text
 from consistency.training import build
 from consistency.training.callbacks.checkpoints import RunCheckpoints
 from consistency.training.callbacks.evaluation import Evaluation
@@ -41,6 +43,7 @@ def train(config: DictConfig, output: Path) -> float:
     start = begin(build.expanded(config), output)
     config, steps = start.config, start.config.trainer.max_steps
     build.require_taken(config.trainer)
+    require_monitor(config)
     require(config.seed >= 0, "seed >= 0", config.seed, "give another seed")
     require(steps >= 1, "trainer.max_steps >= 1", steps, "give the number of optimizer steps")
     if start.checkpoint is not None and start.step >= steps:
@@ -67,7 +70,7 @@ def train(config: DictConfig, output: Path) -> float:
         for logger in loggers:
             if trainer.is_global_zero and hasattr(logger, "cut"):
                 logger.cut(start.step)
-            logger.log_hyperparams(module.config)
+            logger.log_hyperparams(facts(start, module))
         trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint and str(start.checkpoint))
         value, name = value_of(trainer, losses)
         if trainer.is_global_zero:
@@ -75,6 +78,21 @@ def train(config: DictConfig, output: Path) -> float:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 print(f"Value of this job: {value:.6g}, {name}", flush=True)
         return value
+
+
+def facts(start: RunStart, module: ConsistencyModule) -> dict[str, Any]:
+    """Return what loggers record of a run: its choices by name, its size, where it came from, and all its options."""
+    hydra = HydraConfig.get()
+    command = shlex.join(["python", "src/train.py", *given_options(hydra)])
+    # The command that resumes a run need not name its choices.
+    named = () if start.resumed else ("mode", "data", "model", "experiment")
+    return {
+        **{name: hydra.runtime.choices.get(name) for name in named},
+        "parameters": sum(p.numel() for p in module.online.parameters()),
+        "git_commit": commit(),
+        "command": masked_text(command),
+        "options": module.config,
+    }
 
 
 # Options that leave a run the published one: they choose it, name files, or suit it to a machine.

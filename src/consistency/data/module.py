@@ -144,7 +144,9 @@ class DataModule(L.LightningDataModule):
         epoch = f"{count} images = {batches} batches, {rest if dropped else 'none left out'}"
         lines = [f"Batch: {self.batch_size} = {self.split(world_size)}", f"Epoch: {epoch}"]
         if (space := self.train_source.latents) is not None:
-            origin = f"{space.autoencoder}, sha256 {space.sha256[:12]}, scaling {space.scaling}"
+            origin = (
+                f"{space.autoencoder}, sha256 {str(space.sha256)[:12]}, scaling {space.scaling}"
+            )
             lines.append(f"Latents of {origin}")
         return "\n".join(lines)
 

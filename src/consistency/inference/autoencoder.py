@@ -152,10 +152,8 @@ def hashed(space: LatentSpace) -> LatentSpace:
     return replace(space, sha256=fingerprint(find(space.autoencoder) / WEIGHTS))
 
 
-def moved(card: ModelCard, autoencoder: str | None) -> ModelCard:
-    """Return the card with the present place of its autoencoder, if one is given. Refuse one for a model of images."""
-    if autoencoder is None:
-        return card
+def moved(card: ModelCard, autoencoder: str) -> ModelCard:
+    """Return the card with the present place of its autoencoder. Refuse the card of a model of images."""
     expected, remedy = "a model of latents for autoencoder=", "leave it out"
     if card.latents is None:
         raise UserError(expected, "a model of images", remedy)

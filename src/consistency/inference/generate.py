@@ -67,6 +67,17 @@ class Request:
         return space.images(x_0) if isinstance(space, Autoencoder) else quantised(x_0)
 
 
+def counting(request: Request) -> tuple[Request, list[int]]:
+    """Return the request with a denoiser that notes the size of each batch it is called with, and these sizes."""
+    sizes, denoise = list[int](), request.denoise
+
+    def noted(x_t: Data, t: Time, label: Label = None, **end: Time) -> Data:
+        sizes.append(len(x_t))
+        return denoise(x_t, t, label, **end)
+
+    return replace(request, denoise=noted), sizes
+
+
 def fitting_batch(shape: Sequence[int], device: torch.device | str) -> int:
     """Return how many images (c, h, w) keep a device busy and fit its memory beside a network for them: 1 to 256.
 

@@ -4,6 +4,7 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -62,17 +63,64 @@ def columns_for(count: int, num_classes: int | None = None) -> int:
     return max(1, math.ceil(math.sqrt(count)))
 
 
+COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d00")
+DASHES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "X", "P", "*", "<")
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Return the style of a plot's line of that number; dashes and markers tell the first 36 apart without colours."""
+    kinds = {"color": COLOURS, "linestyle": DASHES, "marker": MARKERS}
+    return {name: kind[number % len(kind)] for name, kind in kinds.items()}
+
+
 def draw_lines(
-    lines: Mapping[str, Sequence[tuple[float, float]]], picture: Path, x: str, y: str
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    picture: Path,
+    x: str,
+    y: str,
+    scale: str = "log",
 ) -> None:
-    """Draw y over x on a logarithmic axis, a line for each label."""
+    """Draw y over x, whose axis has that scale, a line for each label."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
-    axes.set(xscale="log", xlabel=x, ylabel=y)
+    for number, (label, points) in enumerate(lines.items()):
+        axes.plot(*zip(*sorted(points), strict=True), label=label, **line_style(number))
+    axes.set(xscale=scale, xlabel=x, ylabel=y)
     axes.legend()
     figure.savefig(picture, dpi=110)
+
+
+def draw_values(
+    options: Mapping[str, Sequence[float | str]], values: Sequence[float], picture: Path
+) -> None:
+    """Draw values over each of several options, numbers or names, one panel an option; the axes of wide ranges by powers."""
+    columns = min(3, len(options))
+    rows = -(-len(options) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    for number, (name, given) in enumerate(options.items(), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        numeric = all(isinstance(value, float) for value in given)
+        axes.plot(given if numeric else list(map(str, given)), values, "o", markersize=4)
+        axes.set_xlabel(name)
+        axes.set_ylabel("value")
+        if numeric and _is_wide([float(value) for value in given]):
+            axes.set_xscale("log")
+        if _is_wide(values):
+            axes.set_yscale("log")
+    figure.savefig(picture, dpi=100)
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) > 20 * min(values)
+
+
+FORMER_NAMES = {
+    "N": "schedule/N",
+    "mu": "schedule/mu",
+    "train/learning_rate": "schedule/learning_rate",
+    "images_per_second": "speed/images_per_second",
+}
+"""Metrics of older runs -> their names now."""
 
 
 def read_metrics(file: Path) -> dict[str, tuple[list[float], list[float]]]:
@@ -82,7 +130,7 @@ def read_metrics(file: Path) -> dict[str, tuple[list[float], list[float]]]:
         for row in csv.DictReader(rows):
             for name, value in row.items():
                 if name not in ("step", "epoch") and value not in ("", None):
-                    steps, values = curves.setdefault(name, ([], []))
+                    steps, values = curves.setdefault(FORMER_NAMES.get(name, name), ([], []))
                     steps.append(float(row["step"]))
                     values.append(float(value))
     return curves
@@ -94,11 +142,11 @@ def draw_curves(file: Path, picture: Path) -> None:
     panels = {
         "loss": ["train/loss"],
         "loss by noise quartile": [n for n in curves if "quartile" in n],
-        "scales N(k)": ["N"],
-        "target decay mu(k)": ["mu"],
-        "learning rate": ["train/learning_rate"],
+        "scales N(k)": ["schedule/N"],
+        "target decay mu(k)": ["schedule/mu"],
+        "learning rate": ["schedule/learning_rate"],
         "gradient norm": ["train/gradient_norm"],
-        "Fréchet distance": [n for n in curves if n.startswith(("fid/", "frechet_"))],
+        "Fréchet distance": [n for n in curves if "fid/" in n or "frechet_" in n],
     }
     shown = {title: names for title, names in panels.items() if names and names[0] in curves}
     if not shown:

@@ -31,6 +31,15 @@ MOST_VALUES, MOST_LEVELS, MOST_CHARACTERS = 20_000, 16, 4096
 
 
 @cache
+def wandb_options() -> frozenset[str]:
+    """Return the options of W&B that conf/ names: others may start programs, or send the API key elsewhere."""
+    import yaml
+
+    node = yaml.safe_load((ROOT / "conf" / "logger" / "wandb.yaml").read_text())["wandb"]
+    return frozenset([*node, *node["settings"]])
+
+
+@cache
 def shipped() -> frozenset[str]:
     """Return every `_target_` that a run may have in conf/ and experiments/."""
     files = [file for name in ("conf", "experiments") for file in (ROOT / name).rglob("*.yaml")]
@@ -151,6 +160,10 @@ def _wrong_node(node: dict[Any, Any], also: Collection[str]) -> Iterator[str]:
         yield f"the target {type(target).__name__}"
     elif "_target_" in node and target not in also and not is_allowed(target):
         yield f"the target {target[:120]}"
+    if target == "consistency.training.loggers.PatientWandbLogger":
+        settings = node.get("settings")
+        names = [*node, *(settings if isinstance(settings, dict) else ())]
+        yield from (f"the option {n!s:.40} of W&B" for n in names if n not in wandb_options())
 
 
 def _is_outside(key: str, text: str, output: PurePosixPath) -> bool:

@@ -16,7 +16,7 @@ DECAYS = ("decays", "mu", "mu_0")
 def shorten(config: DictConfig) -> None:
     """Multiply the length of a run by `config.scale`, in place, with all that is counted in its steps.
 
-    Arguments called `..._steps` and half-lives are multiplied; whole numbers stay whole, and at least 1. A decay d becomes
+    Arguments called `..._steps` or `keep_every` and half-lives are multiplied; whole numbers stay whole, and at least 1. A decay d becomes
     d^(1/scale), so that its average reaches over the same share of the run. A value that refers to another one follows it.
     """
     scale = config.get("scale", 1.0)
@@ -41,7 +41,7 @@ def _in_small(argument: str, value: float, scale: float) -> float:
     """Return the value of an argument in a run of `scale` times the length."""
     if argument in DECAYS:
         return value ** (1 / scale)
-    counts = argument == "half_lives" or argument.endswith("_steps")
+    counts = argument in ("half_lives", "keep_every") or argument.endswith("_steps")
     if not counts or value <= 0:
         return value
     return max(1, round(scale * value)) if isinstance(value, int) else scale * value

@@ -5,10 +5,11 @@ import csv
 import io
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 import wandb
 import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.errors import UsageError
 
-from consistency.errors import require
+from consistency.errors import UserError, require
 from consistency.runtime.files import write_text
 from consistency.training.io_errors import warn
 
@@ -119,6 +122,12 @@ def key_configured() -> bool:
         return False
 
 
+def sweep_name() -> str | None:
+    """Return the name of the folder of the sweep that this run is a job of, or None."""
+    within = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return Path(str(HydraConfig.get().sweep.dir)).name if within else None
+
+
 def patient(method: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a method of a logger: after its first failure, reported in one line, the logger is off and the run continues."""
 
@@ -135,31 +144,50 @@ def patient(method: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-class PatientWandbLogger(WandbLogger):
-    """Lightning's W&B logger: offline if no API key is configured, off once W&B fails.
+WANDB_OPTIONS = {**signature(wandb.init).parameters, **signature(WandbLogger).parameters}
 
-    The environment's WANDB_MODE decides if it is set. wandb_id.txt in `folder` holds the id of the run, so a resumed run
-    stays one run; offline, each start has a folder of its own.
+
+class PatientWandbLogger(WandbLogger):
+    """Lightning's W&B logger, off once W&B fails; conf/logger/wandb.yaml explains the arguments.
+
+    wandb_id.txt in `folder` holds the id of the run, so a resumed run stays one run; offline, each start has a folder of its
+    own.
+
+    options: any arguments of `wandb.init` and of Lightning's logger.
     """
 
     service, failed = "W&B", False
-    log_metrics = patient(WandbLogger.log_metrics)
     log_hyperparams = patient(WandbLogger.log_hyperparams)
     log_image = patient(WandbLogger.log_image)
+    log_table = patient(WandbLogger.log_table)
 
-    def __init__(self, *, project: str, folder: str, name: str | None) -> None:
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if key_configured() else "offline")
-        settings = wandb.Settings(
-            mode=mode,
-            silent=True,
-            console="off",
-            x_disable_stats=True,
-            x_save_requirements=False,
-            x_disable_meta=True,  # the command line may hold secrets
-            x_transaction_log_flush_interval=0.5,
-            finish_timeout=30.0,  # seconds at the end of a run; `wandb sync <folder>` uploads the rest later
-        )
-        super().__init__(project=project, save_dir=folder, name=name, settings=settings)
+    def __init__(
+        self,
+        *,
+        folder: str,
+        name: str | None = None,
+        group: str | None = None,
+        mode: str | None = None,
+        log_model: bool = False,
+        settings: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        unknown = [option for option in options if option not in WANDB_OPTIONS]
+        expected = "arguments of wandb.init or of Lightning's WandbLogger at logger.wandb"
+        require(not unknown, expected, ", ".join(unknown), "docs/wandb.md names the usual ones")
+        expected, remedy = "logger.wandb.log_model=true or false", "true keeps the best checkpoint"
+        require(isinstance(log_model, bool), expected, log_model, remedy)
+        mode = mode or os.environ.get("WANDB_MODE")
+        mode = mode or ("online" if key_configured() else "offline")
+        try:
+            given = wandb.Settings(**{"mode": mode, **(settings or {})})
+        except ValueError as error:
+            expected = "settings that wandb.Settings takes at logger.wandb.settings"
+            raise UserError(expected, error, "change or remove them") from error
+        name = name or os.environ.get("WANDB_NAME") or Path(folder).name
+        group = sweep_name() if group == "auto" else group
+        super().__init__(save_dir=folder, name=name, group=group, settings=given, **options)
+        self.keeps_best = log_model
         self._wandb_init.pop("anonymous", None)  # W&B warns about this option
 
     @property
@@ -168,9 +196,24 @@ class PatientWandbLogger(WandbLogger):
         """The W&B run, or None once W&B has failed."""
         if self._experiment is None and rank_zero_only.rank == 0:
             if not (file := Path(str(self.save_dir)) / "wandb_id.txt").is_file():
-                write_text(file, f"{secrets.token_hex(4)}\n")
+                write_text(file, f"{self._id or secrets.token_hex(4)}\n")
             self._id = self._wandb_init["id"] = file.read_text().strip()
         return WandbLogger.experiment.fget(self)
+
+    @patient
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log metrics, except the epoch: a run is one."""
+        WandbLogger.log_metrics(self, {n: v for n, v in metrics.items() if n != "epoch"}, step)
+
+    @patient
+    def log_best(self) -> None:
+        """Log the best checkpoint of the run, or without one the last, as an artifact."""
+        folder = Path(str(self.save_dir)) / "checkpoints"
+        files = [file for name in ("best", "last") if (file := folder / f"{name}.ckpt").is_file()]
+        if files:
+            artifact = wandb.Artifact(f"model-{self._id}", type="model")
+            artifact.add_file(str(files[0]))
+            self.experiment.log_artifact(artifact, aliases=["latest", files[0].stem])
 
     @property
     def offline_folders(self) -> list[Path]:
@@ -182,12 +225,23 @@ class PatientWandbLogger(WandbLogger):
 
     def finalize(self, status: str) -> None:
         """End the W&B run, so that the next job of a sweep begins its own."""
+        if self.keeps_best and status == "success" and rank_zero_only.rank == 0:
+            self.log_best()
         patient(lambda _: wandb.finish(0 if status == "success" else 1))(self)
         if self.failed:
             with suppress(Exception):
                 wandb.teardown()  # or the end of the process tries, and prints that it cannot
             wandb.run = None  # or the next job of a sweep would log into it
         self.failed = True
+
+
+def log_results(loggers: Iterable[Logger], rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Log an evaluation to W&B as the table quality/results; a row that lacks a column has an empty cell there."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    data = [[row.get(name) for name in columns] for row in rows]
+    for logger in loggers:
+        if isinstance(logger, PatientWandbLogger):
+            logger.log_table("quality/results", columns, data, step=step)
 
 
 class PatientTensorBoardLogger(TensorBoardLogger):

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from consistency.errors import UserError
+from consistency.errors import DivergenceError, UserError
 from consistency.objectives import Losses
 from consistency.runtime.ranks import gathered
 from consistency.tensors import sent
@@ -76,7 +76,9 @@ class NonfiniteGuard:
         self.in_a_row += 1
         if self.in_a_row >= self.limit:
             in_a_row = f", the last of {self.limit} such steps in a row" if self.limit > 1 else ""
-            self.verdict = UserError("a finite loss and gradient", f"{text}{in_a_row}", REMEDY)
+            self.verdict = DivergenceError(
+                "a finite loss and gradient", f"{text}{in_a_row}", REMEDY
+            )
         else:
             rank_zero_warn(f"step left out ({self.in_a_row} in a row): {text}")
         return False
@@ -95,7 +97,9 @@ class NonfiniteGuard:
         if self.overflows_in_a_row >= OVERFLOWS:
             in_a_row = f"the last of {self.overflows_in_a_row} in a row, down to scale {scale():g}"
             got = f"an overflow {step}, {_span(self._last_times)}, {in_a_row}"
-            self.verdict = UserError("gradients that fit half precision at some scale", got, REMEDY)
+            self.verdict = DivergenceError(
+                "gradients that fit half precision at some scale", got, REMEDY
+            )
 
     def report_overflows(self) -> None:
         """Print how many steps the scaler has skipped, if more than the reported first."""

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: last, previous and best."""
+"""The checkpoints of a run: last, previous, best, and those that it keeps."""
 
 import math
 from pathlib import Path
@@ -24,16 +24,28 @@ class RunCheckpoints(Periodic, Checkpoint):
     `UserError`. If a step that is not finite stops the run, the state before that step is saved first.
 
     monitor: the metric of which best.ckpt has the lowest value, "auto" for that of the run's evaluation, or None.
+
+    keep_every: optimizer steps between the checkpoints step_<k>.ckpt, which stay; None for none.
     """
 
-    def __init__(self, *, folder: str, every_n_train_steps: int, monitor: str | None) -> None:
+    def __init__(
+        self,
+        *,
+        folder: str,
+        every_n_train_steps: int,
+        monitor: str | None,
+        keep_every: int | None = None,
+    ) -> None:
         super().__init__(every_n_train_steps)
+        expected, remedy = "callbacks.checkpoint.keep_every >= 1, or null", "null keeps none"
+        require(keep_every is None or keep_every >= 1, expected, keep_every, remedy)
+        self.keep_every = keep_every
         self.folder, self.monitor = Path(folder), monitor
         self.last = self.folder / ours.LAST
         self.summary = f"Checkpoint: {self.last}"
         self.best_value = math.inf
         self._seen = torch.tensor(math.inf)
-        self._due = False
+        self._due = self._kept = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_value": self.best_value}
@@ -54,12 +66,15 @@ class RunCheckpoints(Periodic, Checkpoint):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         """Save when the next step begins: only then do the metrics have the row of the last one."""
+        self._keep(trainer, module)  # first, so that a run which goes on from last.ckpt lacks none
         if self._due and (reason := self.keep_last(trainer)):
             warn(f"the checkpoint of step k={module.k} could not be written: {reason}")
         self._due = False
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         self._save_best(trainer)
+        if self.keep_every is not None and module.k != module.k_before:
+            self._kept = module.k % self.keep_every == 0
         super().on_train_batch_end(trainer, module)
         # Weights that are not finite themselves are not worth saving.
         if module.guard.verdict and all(bool(p.isfinite().all()) for p in module.parameters()):
@@ -71,6 +86,8 @@ class RunCheckpoints(Periodic, Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         self._save_best(trainer)
+        self._keep(trainer, module)
+        self.summary = self._summary()
         expected = f"to write the last checkpoint of the run, {self.last}"
         remedy = "make room or repair the folder; resume= continues the checkpoint before, which is still there"
         require((reason := self.keep_last(trainer)) is None, expected, reason, remedy)
@@ -78,6 +95,20 @@ class RunCheckpoints(Periodic, Checkpoint):
     def keep_last(self, trainer: L.Trainer) -> str | None:
         """Write `last.ckpt`; return on every rank why that failed, with the old one still there, or None."""
         return _written(trainer, self.folder / ours.NEXT)
+
+    def _keep(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
+        """Write the checkpoint of this step that stays, if it is due."""
+        if self._kept and (reason := _written(trainer, ours.kept_path(self.folder, module.k))):
+            warn(f"the checkpoint of step k={module.k} could not be kept: {reason}")
+        self._kept = False
+
+    def _summary(self) -> str:
+        """Return what the run leaves: its last checkpoint, and the number and size of those that it has kept."""
+        last, kept = f"Checkpoint: {self.last}", ours.kept(self.folder)
+        if not kept:
+            return last
+        gib = sum(file.stat().st_size for file in kept.values()) / 2**30
+        return f"{last}\nKept:       {len(kept)} checkpoints, {gib:.3g} GiB, {self.folder / 'step_*.ckpt'}"
 
     def _save_best(self, trainer: L.Trainer) -> None:
         if self.monitor is None:

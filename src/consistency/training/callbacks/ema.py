@@ -40,7 +40,7 @@ class TargetEMA(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         if module.logs_this_step:
-            module.show("mu", self.decay(module.num_scales))
+            module.show("schedule/mu", self.decay(module.num_scales))
 
 
 class EvaluationEMA(Callback):

@@ -15,13 +15,15 @@ from consistency.errors import require
 from consistency.evaluation.extractors import INCEPTION
 from consistency.evaluation.metrics import Measure, measure_against
 from consistency.evaluation.reference import images_of
-from consistency.inference.generate import Numbered, fitting_batch, generate
+from consistency.inference.generate import Numbered, counting, fitting_batch, generate
 from consistency.randomness import generator
 from consistency.runtime.files import write_text
 from consistency.runtime.ranks import batches, print_once
 from consistency.samplers import Sampler
-from consistency.training.callbacks.periodic import Periodic
+from consistency.training.callbacks.periodic import Periodic, callback_of
+from consistency.training.callbacks.progress import Throughput
 from consistency.training.io_errors import tolerate_write_errors
+from consistency.training.loggers import log_results
 from consistency.training.module import ConsistencyModule
 
 Values = dict[str, dict[str, float]]
@@ -31,7 +33,7 @@ Values = dict[str, dict[str, float]]
 class Evaluation(Periodic):
     """Measures samples of each sampler and each set of weights every n steps, and at the end for evaluation.json.
 
-    A metric is called <metric>/<sampler>/<weights>. If the reference is held out, the final results have those of the
+    A metric is called quality/<metric>/<sampler>/<weights>. If the reference is held out, the final results have those of the
     training images and of noise beside them. conf/evaluation and conf/metrics explain the arguments.
     """
 
@@ -56,6 +58,7 @@ class Evaluation(Periodic):
         self.file = Path(folder) / "evaluation.json"
         self.samplers, self.weights, self.seeds = samplers, list(weights), list(seeds)
         self.num_samples, self.batch_size = num_samples, batch_size
+        self.nfe: dict[str, float] = {}
         metrics: dict[str, Any] = {"extractor": extractor, "reference": reference, "cache": cache}
         metrics |= {"reference_features": reference_features}
         self.measure_against: Callable[..., Measure] = partial(measure_against, **metrics)
@@ -64,7 +67,7 @@ class Evaluation(Periodic):
     def monitor(self) -> str:
         """The metric that decides which checkpoint is best: the Fréchet distance of the first sampler and weights."""
         metric = self.measure.extractor.named("frechet")
-        return f"{metric}/{next(iter(self.samplers))}/{self.weights[0]}"
+        return f"quality/{metric}/{next(iter(self.samplers))}/{self.weights[0]}"
 
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         data, device = module.data, module.device
@@ -86,9 +89,15 @@ class Evaluation(Periodic):
     def on_train_end(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         results = self._bounds(module) | self._measure_all(module, self.seeds)
         self.summary = self._table(results)
+        log_results(
+            trainer.loggers,
+            [{"samples": n, **v} for n, v in results.items()],
+            trainer.global_step - 1,
+        )
         if trainer.is_global_zero:
             protocol = self.measure.protocol(self.count, module.card)
-            content = dict(protocol=protocol, seeds=self.seeds, k=module.k, results=results)
+            content = dict(protocol=protocol, seeds=self.seeds, k=module.k, nfe=self.nfe)
+            content["results"] = results
             with tolerate_write_errors(str(self.file)):
                 write_text(self.file, json.dumps(content, indent=2) + "\n")
 
@@ -114,15 +123,24 @@ class Evaluation(Periodic):
             runs = []
             for seed in seeds:
                 with module.sampling(weights, seed) as request:
-                    images = generate(request, sampler, batches(self.count, self.batch))
+                    request, evaluations = counting(request)
+                    shares = batches(self.count, self.batch)
+                    images = generate(request, sampler, shares)
                     runs.append(self.measure(images, self.count))
+            self.nfe[name] = sum(evaluations) / sum(map(len, shares))
             means = {metric: sum(run[metric] for run in runs) / len(runs) for metric in runs[0]}
             results[f"{name}/{weights}"] = means
         seconds = time.perf_counter() - began
         drawn = self.count * len(results) * len(seeds)
         print_once(f"Evaluation at step {module.k}: {drawn:,} samples in {seconds:.1f} s")
-        values = {f"{m}/{title}": v for title, means in results.items() for m, v in means.items()}
-        values["evaluation_seconds"] = seconds
+        values = {
+            f"quality/{metric}/{title}": value
+            for title, means in results.items()
+            for metric, value in means.items()
+        }
+        values["speed/evaluation_seconds"] = seconds
+        if (throughput := callback_of(trainer, Throughput)) is not None:
+            values |= throughput.axes
         # `module.log` would repeat the values in every later row.
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step - 1)  # the row of this step

@@ -33,9 +33,11 @@ class Preemption(L.Callback):
         Windows has no SIGUSR1.
         """
         signals.call_instead(lambda: self._note(signal.SIGINT))
-        free = hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
-        if free and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGUSR1, lambda number, _: self._note(number))
+        number = getattr(signal, "SIGUSR1", None)
+        if number is None or threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda number, _: self._note(number))
 
     def _note(self, number: int, *, requeue: bool = False) -> None:
         self.guard.received = (number, int(requeue))

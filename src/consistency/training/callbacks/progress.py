@@ -22,13 +22,13 @@ UNTIMED, TIMED = 5, 20
 
 
 class Throughput(L.Callback):
-    """Logs `images_per_second` over all devices and `training_seconds`, without evaluation, pictures and checkpoints.
-
-    The seconds of a resumed run continue those before.
+    """Logs the images a second over all devices, and the axes of a run beside its steps: the images that it has seen, and
+    its hours without evaluation, pictures and checkpoints, which continue those before in a resumed run.
     """
 
     def __init__(self) -> None:
         self.total_seconds, self._seconds, self._images = 0.0, 0.0, 0
+        self.axes: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"total_seconds": self.total_seconds}
@@ -43,10 +43,12 @@ class Throughput(L.Callback):
         self.total_seconds += elapsed
         self._seconds += elapsed
         images = batch if isinstance(batch, Tensor) else batch[0]
-        self._images += len(images) * trainer.world_size
+        self._images += (count := len(images) * trainer.world_size)
+        seen = trainer.global_step * trainer.accumulate_grad_batches * count
+        self.axes = {"speed/images_seen": seen, "speed/hours": self.total_seconds / 3600}
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            module.show("images_per_second", self._images / self._seconds)
-            module.log("training_seconds", self.total_seconds)
+            module.show("speed/images_per_second", self._images / self._seconds)
+            module.log_dict(self.axes)
             self._seconds, self._images = 0.0, 0
 
 
@@ -127,4 +129,6 @@ class StepBar(TQDMProgressBar):
             self._train_progress_bar.close()
 
     def get_metrics(self, *arguments: Any) -> dict[str, int | str | float | dict[str, float]]:
-        return {k: v for k, v in super().get_metrics(*arguments).items() if k != "v_num"}
+        """Return the numbers to show, without their sections."""
+        shown = super().get_metrics(*arguments).items()
+        return {name.rpartition("/")[2]: value for name, value in shown if name != "v_num"}

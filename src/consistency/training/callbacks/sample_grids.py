@@ -67,10 +67,11 @@ class SampleGrids(Periodic):
             sheet.save(picture := self.folder / f"step_{module.k:08d}.png")
             shutil.copyfile(picture, self.folder / "latest.png")
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("samples", [sheet], step=module.k)
-            if isinstance(logger, PatientTensorBoardLogger):  # at the step of its metrics
-                logger.log_image("samples", [sheet], step=trainer.global_step - 1)
+            if not isinstance(logger, WandbLogger | PatientTensorBoardLogger):
+                continue
+            for name, panel in zip(self.samplers, panels, strict=True):
+                alone = plots.side_by_side([panel])
+                logger.log_image(f"samples/{name}", [alone], step=trainer.global_step - 1)
 
 
 class Curves(Periodic):

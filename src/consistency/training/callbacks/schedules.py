@@ -17,7 +17,7 @@ class ScaleSchedule(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         module.num_scales = self.num_scales(module.k)
         if module.logs_this_step:
-            module.show(self.shown, module.num_scales)
+            module.show(f"schedule/{self.shown}", module.num_scales)
 
 
 class LearningRateSchedule(L.Callback):
@@ -31,4 +31,4 @@ class LearningRateSchedule(L.Callback):
         for group in groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.factor(module.k)
         if module.logs_this_step:
-            module.log("train/learning_rate", groups[0]["lr"])
+            module.log("schedule/learning_rate", groups[0]["lr"])
