@@ -132,7 +132,7 @@ def test_a_machine_has_settings_of_its_own(tmp_path: Path) -> None:
     place = f"hydra.searchpath=[file://{tmp_path}]"
     config = composed("train", place, "data=cifar10", "data.num_workers=5")
     assert (config.data.path, config.data.num_workers, config.optimizer.lr) == ("/images", 5, 0.25)
-    assert composed("train", place, "local=null", "data=cifar10").data.path != "/images"
+    assert composed("train", place, "~local", "data=cifar10").data.path != "/images"
     assert "/conf/local/" in (ROOT / ".gitignore").read_text().split()
 
 
