@@ -4,14 +4,20 @@ import re
 import subprocess
 import sys
 import tomllib
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 import yaml
 
+from configurations import composed
 from conftest import ROOT
 from consistency import __main__ as report
 from consistency.runtime.files import commit
+from consistency.training import build as training
+from consistency.training.callbacks.overfit import Overfit
 
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
 POSIX_MODULES = ("fcntl", "grp", "pwd", "resource", "termios")
@@ -102,6 +108,54 @@ def test_the_version_names_what_a_report_needs(
     assert str(commit() or "unknown") in lines["consistency"]
     assert "CPU" in lines
     assert report.installed("no-such-package") == "not installed"
+
+
+def test_presets_of_debug_are_short_and_local() -> None:
+    for name in ("fast", "overfit", "profile"):
+        config = composed("train", f"debug={name}")
+        assert config.trainer.max_steps <= 2000
+        assert list(config.logger) == ["csv"]
+        training.require_taken(config.trainer)
+        assert training.build_callbacks(training.expanded(config))
+    assert {path.stem for path in (ROOT / "conf" / "debug").glob("*.yaml")} == {
+        "fast",
+        "overfit",
+        "profile",
+    }
+
+
+def test_a_machine_has_settings_of_its_own(tmp_path: Path) -> None:
+    """They come after recipe and experiment, and before the command line."""
+    (tmp_path / "local").mkdir()
+    own = "# @package _global_\ndata: {path: /images, num_workers: 3}\noptimizer: {lr: 0.25}\n"
+    (tmp_path / "local" / "default.yaml").write_text(own)
+    place = f"hydra.searchpath=[file://{tmp_path}]"
+    config = composed("train", place, "data=cifar10", "data.num_workers=5")
+    assert (config.data.path, config.data.num_workers, config.optimizer.lr) == ("/images", 5, 0.25)
+    assert composed("train", place, "~local", "data=cifar10").data.path != "/images"
+    assert "/conf/local/" in (ROOT / ".gitignore").read_text().split()
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_overfit_trains_on_one_batch_until_the_loss_has_fallen(
+    falls: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = Overfit(share=0.5, window=4)
+    trainer: Any = SimpleNamespace(should_stop=False, global_step=0)
+    module, first = cast(Any, None), [torch.rand(2, 1, 4, 4), torch.tensor([3, 1])]
+    while trainer.global_step < 40 and not trainer.should_stop:
+        batch = [torch.rand(2, 1, 4, 4), torch.tensor([0, 0])]
+        if trainer.global_step == 0:
+            batch = [tensor.clone() for tensor in first]
+        callback.on_train_batch_start(trainer, module, batch, 0)
+        assert all(map(torch.equal, batch, first))
+        loss = torch.tensor(0.9**trainer.global_step if falls else 1.0)
+        callback.on_train_batch_end(trainer, module, {"loss": loss})
+        trainer.global_step += 1
+    callback.on_train_end(trainer, module)
+    # The means of windows of 4 fall by 0.9^4 = 0.66: the third is the first below a half.
+    assert trainer.global_step == (12 if falls else 40)
+    assert ("still above" in capsys.readouterr().out) != falls
 
 
 def imported(modules: list[str], first: str = "") -> None:

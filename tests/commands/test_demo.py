@@ -31,6 +31,7 @@ from consistency.errors import UserError
 from tiny_models import tiny_adm, tiny_card
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+PATIENCE = 120_000  # milliseconds that a page may take on a busy machine
 
 
 NAME = "run"
@@ -294,6 +295,8 @@ def test_a_person_draws_samples_and_inpaints(address: str, tmp_path: Path) -> No
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
         tab = browser.new_page(viewport={"width": 1100, "height": 1000})
+        tab.set_default_timeout(PATIENCE)
+        playwright.expect.set_options(timeout=PATIENCE)
         asked: list[str] = []
         tab.on("request", lambda request: asked.append(request.url))
         tab.goto(address)

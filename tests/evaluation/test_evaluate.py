@@ -20,7 +20,7 @@ from conftest import REPORT, Run
 from consistency.checkpoints import ours
 from consistency.checkpoints.load import load
 from consistency.commands import evaluate
-from consistency.evaluation.metrics import Clock
+from consistency.evaluation.metrics import Clock, Measure
 from consistency.inference.generate import Numbered
 from inception import write_random_inception
 
@@ -70,7 +70,7 @@ def test_every_sampler_and_every_set_of_weights_is_measured(
     assert f"quality/frechet_classifier/twostep/{next(iter(averages))}" in row
 
 
-class Brightness:
+class Brightness(Measure):
     """The mean of samples in the place of a measure, which takes seconds to set up."""
 
     def __init__(self) -> None:

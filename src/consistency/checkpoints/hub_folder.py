@@ -111,7 +111,7 @@ def metadata(hub: Any, model: Model, facts: Facts, pipeline: bool) -> Any:
         )
         for row in measured(facts.results, model.weights)
         for metric, value in row.metrics.items()
-        if not metric.endswith("_std")
+        if "_std" not in metric
     ]
     return hub.ModelCardData(
         license=facts.license,
@@ -136,7 +136,7 @@ def body(model: Model, facts: Facts, caption: str, pipeline: bool) -> str:
     channels, height, width = card.image_shape
     parameters = sum(p.numel() for p in model.denoiser.network.parameters())
     classes = f"{card.num_classes} classes" if card.num_classes else "no classes"
-    kind = f"A {ROLES[str(card.role)]} {PAPER} of images of {height}x{width} pixels and {channels} channels, "
+    kind = f"A {ROLES[str(card.role)]} ({PAPER}) of images of {channels}x{height}x{width} (channels, height, width), "
     kind += f"{classes}, {parameters:,} parameters (weights `{model.weights}`)."
     network = str(card.network["_target_"]).rpartition(".")[2]
     recipe = {"network": network, **facts.recipe}

@@ -109,9 +109,9 @@ def times_of(sampler: Sampler) -> list[float]:
     """Return the times at which a sampler asks a model, from one sample of a model of zeros."""
     times: list[float] = []
 
-    def zeros(x: Data, t: Time, label: Label = None, r: Time | None = None) -> Data:
+    def zeros(x_t: Data, t: Time, label: Label = None, **end: Time) -> Data:
         times.append(float(t[0]))
-        return 0 * x
+        return 0 * x_t
 
     sampler(zeros, lambda: torch.zeros(1, 1, 1, 1), None)
     return times
@@ -238,5 +238,5 @@ class Actions:
 
 def enlarged(picture: PILImage.Image) -> PILImage.Image:
     """Return a picture of a visible size, enlarged by a whole factor."""
-    factor = max(1, SIDE // picture.width)
+    factor = max(1, round(SIDE / picture.width))
     return ImageOps.scale(picture, factor, PILImage.Resampling.NEAREST)

@@ -53,7 +53,8 @@ def library() -> ModuleType:
 def about(model: Model) -> str:
     """Return a line on a model."""
     channels, height, width = model.shape
-    return f"{model.card.role}, weights {model.weights}, {width}x{height}, {channels} channels"
+    colours = "grey" if channels == 1 else "colour"
+    return f"{model.card.role}, weights {model.weights}, {width}x{height} {colours}"
 
 
 def blocks(actions: Actions) -> Any:
@@ -79,7 +80,7 @@ def blocks(actions: Actions) -> Any:
             return [
                 about(model),
                 gr.Dropdown([*actions.labels(chosen)], value="any"),
-                gr.Slider(1, MOST_STEPS[model.card.role], value=1, step=1),
+                gr.Slider(1, MOST_STEPS[model.card.role or "consistency"], value=1, step=1),
                 actions.times(chosen, 1),
                 gr.Radio(actions.tasks(chosen), value="inpaint"),
                 gr.Dropdown(sides, value=sides[0]),
@@ -101,7 +102,7 @@ def _sampling(gr: Any, actions: Actions, name: Any, seed: Any, label: Any) -> tu
     first = next(iter(actions.checkpoints))
     with gr.Row():
         count = gr.Slider(1, 64, 16, step=1, label="Images", elem_id="count")
-        most = MOST_STEPS[actions.model(first).card.role]
+        most = MOST_STEPS[actions.model(first).card.role or "consistency"]
         steps = gr.Slider(1, most, 1, step=1, label="Steps", elem_id="steps")
         times = gr.Textbox(
             actions.times(first, 1), label="Time points", elem_id="times", interactive=False
@@ -111,8 +112,12 @@ def _sampling(gr: Any, actions: Actions, name: Any, seed: Any, label: Any) -> tu
         before = gr.Button("Previous seed", elem_id="previous_seed")
         after = gr.Button("Next seed", elem_id="next_seed")
     with gr.Row():
-        samples = gr.Image(label="Samples", elem_id="samples", **SHOWN)
-        strip = gr.Image(label="What each step makes of the first ones", elem_id="strip", **SHOWN)
+        with gr.Column():  # a label of gradio's would cover the picture
+            gr.Markdown("Samples")
+            samples = gr.Image(elem_id="samples", show_label=False, **SHOWN)
+        with gr.Column():
+            gr.Markdown("The first ones after each step")
+            strip = gr.Image(elem_id="strip", show_label=False, **SHOWN)
     seconds = gr.Textbox(label="Time", elem_id="sample_time", interactive=False)
     given, shown = [name, count, steps, seed, label], [samples, strip, seconds]
     connect(steps.change, actions.times, [name, steps], times)
