@@ -53,8 +53,6 @@ docs: $(READY) ## build the documentation site into site/, strictly
 pictures: $(READY) ## draw the pictures of the documentation, of the runs that docs/first-run.md and docs/data.md train
 	PYTHONPATH=tests/support $(BIN)/python tests/tools/pictures.py
 
-.PHONY: docs pictures
-
 oracle: $(READY) ## train every mode on a law with exact answers, three times a minute of CPU each (40 minutes), and print the errors
 	@PYTHONPATH=tests/support $(BIN)/python tests/tools/oracle.py $(ARGS)
 
@@ -87,4 +85,4 @@ audit: $(READY) ## compare the locked packages with the known advisories, where 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: help setup train demo dashboard compare test test-slow test-kill oracle gpu mutations lint format lock audit clean
+.PHONY: help setup train demo dashboard compare test test-slow test-kill docs pictures oracle gpu mutations lint format lock audit clean
