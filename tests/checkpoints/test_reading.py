@@ -153,7 +153,7 @@ def test_released_nvlabs_networks_are_recognised() -> None:
                 if key not in free
             )
             for config in shipped.values()
-            if config["network"]["_target_"] == found["_target_"]
+            if config["network"].get("_target_") == found["_target_"]
         )
 
 

@@ -123,6 +123,7 @@ NEEDED = {
     "edit": ["checkpoint=x", "task=inpaint"],
     "prepare": ["source=x", "output=y.zip"],
     "convert": ["source=x"],
+    "dashboard": ["entity=x"],
 } | {name: ["checkpoint=x"] for name in ("sample", "evaluate", "search", "demo")}
 
 

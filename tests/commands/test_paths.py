@@ -149,7 +149,7 @@ NO_PATHS = {
     "background", "crop", "data", "device", "extractor", "float32_matmul", "host", "metric", "on_bad", "on_nonfinite", "part", "precision", "role", "split",
     "start", "tcm", "teacher_mode", "to", "weights", "init_weights", "teacher_weights", "modes", "overrides", "monitor", "project",
     "name", "dtype", "scaling", "store", "category", "subset", "images", "labels", "attention", "accelerator", "strategy",
-    "snapshots", "push", "license",
+    "snapshots", "push", "license", "axis", "entity",
 }  # fmt: skip
 """Words that options may have as texts that are no paths: what is new here is decided upon."""
 

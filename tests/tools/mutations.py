@@ -195,8 +195,8 @@ MUTATIONS = [
     Mutation(
         "the known part not given back",
         f"{SOURCE}/editing.py",
-        "return refined(imposed, x,",
-        "return refined(estimate, x,",
+        "edited = task.imposed(y, space.decoded(estimate(x_t, t, label)))",
+        "edited = space.decoded(estimate(x_t, t, label))",
     ),
     Mutation(
         "strokes forgotten where all is free",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 
 from configurations import composed
@@ -23,8 +23,9 @@ from consistency.errors import UserError
 from consistency.networks.mlp import MLP
 from consistency.objectives import DenoisingObjective
 from consistency.pairs import LognormalTimes
+from consistency.pixels import to_unit
 from consistency.preconditioning import EDM, Scalings
-from consistency.randomness import SampleNoise
+from consistency.randomness import WHOLE, SampleNoise, Share
 from consistency.runtime.devices import in_precision
 from consistency.samplers import onestep
 from consistency.schedules import square_root
@@ -43,7 +44,10 @@ BATCHES = 8
 class Images(DataModule):
     def __init__(self, batches: int) -> None:
         L.LightningDataModule.__init__(self)
-        self.num_classes, self.flip, self.batches = None, False, batches
+        self.num_classes, self.batches = None, batches
+
+    def augmented(self, images: Tensor, draw: Generator, share: Share = WHOLE) -> Tensor:
+        return to_unit(images)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         image = torch.randint(256, (8, 1, 2, 2), dtype=torch.uint8)

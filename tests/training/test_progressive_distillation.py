@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 
 from conftest import TINY, Run
@@ -19,7 +19,9 @@ from consistency.errors import UserError
 from consistency.grids import KarrasGrid
 from consistency.networks.mlp import MLP
 from consistency.objectives import ProgressiveObjective
+from consistency.pixels import to_unit
 from consistency.preconditioning import EDM
+from consistency.randomness import WHOLE, Share
 from consistency.schedules import halving
 from consistency.training.callbacks.ema import EvaluationEMA
 from consistency.training.callbacks.progressive_distillation import DistillationStages
@@ -37,7 +39,9 @@ class Images(DataModule):
     def __init__(self) -> None:
         L.LightningDataModule.__init__(self)
         self.num_classes = None
-        self.flip = False
+
+    def augmented(self, images: Tensor, draw: Generator, share: Share = WHOLE) -> Tensor:
+        return to_unit(images)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         image = torch.randint(256, (8, 1, 2, 2), dtype=torch.uint8)

@@ -42,8 +42,6 @@ class Request:
 
     denoise: the model, on `device`.
     labels: classes of the samples, as `ModelCard.labels` takes them.
-
-    Raises `UserError` if the autoencoder of a model of latents is missing, or another.
     """
 
     denoise: Denoise
@@ -52,12 +50,9 @@ class Request:
     seed: int = 0
     device: torch.device | str = "cpu"
 
-    def __post_init__(self) -> None:
-        _ = self.space
-
     @property
     def space(self) -> Space:
-        """Images to x_0 and back: the same, or the autoencoder of latents."""
+        """Images to x_0 and back: the same, or the autoencoder of latents; `UserError` if it is missing, or another."""
         latents = self.card.latents
         return ImageSpace() if latents is None else autoencoder_of(latents, self.device)
 

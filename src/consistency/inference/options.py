@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from consistency.checkpoints.load import load
 from consistency.errors import UserError, require
 from consistency.flow_samplers import UNDER_FLOW
+from consistency.inference.autoencoder import autoencoder_of
 from consistency.inference.card import EXPLODING, FLOW, TRIGFLOW
 from consistency.inference.generate import Request
 from consistency.inference.model import Model
@@ -43,6 +44,10 @@ def request_of(
         share_threads(device, processes)
         device = device if device.type == "cpu" else torch.device(device.type, rank)
     model.denoiser.to(device)
+    if model.card.latents is not None:
+        autoencoder_of(
+            model.card.latents, device
+        )  # refused before the work, if it is missing or another
     if options.get("compile"):
         compile_in_place(model.denoiser.network, options["compile"])
     denoise: Denoise = model
@@ -61,7 +66,7 @@ def fill_process(config: DictConfig, sampler: DictConfig, model: Model) -> None:
         if config.process[name] is None:
             config.process[name] = value
     node: Any = OmegaConf.to_container(sampler, resolve=False)
-    if "clip" in node and not model.card.clips:
+    if "clip" in node and model.card.latents is not None:
         sampler.clip = False
     if node.get("times") == "${process.searched}" and config.process.searched is None:
         config.process.searched = searched_times(model, config.checkpoint)
