@@ -15,6 +15,7 @@ from consistency.averaging import frozen_copy
 from consistency.data.module import DataModule, unpack_batch
 from consistency.denoiser import Denoiser
 from consistency.errors import require
+from consistency.inference.autoencoder import autoencoder_of
 from consistency.inference.card import ModelCard
 from consistency.inference.generate import Request
 from consistency.networks.edm2 import forced_normalisation
@@ -253,6 +254,8 @@ class ConsistencyModule(L.LightningModule):
         network, card = networks[weights], self.card
         before = network.training
         assert card is not None
+        if card.latents is not None:
+            autoencoder_of(card.latents, self.device)  # refused before the work
         if next(network.parameters()).device != self.device:  # an average on the host
             network = frozen_copy(network).to(self.device)
         try:
