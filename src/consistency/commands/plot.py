@@ -52,13 +52,12 @@ class Run:
 
     def hours(self, points: Points) -> Points:
         """Return points over the hours of training instead of steps; none if the run has not measured them."""
-        seconds = self.curves.get("training_seconds") or [
-            (k, 3600 * hours) for k, hours in self.curves.get("hours", ())
-        ]
-        if not seconds:
+        older = [(k, seconds / 3600) for k, seconds in self.curves.get("training_seconds", ())]
+        hours = self.curves.get("speed/hours") or older
+        if not hours:
             return []
-        steps, known = zip(*[(0.0, 0.0), *seconds], strict=True)
-        return [(float(np.interp(k, steps, known)) / 3600, value) for k, value in points]
+        steps, known = zip(*[(0.0, 0.0), *hours], strict=True)
+        return [(float(np.interp(k, steps, known)), value) for k, value in points]
 
 
 def plot(config: DictConfig, output: Path) -> None:
@@ -142,7 +141,7 @@ def _read(folder: Path, name: str, evaluations: Iterable[Path]) -> Run:
                 points[row.step] = row.metrics[metric]
     return Run(
         name=name,
-        curves={metric.rpartition("/")[2]: points for metric, points in curves.items()},
+        curves=curves,
         batch=(config.get("data") or {}).get("batch_size"),
         quality={key: sorted(points.items()) for key, points in quality.items()},
         results=tuple(results.values()),
@@ -154,7 +153,7 @@ def loss_panels(runs: list[Run]) -> list[Panel]:
     """Return a panel for each quarter of a batch by noise level."""
     levels = ("lowest", "second", "third", "highest")
     titles = {
-        f"loss_noise_quartile_{number}": f"loss, {level} quarter of the noise levels"
+        f"train/loss_noise_quartile_{number}": f"loss, {level} quarter of the noise levels"
         for number, level in enumerate(levels, start=1)
     }
     return _panels(runs, titles)
@@ -162,7 +161,10 @@ def loss_panels(runs: list[Run]) -> list[Panel]:
 
 def schedule_panels(runs: list[Run]) -> list[Panel]:
     """Return the panels of N(k) and mu(k), of the runs that have them."""
-    return _panels(runs, {"N": "number of time points N(k)", "mu": "decay of the target μ(k)"})
+    return _panels(
+        runs,
+        {"schedule/N": "number of time points N(k)", "schedule/mu": "decay of the target μ(k)"},
+    )
 
 
 def _panels(runs: list[Run], titles: Mapping[str, str]) -> list[Panel]:
