@@ -115,9 +115,13 @@ class HalvedPairs:
         t = 1 - (u * parts).floor() / parts
         return t, t - 1 / parts
 
+    def long(self, batch: int) -> int:
+        """Return the number of long jumps, the first of a batch."""
+        return int(self.bootstrap * batch)
+
     def halvings(self, u: Float[Tensor, "b"]) -> tuple[Int[Tensor, "b"], Float[Tensor, "b"]]:
         """k of each sample, and draws for the time."""
-        most, long = int(math.log2(self.steps)), int(self.bootstrap * len(u))
+        most, long = int(math.log2(self.steps)), self.long(len(u))
         place = torch.arange(len(u), device=u.device)
         if long >= most:
             k, rest = (most - 1 - place // (long // most)).clamp(min=0), u

@@ -67,7 +67,10 @@ class Objective(nn.Module):
         require(not (self.forward_mode and recomputes(network)), expected, got, remedy)
 
     def draw(self, batch: int, num_scales: Any, generator: Generator) -> tuple[Any, ...]:
-        """Return the arguments of `losses_at` between label and noise: times alone, unless a method draws more."""
+        """Return the arguments of `losses_at` between label and noise: times alone, unless a method draws more.
+
+        Of a tensor or `range` with an element for each sample, `losses_at` gets the elements of its samples.
+        """
         return (self.times(batch, generator),)
 
     def forward(
@@ -82,7 +85,7 @@ class Objective(nn.Module):
     ) -> Losses:
         batch, rows = share.parts * len(x_0), share.rows(len(x_0))
         drawn = self.draw(batch, num_scales, generator)
-        drawn = tuple(part[rows] if isinstance(part, Tensor) else part for part in drawn)
+        drawn = tuple(part[rows] if isinstance(part, Tensor | range) else part for part in drawn)
         shape, device = (batch, *x_0.shape[1:]), generator.device
         z = torch.randn(shape, generator=generator, device=device)[rows]
         networks = (online, target) if self.needs_target else (online,)

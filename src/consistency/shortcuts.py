@@ -163,10 +163,10 @@ class ShortcutObjective(Objective):
 
     def draw(
         self, batch: int, num_scales: float, generator: Generator
-    ) -> tuple[Time, Time, Bool[Tensor, "b"]]:
+    ) -> tuple[Time, Time, range, Bool[Tensor, "b"]]:
         t, r = self.pairs(batch, 0, generator)
         u = torch.rand(batch, generator=generator, device=generator.device)
-        return t, r, u < self.label_dropout
+        return t, r, range(self.pairs.long(batch)), u < self.label_dropout
 
     def losses_at(
         self,
@@ -176,19 +176,20 @@ class ShortcutObjective(Objective):
         label: Label,
         t: Time,
         r: Time,
+        long: range,
         dropped: Bool[Tensor, "b"],
         z: Data,
     ) -> Losses:
-        """The losses for given times, samples that may lose their class, and noise."""
+        """The losses for given times, the samples with long jumps, which come first, those that may lose their class, and noise."""
         x_t = rectified_flow(x_0, z, t)
         y = self.velocity(x_0, z, x_t, t, label)
-        long = ~self.shortest(t, r)
-        if bool(long.any()):
-            own = None if label is None else label[long]
-            jumps = self.two_jumps(target, x_t[long], t[long], r[long], own)
-            y = y.index_put((long,), jumps)
+        if n := len(long):
+            jumps = self.two_jumps(
+                target, x_t[:n], t[:n], r[:n], None if label is None else label[:n]
+            )
+            y = torch.cat([jumps, y[n:]])
         if label is not None and self.label_dropout > 0:
-            label = torch.where(dropped & ~long, NO_CLASS, label)
+            label = torch.where(dropped & self.shortest(t, r), NO_CLASS, label)
         return Losses(self.distance(online(x_t, t, label, r=r), y), t, r)
 
     def shortest(self, t: Time, r: Time) -> Bool[Tensor, "b"]:

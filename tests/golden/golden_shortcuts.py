@@ -226,7 +226,7 @@ def compare_shortcut_loss(part: Case, case: dict[str, Any]) -> None:
     keeps = torch.full((long,), fill_value=False)
     dropped = torch.cat([keeps, part.given("drop_draw")[others] < case["class_dropout_prob"]])
     target = ema if case["bootstrap_ema"] else online
-    losses = objective.losses_at(online, target, x_0, label, t, r, dropped, z).loss
+    losses = objective.losses_at(online, target, x_0, label, t, r, range(long), dropped, z).loss
     losses.mean().backward()
     part.compare("t", 1 - t, near.time)
     part.compare("dt_base", -(t - r).log2(), near.time)

@@ -71,7 +71,11 @@ def require_near(check: str, device: str, record_property: Any) -> None:
     script = Path(compiled.__file__)
     done = subprocess.run(
         [sys.executable, str(script), check, device, *CHECKS[check]],
-        env={**os.environ, "PYTHONPATH": compiled.PATHS},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([compiled.PATHS, *sys.path]),
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # which trainer.deterministic demands on a GPU
+        },
         cwd=ROOT,
         capture_output=True,
         text=True,

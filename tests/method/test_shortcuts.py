@@ -157,7 +157,7 @@ def test_the_exact_average_velocity_is_its_own_target() -> None:
     for steps, near in ((8, 1.0), (512, 0.02)):
         loss = shortcut(steps=steps, velocity=Marginal())
         t, r = loss.pairs.at(torch.linspace(0, 0.999, 16, dtype=DOUBLE))
-        losses = loss.losses_at(exact, exact, x_0, None, t, r, NOBODY, z).loss
+        losses = loss.losses_at(exact, exact, x_0, None, t, r, range(8), NOBODY, z).loss
         assert float(losses[:8].max()) < 1e-25
         assert 0 < float(losses[8:].max()) ** 0.5 < near
 
@@ -166,7 +166,7 @@ def test_the_target_is_the_mean_of_two_jumps_and_takes_no_gradient() -> None:
     x_0, z, _, _ = batch()
     online, average, loss = network(), network(seed=1), shortcut(clip=0.7)
     t, r = loss.pairs.at(torch.linspace(0, 0.999, 16, dtype=DOUBLE))
-    losses = loss.losses_at(online, average, x_0, None, t, r, NOBODY, z).loss
+    losses = loss.losses_at(online, average, x_0, None, t, r, range(8), NOBODY, z).loss
     x_t, s = rectified_flow(x_0, z, t), (t + r) / 2
     first = average(x_t, t, r=s)
     second = average((x_t - broadcast_time(t - s, z) * first).clamp(-0.7, 0.7), s, r=r)
@@ -190,7 +190,7 @@ def test_the_shortest_jumps_alone_are_guided_and_lose_classes() -> None:
 
     x_0, label = torch.zeros(4, 1, 1, 1), torch.tensor([3, 4, 5, 6])
     dropped = torch.tensor([True, True, True, False])
-    losses = loss.losses_at(online, Classes(), x_0, label, t, r, dropped, x_0).loss
+    losses = loss.losses_at(online, Classes(), x_0, label, t, r, range(2), dropped, x_0).loss
     assert seen[0].tolist() == [3, 4, -1, 6]
     # The jump of 1 has two of 1/2 for target, of class 3; that of 1/2 two of 1/4, guided: -1 + 2 (4 + 1).
     assert losses.tolist() == [9.0, 81.0, 0.0, 0.0]
@@ -220,9 +220,9 @@ def test_a_part_of_a_batch_has_the_rows_of_the_whole() -> None:
     draw = partial(Generator().manual_seed, 0)
     for loss, k in ((alphaflow(), 0.5), (shortcut(), 0)):
         whole = loss(online, online, x_0, label, k, draw())
-        for number in (0, 1):
-            rows = slice(8 * number, 8 * number + 8)
-            part = loss(online, online, x_0[rows], label[rows], k, draw(), Share(number, 2))
+        for number in range(4):
+            rows = slice(4 * number, 4 * number + 4)
+            part = loss(online, online, x_0[rows], label[rows], k, draw(), Share(number, 4))
             assert torch.equal(part.t, whole.t[rows])
             assert torch.allclose(part.loss, whole.loss[rows])
 

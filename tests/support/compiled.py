@@ -43,14 +43,16 @@ LAW_STEPS = 64
 def placed(network: nn.Module, device: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Move a network to a device and precision, its channels last; it takes and returns float32 on the CPU as before."""
 
-    def moved(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        there = (x.to(device) if isinstance(x, Tensor) else x for x in inputs)
-        return tuple(
-            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in there
-        )
+    def there(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(device, dtype if x.is_floating_point() else x.dtype)
+
+    def moved(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return tuple(map(there, inputs)), {name: there(x) for name, x in named.items()}
 
     network.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    network.register_forward_pre_hook(moved)
+    network.register_forward_pre_hook(moved, with_kwargs=True)
     network.register_forward_hook(lambda module, inputs, output: output.float().cpu())
     return network
 
@@ -155,12 +157,12 @@ def law(device: str, mode: str = "ct") -> None:
 def resume(device: str) -> None:
     """Compare a compiled run of four steps, with dropout, with one that was resumed after two: the same bits."""
     with tempfile.TemporaryDirectory() as folder:
-        given = ["compile=true", "mode.total_steps=4"]
+        given = ["compile=true", "mode.total_steps=4", "trainer.deterministic=true"]
         whole = trained(device, "ct", Path(folder) / "whole", *given, "trainer.max_steps=4")
         part = Path(folder) / "part"
         trained(device, "ct", part, *given, "trainer.max_steps=2")
         torch._dynamo.reset()
-        resumed = trained(device, "ct", part, f"resume={part}", "trainer.max_steps=4")
+        resumed = trained(device, "ct", part, *given, f"resume={part}", "trainer.max_steps=4")
         print(f"resumed: weights {apart(whole, resumed):.1e} apart")
         assert apart(whole, resumed) == 0
 

@@ -1,7 +1,8 @@
 """Check and measure on a GPU: `python tests/tools/gpu.py [option of benchmark.py ...]`, within about eight minutes.
 
-Run the tests marked `gpu`, then the training step of two networks in three modes beside the plain loop. Write gpu.json and
-gpu.md below runs/gpu and print the table. Without a GPU print one line and end with 0: nothing failed, nothing was measured.
+Run the tests marked `gpu`, then the training step of two networks in three modes beside the plain loop, in TF32, and of the
+larger one in bfloat16. Write gpu.json and gpu.md below runs/gpu and print the table. Without a GPU print one line and end
+with 0: nothing failed, nothing was measured.
 """
 
 import json
@@ -31,7 +32,16 @@ NETWORKS = {
 # Beside the recipes: no weights to download, and float32 unless the command line says otherwise.
 MODES = {"ct": ["init=null", "mode.distance=l2"], "cd": ["mode.distance=l2"], "ect": ["init=null"]}
 PLAIN = ["trainer.precision=32-true", "scaler=null", "model.network.dropout=0.0"]
-WINDOWS = ["part=train", "baseline=plain", "images=512", "windows=3", "seconds=1.5", "logger=none"]
+WINDOWS = ["part=train", "images=512", "windows=3", "seconds=1.5", "logger=none"]
+ROWS: dict[str, tuple[str, str, list[str]]] = {
+    f"{network} {mode}": (network, mode, ["baseline=plain"])
+    for mode in MODES
+    for network in NETWORKS
+}
+for name, compilation in (("bf16", "false"), ("bf16 compiled", "true")):
+    half = ["trainer.precision=bf16-mixed", f"compile={compilation}"]
+    ROWS[f"adm_imagenet64 ect {name}"] = ("adm_imagenet64", "ect", half)
+"""Network, mode and further options of each row of the table."""
 MISSING = "not measured"
 
 
@@ -46,7 +56,7 @@ def random_teacher(options: list[str], path: Path) -> None:
 
 
 def measured(network: str, mode: str, given: list[str], seconds: float) -> dict[str, Any]:
-    """Return the benchmark of a pair, or the reason why there is none."""
+    """Return the benchmark of a row, or the reason why there is none."""
     data, batch = NETWORKS[network]
     options = [data, f"model={network}", f"mode={mode}", batch, *MODES[mode], *PLAIN, *WINDOWS]
     options += given
@@ -55,7 +65,7 @@ def measured(network: str, mode: str, given: list[str], seconds: float) -> dict[
         if not teacher.is_file():
             random_teacher([data, f"model={network}"], teacher)
         options += [f"teacher={teacher}", "teacher_weights=online"]
-    output = FOLDER / network / f"{mode}_{int(time.time())}"
+    output = FOLDER / network / f"{mode}_{time.time_ns()}"
     command = [sys.executable, str(ROOT / "src" / "benchmark.py"), *options, f"output={output}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
@@ -68,9 +78,12 @@ def measured(network: str, mode: str, given: list[str], seconds: float) -> dict[
 
 
 def tested() -> dict[str, Any]:
-    """Run the tests that need a GPU; return their status and last line."""
+    """Run the tests that need a GPU, several at a time; return their status and last line."""
     began = time.monotonic()
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    command += ["-p", "no:benchmark"]  # which warns beside several processes, where it is there
+    command += ["--numprocesses", "auto", "--maxprocesses", "6", *map(str, files)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     print(done.stdout, flush=True)
     last = (done.stdout.strip().splitlines() or [""])[-1]
@@ -104,11 +117,11 @@ def main(given: list[str]) -> int:
         print("not measured: this machine has no GPU that torch can use")
         return 0
     began, tests = time.monotonic(), tested()
-    results = {
-        f"{network} {mode}": measured(network, mode, given, began + SECONDS - time.monotonic())
-        for mode in MODES
-        for network in NETWORKS
-    }
+    results = {}
+    for row, (network, mode, options) in ROWS.items():
+        left = began + SECONDS - time.monotonic()
+        results[row] = measured(network, mode, options + given, left)
+        print(table({row: results[row]}), flush=True)
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     content = {"gpus": names, "torch": torch.__version__, "tests": tests, "benchmarks": results}
     FOLDER.mkdir(parents=True, exist_ok=True)
