@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import torch
 
 from consistency.training.module import ConsistencyModule
 
@@ -31,4 +32,5 @@ class LearningRateSchedule(L.Callback):
         for group in groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.factor(module.k)
         if module.logs_this_step:
-            module.log("schedule/learning_rate", groups[0]["lr"])
+            # A tensor, as Lightning would wait for the device to send a number there.
+            module.log("schedule/learning_rate", torch.tensor(float(groups[0]["lr"])))
