@@ -276,7 +276,7 @@ def test_a_monitor_is_one_of_the_run_s_own_metrics() -> None:
     for monitor in monitors:
         measured.callbacks.checkpoint.monitor = monitor
         sweeps.require_monitor(measured)
-    wrong = ("loss", "quality/fid/nine_steps/ema", "quality/frechet_classifier/one_step/online")
+    wrong = ("loss", "quality/fid/one_step/ema", "quality/frechet_classifier/nine_steps/ema", "quality/frechet_classifier/one_step/online")  # fmt: skip
     for monitor in wrong:
         measured.callbacks.checkpoint.monitor = monitor
         with pytest.raises(UserError, match="monitor among"):
@@ -296,3 +296,39 @@ def test_every_search_composes_with_what_it_varies(name: str) -> None:
         assert OmegaConf.select(config, key) is not None
     sweeps.require_monitor(config)
     assert config.callbacks.evaluation
+
+
+def test_a_monitor_is_searched_in_the_direction_in_which_it_improves() -> None:
+    """best.ckpt and the value of a run follow the same sign."""
+    measured = composed("train", "evaluation@callbacks.evaluation=classifier")
+    for monitor, right, wrong in (
+        ("quality/precision_classifier/one_step/ema", "maximize", "Direction.minimize"),
+        ("quality/kernel_classifier/one_step/ema", "Direction.minimize", "maximize"),
+        ("auto", "minimize", "maximize"),
+    ):
+        measured.callbacks.checkpoint.monitor = monitor
+        OmegaConf.update(measured, "hydra.sweeper.direction", right, force_add=True)
+        sweeps.require_monitor(measured)
+        measured.hydra.sweeper.direction = wrong
+        with pytest.raises(UserError, match=f"direction={right.rpartition('.')[2]} for"):
+            sweeps.require_monitor(measured)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_optuna_itself_refuses_is_one_message(
+    verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here a search whose trials have all failed, in memory and in a file."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+
+    def fails(verb: str, main: Any, config: Any) -> float:
+        raise UserError("a file", "none", "give one")
+
+    monkeypatch.setattr(cli, "perform", fails)
+    for number, storage in enumerate(("null", f"sqlite:///{tmp_path / 'trials.db'}")):
+        search = ["search=optuna_digits", "hydra.sweeper.n_trials=1", f"hydra.sweeper.storage={storage}"]  # fmt: skip
+        outcome = verb("train", *search, f"output={tmp_path / str(number)}")
+        assert outcome.status == 2
+        assert "expected a search that optuna can finish" in outcome.err
+        assert "Traceback" not in outcome.err
+        assert "do: give one" in outcome.err

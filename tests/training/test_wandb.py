@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, TINY, Run
 from consistency.checkpoints.ours import read
 from consistency.errors import UserError
-from consistency.evaluation.extractors import PUBLISHED
+from consistency.evaluation.results import PUBLISHED
 from consistency.training.loggers import PatientWandbLogger
 from wandb_files import as_documented, contents, documented, names, records
 
