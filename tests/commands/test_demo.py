@@ -28,6 +28,7 @@ from consistency.checkpoints.load import load
 from consistency.commands import demo, page, schema
 from consistency.commands.demo import BLANK, Actions, checkpoints_at, mask_of, times_of
 from consistency.errors import UserError
+from consistency.inference import plots
 from tiny_models import tiny_adm, tiny_card
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -101,6 +102,38 @@ def test_strokes_and_noise_are_edited_as_by_the_command(
         cell = (picture.width - 2) // 8
         found = np.asarray(picture.convert("L"))[cell // 2 :: cell, cell // 2 :: cell][:8, :8]
         assert (np.abs(found.astype(int) - given).mean() < 4) == near
+
+
+def test_images_are_interpolated_as_by_the_command(
+    verb: Run, trained: dict[str, Path], photo: Path, tmp_path: Path
+) -> None:
+    """Between two images with a teacher, or without images between drawn noises, the frames in one row."""
+    ends = tmp_path / "ends"
+    ends.mkdir()
+    files = [str(ends / name) for name in ("a.png", "b.png")]
+    for file, turn in zip(files, (0, 90), strict=True):
+        Image.open(photo).rotate(turn).save(file)
+    actions = Actions({NAME: trained["ect"], "denoiser": trained["edm"]}, load, ends)
+    few = {"task": "interpolate", "checkpoint": trained["ect"], "teacher": trained["edm"], "outputs": 1, "labels": 3}  # fmt: skip
+    for given, teacher, option in (
+        (files, "denoiser", [f"input={ends}"]),
+        ([None, None], None, []),
+    ):
+        output = tmp_path / f"out_{len(option)}"
+        line = [f"{name}={value}" for name, value in few.items()]
+        assert verb("edit", *line, *option, f"output={output}").status == 0
+        with np.load(output / "edited.npz") as arrays:
+            frames = torch.from_numpy(arrays["arr_0"][0]).movedim(-1, 1)
+        picture, said = actions.edit(NAME, "interpolate", given[0], BLANK, 2, 0.5, 4, 0, "3", given[1], teacher)  # fmt: skip
+        assert np.array_equal(np.asarray(picture), np.asarray(demo.enlarged(plots.grid(frames, 9))))
+        assert said.endswith("9 images")
+    for second, teacher, hint in (
+        (None, "denoiser", "an image to edit"),
+        (files[1], None, "a teacher"),
+        (files[1], NAME, "a teacher"),
+    ):
+        with pytest.raises(UserError, match=hint):
+            actions.edit(NAME, "interpolate", files[0], BLANK, 2, 0.5, 4, 0, "3", second, teacher)
 
 
 def test_a_folder_of_runs_offers_each(trained: dict[str, Path], tmp_path: Path) -> None:
@@ -266,7 +299,7 @@ def address(trained: dict[str, Path]) -> Iterator[str]:
     pytest.importorskip("gradio")
     server = subprocess.Popen(
         [sys.executable, "-u", str(ROOT / "src" / "demo.py"), f"checkpoint={trained['ect']}",
-         "port=0", "upload_megabytes=1"],
+         f"teacher={trained['edm']}", "port=0", "upload_megabytes=1"],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -359,6 +392,11 @@ def test_a_person_draws_samples_and_inpaints(address: str, tmp_path: Path) -> No
         shown("#edited", "#edit")
         tab.get_by_label("superres", exact=True).click()
         shown("#edited", "#edit")
+        tab.get_by_label("interpolate", exact=True).click()
+        tab.locator("#second input[type=file]").set_input_files(given)
+        tab.locator("#second img").wait_for()
+        shown("#edited", "#edit")
+        said("#edit_time", 9)
         browser.close()
     assert all(url.startswith((address, "data:", "blob:")) for url in asked), asked
 

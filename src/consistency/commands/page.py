@@ -17,6 +17,7 @@ LEVEL = 0.5  # noise that is removed at first, as in conf/task/denoise.yaml
 # Settings of a picture: without the default button that sends it to a public place.
 SHOWN = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
 TALL = {"height": 420}
+HIDDEN = {"visible": False}
 UPLOADED = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"]}
 # Files painter.<suffix> beside this one, by gradio's name for their content.
 PAINTER = {"html_template": "html", "css_template": "css", "js_on_load": "js"}
@@ -150,15 +151,29 @@ def _editing(gr: Any, actions: Actions, name: Any, seed: Any, label: Any) -> tup
         patch = gr.Dropdown(sides, value=sides[0], label="Patch (superres)", elem_id="patch")
         level = gr.Slider(0.05, 5, LEVEL, label="Noise in the image (denoise)", elem_id="level")
         outputs = gr.Slider(1, 16, 4, step=1, label="Results", elem_id="outputs")
+        names = [*actions.checkpoints]
+        teacher = gr.Dropdown(
+            names, value=names[-1], label="Teacher (interpolate)", elem_id="teacher", **HIDDEN
+        )
     with gr.Row():
         photo = gr.Image(label="Image", elem_id="photo", **UPLOADED, **TALL)
         blank = actions.choose(first, None)
         painter = gr.HTML(blank, elem_id="painter", container=True, **painting)
+        second = gr.Image(
+            label="Second image (interpolate)", elem_id="second", **UPLOADED, **TALL, **HIDDEN
+        )
         edited = gr.Image(label="Results", elem_id="edited", **SHOWN, **TALL)
     change = gr.Button("Edit", variant="primary", elem_id="edit")
     seconds = gr.Textbox(label="Time", elem_id="edit_time", interactive=False)
-    inputs = [name, task, photo, painter, patch, level, outputs, seed, label]
+    inputs = [name, task, photo, painter, patch, level, outputs, seed, label, second, teacher]
+
+    def offered(chosen: str) -> list[Any]:
+        """Show what interpolation alone needs."""
+        shown = {"visible": chosen == "interpolate"}
+        return [gr.Image(**shown), gr.Dropdown(**shown)]
+
     connect(photo.change, actions.choose, [name, photo], painter)
+    connect(task.change, offered, task, [second, teacher])
     connect(change.click, actions.edit, inputs, [edited, seconds])
     return task, patch, photo, painter
 
