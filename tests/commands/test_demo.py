@@ -397,6 +397,13 @@ def test_a_person_draws_samples_and_inpaints(address: str, tmp_path: Path) -> No
         tab.locator("#second img").wait_for()
         shown("#edited", "#edit")
         said("#edit_time", 9)
+        tab.screenshot(path=picture_path(tmp_path, "interpolate"), full_page=True)
+        tab.set_viewport_size({"width": 360, "height": 740})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+        tab.locator("#checkpoint input").click()
+        tab.get_by_role("option", name=re.compile("edm")).click()
+        playwright.expect(tab.locator("#about")).to_contain_text("teacher")
+        playwright.expect(tab.locator("#second")).to_be_hidden()
         browser.close()
     assert all(url.startswith((address, "data:", "blob:")) for url in asked), asked
 
