@@ -107,26 +107,25 @@ def test_strokes_and_noise_are_edited_as_by_the_command(
 def test_images_are_interpolated_as_by_the_command(
     verb: Run, trained: dict[str, Path], photo: Path, tmp_path: Path
 ) -> None:
-    """Between two images with a teacher, or without images between drawn noises, the frames in one row."""
-    ends = tmp_path / "ends"
+    """Between two images with a teacher; without images the ends are the first samples. The frames stand in one row."""
+    ends, output = tmp_path / "ends", tmp_path / "out"
     ends.mkdir()
     files = [str(ends / name) for name in ("a.png", "b.png")]
     for file, turn in zip(files, (0, 90), strict=True):
         Image.open(photo).rotate(turn).save(file)
     actions = Actions({NAME: trained["ect"], "denoiser": trained["edm"]}, load, ends)
-    few = {"task": "interpolate", "checkpoint": trained["ect"], "teacher": trained["edm"], "outputs": 1, "labels": 3}  # fmt: skip
-    for given, teacher, option in (
-        (files, "denoiser", [f"input={ends}"]),
-        ([None, None], None, []),
-    ):
-        output = tmp_path / f"out_{len(option)}"
-        line = [f"{name}={value}" for name, value in few.items()]
-        assert verb("edit", *line, *option, f"output={output}").status == 0
-        with np.load(output / "edited.npz") as arrays:
-            frames = torch.from_numpy(arrays["arr_0"][0]).movedim(-1, 1)
-        picture, said = actions.edit(NAME, "interpolate", given[0], BLANK, 2, 0.5, 4, 0, "3", given[1], teacher)  # fmt: skip
-        assert np.array_equal(np.asarray(picture), np.asarray(demo.enlarged(plots.grid(frames, 9))))
-        assert said.endswith("9 images")
+    given = {"checkpoint": trained["ect"], "teacher": trained["edm"], "input": ends, "labels": 3}
+    line = [f"{name}={value}" for name, value in given.items()]
+    assert verb("edit", "task=interpolate", *line, f"output={output}").status == 0
+    with np.load(output / "edited.npz") as arrays:
+        frames = torch.from_numpy(arrays["arr_0"][0]).movedim(-1, 1)
+    picture, said = actions.edit(NAME, "interpolate", files[0], BLANK, 2, 0.5, 4, 0, "3", files[1], "denoiser")  # fmt: skip
+    assert np.array_equal(picture, demo.enlarged(plots.grid(frames, 9)))
+    assert said.endswith("9 images")
+    model = actions.model(NAME)
+    (drawn,) = model.interpolate(frames=3, labels=3)
+    assert torch.equal(drawn[[0, 2]], model.sample(2, labels=3))
+    assert actions.edit(NAME, "interpolate", None, BLANK, 2, 0.5, 4, 0, "3")[1].endswith("9 images")
     for second, teacher, hint in (
         (None, "denoiser", "an image to edit"),
         (files[1], None, "a teacher"),
@@ -165,11 +164,13 @@ def test_steps_are_shown_with_their_time_points(trained: dict[str, Path], tmp_pa
     samples, strip, said = actions.sample(NAME, 5, 3, 7, "3")
     assert re.fullmatch(r"[\d.]+ ms an image, 5 images", said)
     assert strip.width > strip.height * 3 / 5  # three columns of four samples
-    assert np.array_equal(*(np.asarray(actions.sample(NAME, 5, 3, 7, "3")[0]), np.asarray(samples)))
+    again, empty, zero = (actions.sample(NAME, 5, 3, seed, "3")[0] for seed in (7, None, 0))
+    assert np.array_equal(again, samples) and np.array_equal(empty, zero)
 
 
 def test_seeds_are_stepped() -> None:
     assert (page.next_seed(4), page.previous_seed(4), page.previous_seed(0)) == (5, 3, 0)
+    assert (page.next_seed(None), page.previous_seed(None)) == (1, 0)  # of an empty field
 
 
 @pytest.mark.slow

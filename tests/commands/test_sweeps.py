@@ -222,6 +222,8 @@ def test_folders_are_named_by_what_varies(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_options_of_one_value_do_not_vary() -> None:
     given = ["-m", "seed=3", "optimizer.lr=1e-3,2e-3", "~callbacks.curves", "mode=choice(ct,ect)", "data.path='a,b'"]  # fmt: skip
     assert sweeps.fixed(given) == ["seed=3", "~callbacks.curves", "data.path='a,b'"]
+    assert sweeps.first(given) == ["optimizer.lr=0.001", "mode=ct"]
+    assert sweeps.first(["optimizer.lr=interval(1,2)", "+a@b=range(3,5)"]) == ["+a@b=3"]
 
 
 def test_the_table_has_every_job_once_and_the_best_first(tmp_path: Path) -> None:
@@ -268,6 +270,15 @@ def test_a_monitor_that_nothing_logs_is_refused_before_the_first_job(
     assert outcome.status == 2
     assert outcome.err.count("callbacks.checkpoint.monitor among train/loss") == 1
     assert "job 0" not in outcome.err and not sweep.exists()
+
+
+def test_a_monitor_is_one_of_the_first_job(verb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data and mode decide which metrics there are, and may be what varies."""
+    seen: list[str] = []
+    monkeypatch.setattr(cli, "perform", lambda verb, main, config: seen.append(config.mode.role))
+    given = ["mode=edm,ct", "data=digits", "callbacks.checkpoint.monitor=quality/frechet_classifier/heun/ema"]  # fmt: skip
+    assert verb("train", "-m", *given).status == 0
+    assert seen == ["teacher", "consistency"]
 
 
 def test_a_monitor_is_one_of_the_run_s_own_metrics() -> None:

@@ -64,7 +64,8 @@ def run(verb: str, main: Main) -> None:
         if is_sweep(sys.argv[1:]):
             options = sweeps.fixed(sys.argv[1:])
             if verb == "train":  # before the first run, not at its end
-                sweeps.require_monitor(_compose(options, verb))
+                first = [*options, *sweeps.first(sys.argv[1:])]
+                sweeps.require_monitor(_compose(first, verb))
             if options:  # which stand together for argparse
                 sys.argv.insert(sys.argv.index(options[0]), sweeps.excluding(options))
         launch = this_launch()

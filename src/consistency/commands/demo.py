@@ -155,13 +155,15 @@ class Actions:
         self,
         name: str,
         draw: Callable[..., Tensor],
-        seed: float,
+        seed: float | None,
         label: str,
         columns: int | None = None,
     ) -> tuple[PILImage.Image, str]:
         """Return the images as one picture of a visible size, and a line on the time of an image."""
         model, start = self.model(name), time.perf_counter()
-        images = draw(seed=int(seed), labels=self.labels(name)[label]).reshape(-1, *model.shape)
+        images = draw(seed=page.whole(seed), labels=self.labels(name)[label]).reshape(
+            -1, *model.shape
+        )
         each = (time.perf_counter() - start) / len(images)
         picture = plots.grid(images, columns or plots.columns_for(len(images)))
         return enlarged(picture), f"{1000 * each:.1f} ms an image, {len(images)} images"
@@ -171,7 +173,7 @@ class Actions:
         return ", ".join(f"{t:.3g}" for t in times_of(self.model(name).card.sampler(int(steps))))
 
     def sample(
-        self, name: str, count: float, steps: float, seed: float, label: str
+        self, name: str, count: float, steps: float, seed: float | None, label: str
     ) -> tuple[PILImage.Image, PILImage.Image, str]:
         """Draw samples; return them, the estimates of the first ones at every step, and the time."""
         model = self.model(name)
@@ -179,7 +181,11 @@ class Actions:
         shown, line = self.timed(name, draw, seed, label)
         labels = self.labels(name)[label]
         request = Request(
-            denoise=model, card=model.card, labels=labels, seed=int(seed), device=model.device
+            denoise=model,
+            card=model.card,
+            labels=labels,
+            seed=page.whole(seed),
+            device=model.device,
         )
         estimates = trajectory(request, model.card.sampler(int(steps)), min(STRIP, int(count)))
         step = -(-len(estimates) // plots.MOST_COLUMNS)
@@ -219,7 +225,7 @@ class Actions:
         patch: float,
         level: float,
         outputs: float,
-        seed: float,
+        seed: float | None,
         label: str,
         second: str | None = None,
         teacher: str | None = None,
@@ -255,7 +261,7 @@ class Actions:
         photo: str | None,
         second: str | None,
         teacher: str | None,
-        seed: float,
+        seed: float | None,
         label: str,
     ) -> tuple[PILImage.Image, str]:
         """Draw the frames from an uploaded image to another in one row; without images between drawn noises."""

@@ -33,7 +33,7 @@ class Actions(Protocol):
     def tasks(self, name: str) -> list[str]: ...
     def times(self, name: str, steps: float) -> str: ...
     def sample(
-        self, name: str, count: float, steps: float, seed: float, label: str
+        self, name: str, count: float, steps: float, seed: float | None, label: str
     ) -> tuple[PILImage.Image, PILImage.Image, str]: ...
     def choose(self, name: str, photo: str | None) -> dict[str, str]: ...
     @property
@@ -129,14 +129,19 @@ def _sampling(gr: Any, actions: Actions, name: Any, seed: Any, label: Any) -> tu
     return steps, times
 
 
-def previous_seed(seed: float) -> int:
+def whole(seed: float | None) -> int:
+    """Return the seed in its field, 0 for an empty one."""
+    return int(seed or 0)
+
+
+def previous_seed(seed: float | None) -> int:
     """Step back, not below 0."""
-    return max(0, int(seed) - 1)
+    return max(0, whole(seed) - 1)
 
 
-def next_seed(seed: float) -> int:
+def next_seed(seed: float | None) -> int:
     """Step on."""
-    return int(seed) + 1
+    return whole(seed) + 1
 
 
 def _editing(gr: Any, actions: Actions, name: Any, seed: Any, label: Any) -> tuple[Any, ...]:

@@ -8,13 +8,14 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.commands import schema
@@ -34,11 +35,18 @@ Row = dict[str, str]
 
 def fixed(arguments: Sequence[str]) -> list[str]:
     """Return the options of a sweep's command line that it does not vary."""
+    return [option for option, parsed in _parsed(arguments) if not parsed.is_sweep_override()]
+
+
+def first(arguments: Sequence[str]) -> list[str]:
+    """Return the options that a sweep varies, with the values of its first job; none of an interval, whose value is drawn."""
+    varied = [parsed for _, parsed in _parsed(arguments) if parsed.is_discrete_sweep()]
+    return [f"{o.get_key_element()}={next(o.sweep_string_iterator())}" for o in varied]
+
+
+def _parsed(arguments: Sequence[str]) -> Iterator[tuple[str, Override]]:
     options = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
-    parsed = OverridesParser.create().parse_overrides(options)
-    return [
-        o for o, override in zip(options, parsed, strict=True) if not override.is_sweep_override()
-    ]
+    yield from zip(options, OverridesParser.create().parse_overrides(options), strict=True)
 
 
 def excluding(options: Sequence[str]) -> str:
