@@ -105,9 +105,14 @@ def test_strokes_and_noise_are_edited_as_by_the_command(
 
 
 def test_images_are_interpolated_as_by_the_command(
-    verb: Run, trained: dict[str, Path], photo: Path, tmp_path: Path
+    verb: Run,
+    trained: dict[str, Path],
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Between two images with a teacher; without images the ends are the first samples. The frames stand in one row."""
+    """Between two images with a teacher; without images the ends are the first samples."""
+    monkeypatch.setattr(demo.ARC, "steps", 4)
     ends, output = tmp_path / "ends", tmp_path / "out"
     ends.mkdir()
     files = [str(ends / name) for name in ("a.png", "b.png")]
@@ -116,11 +121,11 @@ def test_images_are_interpolated_as_by_the_command(
     actions = Actions({NAME: trained["ect"], "denoiser": trained["edm"]}, load, ends)
     given = {"checkpoint": trained["ect"], "teacher": trained["edm"], "input": ends, "labels": 3}
     line = [f"{name}={value}" for name, value in given.items()]
-    assert verb("edit", "task=interpolate", *line, f"output={output}").status == 0
+    assert verb("edit", "task=interpolate", "task.steps=4", *line, f"output={output}").status == 0
     with np.load(output / "edited.npz") as arrays:
         frames = torch.from_numpy(arrays["arr_0"][0]).movedim(-1, 1)
     picture, said = actions.edit(NAME, "interpolate", files[0], BLANK, 2, 0.5, 4, 0, "3", files[1], "denoiser")  # fmt: skip
-    assert np.array_equal(picture, demo.enlarged(plots.grid(frames, 9)))
+    assert np.array_equal(picture, demo.enlarged(plots.grid(frames, 3)))
     assert said.endswith("9 images")
     model = actions.model(NAME)
     (drawn,) = model.interpolate(frames=3, labels=3)

@@ -59,7 +59,7 @@ def demo(config: DictConfig, output: Path) -> None:
     device = chosen_device(config.device)
 
     def read(checkpoint: Path) -> Model:
-        role = "teacher" if checkpoint in teachers.values() else config.role
+        role: Any = "teacher" if checkpoint in teachers.values() else config.role
         model = load(checkpoint, role, weights=config.weights, autoencoder=config.autoencoder)
         model.denoiser.to(device)
         return model
@@ -152,12 +152,7 @@ class Actions:
         return {"any": None, **{text: index for index, text in enumerate(names)}}
 
     def timed(
-        self,
-        name: str,
-        draw: Callable[..., Tensor],
-        seed: float | None,
-        label: str,
-        columns: int | None = None,
+        self, name: str, draw: Callable[..., Tensor], seed: float | None, label: str
     ) -> tuple[PILImage.Image, str]:
         """Return the images as one picture of a visible size, and a line on the time of an image."""
         model, start = self.model(name), time.perf_counter()
@@ -165,7 +160,7 @@ class Actions:
             -1, *model.shape
         )
         each = (time.perf_counter() - start) / len(images)
-        picture = plots.grid(images, columns or plots.columns_for(len(images)))
+        picture = plots.grid(images, plots.columns_for(len(images)))
         return enlarged(picture), f"{1000 * each:.1f} ms an image, {len(images)} images"
 
     def times(self, name: str, steps: float) -> str:
@@ -264,13 +259,13 @@ class Actions:
         seed: float | None,
         label: str,
     ) -> tuple[PILImage.Image, str]:
-        """Draw the frames from an uploaded image to another in one row; without images between drawn noises."""
+        """Draw the frames from an uploaded image to another, row by row; without images between drawn noises."""
         ends: list[Any] = [None, None]
         if photo is not None or second is not None:
             images = torch.stack([self.read(name, end) for end in (photo, second)])
             ends = [images, None if teacher is None else self.model(teacher)]
         draw = partial(self.model(name).interpolate, *ends, frames=ARC.frames, steps=ARC.steps)
-        return self.timed(name, draw, seed, label, ARC.frames)
+        return self.timed(name, draw, seed, label)
 
 
 def enlarged(picture: PILImage.Image) -> PILImage.Image:
