@@ -100,8 +100,9 @@ def run(verb: str, main: Main) -> None:
 
 def of_optuna(error: Exception) -> bool:
     """Return whether optuna itself raised an error, as without one trial that has a value; no error of a job passes it."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(frame.f_globals["__name__"].partition(".")[0] == "optuna" for frame in frames)
+    frames = traceback.walk_tb(error.__traceback__)
+    names = (str(frame.f_globals.get("__name__")) for frame, _ in frames)
+    return any(name.partition(".")[0] == "optuna" for name in names)
 
 
 def _way_on(verb: str) -> str:

@@ -129,11 +129,9 @@ def _read(folder: Path, name: str, evaluations: Iterable[Path]) -> Run:
     results: dict[tuple[str, str, str], Result] = {}
     own = [folder] if (folder / FILE).is_file() and folder not in evaluations else []
     for place in (*own, *evaluations):
-        for row in read_results(place / FILE).rows:
+        for row in read_results(place / FILE).rows:  # snapshots in the order of their steps
             metric = next(iter(row.metrics))
-            results[metric, row.sampler, row.weights] = (
-                row  # snapshots come in the order of their steps
-            )
+            results[metric, row.sampler, row.weights] = row
             if row.step is not None:
                 points = quality.setdefault((metric, f"{row.sampler}/{row.weights}"), {})
                 points[row.step] = row.metrics[metric]
