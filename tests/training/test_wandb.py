@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import wandb
 
 from conftest import ROOT, TINY, Run
 from consistency.checkpoints.ours import read
@@ -118,8 +119,6 @@ def test_a_run_without_account_is_complete_and_offline(
 def test_a_failing_service_never_stops_training(
     verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import wandb
-
     def broken(*_: object, **__: object) -> None:
         raise ConnectionResetError("the service is gone")
 
@@ -207,6 +206,7 @@ def test_files_model_and_config_are_as_the_options_ask(tmp_path: Path) -> None:
     logger = PatientWandbLogger(folder=str(run), config=config, settings=settings, **options)
     logger.log_metrics({"train/loss": 1.0}, 0)
     logger.finalize("success")
+    wandb.teardown()  # the service has then written all
     (file,) = elsewhere.glob("wandb/offline-run-*/run-*.wandb")
     assert (run / "wandb_id.txt").read_text().strip() in file.name
     assert contents(file)[1].items() >= {"my_token": "***", "note": 1}.items()
