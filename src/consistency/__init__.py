@@ -66,7 +66,7 @@ def __getattr__(name: str) -> object:
 def train(config: DictConfig) -> float:
     """Train with a configuration of `compose`, changed or not; `config.output` is the run folder afterwards.
 
-    Return the number for a sweeper: the lowest value of callbacks.checkpoint.monitor, by default the Fréchet distance of
+    Return the number for a sweeper: the best value of callbacks.checkpoint.monitor, by default the Fréchet distance of
     the run's evaluation; without an evaluation, the mean of the last 100 losses.
     """
     from consistency.commands import train as command

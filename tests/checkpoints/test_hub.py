@@ -80,7 +80,7 @@ def test_the_folder_has_weights_settings_pipeline_samples_and_a_valid_card(
     assert read.data.library_name == "diffusers"
     assert {"consistency-models", "consistency"} <= set(read.data.tags)
     assert "![Samples in 1 and 2 steps" in read.text
-    assert 'ConsistencyModelPipeline.from_pretrained("tiny")' in read.text
+    assert 'ConsistencyModelPipeline.from_pretrained("<user>/tiny")' in read.text
     assert "Not measured." in read.text
     in_cache(cache, "someone/tiny", target)
     assert same_weights(load("hf:someone/tiny"), source)
@@ -90,7 +90,8 @@ def test_a_network_that_diffusers_lacks_goes_without_a_pipeline(
     files: dict[str, Path], convert: Run, tmp_path: Path
 ) -> None:
     target = tmp_path / "song"
-    outcome = convert(f"source={files['nvlabs']}", "to=hub", f"output={target}")
+    shutil.copyfile(files["nvlabs"], tmp_path / "cwd" / "song.pkl")
+    outcome = convert("source=song.pkl", "to=hub", f"output={target}")
     assert outcome.status == 0, outcome.err
     assert "no pipeline, because diffusers does not have a network other than ADM" in outcome.out
     assert "license     not stated" in outcome.out
@@ -142,6 +143,9 @@ def test_the_card_of_a_run_has_recipe_and_metrics_with_their_protocol(
     ):
         assert line in read.text
     assert str(tmp_path) not in read.text  # no path of this machine
+    named = convert(f"source={run}", "to=hub", f"results={run}", f"output={tmp_path / 'named'}")
+    assert named.status == 0, named.err  # the same results by their name
+    assert "| one_step | ema | 1 | 12.5 |" in (tmp_path / "named" / "README.md").read_text()
     (run / "evaluation.json").write_text(json.dumps(content | {"k": 1}))
     again = convert(f"source={run}", "to=hub", f"output={tmp_path / 'again'}")
     assert again.status == 0, again.err

@@ -28,6 +28,7 @@ from consistency.checkpoints.load import load
 from consistency.commands import demo, page, schema
 from consistency.commands.demo import BLANK, Actions, checkpoints_at, mask_of, times_of
 from consistency.errors import UserError
+from consistency.inference import plots
 from tiny_models import tiny_adm, tiny_card
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -103,6 +104,42 @@ def test_strokes_and_noise_are_edited_as_by_the_command(
         assert (np.abs(found.astype(int) - given).mean() < 4) == near
 
 
+def test_images_are_interpolated_as_by_the_command(
+    verb: Run,
+    trained: dict[str, Path],
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between two images with a teacher; without images the ends are the first samples."""
+    monkeypatch.setattr(demo.ARC, "steps", 4)
+    ends, output = tmp_path / "ends", tmp_path / "out"
+    ends.mkdir()
+    files = [str(ends / name) for name in ("a.png", "b.png")]
+    for file, turn in zip(files, (0, 90), strict=True):
+        Image.open(photo).rotate(turn).save(file)
+    actions = Actions({NAME: trained["ect"], "denoiser": trained["edm"]}, load, ends)
+    given = {"checkpoint": trained["ect"], "teacher": trained["edm"], "input": ends, "labels": 3}
+    line = [f"{name}={value}" for name, value in given.items()]
+    assert verb("edit", "task=interpolate", "task.steps=4", *line, f"output={output}").status == 0
+    with np.load(output / "edited.npz") as arrays:
+        frames = torch.from_numpy(arrays["arr_0"][0]).movedim(-1, 1)
+    picture, said = actions.edit(NAME, "interpolate", files[0], BLANK, 2, 0.5, 4, 0, "3", files[1], "denoiser")  # fmt: skip
+    assert np.array_equal(picture, demo.enlarged(plots.grid(frames, 3)))
+    assert said.endswith("9 images")
+    model = actions.model(NAME)
+    (drawn,) = model.interpolate(frames=3, labels=3)
+    assert torch.equal(drawn[[0, 2]], model.sample(2, labels=3))
+    assert actions.edit(NAME, "interpolate", None, BLANK, 2, 0.5, 4, 0, "3")[1].endswith("9 images")
+    for second, teacher, hint in (
+        (None, "denoiser", "an image to edit"),
+        (files[1], None, "a teacher"),
+        (files[1], NAME, "a teacher"),
+    ):
+        with pytest.raises(UserError, match=hint):
+            actions.edit(NAME, "interpolate", files[0], BLANK, 2, 0.5, 4, 0, "3", second, teacher)
+
+
 def test_a_folder_of_runs_offers_each(trained: dict[str, Path], tmp_path: Path) -> None:
     folder = trained["ect"].parent
     found = checkpoints_at(str(folder))
@@ -132,11 +169,13 @@ def test_steps_are_shown_with_their_time_points(trained: dict[str, Path], tmp_pa
     samples, strip, said = actions.sample(NAME, 5, 3, 7, "3")
     assert re.fullmatch(r"[\d.]+ ms an image, 5 images", said)
     assert strip.width > strip.height * 3 / 5  # three columns of four samples
-    assert np.array_equal(*(np.asarray(actions.sample(NAME, 5, 3, 7, "3")[0]), np.asarray(samples)))
+    again, empty, zero = (actions.sample(NAME, 5, 3, seed, "3")[0] for seed in (7, None, 0))
+    assert np.array_equal(again, samples) and np.array_equal(empty, zero)
 
 
 def test_seeds_are_stepped() -> None:
     assert (page.next_seed(4), page.previous_seed(4), page.previous_seed(0)) == (5, 3, 0)
+    assert (page.next_seed(None), page.previous_seed(None)) == (1, 0)  # of an empty field
 
 
 @pytest.mark.slow
@@ -266,7 +305,7 @@ def address(trained: dict[str, Path]) -> Iterator[str]:
     pytest.importorskip("gradio")
     server = subprocess.Popen(
         [sys.executable, "-u", str(ROOT / "src" / "demo.py"), f"checkpoint={trained['ect']}",
-         "port=0", "upload_megabytes=1"],
+         f"teacher={trained['edm']}", "port=0", "upload_megabytes=1"],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -359,6 +398,18 @@ def test_a_person_draws_samples_and_inpaints(address: str, tmp_path: Path) -> No
         shown("#edited", "#edit")
         tab.get_by_label("superres", exact=True).click()
         shown("#edited", "#edit")
+        tab.get_by_label("interpolate", exact=True).click()
+        tab.locator("#second input[type=file]").set_input_files(given)
+        tab.locator("#second img").wait_for()
+        shown("#edited", "#edit")
+        said("#edit_time", 9)
+        tab.screenshot(path=picture_path(tmp_path, "interpolate"), full_page=True)
+        tab.set_viewport_size({"width": 360, "height": 740})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+        tab.locator("#checkpoint input").click()
+        tab.get_by_role("option", name=re.compile("edm")).click()
+        playwright.expect(tab.locator("#about")).to_contain_text("teacher")
+        playwright.expect(tab.locator("#second")).to_be_hidden()
         browser.close()
     assert all(url.startswith((address, "data:", "blob:")) for url in asked), asked
 

@@ -80,6 +80,16 @@ def test_a_distance_that_is_no_fid_has_no_published_figures_beside_it(tmp_path: 
     assert not panel.published
 
 
+def test_a_run_that_ended_before_its_first_row_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the diverged jobs of a sweep."""
+    (tmp_path / "nothing").mkdir()
+    runs = plot.read_runs([tmp_path / "nothing", write_run(tmp_path / "run")])
+    assert [run.name for run in runs] == ["run"]
+    assert f"left out    {tmp_path / 'nothing'}" in capsys.readouterr().out
+
+
 def test_quality_is_over_steps_images_and_hours(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     runs = plot.read_runs([run, write_snapshots(tmp_path / "measured", run)])
@@ -130,8 +140,9 @@ def test_paths_without_a_name_are_the_runs(tmp_path: Path, monkeypatch: pytest.M
 
 MISTAKES = {
     "no runs": ([], "run folders to draw"),
-    "a folder that is neither": (["."], "a folder that is neither"),
-    "nothing there": (["nowhere"], "no such folder"),
+    "a folder that is neither": (["."], "folders without either"),
+    "nothing there": (["nowhere"], "no folder at"),
+    "a file": ([__file__], "no folder at"),
 }
 
 

@@ -222,6 +222,8 @@ def test_folders_are_named_by_what_varies(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_options_of_one_value_do_not_vary() -> None:
     given = ["-m", "seed=3", "optimizer.lr=1e-3,2e-3", "~callbacks.curves", "mode=choice(ct,ect)", "data.path='a,b'"]  # fmt: skip
     assert sweeps.fixed(given) == ["seed=3", "~callbacks.curves", "data.path='a,b'"]
+    assert sweeps.first(given) == ["optimizer.lr=0.001", "mode=ct"]
+    assert sweeps.first(["optimizer.lr=interval(1,2)", "+a@b=range(3,5)"]) == ["+a@b=3"]
 
 
 def test_the_table_has_every_job_once_and_the_best_first(tmp_path: Path) -> None:
@@ -270,13 +272,22 @@ def test_a_monitor_that_nothing_logs_is_refused_before_the_first_job(
     assert "job 0" not in outcome.err and not sweep.exists()
 
 
+def test_a_monitor_is_one_of_the_first_job(verb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data and mode decide which metrics there are, and may be what varies."""
+    seen: list[str] = []
+    monkeypatch.setattr(cli, "perform", lambda verb, main, config: seen.append(config.mode.role))
+    given = ["mode=edm,ct", "data=digits", "callbacks.checkpoint.monitor=quality/frechet_classifier/heun/ema"]  # fmt: skip
+    assert verb("train", "-m", *given).status == 0
+    assert seen == ["teacher", "consistency"]
+
+
 def test_a_monitor_is_one_of_the_run_s_own_metrics() -> None:
     measured = composed("train", "evaluation@callbacks.evaluation=classifier")
     monitors = ("train/loss", "auto", None, "quality/frechet_classifier/two_steps/ema")
     for monitor in monitors:
         measured.callbacks.checkpoint.monitor = monitor
         sweeps.require_monitor(measured)
-    wrong = ("loss", "quality/fid/nine_steps/ema", "quality/frechet_classifier/one_step/online")
+    wrong = ("loss", "quality/fid/one_step/ema", "quality/frechet_classifier/nine_steps/ema", "quality/frechet_classifier/one_step/online")  # fmt: skip
     for monitor in wrong:
         measured.callbacks.checkpoint.monitor = monitor
         with pytest.raises(UserError, match="monitor among"):
@@ -296,3 +307,39 @@ def test_every_search_composes_with_what_it_varies(name: str) -> None:
         assert OmegaConf.select(config, key) is not None
     sweeps.require_monitor(config)
     assert config.callbacks.evaluation
+
+
+def test_a_monitor_is_searched_in_the_direction_in_which_it_improves() -> None:
+    """best.ckpt and the value of a run follow the same sign."""
+    measured = composed("train", "evaluation@callbacks.evaluation=classifier")
+    for monitor, right, wrong in (
+        ("quality/precision_classifier/one_step/ema", "maximize", "Direction.minimize"),
+        ("quality/kernel_classifier/one_step/ema", "Direction.minimize", "maximize"),
+        ("auto", "minimize", "maximize"),
+    ):
+        measured.callbacks.checkpoint.monitor = monitor
+        OmegaConf.update(measured, "hydra.sweeper.direction", right, force_add=True)
+        sweeps.require_monitor(measured)
+        measured.hydra.sweeper.direction = wrong
+        with pytest.raises(UserError, match=f"direction={right.rpartition('.')[2]} for"):
+            sweeps.require_monitor(measured)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_optuna_itself_refuses_is_one_message(
+    verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here a search whose trials have all failed, in memory and in a file."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+
+    def fails(verb: str, main: Any, config: Any) -> float:
+        raise UserError("a file", "none", "give one")
+
+    monkeypatch.setattr(cli, "perform", fails)
+    for number, storage in enumerate(("null", f"sqlite:///{tmp_path / 'trials.db'}")):
+        search = ["search=optuna_digits", "hydra.sweeper.n_trials=1", f"hydra.sweeper.storage={storage}"]  # fmt: skip
+        outcome = verb("train", *search, f"output={tmp_path / str(number)}")
+        assert outcome.status == 2
+        told = outcome.err.partition("error: expected a search that optuna can finish")
+        assert told[2].splitlines()[-1].startswith("  do: correct the options of the sweep")
+        assert "do: give one" in told[0]

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -83,6 +85,18 @@ class Brightness(Measure):
         return {
             "frechet_classifier": torch.cat([images for _, images in samples]).float().mean().item()
         }
+
+
+def test_loggers_get_the_options_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[Any] = []
+    logger = SimpleNamespace(log_hyperparams=logged.append)
+    monkeypatch.setattr(evaluate, "build_loggers", lambda config: [logger])
+    data = {"path": "s3://me:hidden@bucket/set"}
+    options = {"seed": 0, "precision": "32-true", "num_samples": 1, "data": data}
+    evaluate.Report(OmegaConf.create(options), Brightness(), tmp_path / "out")
+    assert logged[0]["options"]["data"] == {"path": "s3://***@bucket/set"}
 
 
 def test_all_snapshots_of_a_run_are_measured(

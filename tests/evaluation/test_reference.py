@@ -11,8 +11,9 @@ from torch import nn
 
 from consistency.data.memory import InMemory
 from consistency.errors import UserError
-from consistency.evaluation.extractors import INCEPTION, Extracted, Extractor
+from consistency.evaluation.extractors import Extracted, Extractor
 from consistency.evaluation.reference import read_reference, reference_of
+from consistency.evaluation.results import INCEPTION
 
 FEATURES = 2048
 

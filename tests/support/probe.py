@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,10 @@ class KillService(At):
 
     def act(self, trainer: L.Trainer) -> None:
         for status in Path("/proc").glob("[0-9]*/status"):
-            text = status.read_text() if status.exists() else ""
-            if f"PPid:\t{os.getpid()}\n" in text and "wandb" in text.splitlines()[0]:
-                os.kill(int(status.parent.name), signal.SIGKILL)
+            with suppress(OSError):  # another process of the machine may end while it is read
+                text = status.read_text()
+                if f"PPid:\t{os.getpid()}\n" in text and "wandb" in text.splitlines()[0]:
+                    os.kill(int(status.parent.name), signal.SIGKILL)
 
 
 class Remove(At):

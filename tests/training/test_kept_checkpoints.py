@@ -1,6 +1,8 @@
 """Checkpoints that stay: callbacks.checkpoint.keep_every."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from conftest import TINY, Run
 from consistency.checkpoints import ours
 from consistency.checkpoints.load import load
 from consistency.runtime.files import verify_checksum
+from consistency.training.callbacks import checkpoints
 
 EVERY_TWO = ["callbacks.checkpoint.keep_every=2", "callbacks.samples=null"]
 
@@ -49,3 +52,21 @@ def test_other_files_are_no_kept_checkpoints(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
     ours.kept_path(tmp_path, 12_345_678).touch()
     assert list(ours.kept(tmp_path)) == [12_345_678]
+
+
+@pytest.mark.parametrize(
+    ("monitor", "best"),
+    [("quality/precision/one_step/ema", 0.7), ("quality/fid/one_step/ema", 0.1), ("loss", 0.1)],
+)
+def test_the_best_value_is_the_largest_of_a_metric_that_should_grow(
+    monitor: str, best: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[float] = []
+    monkeypatch.setattr(checkpoints, "_written", lambda trainer, path: written.append(value))
+    callback = checkpoints.RunCheckpoints(
+        folder=str(tmp_path), every_n_train_steps=1, monitor=monitor
+    )
+    for value in (0.4, 0.1, float("nan"), 0.7, 0.3):
+        metrics = {monitor: torch.tensor(value)}
+        callback._save_best(cast(Any, SimpleNamespace(callback_metrics=metrics)))
+    assert written[-1] == best == pytest.approx(callback.best_value)

@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import wandb
 
 from conftest import ROOT, TINY, Run
 from consistency.checkpoints.ours import read
 from consistency.errors import UserError
-from consistency.evaluation.extractors import PUBLISHED
+from consistency.evaluation.results import PUBLISHED
 from consistency.training.loggers import PatientWandbLogger
 from wandb_files import as_documented, contents, documented, names, records
 
@@ -118,8 +119,6 @@ def test_a_run_without_account_is_complete_and_offline(
 def test_a_failing_service_never_stops_training(
     verb: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import wandb
-
     def broken(*_: object, **__: object) -> None:
         raise ConnectionResetError("the service is gone")
 
@@ -184,7 +183,8 @@ def test_a_wrong_option_is_told_before_the_run(tmp_path: Path) -> None:
     given = {"folder": str(tmp_path), "mode": "offline"}
     for wrong, told in (
         ({"entitty": "me"}, "entitty"),
-        ({"log_model": "all"}, "log_model"),
+        ({"kwargs": 1}, "kwargs"),
+        ({"log_model": "some"}, "log_model"),
         ({"settings": {"no_such": 1}}, "no_such"),
     ):
         with pytest.raises(UserError, match=told):
@@ -192,3 +192,35 @@ def test_a_wrong_option_is_told_before_the_run(tmp_path: Path) -> None:
     logger = PatientWandbLogger(**given, entity="team", job_type="train", id="abc")
     taken = {name: logger._wandb_init[name] for name in ("entity", "job_type", "name", "id")}
     assert taken == {"entity": "team", "job_type": "train", "name": tmp_path.name, "id": "abc"}
+
+
+def test_files_model_and_config_are_as_the_options_ask(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    (run / "checkpoints").mkdir(parents=True)
+    elsewhere.mkdir()
+    for name in ("step_0000002", "step_0000004", "best", "last"):
+        (run / "checkpoints" / f"{name}.ckpt").write_text(name)
+    options = {"dir": str(elsewhere), "offline": True, "checkpoint_name": "mine", "log_model": "all"}  # fmt: skip
+    config = {"my_token": "hidden", "note": 1}
+    settings = {"silent": True, "console": "off", "x_disable_meta": True}
+    logger = PatientWandbLogger(folder=str(run), config=config, settings=settings, **options)
+    logger.log_metrics({"train/loss": 1.0}, 0)
+    logger.finalize("success")
+    wandb.teardown()  # the service has then written all
+    (file,) = elsewhere.glob("wandb/offline-run-*/run-*.wandb")
+    assert (run / "wandb_id.txt").read_text().strip() in file.name
+    assert contents(file)[1].items() >= {"my_token": "***", "note": 1}.items()
+    kept = [r.artifact for r in records(file) if r.WhichOneof("record_type") == "artifact"]
+    assert [a.name for a in kept] == 3 * ["mine"]
+    assert [set(a.aliases) - {"latest"} for a in kept] == [{"step_0000002"}, {"step_0000004"}, {"best"}]  # fmt: skip
+    assert not any(b"hidden" in f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
+
+
+def test_a_run_begins_as_a_branch_and_is_resumed_as_itself(tmp_path: Path) -> None:
+    """W&B takes fork_from or resume, not both."""
+    for expected in ({"fork_from"}, {"resume"}):
+        given = {"folder": str(tmp_path), "mode": "disabled", "fork_from": "other?_step=3"}
+        logger = PatientWandbLogger(**given)
+        assert logger.experiment is not None
+        assert {"fork_from", "resume"} & logger._wandb_init.keys() == expected
+        logger.finalize("success")

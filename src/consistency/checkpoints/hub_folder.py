@@ -41,7 +41,7 @@ ROLES = {"consistency": "consistency model", "teacher": "denoiser"}
 class Facts:
     """What a model card states beside the model itself.
 
-    repository: its name on the Hub, or that of the folder.
+    repository: its name on the Hub, <user>/<name>.
     license: of the weights, as the Hub spells it; None if nobody has stated one.
     recipe: settings of the training by name; origins: published files that it began with.
     results: None without a measurement.
@@ -146,7 +146,12 @@ def body(model: Model, facts: Facts, caption: str, pipeline: bool) -> str:
         "Evaluation": _evaluation(facts.results, model.weights),
         "Licences": _licences(facts),
     }
-    parts = [f"# {facts.repository}", kind, f"![{caption}]({SAMPLES})", f"{caption}."]
+    parts = [
+        f"# {facts.repository.rpartition('/')[2]}",
+        kind,
+        f"![{caption}]({SAMPLES})",
+        f"{caption}.",
+    ]
     parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
     return "\n\n".join(parts) + "\n"
 

@@ -64,7 +64,8 @@ def run(verb: str, main: Main) -> None:
         if is_sweep(sys.argv[1:]):
             options = sweeps.fixed(sys.argv[1:])
             if verb == "train":  # before the first run, not at its end
-                sweeps.require_monitor(_compose(options, verb))
+                first = [*options, *sweeps.first(sys.argv[1:])]
+                sweeps.require_monitor(_compose(first, verb))
             if options:  # which stand together for argparse
                 sys.argv.insert(sys.argv.index(options[0]), sweeps.excluding(options))
         launch = this_launch()
@@ -84,9 +85,9 @@ def run(verb: str, main: Main) -> None:
         known = isinstance(error, ERRORS)
         if trace and known:
             raise
-        if str(error).startswith("No trials are completed"):  # of optuna
-            remedy = "their errors are above; correct the options of the sweep"
-            error, known = UserError("a trial with a value", "only failed ones", remedy), True
+        if of_optuna(error):
+            remedy = "correct the options of the sweep; failed trials have their errors above"
+            error, known = UserError("a search that optuna can finish", error, remedy), True
         text = masked_text(message(error) if known else f"{type(error).__name__}: {error}")
         if known and not is_started_here():
             print(f"error: {text}", file=sys.stderr, flush=True)
@@ -95,6 +96,13 @@ def run(verb: str, main: Main) -> None:
         if not known:
             raise
         sys.exit(getattr(error, "status", 2))
+
+
+def of_optuna(error: Exception) -> bool:
+    """Return whether optuna itself raised an error, as without one trial that has a value; no error of a job passes it."""
+    frames = traceback.walk_tb(error.__traceback__)
+    names = (str(frame.f_globals.get("__name__")) for frame, _ in frames)
+    return any(name.partition(".")[0] == "optuna" for name in names)
 
 
 def _way_on(verb: str) -> str:

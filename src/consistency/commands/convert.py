@@ -76,7 +76,7 @@ def publish(config: DictConfig, model: Model, target: Path) -> None:
     origins = list(dict.fromkeys(str(name) for name in given if is_public(name)))
     known = [name for name in origins if not name.startswith(hub.PREFIX)]
     facts = hub_folder.Facts(
-        repository=config.push or target.name,
+        repository=config.push or f"<user>/{target.name}",
         license=config.license or (hub_folder.licence_of(known[0]) if known else None),
         recipe=recipe_of(content),
         origins=origins,
@@ -130,23 +130,23 @@ def recipe_of(content: dict[str, Any]) -> dict[str, str]:
 
 
 def results_of(given: str | None, model: Model, k: int | None) -> Results | None:
-    """Return the results for the card: those at results=, of this very checkpoint, or those of the end of its run.
+    """Return the results for the card, of this very checkpoint: those at results=, or those of the end of its run, if any.
 
     k: the step of the checkpoint of a run.
     """
-    if given is None:
-        file = model.path.parents[1] / FILE
-        if model.path.name != ours.LAST or not file.is_file():
-            return None
-        results = read_results(file)
-        return results if {row.step for row in results.rows} == {k} else None
-    file = path_of(given)
-    results = read_results(file / FILE if file.is_dir() else file)
-    expected = f"results= of {model.path}"
+    own = model.path.resolve().parent.parent / FILE
+    file = own if given is None else path_of(given)
+    file = file / FILE if file.is_dir() else file
+    if given is None and not file.is_file():
+        return None
+    results = read_results(file)
+    # A run's own file holds the step of the checkpoint in place of its hash.
+    of_run = file.resolve() == own.resolve() and {row.step for row in results.rows} == {k}
+    same = of_run or results.sha256 == fingerprint(model.path)
+    expected, got = f"results= of {model.path}", "those of another file, by its hash"
     remedy = "measure this checkpoint with src/evaluate.py, and give its folder"
-    same = results.sha256 == fingerprint(model.path)
-    require(same, expected, "those of another file, by its hash", remedy)
-    return results
+    require(same or given is None, expected, got, remedy)
+    return results if same else None
 
 
 def write(model: Model, to: str, target: Path) -> Path:

@@ -38,6 +38,7 @@ from consistency.tensors import Data, Label, Time
 SIDE = 320  # pixels at which a single image is shown
 STRIP = 4  # samples whose estimates are shown step by step
 STROKE = list(OmegaConf.load(ROOT / "conf" / "task" / "stroke.yaml").times)
+ARC = OmegaConf.load(ROOT / "conf" / "task" / "interpolate.yaml")
 BLANK = {"image": "", "free": ""}
 """The painter's value without an image."""
 
@@ -58,12 +59,13 @@ def demo(config: DictConfig, output: Path) -> None:
     device = chosen_device(config.device)
 
     def read(checkpoint: Path) -> Model:
-        options = {name: config[name] for name in ("weights", "role", "autoencoder")}
-        model = load(checkpoint, **options)
+        role: Any = "teacher" if checkpoint in teachers.values() else config.role
+        model = load(checkpoint, role, weights=config.weights, autoencoder=config.autoencoder)
         model.denoiser.to(device)
         return model
 
-    checkpoints = checkpoints_at(config.checkpoint)
+    teachers = {} if config.teacher is None else checkpoints_at(config.teacher)
+    checkpoints = checkpoints_at(config.checkpoint) | teachers
     if not local:
         print(f"host={config.host}: whoever reaches this machine may use the page", file=sys.stderr)
     try:
@@ -150,11 +152,13 @@ class Actions:
         return {"any": None, **{text: index for index, text in enumerate(names)}}
 
     def timed(
-        self, name: str, draw: Callable[..., Tensor], seed: float, label: str
+        self, name: str, draw: Callable[..., Tensor], seed: float | None, label: str
     ) -> tuple[PILImage.Image, str]:
         """Return the images as one picture of a visible size, and a line on the time of an image."""
         model, start = self.model(name), time.perf_counter()
-        images = draw(seed=int(seed), labels=self.labels(name)[label]).reshape(-1, *model.shape)
+        images = draw(seed=page.whole(seed), labels=self.labels(name)[label]).reshape(
+            -1, *model.shape
+        )
         each = (time.perf_counter() - start) / len(images)
         picture = plots.grid(images, plots.columns_for(len(images)))
         return enlarged(picture), f"{1000 * each:.1f} ms an image, {len(images)} images"
@@ -164,7 +168,7 @@ class Actions:
         return ", ".join(f"{t:.3g}" for t in times_of(self.model(name).card.sampler(int(steps))))
 
     def sample(
-        self, name: str, count: float, steps: float, seed: float, label: str
+        self, name: str, count: float, steps: float, seed: float | None, label: str
     ) -> tuple[PILImage.Image, PILImage.Image, str]:
         """Draw samples; return them, the estimates of the first ones at every step, and the time."""
         model = self.model(name)
@@ -172,7 +176,11 @@ class Actions:
         shown, line = self.timed(name, draw, seed, label)
         labels = self.labels(name)[label]
         request = Request(
-            denoise=model, card=model.card, labels=labels, seed=int(seed), device=model.device
+            denoise=model,
+            card=model.card,
+            labels=labels,
+            seed=page.whole(seed),
+            device=model.device,
         )
         estimates = trajectory(request, model.card.sampler(int(steps)), min(STRIP, int(count)))
         step = -(-len(estimates) // plots.MOST_COLUMNS)
@@ -201,7 +209,7 @@ class Actions:
     def tasks(self, name: str) -> list[str]:
         """Return the tasks that a model can do."""
         colour = ["colorize"] if self.model(name).shape[0] == 3 else []
-        return ["inpaint", *colour, "superres", "stroke", "denoise"]
+        return ["inpaint", *colour, "superres", "stroke", "denoise", "interpolate"]
 
     def edit(
         self,
@@ -212,10 +220,17 @@ class Actions:
         patch: float,
         level: float,
         outputs: float,
-        seed: float,
+        seed: float | None,
         label: str,
+        second: str | None = None,
+        teacher: str | None = None,
     ) -> tuple[PILImage.Image, str]:
-        """Edit an uploaded image; inpainting draws the painted part anew, and `level` is the noise to remove."""
+        """Edit an uploaded image; inpainting draws the painted part anew, and `level` is the noise to remove.
+
+        second, teacher: the other image of an interpolation, and the checkpoint that turns both into noise.
+        """
+        if task == "interpolate":
+            return self.interpolate(name, photo, second, teacher, seed, label)
         model, image = self.model(name), self.read(name, photo)[None]
         free = mask_of(painted, (model.shape[1], model.shape[2]))
         drawn, remedy = task != "inpaint" or bool(free.any()), "paint over the part with the brush"
@@ -234,6 +249,23 @@ class Actions:
         }
         options = {"outputs": int(outputs), **loops.get(task, {})}
         return self.timed(name, partial(model.edit, image, pairings[task], **options), seed, label)
+
+    def interpolate(
+        self,
+        name: str,
+        photo: str | None,
+        second: str | None,
+        teacher: str | None,
+        seed: float | None,
+        label: str,
+    ) -> tuple[PILImage.Image, str]:
+        """Draw the frames from an uploaded image to another, row by row; without images between drawn noises."""
+        ends: list[Any] = [None, None]
+        if photo is not None or second is not None:
+            images = torch.stack([self.read(name, end) for end in (photo, second)])
+            ends = [images, None if teacher is None else self.model(teacher)]
+        draw = partial(self.model(name).interpolate, *ends, frames=ARC.frames, steps=ARC.steps)
+        return self.timed(name, draw, seed, label)
 
 
 def enlarged(picture: PILImage.Image) -> PILImage.Image:

@@ -34,6 +34,7 @@ from consistency.runtime.devices import chosen_device, share_threads
 from consistency.runtime.files import fingerprint, path_of, require_fresh, write_text
 from consistency.runtime.launch import one_job
 from consistency.runtime.ranks import batches, print_once, rank_and_size, this_launch
+from consistency.runtime.redaction import masked
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
 from consistency.training.build import build_loggers, quiet
@@ -257,7 +258,7 @@ class Report:
             self.head["checkpoint"], self.head["sha256"] = next(iter(paths.items()))
         self.head["protocol"] = measure.protocol(config.num_samples, card)
         self.loggers = build_loggers(config)
-        settings = OmegaConf.to_container(config, resolve=True)
+        settings = masked(OmegaConf.to_container(config, resolve=True))
         for logger in self.loggers:
             logger.log_hyperparams({"evaluation": self.head, "options": settings})
 

@@ -17,6 +17,7 @@ LEVEL = 0.5  # noise that is removed at first, as in conf/task/denoise.yaml
 # Settings of a picture: without the default button that sends it to a public place.
 SHOWN = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
 TALL = {"height": 420}
+HIDDEN = {"visible": False}
 UPLOADED = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"]}
 # Files painter.<suffix> beside this one, by gradio's name for their content.
 PAINTER = {"html_template": "html", "css_template": "css", "js_on_load": "js"}
@@ -32,7 +33,7 @@ class Actions(Protocol):
     def tasks(self, name: str) -> list[str]: ...
     def times(self, name: str, steps: float) -> str: ...
     def sample(
-        self, name: str, count: float, steps: float, seed: float, label: str
+        self, name: str, count: float, steps: float, seed: float | None, label: str
     ) -> tuple[PILImage.Image, PILImage.Image, str]: ...
     def choose(self, name: str, photo: str | None) -> dict[str, str]: ...
     @property
@@ -128,14 +129,19 @@ def _sampling(gr: Any, actions: Actions, name: Any, seed: Any, label: Any) -> tu
     return steps, times
 
 
-def previous_seed(seed: float) -> int:
+def whole(seed: float | None) -> int:
+    """Return the seed in its field, 0 for an empty one."""
+    return int(seed or 0)
+
+
+def previous_seed(seed: float | None) -> int:
     """Step back, not below 0."""
-    return max(0, int(seed) - 1)
+    return max(0, whole(seed) - 1)
 
 
-def next_seed(seed: float) -> int:
+def next_seed(seed: float | None) -> int:
     """Step on."""
-    return int(seed) + 1
+    return whole(seed) + 1
 
 
 def _editing(gr: Any, actions: Actions, name: Any, seed: Any, label: Any) -> tuple[Any, ...]:
@@ -150,15 +156,29 @@ def _editing(gr: Any, actions: Actions, name: Any, seed: Any, label: Any) -> tup
         patch = gr.Dropdown(sides, value=sides[0], label="Patch (superres)", elem_id="patch")
         level = gr.Slider(0.05, 5, LEVEL, label="Noise in the image (denoise)", elem_id="level")
         outputs = gr.Slider(1, 16, 4, step=1, label="Results", elem_id="outputs")
+        names = [*actions.checkpoints]
+        teacher = gr.Dropdown(
+            names, value=names[-1], label="Teacher (interpolate)", elem_id="teacher", **HIDDEN
+        )
     with gr.Row():
         photo = gr.Image(label="Image", elem_id="photo", **UPLOADED, **TALL)
         blank = actions.choose(first, None)
         painter = gr.HTML(blank, elem_id="painter", container=True, **painting)
+        second = gr.Image(
+            label="Second image (interpolate)", elem_id="second", **UPLOADED, **TALL, **HIDDEN
+        )
         edited = gr.Image(label="Results", elem_id="edited", **SHOWN, **TALL)
     change = gr.Button("Edit", variant="primary", elem_id="edit")
     seconds = gr.Textbox(label="Time", elem_id="edit_time", interactive=False)
-    inputs = [name, task, photo, painter, patch, level, outputs, seed, label]
+    inputs = [name, task, photo, painter, patch, level, outputs, seed, label, second, teacher]
+
+    def offered(chosen: str) -> list[Any]:
+        """Show what interpolation alone needs."""
+        shown = {"visible": chosen == "interpolate"}
+        return [gr.Image(**shown), gr.Dropdown(**shown)]
+
     connect(photo.change, actions.choose, [name, photo], painter)
+    connect(task.change, offered, task, [second, teacher])
     connect(change.click, actions.edit, inputs, [edited, seconds])
     return task, patch, photo, painter
 

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig
 
 from consistency.commands.resume import CONFIG
-from consistency.errors import UserError, require
+from consistency.errors import require
 from consistency.evaluation.results import FILE, Result, read_results
 from consistency.inference.figures import Panel, Points, draw
 from consistency.inference.plots import read_metrics
@@ -85,18 +85,16 @@ def plot(config: DictConfig, output: Path) -> None:
 def read_runs(folders: Iterable[Path]) -> list[Run]:
     """Read the folders; those of evaluations belong to the run whose checkpoints they measured, if it is among them."""
     runs: dict[Path, list[Path]] = {}
-    evaluations = []
+    evaluations, wanted = [], f"run folders with {METRICS}, or those of evaluate.py with {FILE}"
     for folder in folders:
+        require(folder.is_dir(), wanted, f"no folder at {folder}", "check the path")
         if (folder / METRICS).is_file() and (folder / CONFIG).is_file():
             runs.setdefault(folder, [])
         elif (folder / FILE).is_file():
             evaluations.append(folder)
-        else:
-            expected = (
-                f"a run folder with {METRICS}, or a folder of evaluate.py with {FILE}, at {folder}"
-            )
-            got = "a folder that is neither" if folder.is_dir() else "no such folder"
-            raise UserError(expected, got, "check the path")
+        else:  # as the jobs of a sweep that failed
+            print(f"left out    {folder}: nothing has been logged or measured there")
+    require(bool(runs or evaluations), wanted, "folders without either", "check the paths")
     for folder in evaluations:
         places = (Path(place).resolve() for place in read_results(folder / FILE).checkpoints)
         measured = {place.parents[1] for place in places} & set(runs)
@@ -131,11 +129,9 @@ def _read(folder: Path, name: str, evaluations: Iterable[Path]) -> Run:
     results: dict[tuple[str, str, str], Result] = {}
     own = [folder] if (folder / FILE).is_file() and folder not in evaluations else []
     for place in (*own, *evaluations):
-        for row in read_results(place / FILE).rows:
+        for row in read_results(place / FILE).rows:  # snapshots in the order of their steps
             metric = next(iter(row.metrics))
-            results[metric, row.sampler, row.weights] = (
-                row  # snapshots come in the order of their steps
-            )
+            results[metric, row.sampler, row.weights] = row
             if row.step is not None:
                 points = quality.setdefault((metric, f"{row.sampler}/{row.weights}"), {})
                 points[row.step] = row.metrics[metric]

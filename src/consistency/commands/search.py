@@ -17,6 +17,7 @@ from consistency.commands.overrides import shell_line
 from consistency.data.source import Source
 from consistency.errors import require
 from consistency.evaluation.metrics import Measure, measure_against
+from consistency.evaluation.results import SIGNS
 from consistency.inference import options
 from consistency.inference.generate import drawing, fitting_batch, in_batches
 from consistency.inference.plots import draw_lines
@@ -24,9 +25,6 @@ from consistency.runtime.allowlist import require_trusted
 from consistency.runtime.devices import chosen_device
 from consistency.runtime.files import fingerprint, write_text
 from consistency.samplers import multistep
-
-SIGNS = {"frechet": 1, "kernel": 1, "class_score": -1, "precision": -1, "recall": -1}
-"""The metrics, each with the sign under which the smallest value is the best."""
 
 
 def search(config: DictConfig, output: Path) -> float:

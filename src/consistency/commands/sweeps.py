@@ -8,18 +8,20 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from consistency.commands import schema
 from consistency.errors import require
-from consistency.runtime.files import locked, write_text
+from consistency.evaluation.results import INCEPTION, SIGNS, named, sign_of
+from consistency.runtime.files import locked, path_of, write_text
 from consistency.runtime.redaction import masked_text
 
 LONGEST = 120
@@ -33,11 +35,18 @@ Row = dict[str, str]
 
 def fixed(arguments: Sequence[str]) -> list[str]:
     """Return the options of a sweep's command line that it does not vary."""
+    return [option for option, parsed in _parsed(arguments) if not parsed.is_sweep_override()]
+
+
+def first(arguments: Sequence[str]) -> list[str]:
+    """Return the options that a sweep varies, with the values of its first job; none of an interval, whose value is drawn."""
+    varied = [parsed for _, parsed in _parsed(arguments) if parsed.is_discrete_sweep()]
+    return [f"{o.get_key_element()}={next(o.sweep_string_iterator())}" for o in varied]
+
+
+def _parsed(arguments: Sequence[str]) -> Iterator[tuple[str, Override]]:
     options = [a for a in arguments if a.startswith("~") or ("=" in a and not a.startswith("-"))]
-    parsed = OverridesParser.create().parse_overrides(options)
-    return [
-        o for o, override in zip(options, parsed, strict=True) if not override.is_sweep_override()
-    ]
+    yield from zip(options, OverridesParser.create().parse_overrides(options), strict=True)
 
 
 def excluding(options: Sequence[str]) -> str:
@@ -71,23 +80,37 @@ def folder_name() -> str:
 
 
 def require_monitor(config: DictConfig) -> None:
-    """Refuse a monitored metric that no callback of the run logs; one of a person's own callback may be any."""
+    """Refuse a monitored metric that the run does not log, and a search for its worst value.
+
+    A metric of a person's own callback may be any.
+    """
     monitor = OmegaConf.select(config, "callbacks.checkpoint.monitor")
     nodes = [*config.mode.callbacks.values(), *config.callbacks.values()]
     targets = [str(node.get("_target_")) for node in nodes if node]
-    own = [target for target in targets if not target.startswith("consistency.")]
-    if monitor in (None, "auto") or own:
-        return
-    quartiles = (f"train/loss_noise_quartile_{number}" for number in (1, 2, 3, 4))
-    names = ["train/loss", "train/gradient_norm", *quartiles]
-    evaluation = config.callbacks.get("evaluation") or {}
-    for sampler, weights in product(evaluation.get("samplers", ()), evaluation.get("weights", ())):
-        names.append(f"quality/<metric>/{sampler}/{weights}")
-    section, _, rest = monitor.partition("/")
-    known = f"{section}/<metric>/{rest.partition('/')[2]}" if section == "quality" else monitor
-    remedy = "choose one; evaluation@callbacks.evaluation=<name> adds the quality of samples"
-    expected = f"callbacks.checkpoint.monitor among {', '.join(names)}, or auto"
-    require(known in names, expected, monitor, remedy)
+    own = any(not target.startswith("consistency.") for target in targets)
+    if monitor not in (None, "auto"):
+        names, remedy = (
+            logged(config),
+            "choose one; evaluation@callbacks.evaluation=<name> adds the quality of samples",
+        )
+        expected = f"callbacks.checkpoint.monitor among {', '.join(names)}, or auto"
+        require(own or monitor in names, expected, monitor, remedy)
+    better, other = ("minimize", "maximize")[:: sign_of(str(monitor))]
+    given = str(OmegaConf.select(config, "hydra.sweeper.direction")).rpartition(".")[2]
+    expected = f"hydra.sweeper.direction={better} for callbacks.checkpoint.monitor={monitor}"
+    require(own or given != other, expected, given, "change one of the two")
+
+
+def logged(config: DictConfig) -> list[str]:
+    """Return the names that `callbacks.checkpoint.monitor` may have."""
+    names = ["train/loss", "train/gradient_norm"]
+    names += [f"train/loss_noise_quartile_{number}" for number in (1, 2, 3, 4)]
+    if evaluation := config.callbacks.get("evaluation"):
+        extractor = str(evaluation.extractor)
+        features = INCEPTION if path_of(extractor).is_file() else extractor  # a file of its weights
+        measured = product(SIGNS, evaluation.samplers, evaluation.weights)
+        names += [f"quality/{named(m, features)}/{s}/{weights}" for m, s, weights in measured]
+    return names
 
 
 def worst(hydra: Any) -> float | None:

@@ -113,14 +113,14 @@ class LastLosses(L.Callback):
 
 
 def value_of(trainer: L.Trainer, losses: LastLosses) -> tuple[float, str]:
-    """Return the value that a sweeper minimises, NaN if there is no number, and its name.
+    """Return the value for a sweeper, NaN if there is no number, and its name.
 
-    It is the lowest of the metric that the checkpoints monitor, else the evaluation's last, else the mean of the last losses.
+    It is the best of the metric that the checkpoints monitor, else the evaluation's last, else the mean of the last losses.
     """
     checkpoints = callback_of(trainer, RunCheckpoints)
     if checkpoints is not None and checkpoints.monitor is not None:
         best = checkpoints.best_value
-        return best if math.isfinite(best) else math.nan, f"the lowest {checkpoints.monitor}"
+        return best if math.isfinite(best) else math.nan, f"the best {checkpoints.monitor}"
     if (evaluation := callback_of(trainer, Evaluation)) is not None:
         return float(trainer.callback_metrics[evaluation.monitor]), f"the last {evaluation.monitor}"
     mean = torch.stack(list(losses.values)).mean().item() if losses.values else math.nan

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from consistency.data.digits import Digits
 from consistency.data.source import Classes, Images, downloading
 from consistency.errors import UserError, require
+from consistency.evaluation.results import INCEPTION, named
 from consistency.pixels import IMAGENET_MEAN, IMAGENET_STD, to_unit
 from consistency.randomness import generator
 from consistency.runtime.files import path_of
@@ -29,10 +30,8 @@ from consistency.runtime.ranks import gathered, print_once
 
 URL_INCEPTION_V3 = fidelity.URL_INCEPTION_V3
 BY_HAND = "on a machine with a network download {} and put it there (TORCH_HOME moves the folder)"
-INCEPTION = "inception"
 CLASSIFIER = "classifier"
 OWN_CLASSIFIER = "own_classifier"
-PUBLISHED = {"frechet": "fid", "kernel": "kid", "class_score": "inception_score"}
 DINOV2 = ("dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14")
 
 
@@ -85,12 +84,8 @@ class Extractor(nn.Module):
         return self.extract(self.network, images.expand(-1, 3, -1, -1))
 
     def named(self, metric: str) -> str:
-        """Return the full name of a metric: `fid` for Inception, `frechet_<extractor>` for others."""
-        if self.name != INCEPTION:
-            return f"{metric}_{self.name}"
-        for ours, published in PUBLISHED.items():
-            metric = metric.replace(ours, published)
-        return metric
+        """Return the full name of a metric in these features."""
+        return named(metric, self.name)
 
 
 def extractor_of(name: str) -> Extractor:

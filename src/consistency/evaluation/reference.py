@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from consistency.data.source import Source
 from consistency.errors import require
-from consistency.evaluation.extractors import INCEPTION, Extractor
+from consistency.evaluation.extractors import Extractor
+from consistency.evaluation.results import INCEPTION
 from consistency.inference.generate import Numbered
 from consistency.runtime.files import fingerprint, written_whole
 from consistency.runtime.ranks import batches, gathered, print_once, rank_and_size

@@ -1,4 +1,4 @@
-"""The results of an evaluation: evaluation.json of a run, and of the command `evaluate`."""
+"""The results of an evaluation: the names of metrics, and evaluation.json of a run and of the command `evaluate`."""
 
 import json
 from collections.abc import Mapping
@@ -8,9 +8,30 @@ from typing import Any
 
 from consistency.errors import UserError
 
+INCEPTION = "inception"
+PUBLISHED = {"frechet": "fid", "kernel": "kid", "class_score": "inception_score"}
+SIGNS = {"frechet": 1, "kernel": 1, "class_score": -1, "precision": -1, "recall": -1}
+"""The metrics, each with the sign under which the smallest value is the best."""
+
 FILE = "evaluation.json"
 NAMES = ("sampler", "weights", "nfe", "step", "seconds", "samples")
 """Keys of a result that are no metrics."""
+
+
+def named(metric: str, extractor: str) -> str:
+    """Return the full name of a metric: `fid` for Inception, `frechet_<extractor>` for others."""
+    if extractor != INCEPTION:
+        return f"{metric}_{extractor}"
+    for ours, published in PUBLISHED.items():
+        metric = metric.replace(ours, published)
+    return metric
+
+
+def sign_of(name: str) -> int:
+    """Return the sign under which the smallest value of what a run logs by that name is the best."""
+    metric = name.removeprefix("quality/")
+    signs = (s for m, s in SIGNS.items() if metric.startswith((m, named(m, INCEPTION))))
+    return next(signs, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

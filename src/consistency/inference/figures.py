@@ -84,6 +84,8 @@ def _scale(axes: Axes, panel: Panel) -> None:
         axes.set_xscale("log")
         axes.minorticks_off()
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    else:
+        axes.locator_params(axis="x", nbins=5)
     if min(ys) > 0 and max(ys) > 10 * min(ys):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(LogFormatter())

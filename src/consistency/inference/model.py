@@ -10,12 +10,12 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from consistency.denoiser import Denoiser
-from consistency.editing import Pairing, Start, edit, grid_times
-from consistency.errors import require
-from consistency.inference.card import ModelCard
+from consistency.editing import Pairing, Start, edit, grid_times, interpolate, invert
+from consistency.errors import UserError, require
+from consistency.inference.card import EXPLODING, ModelCard
 from consistency.inference.generate import Request, edits, samples
 from consistency.pixels import to_uint8, to_unit
-from consistency.randomness import generator
+from consistency.randomness import SampleNoise, generator
 from consistency.samplers import Sampler
 from consistency.tensors import Data, Label, Time
 
@@ -112,3 +112,52 @@ class Model:
         )
         x_0 = edits(request, loop, to_unit(images), outputs=outputs, batch_size=batch_size)
         return to_uint8(x_0).unflatten(0, (len(images), outputs))
+
+    def interpolate(
+        self,
+        images: UInt8[Tensor, "_n c h w"] | None = None,
+        teacher: "Model | None" = None,
+        *,
+        frames: int = 9,
+        steps: int = 40,
+        seed: int = 0,
+        labels: int | str | Sequence[int | str] | None = None,
+    ) -> UInt8[Tensor, "_m f c h w"]:
+        """Draw `frames` images from each image to the next, over the sphere of noise [Song et al. 2023, Appendix D].
+
+        images: None interpolates between two drawn noises.
+        teacher: the denoiser whose PF-ODE turns the images into noise, on a grid with `steps` points.
+        labels: a class for each image in turn; None draws them at random.
+        """
+        self.card.require_variance_exploding("interpolation")
+        request, grid = self._request(labels, seed), self.card.process.grid
+        numbers = [0, 0] if images is None else range(len(images))
+        label = self.card.labels(labels, seed, numbers)
+        label = None if label is None else label.to(self.device)
+        ends = (None, None) if label is None else (label[:-1], label[1:])
+        with torch.inference_mode():
+            if images is None:
+                z = SampleNoise(seed, range(2), self.card.shape, self.device)()
+            else:
+                denoise = self._require_teacher(images, teacher)
+                x_0 = request.space.encoded(to_unit(images).to(self.device))
+                z = invert(denoise, x_0, label, grid=grid, steps=steps)
+            clip, t_max = self.card.clips, grid.t_max
+            shown = interpolate(self, z[:-1], z[1:], *ends, frames=frames, t_max=t_max, clip=clip)
+            decoded = request.decode(shown.flatten(0, 1)).cpu()
+        return decoded.unflatten(0, shown.shape[:2]).transpose(0, 1)
+
+    def _require_teacher(self, images: Tensor, teacher: "Model | None") -> "Model":
+        """Return the teacher if it and the images suit this model."""
+        shape = tuple(images.shape[1:])
+        expected, got = f"two or more images of shape {self.shape}", f"{len(images)} of {shape}"
+        require(shape == self.shape and len(images) >= 2, expected, got, "resize or add some")
+        expected = f"a teacher, a denoiser of {EXPLODING} and of the same images or latents"
+        remedy = "choose a run or file of mode=edm, or interpolate between drawn noises"
+        if teacher is None:
+            raise UserError(expected, "none", remedy)
+        ours, theirs = self.card, teacher.card
+        same = theirs.shape == ours.shape and theirs.latents == ours.latents
+        suited = same and theirs.role == "teacher" and theirs.noise_process == EXPLODING
+        require(suited, expected, f"{teacher.path}, a {theirs.role} of {theirs.shape}", remedy)
+        return teacher

@@ -23,8 +23,10 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.errors import UsageError
 
+from consistency.checkpoints import ours
 from consistency.errors import UserError, require
 from consistency.runtime.files import write_text
+from consistency.runtime.redaction import masked
 from consistency.training.io_errors import warn
 
 
@@ -144,14 +146,14 @@ def patient(method: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-WANDB_OPTIONS = {**signature(wandb.init).parameters, **signature(WandbLogger).parameters}
+WANDB_OPTIONS = {*signature(wandb.init).parameters, *signature(WandbLogger).parameters} - {"kwargs"}
 
 
 class PatientWandbLogger(WandbLogger):
     """Lightning's W&B logger, off once W&B fails; conf/logger/wandb.yaml explains the arguments.
 
-    wandb_id.txt in `folder` holds the id of the run, so a resumed run stays one run; offline, each start has a folder of its
-    own.
+    wandb_id.txt in `folder`, that of the run, holds the id, so a resumed run stays one run; offline, each start has a folder
+    of its own.
 
     options: any arguments of `wandb.init` and of Lightning's logger.
     """
@@ -168,16 +170,18 @@ class PatientWandbLogger(WandbLogger):
         name: str | None = None,
         group: str | None = None,
         mode: str | None = None,
-        log_model: bool = False,
+        offline: bool = False,
+        log_model: bool | str = False,
         settings: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         unknown = [option for option in options if option not in WANDB_OPTIONS]
         expected = "arguments of wandb.init or of Lightning's WandbLogger at logger.wandb"
         require(not unknown, expected, ", ".join(unknown), "docs/wandb.md names the usual ones")
-        expected, remedy = "logger.wandb.log_model=true or false", "true keeps the best checkpoint"
-        require(isinstance(log_model, bool), expected, log_model, remedy)
-        mode = mode or os.environ.get("WANDB_MODE")
+        expected, remedy = "logger.wandb.log_model=true, all or false", "true logs the best one"
+        require(log_model in (True, False, "all"), expected, log_model, remedy)
+        mode = mode or ("offline" if offline else os.environ.get("WANDB_MODE"))
         mode = mode or ("online" if key_configured() else "offline")
         try:
             given = wandb.Settings(**{"mode": mode, **(settings or {})})
@@ -186,8 +190,12 @@ class PatientWandbLogger(WandbLogger):
             raise UserError(expected, error, "change or remove them") from error
         name = name or os.environ.get("WANDB_NAME") or Path(folder).name
         group = sweep_name() if group == "auto" else group
-        super().__init__(save_dir=folder, name=name, group=group, settings=given, **options)
-        self.keeps_best = log_model
+        options = {
+            "config": masked(config),
+            "save_dir": options.pop("dir", None) or folder,
+        } | options
+        super().__init__(name=name, group=group, settings=given, **options)
+        self.folder, self.log_model = Path(folder), log_model
         self._wandb_init.pop("anonymous", None)  # W&B warns about this option
 
     @property
@@ -195,8 +203,12 @@ class PatientWandbLogger(WandbLogger):
     def experiment(self) -> Any:
         """The W&B run, or None once W&B has failed."""
         if self._experiment is None and rank_zero_only.rank == 0:
-            if not (file := Path(str(self.save_dir)) / "wandb_id.txt").is_file():
+            branch = {"fork_from", "resume_from"} & self._wandb_init.keys()
+            if not (file := self.folder / "wandb_id.txt").is_file():
                 write_text(file, f"{self._id or secrets.token_hex(4)}\n")
+                branch = {"resume"} if branch else branch
+            for option in branch:  # a run begins as a branch of another, or is resumed
+                del self._wandb_init[option]
             self._id = self._wandb_init["id"] = file.read_text().strip()
         return WandbLogger.experiment.fget(self)
 
@@ -206,14 +218,16 @@ class PatientWandbLogger(WandbLogger):
         WandbLogger.log_metrics(self, {n: v for n, v in metrics.items() if n != "epoch"}, step)
 
     @patient
-    def log_best(self) -> None:
-        """Log the best checkpoint of the run, or without one the last, as an artifact."""
-        folder = Path(str(self.save_dir)) / "checkpoints"
-        files = [file for name in ("best", "last") if (file := folder / f"{name}.ckpt").is_file()]
-        if files:
-            artifact = wandb.Artifact(f"model-{self._id}", type="model")
-            artifact.add_file(str(files[0]))
-            self.experiment.log_artifact(artifact, aliases=["latest", files[0].stem])
+    def log_checkpoints(self) -> None:
+        """Log the best checkpoint of the run, or without one the last, as an artifact; with "all" those that stay before it."""
+        folder = self.folder / ours.CHECKPOINTS
+        files = [file for name in ("best.ckpt", ours.LAST) if (file := folder / name).is_file()][:1]
+        if self.log_model == "all":
+            files = [*ours.kept(folder).values(), *files]
+        for file in files:
+            artifact = wandb.Artifact(self._checkpoint_name or f"model-{self._id}", type="model")
+            artifact.add_file(str(file), policy=self.add_file_policy)
+            self.experiment.log_artifact(artifact, aliases=["latest", file.stem])
 
     @property
     def offline_folders(self) -> list[Path]:
@@ -225,8 +239,8 @@ class PatientWandbLogger(WandbLogger):
 
     def finalize(self, status: str) -> None:
         """End the W&B run, so that the next job of a sweep begins its own."""
-        if self.keeps_best and status == "success" and rank_zero_only.rank == 0:
-            self.log_best()
+        if self.log_model and status == "success" and rank_zero_only.rank == 0:
+            self.log_checkpoints()
         patient(lambda _: wandb.finish(0 if status == "success" else 1))(self)
         if self.failed:
             with suppress(Exception):

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from consistency.checkpoints import ours
 from consistency.errors import require
+from consistency.evaluation.results import sign_of
 from consistency.training.callbacks.evaluation import Evaluation
 from consistency.training.callbacks.periodic import Periodic, callback_of
 from consistency.training.io_errors import warn
@@ -23,7 +24,7 @@ class RunCheckpoints(Periodic, Checkpoint):
     If a write fails, the files of before stay, and the next occasion tries again; at the end of the run it is a
     `UserError`. If a step that is not finite stops the run, the state before that step is saved first.
 
-    monitor: the metric of which best.ckpt has the lowest value, "auto" for that of the run's evaluation, or None.
+    monitor: the metric of which best.ckpt has the best value, "auto" for that of the run's evaluation, or None.
 
     keep_every: optimizer steps between the checkpoints step_<k>.ckpt, which stay; None for none.
     """
@@ -118,7 +119,8 @@ class RunCheckpoints(Periodic, Checkpoint):
         if measured is None or measured.is_set_to(self._seen):
             return
         self._seen, value = measured, float(measured)
-        if not math.isfinite(value) or value >= self.best_value:
+        sign, known = sign_of(self.monitor), math.isfinite(self.best_value)
+        if not math.isfinite(value) or (known and sign * value >= sign * self.best_value):
             return
         before, self.best_value = self.best_value, value
         if reason := _written(trainer, self.folder / "best.ckpt"):

@@ -12,9 +12,9 @@ import lightning as L
 import torch
 
 from consistency.errors import require
-from consistency.evaluation.extractors import INCEPTION
 from consistency.evaluation.metrics import Measure, measure_against
 from consistency.evaluation.reference import images_of
+from consistency.evaluation.results import INCEPTION
 from consistency.inference.generate import Numbered, counting, fitting_batch, generate
 from consistency.randomness import generator
 from consistency.runtime.files import write_text
