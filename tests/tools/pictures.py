@@ -1,7 +1,7 @@
 """Draw the pictures of the documentation into docs/: `make pictures`.
 
-idea.png comes from a law with an exact answer. The others need runs, which docs/first-run.md and docs/data.md train; a picture
-whose run is missing is left as it is, with one line: `runs/edm`, `runs/cd` and `runs/ict` on the digits, `runs/coloured` on coloured ones.
+idea.png comes from a law with an exact answer. The others need runs, which docs/first-run.md and docs/data.md train: `runs/digits`,
+`runs/edm` and `runs/cd` on the digits, `runs/coloured` on coloured ones. A picture whose run is missing is left as it is, with one line.
 """
 
 import subprocess
@@ -13,6 +13,7 @@ from pathlib import Path
 import coloured_digits
 import numpy as np
 import torch
+import workspace
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -130,11 +131,15 @@ def draw_edits(run: Path, folder: Path) -> None:
 def main() -> None:
     """Draw every picture whose run is there."""
     draw_idea(DOCS / "idea.png")
-    names = ("edm", "cd", "ict", "coloured")
-    edm, cd, ict, coloured = (Path("runs") / name for name in names)
+    names = ("digits", "edm", "cd", "coloured")
+    digits, edm, cd, coloured = (Path("runs") / name for name in names)
     pictures = {
         "steps.png": ((edm, cd), lambda: draw_steps(edm, cd, DOCS / "steps.png")),
-        "curves.png": ((ict,), lambda: draw_curves(ict / "metrics.csv", DOCS / "curves.png")),
+        "curves.png": ((digits,), lambda: draw_curves(digits / "metrics.csv", DOCS / "curves.png")),
+        "workspace.png": (
+            (digits, edm, cd),
+            lambda: workspace.draw([digits, edm, cd], DOCS / "workspace.png"),
+        ),
         "edit_*.png": ((coloured,), lambda: draw_edits(coloured, DOCS)),
     }
     for name, (runs, draw) in pictures.items():
