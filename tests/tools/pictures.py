@@ -120,9 +120,11 @@ def draw_edits(run: Path, folder: Path) -> None:
     """Draw the sheet of every task: the commands of docs/sampling.md."""
     with tempfile.TemporaryDirectory() as room:
         coloured_digits.write(Path(room) / "few", 6)
+        coloured_digits.write(Path(room) / "noisy", 6, 0.5)
         for task, options in EDITS.items():
-            given = [f"input={room}/few"] if task != "interpolate" else []
-            paths = [f"checkpoint={run.resolve()}", f"output={room}/{task}", *given]
+            given = f"input={room}/{'noisy' if task == 'denoise' else 'few'}"
+            paths = [f"checkpoint={run.resolve()}", f"output={room}/{task}"]
+            paths += [given] if task != "interpolate" else []
             command = [sys.executable, str(ROOT / "src" / "edit.py"), f"task={task}", *options]
             subprocess.run([*command, *paths], check=True)
             (folder / f"edit_{task}.png").write_bytes(Path(f"{room}/{task}/grid.png").read_bytes())

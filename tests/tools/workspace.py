@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
 from consistency.commands.dashboard import AXES, COLUMNS, CURVES, GRIDS
 from consistency.inference.plots import DASHES
 from wandb_files import contents
