@@ -20,6 +20,9 @@ PACKAGE = ROOT / "src" / "consistency"
 OUTSIDE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}  # fmt: skip
 """Files in the root that are pages of the site."""
 
+LATER_FOUND = "---\nsearch:\n  boost: 0.1\n---\n\n"
+"""The head of a page that the search lists after the others."""
+
 LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+)([^)#\s]+)(?:#([^)\s]+))?\)")
 
 
@@ -79,7 +82,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made = {OUTSIDE[name]: root_page(ROOT / name) for name in ("CHANGELOG.md", "CONTRIBUTING.md")}
     for module in PACKAGE.rglob("*.py"):
         if module.read_text().strip():
-            made[api_page(module)] = f"::: {dotted(module)}\n"
+            made[api_page(module)] = f"{LATER_FOUND}::: {dotted(module)}\n"
     for notebook in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
         made[f"notebooks/{notebook.stem}.md"] = notebook_page(notebook)
     for path, text in made.items():
