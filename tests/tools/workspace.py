@@ -74,15 +74,18 @@ def draw_curves(axes: Axes, title: str, pattern: str, runs: Sequence[Run]) -> No
         axes.plot(x, y, styles[name], marker=dots, color=run.ink, linewidth=1)
     for name in names:
         axes.plot([], [], styles[name], color="#555555", linewidth=1, label=name)
-    if names:
-        axes.legend(fontsize=5, framealpha=0.7, edgecolor="none")
-    else:
+    axes.spines[:].set_color("#bbbbbb")
+    if not names:
         axes.text(0.5, 0.5, "no data in these runs", ha="center", fontsize=7)
+        axes.set(xticks=[], yticks=[])
+        return
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.12 * len(names) * (high - low))  # room for the legend
+    axes.legend(fontsize=5, frameon=False, loc="upper right", borderpad=0, labelspacing=0.2)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.set_xlabel(AXIS, fontsize=6, labelpad=1)
     axes.tick_params(labelsize=6, length=2)
-    axes.spines[:].set_color("#bbbbbb")
 
 
 def draw_image(axes: Axes, run: Run, key: str) -> None:
