@@ -1,6 +1,6 @@
 """Write scikit-learn's digits in colour, as images to try `data=folder` with: `python tests/tools/coloured_digits.py <folder> [count [noise]]`.
 
-Each digit has a random hue on a background of the opposite one; there is one folder a class. `noise` is the standard deviation of noise
+Each digit has a random hue on a darker background of the opposite one, also in print without colours; there is one folder a class. `noise` is the standard deviation of noise
 that is added to the pixels, which are in [-1, 1].
 """
 
@@ -19,7 +19,7 @@ def write(folder: Path, count: int = 1797, noise: float = 0.0) -> None:
     pairs = zip(bundle.images[:count] / 16, bundle.target[:count], strict=True)
     for number, (ink, digit) in enumerate(pairs):
         hue = random.rand()
-        front, back = hsv_to_rgb(hue, 0.9, 1.0), hsv_to_rgb((hue + 0.5) % 1, 0.6, 0.35)
+        front, back = hsv_to_rgb(hue, 0.6, 1.0), hsv_to_rgb((hue + 0.5) % 1, 0.6, 0.25)
         colours = ink[..., None] * np.array(front) + (1 - ink[..., None]) * np.array(back)
         colours = (colours + noise / 2 * disturbed.standard_normal(colours.shape)).clip(0, 1)
         file = folder / str(digit) / f"{number}.png"
