@@ -45,11 +45,11 @@ class Run:
             points = [(row[AXIS], row[name]) for row in self.rows if name in row]
             yield name, [x for x, _ in points], [float(y) for _, y in points]
 
-    def image(self, key: str) -> Image.Image | None:
-        """Return the last image of a key, or None."""
+    def image(self, key: str) -> Path | None:
+        """Return the file of the last image of a key, or None."""
         named = [row[f"{key}/filenames"][-1] for row in self.rows if f"{key}/filenames" in row]
         files = [file for name in named[-1:] for file in self.folder.glob(f"wandb/*/files/{name}")]
-        return Image.open(files[0]) if files else None
+        return files[0] if files else None
 
 
 def read(folder: Path, ink: str) -> Run:
@@ -90,11 +90,11 @@ def draw_curves(axes: Axes, title: str, pattern: str, runs: Sequence[Run]) -> No
 
 def draw_image(axes: Axes, run: Run, key: str) -> None:
     """Draw the last image of a key."""
-    image = run.image(key)
     axes.set_title(f"{run.folder.name}  {key}", fontsize=7, color=run.ink)
     axes.set_axis_off()
-    if image is not None:
-        axes.imshow(image)
+    if file := run.image(key):
+        with Image.open(file) as image:
+            axes.imshow(image)
 
 
 def draw_runs(axes: Axes, runs: Sequence[Run]) -> None:
