@@ -179,4 +179,7 @@ def test_the_pages_of_the_site_are_those_of_the_folder() -> None:
     navigation = yaml.safe_load(text[text.index("\nnav:") :])["nav"]
     named = set(re.findall(r"[\w/-]+\.md", str(navigation)))
     written = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
-    assert named == {page.replace(".ipynb", ".md") for page in written} | {"changelog.md"}
+    assert named == {page.replace(".ipynb", ".md") for page in written} | {
+        "changelog.md",
+        "contributing.md",
+    }

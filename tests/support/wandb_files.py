@@ -8,8 +8,7 @@ from typing import Any
 
 from wandb.proto import wandb_internal_pb2 as protocol
 
-from conftest import ROOT
-
+ROOT = Path(__file__).parents[2]
 BLOCK, HEADER = 32768, 7
 
 

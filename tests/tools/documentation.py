@@ -1,9 +1,10 @@
 """Pages of the documentation site that are made of other files: hooks of mkdocs.yml, whose pages stand in docs/.
 
 - Every module of src/consistency becomes a page of its docstrings and code, in the section API.
-- CHANGELOG.md becomes a page, and so does every notebook of docs/notebooks.
+- CHANGELOG.md and CONTRIBUTING.md become pages, and so does every notebook of docs/notebooks.
 - Links to files outside docs/ are right in the repository. On the site, one to a module leads to its page, one with a name
-  (`../src/consistency/grids.py#KarrasGrid`) to the entry of that name, one to README.md to the first page; others become text.
+  (`../src/consistency/grids.py#KarrasGrid`) to the entry of that name, one to README.md to the first page, one to CHANGELOG.md or
+  CONTRIBUTING.md to its page; others become text.
 """
 
 import json
@@ -16,6 +17,12 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "consistency"
+OUTSIDE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}  # fmt: skip
+"""Files in the root that are pages of the site."""
+
+LATER_FOUND = "---\nsearch:\n  boost: 0.1\n---\n\n"
+"""The head of a page that the search lists after the others."""
+
 LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+)([^)#\s]+)(?:#([^)\s]+))?\)")
 
 
@@ -56,10 +63,12 @@ def notebook_page(file: Path) -> str:
     return "\n\n".join([*pages, f"[This page as a notebook]({file.name})", ""])
 
 
-def changelog() -> str:
-    """Return the changelog, if the project has one."""
-    file = ROOT / "CHANGELOG.md"
-    return file.read_text() if file.is_file() else "# Changelog\n\nNothing is released yet.\n"
+def root_page(file: Path) -> str:
+    """Return the text of a file in the root, with its links as they are in docs/."""
+    text = file.read_text().replace("](docs/", "](")
+    for name, page in OUTSIDE.items():
+        text = text.replace(f"]({name})", f"]({page})")
+    return text
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -70,10 +79,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made of other files."""
-    made = {"changelog.md": changelog()}
+    made = {OUTSIDE[name]: root_page(ROOT / name) for name in ("CHANGELOG.md", "CONTRIBUTING.md")}
     for module in PACKAGE.rglob("*.py"):
         if module.read_text().strip():
-            made[api_page(module)] = f"# `{dotted(module)}`\n\n::: {dotted(module)}\n"
+            made[api_page(module)] = f"{LATER_FOUND}::: {dotted(module)}\n"
     for notebook in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
         made[f"notebooks/{notebook.stem}.md"] = notebook_page(notebook)
     for path, text in made.items():
@@ -90,8 +99,8 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
         module = ROOT / path
         if up.count("../") != depth + 1:
             return match[0]
-        if path == "README.md":
-            return f"[{text}]({'../' * depth}index.md)"
+        if path in OUTSIDE:
+            return f"[{text}]({'../' * depth}{OUTSIDE[path]})"
         if module.suffix == ".py" and PACKAGE in module.parents:
             return f"[{text}][{dotted(module)}{f'.{name}' if name else ''}]"
         return text

@@ -1,7 +1,7 @@
 """Draw the pictures of the documentation into docs/: `make pictures`.
 
-idea.png comes from a law with an exact answer. The others need runs, which docs/first-run.md and docs/data.md train; a picture
-whose run is missing is left as it is, with one line: `runs/edm`, `runs/cd` and `runs/ict` on the digits, `runs/coloured` on coloured ones.
+idea.png comes from a law with an exact answer. The others need runs, which docs/first-run.md and docs/data.md train: `runs/digits`,
+`runs/edm` and `runs/cd` on the digits, `runs/coloured` on coloured ones. A picture whose run is missing is left as it is, with one line.
 """
 
 import subprocess
@@ -13,6 +13,7 @@ from pathlib import Path
 import coloured_digits
 import numpy as np
 import torch
+import workspace
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -119,9 +120,11 @@ def draw_edits(run: Path, folder: Path) -> None:
     """Draw the sheet of every task: the commands of docs/sampling.md."""
     with tempfile.TemporaryDirectory() as room:
         coloured_digits.write(Path(room) / "few", 6)
+        coloured_digits.write(Path(room) / "noisy", 6, 0.5)
         for task, options in EDITS.items():
-            given = [f"input={room}/few"] if task != "interpolate" else []
-            paths = [f"checkpoint={run.resolve()}", f"output={room}/{task}", *given]
+            given = f"input={room}/{'noisy' if task == 'denoise' else 'few'}"
+            paths = [f"checkpoint={run.resolve()}", f"output={room}/{task}"]
+            paths += [given] if task != "interpolate" else []
             command = [sys.executable, str(ROOT / "src" / "edit.py"), f"task={task}", *options]
             subprocess.run([*command, *paths], check=True)
             (folder / f"edit_{task}.png").write_bytes(Path(f"{room}/{task}/grid.png").read_bytes())
@@ -130,11 +133,15 @@ def draw_edits(run: Path, folder: Path) -> None:
 def main() -> None:
     """Draw every picture whose run is there."""
     draw_idea(DOCS / "idea.png")
-    names = ("edm", "cd", "ict", "coloured")
-    edm, cd, ict, coloured = (Path("runs") / name for name in names)
+    names = ("digits", "edm", "cd", "coloured")
+    digits, edm, cd, coloured = (Path("runs") / name for name in names)
     pictures = {
         "steps.png": ((edm, cd), lambda: draw_steps(edm, cd, DOCS / "steps.png")),
-        "curves.png": ((ict,), lambda: draw_curves(ict / "metrics.csv", DOCS / "curves.png")),
+        "curves.png": ((digits,), lambda: draw_curves(digits / "metrics.csv", DOCS / "curves.png")),
+        "workspace.png": (
+            (digits, edm, cd),
+            lambda: workspace.draw([digits, edm, cd], DOCS / "workspace.png"),
+        ),
         "edit_*.png": ((coloured,), lambda: draw_edits(coloured, DOCS)),
     }
     for name, (runs, draw) in pictures.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import wandb
+import workspace
 
 from conftest import ROOT, TINY, Run
 from consistency.checkpoints.ours import read
@@ -61,6 +62,8 @@ def test_a_measured_run_has_its_table_with_the_bounds_and_its_best_checkpoint(
     kept = [r.artifact for r in records(file) if r.WhichOneof("record_type") == "artifact"]
     (model,) = [artifact for artifact in kept if artifact.type == "model"]
     assert [entry.path for entry in model.manifest.contents] == ["best.ckpt"]
+    workspace.draw([run], tmp_path / "workspace.png")
+    assert (tmp_path / "workspace.png").stat().st_size > 10_000
 
 
 def test_the_page_has_the_names_of_every_method_and_of_the_published_measures() -> None:

@@ -159,8 +159,9 @@ def draw_curves(file: Path, picture: Path) -> None:
     figure.subplots_adjust(left=0.09, right=0.98, top=top, bottom=bottom, wspace=0.24, hspace=0.4)
     for number, (title, names) in enumerate(shown.items(), start=1):
         axes = figure.add_subplot(rows, 2, number)
-        for name in names:
-            axes.plot(*curves[name], marker=".", markersize=3, linewidth=1, label=name)
+        for index, name in enumerate(names):
+            style = line_style(index) | {"markersize": 2, "linewidth": 1}
+            axes.plot(*curves[name], label=name, **style)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("optimizer step", fontsize=8)
         if title != "target decay mu(k)" and all(min(curves[n][1]) > 0 for n in names):
