@@ -53,7 +53,7 @@ docs: $(READY) ## build the documentation site into site/, strictly
 pictures: $(READY) ## draw the pictures of the documentation, of the runs that docs/first-run.md and docs/data.md train
 	PYTHONPATH=tests/support $(BIN)/python tests/tools/pictures.py
 
-oracle: $(READY) ## train every mode on a law with exact answers, three times a minute of CPU each (40 minutes), and print the errors
+oracle: $(READY) ## train every mode on a law with exact answers, three times a minute of CPU each (50 minutes), and print the errors
 	@PYTHONPATH=tests/support $(BIN)/python tests/tools/oracle.py $(ARGS)
 
 gpu: $(READY) ## run what needs a GPU, tests and benchmarks (8 minutes); says so in one line where there is none

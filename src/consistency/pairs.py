@@ -195,7 +195,7 @@ class TruncatedLognormalTimes(TruncatedTimes, Lognormal):
         return self.level(torch.special.ndtri(lo + p * (hi - lo)))
 
 
-NEWTON_STEPS = 24  # bisections included
+CELLS, NEWTON_STEPS = 1024, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +203,7 @@ class TruncatedStudentTimes(TruncatedTimes):
     """ln t = loc + scale s with s by Student's law of df degrees, on t_lo <= t <= t_hi [Lee et al. 2024, second stage].
 
     y = asinh((ln t - loc) / (scale sqrt(df))) has the density ~ cosh(y)^-df, whose integral is smooth for the published
-    df = 0.01; its inverse is found by Newton's method, and by bisection where that leaves the bracket. A df above 100 is
-    nearly lognormal.
+    df = 0.01; its inverse is found by Newton's method within a cell of a table. A df above 100 is nearly lognormal.
     """
 
     df: float
@@ -216,26 +215,37 @@ class TruncatedStudentTimes(TruncatedTimes):
         got, remedy = f"df={self.df}, scale={self.scale}", "set both above 0"
         require(min(self.df, self.scale) > 0, "df > 0 and scale > 0 of Student's law", got, remedy)
 
-    def quantile(self, p: Float[Tensor, "b"]) -> Time:
-        unit = self.scale * math.sqrt(self.df)
-        lo, hi = (math.asinh((math.log(t) - self.loc) / unit) for t in (self.t_lo, self.t_hi))
-        ends = torch.tensor([lo, hi], dtype=p.dtype, device=p.device)
-        below, above = ends[:, None].expand(2, len(p))
-        mass = p * self.integral(ends, lo)[1]
-        y = lo + (hi - lo) * p
-        for _ in range(NEWTON_STEPS):
-            excess = self.integral(y, lo) - mass
-            below, above = torch.where(excess < 0, y, below), torch.where(excess < 0, above, y)
-            step = y - excess * y.cosh() ** self.df
-            inside = (step >= below) & (step <= above)
-            y = torch.where(inside, step, (below + above) / 2)
-        return (self.loc + unit * y.sinh()).exp()
+    @property
+    def unit(self) -> float:
+        """scale sqrt(df)."""
+        return self.scale * math.sqrt(self.df)
 
-    def integral(self, y: Float[Tensor, "n"], lo: float) -> Float[Tensor, "n"]:
-        """The integral of cosh^-df from lo to y, by Gauss and Legendre's formula."""
-        nodes, weights = (values.to(y) for values in gauss_legendre(64))
-        half = (y - lo)[:, None] / 2
-        return (half * weights * (lo + half * (1 + nodes)).cosh() ** -self.df).sum(1)
+    def quantile(self, p: Float[Tensor, "b"]) -> Time:
+        ends, masses = (sent(values, p.device) for values in self.table())
+        mass = p * masses[-1]
+        cell = torch.searchsorted(masses, mass).clamp(1, CELLS)
+        below, above, done = ends[cell - 1], ends[cell], masses[cell - 1]
+        least = torch.finfo(p.dtype).tiny  # far from the mode of a large df a cell has the mass 0
+        share = (mass - done) / (masses[cell] - done).clamp_min(least)
+        y = below + share * (above - below)
+        for _ in range(NEWTON_STEPS):
+            excess = done + self.integral(below, y) - mass
+            y = (y - excess / (y.cosh() ** -self.df).clamp_min(least)).clamp(below, above)
+        return (self.loc + self.unit * y.sinh()).exp()
+
+    @cache  # noqa: B019, one law a run
+    def table(self) -> tuple[Float[Tensor, "_ends"], Float[Tensor, "_ends"]]:
+        """The ends of the cells in y, and the integral up to each of them, in float64."""
+        lo, hi = (math.asinh((math.log(t) - self.loc) / self.unit) for t in (self.t_lo, self.t_hi))
+        ends = torch.linspace(lo, hi, CELLS + 1, dtype=torch.float64)
+        masses = self.integral(ends[:-1], ends[1:]).cumsum(0)
+        return ends, torch.cat([masses.new_zeros(1), masses])
+
+    def integral(self, below: Float[Tensor, "n"], y: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+        """The integral of cosh^-df from `below` to y in one cell, by Gauss and Legendre's formula."""
+        nodes, weights = (values.to(y) for values in gauss_legendre(8))
+        half = (y - below)[:, None] / 2
+        return (half * weights * (below[:, None] + half * (1 + nodes)).cosh() ** -self.df).sum(1)
 
 
 @cache

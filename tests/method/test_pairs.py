@@ -180,6 +180,14 @@ def test_student_times_with_one_degree_of_freedom_are_cauchy(loc: float) -> None
     assert torch.allclose((shares - lo) / (hi - lo), u, rtol=1e-9, atol=0)
 
 
+def test_narrow_student_times_of_many_degrees_of_freedom_are_lognormal() -> None:
+    """A law much narrower than its ends, whose density vanishes at both."""
+    law = TruncatedStudentTimes(df=1e4, loc=0.0, scale=0.05, t_lo=0.002, t_hi=80.0)
+    u = torch.linspace(0.001, 0.999, 99, dtype=torch.float64)
+    assert torch.allclose(torch.special.ndtr(law.at(u).log() / 0.05), u, rtol=0, atol=1e-4)
+    assert law.at(torch.zeros(1)).item() == pytest.approx(0.002)
+
+
 def test_student_times_have_the_published_quantiles() -> None:
     """1.04, 1.22 and 2.5 at a quarter, a half and three quarters [Lee et al. 2024, second stage]."""
     t = STUDENT.at(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
