@@ -305,6 +305,7 @@ MISTAKES = {
     "nothing to measure": ([], "checkpoint="),
     "both": (["checkpoint=/nowhere", "samples=/nowhere"], "both"),
     "missing checkpoint": (["checkpoint=/nowhere"], "/nowhere"),
+    "weights of samples": (["samples=/nowhere", "weights=ema"], "checkpoint= with weights"),
     "missing samples": (["samples=/nowhere"], "/nowhere"),
     "too few samples": (["samples={images}", "num_samples=31"], "num_samples=30"),
     "samples of another shape": (["samples={folder}", "num_samples=12"], "shape"),

@@ -40,6 +40,9 @@ from consistency.tensors import Data, Label, Time
 from consistency.training.build import build_loggers, quiet
 from consistency.training.loggers import log_results
 
+OF_MODELS = ("snapshots", "role", "autoencoder", "weights", "labels")
+"""Options of a checkpoint alone, null by default."""
+
 
 def evaluate(config: DictConfig, output: Path) -> float:
     """Measure config.num_samples samples of every sampler and every set of weights, or images of samples=.
@@ -52,6 +55,8 @@ def evaluate(config: DictConfig, output: Path) -> float:
     one = "checkpoint=<run or file> to draw from, or samples=<folder or .npz> to measure"
     got = "neither" if config.checkpoint is None else "both"
     require((config.checkpoint is None) != (config.samples is None), one, got, "give one of them")
+    names = [n for n in OF_MODELS if config.samples is not None and config[n] is not None]
+    require(not names, f"checkpoint= with {', '.join(names)}", "samples=", "leave them out")
     device = chosen_device(config.device, config.devices, config.precision)
     with one_job():
         fabric = Fabric(
