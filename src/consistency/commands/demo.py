@@ -184,8 +184,8 @@ class Actions:
         )
         estimates = trajectory(request, model.card.sampler(int(steps)), min(STRIP, int(count)))
         step = -(-len(estimates) // plots.MOST_COLUMNS)
-        panels = [(f"t={t:.3g}", plots.grid(images, 1)) for t, images in estimates]
-        return shown, enlarged(plots.side_by_side(panels[::-step][::-1])), line
+        panels = [(f"t={t:.3g}", plots.grid(images, STRIP)) for t, images in estimates]
+        return shown, enlarged(plots.below_each_other(panels[::-step][::-1])), line
 
     def read(self, name: str, photo: str | None) -> UInt8[Tensor, "c h w"]:
         """Read an uploaded file as the model's input."""
