@@ -221,7 +221,7 @@ class TruncatedStudentTimes(TruncatedTimes):
         return self.scale * math.sqrt(self.df)
 
     def quantile(self, p: Float[Tensor, "b"]) -> Time:
-        ends, masses = (sent(values, p.device) for values in self.table())
+        ends, masses = self.table(p.device)
         mass = p * masses[-1]
         cell = torch.searchsorted(masses, mass).clamp(1, CELLS)
         below, above, done = ends[cell - 1], ends[cell], masses[cell - 1]
@@ -234,27 +234,27 @@ class TruncatedStudentTimes(TruncatedTimes):
         return (self.loc + self.unit * y.sinh()).exp()
 
     @cache  # noqa: B019, one law a run
-    def table(self) -> tuple[Float[Tensor, "_ends"], Float[Tensor, "_ends"]]:
-        """The ends of the cells in y, and the integral up to each of them, in float64."""
+    def table(self, device: torch.device) -> tuple[Float[Tensor, "_ends"], Float[Tensor, "_ends"]]:
+        """The ends of the cells in y, and the integral up to each of them, in float64 on the device."""
         lo, hi = (math.asinh((math.log(t) - self.loc) / self.unit) for t in (self.t_lo, self.t_hi))
         ends = torch.linspace(lo, hi, CELLS + 1, dtype=torch.float64)
         masses = self.integral(ends[:-1], ends[1:]).cumsum(0)
-        return ends, torch.cat([masses.new_zeros(1), masses])
+        return sent(ends, device), sent(torch.cat([masses.new_zeros(1), masses]), device)
 
     def integral(self, below: Float[Tensor, "n"], y: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
         """The integral of cosh^-df from `below` to y in one cell, by Gauss and Legendre's formula."""
-        nodes, weights = (values.to(y) for values in gauss_legendre(8))
+        nodes, weights = (values.to(y.dtype) for values in gauss_legendre(8, y.device))
         half = (y - below)[:, None] / 2
         return (half * weights * (below[:, None] + half * (1 + nodes)).cosh() ** -self.df).sum(1)
 
 
 @cache
-def gauss_legendre(n: int) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
-    """Return the n nodes and weights of Gauss-Legendre integration from -1 to 1 [Golub and Welsch 1969]."""
+def gauss_legendre(n: int, device: torch.device) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """Return the n nodes and weights of Gauss-Legendre integration from -1 to 1 [Golub and Welsch 1969], on the device."""
     k = torch.arange(1, n, dtype=torch.float64)
     beta = k / (4 * k**2 - 1).sqrt()
     nodes, vectors = torch.linalg.eigh(beta.diag(1) + beta.diag(-1))
-    return nodes, 2 * vectors[0] ** 2
+    return sent(nodes, device), sent(2 * vectors[0] ** 2, device)
 
 
 @dataclass(frozen=True, kw_only=True)
