@@ -27,7 +27,7 @@ The shell stands in rooms:
                         listing parallel; chunks and encode (of sets that are prepared)
     evaluation          metrics extractors (with the small classifier) reference; results (their files) timing (windows, memory, peak rates)
                         sampling_speed
-    training            build (configuration -> parts) module (the LightningModule) nonfinite loggers lpips
+    training            build (configuration -> parts) module (the LightningModule) optimizers nonfinite loggers lpips
                         lightning_patches io_errors; callbacks: schedules ema progressive_distillation periodic
                         checkpoints preemption evaluation sample_grids progress overfit; speed (of the step, in its parts)
                         length (of a run: its steps at a fraction) plain (the published loop)

@@ -189,7 +189,7 @@ def test_consistency_training_on_lsun_is_as_published() -> None:
     assert config.model.network.model_channels == 256
     assert list(config.model.network.channel_mult) == [1, 1, 2, 2, 4, 4]
     assert config.model.c_noise_scale == 250.0
-    assert config.optimizer._target_ == "torch.optim.RAdam"
+    assert config.optimizer._target_ == "consistency.training.optimizers.RAdam"
     assert config.optimizer.lr == 5e-5
     assert config.callbacks.learning_rate.factor._target_ == "consistency.schedules.constant_rate"
     assert config.data.batch_size == 256

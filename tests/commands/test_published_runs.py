@@ -159,7 +159,7 @@ def test_a_published_run_is_one_command(run: str) -> None:
         1024 if row["batch"].startswith("not set") else int(row["batch"])
     )
     assert optimizer["lr"] == float(row["lr"])
-    assert optimizer["_target_"] == f"torch.optim.{row['optimizer']}"
+    assert optimizer["_target_"].rpartition(".")[2] == row["optimizer"]
     given = [numbers(row["betas"]), float(row["eps"]), float(row["weight_decay"])]
     assert [optimizer["betas"], optimizer["eps"], optimizer["weight_decay"]] == given
     clip = None if row["grad_clip"].startswith("none") else float(row["grad_clip"])

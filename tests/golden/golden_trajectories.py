@@ -1,6 +1,6 @@
 """Comparisons of whole training runs of the OpenAI code, step by step, with golden data.
 
-A run is repeated with the parts that training uses: schedules, objective, PyTorch's RAdam, `update_average`. Recorded
+A run is repeated with the parts that training uses: schedules, objective, optimizer, `update_average`. Recorded
 are the batch, the indices (or normal draws of the times) and the noise of every step. Each run is made twice: in
 float32, whose losses are compared, and in float64, whose weights are, because the float32 weights of runs with the
 released constants move by little more than their rounding.
@@ -23,6 +23,7 @@ from consistency.preconditioning import EDM, Boundary
 from consistency.solvers import heun_step
 from consistency.steps import DataStep, Step, TeacherStep
 from consistency.tensors import PerSample
+from consistency.training.optimizers import RAdam
 from golden_formulas import EXACT, FORMULA, RHO, SIGMA_DATA, T_MAX, T_MIN, weighting
 from golden_harness import Archive, Tolerance, read_json, require_known
 from golden_losses import OPENAI_DISTANCES
@@ -142,7 +143,10 @@ def optimizer_of(spec: dict) -> Callable[..., torch.optim.Optimizer]:
         options["betas"] = (spec.get("beta1", 0.9), spec.get("beta2", 0.999))
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
-    return partial(getattr(torch.optim, spec.get("optimizer", "RAdam")), lr=spec["lr"], **options)
+    kind = spec.get("optimizer", "RAdam")
+    if kind == "RAdam":
+        return partial(RAdam, lr=spec["lr"], fused=True, **options)
+    return partial(getattr(torch.optim, kind), lr=spec["lr"], **options)
 
 
 def compare_trajectory(archive: Archive) -> None:

@@ -17,7 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.is_nonzero, aten.masked_select}
 METHODS = {Tensor.tolist, Tensor.numpy, Tensor.cpu}
-ON_THE_CPU = ("torch/optim/", "consistency/data/", "torch/utils/data/", "logger_connector/result")
+ON_THE_CPU = (
+    "torch/optim/",
+    "training/optimizers.py",
+    "consistency/data/",
+    "torch/utils/data/",
+    "logger_connector/result",
+)
 """Code whose tensors are on the CPU on every machine: an optimizer's counts of steps, the order of the data, and the
 numbers of the progress bar, which Lightning reads in every step.
 """

@@ -30,6 +30,7 @@ from consistency.distances import LPIPS
 from consistency.runtime.devices import PRECISIONS
 from consistency.runtime.files import ROOT
 from consistency.training import lpips
+from consistency.training.optimizers import choose_kernels
 
 GIB = 2**30
 
@@ -114,6 +115,7 @@ def steps(config: Any, batch: int) -> Callable[[], None]:
     ema = config.callbacks.evaluation_ema
     averages = [denoiser().network for _ in (*ema.decays, *ema.widths)]
     optimizer = instantiate(config.optimizer, _convert_="all")(online.parameters())
+    choose_kernels(optimizer, "cuda")
     shape = (batch, config.data.channels, config.data.image_size, config.data.image_size)
     precision = PRECISIONS[config.trainer.precision]
 

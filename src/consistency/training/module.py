@@ -27,12 +27,10 @@ from consistency.tensors import Data, Label
 from consistency.training.io_errors import warn
 from consistency.training.lightning_patches import batches_before
 from consistency.training.nonfinite import NonfiniteGuard
+from consistency.training.optimizers import choose_kernels
 
 OBJECTIVE = "objective."
 HEAD = f"{OBJECTIVE}head."
-
-SMALL = 20_000
-"""Numbers in the mean tensor of a network up to which a CPU updates all tensors at once faster than one after the other."""
 
 
 class ConsistencyModule(L.LightningModule):
@@ -87,15 +85,11 @@ class ConsistencyModule(L.LightningModule):
         return [callback for callback in self.make_callbacks() if type(callback) not in present]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        trained = [parameter for _, parameter in self.trained()]
-        optimizer = self.make_optimizer(trained)
+        optimizer = self.make_optimizer([parameter for _, parameter in self.trained()])
         # A fused optimizer would skip an overflow inside its kernel, unseen by k and the averages.
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        sizes = [parameter.numel() for parameter in trained]
-        for group in optimizer.param_groups:
-            if group.get("foreach", False) is None and sum(sizes) <= SMALL * len(sizes):
-                group["foreach"] = True  # which torch chooses on a GPU alone
+        choose_kernels(optimizer, self.device.type)
         return optimizer
 
     @property
@@ -131,6 +125,14 @@ class ConsistencyModule(L.LightningModule):
         denoisers = (part for part in self.modules() if isinstance(part, Denoiser))
         for network in (*(denoise.network for denoise in denoisers), *self.averages.values()):
             compile_in_place(network, self.compilation)
+
+    def on_train_start(self) -> None:
+        """Store the moments of a checkpoint as the weights are: fused kernels pair numbers by their place in memory."""
+        for weight, state in self.trainer.optimizers[0].state.items():
+            for name, value in state.items():
+                alike = isinstance(value, Tensor) and value.shape == weight.shape
+                if alike and value.stride() != weight.stride():
+                    state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
     def on_fit_end(self) -> None:
         self.guard.report_overflows()
