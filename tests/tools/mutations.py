@@ -111,8 +111,8 @@ MUTATIONS = [
     Mutation(
         "target updated before the optimizer",
         f"{SOURCE}/training/callbacks/ema.py",
-        "module.after_each_step(lambda: update(self.decay(module.num_scales)))",
-        "trainer.optimizers[0].register_step_pre_hook(lambda *_: update(self.decay(module.num_scales)))",
+        "module.after_each_step(step, undo)",
+        "trainer.optimizers[0].register_step_pre_hook(lambda *_: step(0))",
     ),
     Mutation(
         "no stop-gradient",

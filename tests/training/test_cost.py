@@ -12,6 +12,7 @@ from torch import nn
 from consistency.averaging import frozen_copy
 from consistency.training.callbacks import progress
 from consistency.training.module import ConsistencyModule
+from consistency.training.nonfinite import NonfiniteGuard
 
 OPTIMIZERS = [
     (torch.optim.RAdam, {}),
@@ -54,6 +55,7 @@ class Parts(ConsistencyModule):
         self._averages |= {f"host{n}": frozen_copy(network).to("meta") for n in range(host)}
         self.make_optimizer = partial(torch.optim.Adam, lr=1.0)
         self.settle_averages = lambda: None
+        self.guard = NonfiniteGuard("stop")
 
 
 class Clockwork(L.Trainer):

@@ -114,3 +114,13 @@ def test_moments_of_another_layout_are_laid_out_as_the_weights() -> None:
     trained(resumed, params, range(STEPS, STEPS + 1))
     for one, other in zip(expected, params, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_counts_of_a_checkpoint_stay_on_the_host() -> None:
+    params = [weight.detach().cuda().requires_grad_() for weight in weights(torch.float32)]
+    optimizer = RAdam(params, lr=1e-2, fused=True)
+    trained(optimizer, params, range(STEPS))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert {state["step"].device.type for state in optimizer.state.values()} == {"cpu"}

@@ -30,15 +30,17 @@ from consistency.runtime.devices import in_precision
 from consistency.samplers import onestep
 from consistency.schedules import square_root
 from consistency.tensors import Time
-from consistency.training import build
+from consistency.training import build, module
 from consistency.training.callbacks.ema import EvaluationEMA, TargetEMA
 from consistency.training.callbacks.schedules import ScaleSchedule
 from consistency.training.module import ConsistencyModule
-from consistency.training.nonfinite import OVERFLOWS
+from consistency.training.nonfinite import OVERFLOWS, NonfiniteGuard
+from consistency.training.optimizers import RAdam
 from probe import Poisoned
 from tiny_models import randomised
 
 BATCHES = 8
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")])  # fmt: skip
 
 
 class Images(DataModule):
@@ -86,6 +88,7 @@ def run(
     precision: Any = None,
     accelerator: str = "cpu",
     optimizer: Callable[..., Any] = partial(torch.optim.Adam, lr=1e-2),  # noqa: B008
+    journal: Any = None,
 ) -> tuple[ConsistencyModule, Journal]:
     torch.manual_seed(0)
     network = MLP(channels=4, width=8, depth=1)
@@ -103,7 +106,7 @@ def run(
         on_nonfinite=on_nonfinite,
         sources={},
     )
-    journal = Journal()
+    journal = journal or Journal()
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,
@@ -125,6 +128,25 @@ def run(
     )
     trainer.fit(module, datamodule=Images(batches))
     return module, journal
+
+
+class Passes(Callback):
+    """Weights, averages, moments and target after a run, and N(k) of the loss of each batch. Reads no state in between."""
+
+    def __init__(self) -> None:
+        self.scales: list[int] = []
+
+    def on_before_backward(
+        self, trainer: L.Trainer, module: L.LightningModule, loss: Tensor
+    ) -> None:
+        self.scales.append(module.num_scales)  # type: ignore[arg-type]
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, ConsistencyModule) and module.target is not None
+        parts: list[nn.Module] = [module.online, *module.averages.values()]
+        moments = [v for state in trainer.optimizers[0].state.values() for v in state.values()]
+        self.end = [p.detach().clone() for part in parts for p in part.parameters()] + moments
+        self.target = [p.detach().clone() for p in module.target.parameters()]
 
 
 def moved(journal: Journal) -> list[bool]:
@@ -283,15 +305,76 @@ def test_an_infinite_gradient_of_a_finite_loss_is_left_out_and_named() -> None:
     assert moved(journal)[3] is False
 
 
-def test_a_gradient_whose_square_overflows_is_finite() -> None:
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bad", [[0], [2, 5], [3, 4], [7]])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, RAdam])
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_a_look_behind_the_next_passes_changes_no_bit(
+    device: str, kind: Any, accumulate: int, bad: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the kernel leaves the step out, k and target are taken back, and the passes begin again with N(k)."""
+
+    def trained(devices: tuple[str, ...], journal: Any) -> Passes:
+        monkeypatch.setattr(module, "QUEUES", devices)
+        run(
+            Poisoned(calls=[]),
+            accumulate=accumulate,
+            callbacks=[Overflows(bad), passes := Passes()],
+            on_nonfinite="skip:4",
+            optimizer=partial(kind, lr=1e-2),
+            accelerator=device,
+            journal=journal,
+        )
+        return passes
+
+    at_once = trained((), Journal())
+    for reader in (Journal(), Callback()):  # one that reads the averages before a step, and none
+        later = trained((device,), reader)
+        assert later.scales == at_once.scales
+        for one, other in zip(at_once.end, later.end, strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(at_once.target, later.target, strict=True):
+            torch.testing.assert_close(one, other)  # its update was inverted
+
+
+def test_a_bad_step_found_behind_the_next_passes_stops_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "QUEUES", ("cpu",))
+    seen = Passes()
+    with pytest.raises(UserError, match=r"at step k=3, t=[\d.e-]+ to [\d.e-]+, in network\.embed"):
+        run(Poisoned(calls=[]), callbacks=[Overflows([3]), seen], journal=Callback())
+
+
+def test_nothing_waits_between_the_passes_of_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look at a step comes behind the passes of the next: its place is not in the optimizer's step."""
+    monkeypatch.setattr(module, "QUEUES", ("cpu",))
+    order: list[str] = []
+    passed, passes = NonfiniteGuard.passed, ConsistencyModule._losses
+    monkeypatch.setattr(
+        NonfiniteGuard, "passed", lambda self: (order.append("look"), passed(self))[1]
+    )
+    monkeypatch.setattr(
+        ConsistencyModule, "_losses", lambda *args: (order.append("passes"), passes(*args))[1]
+    )
+    run(Poisoned(calls=[]), batches=3, journal=Callback())
+    # The loader, not a number of steps, ends this run: so the look at the last step comes with its end.
+    assert order == ["passes", "passes", "look", "passes", "look", "look"]
+
+
+def test_a_gradient_whose_square_overflows_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     class Steep(Callback):
         def on_after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
             for parameter in module.parameters():
                 if parameter.grad is not None:
                     parameter.grad.fill_(1e25)
 
-    module, _ = run(Poisoned(calls=[]), callbacks=[Steep()])
-    assert module.k == BATCHES
+    for devices in ((), ("cpu",)):  # the look at once and behind the next passes
+        monkeypatch.setattr(module, "QUEUES", devices)
+        trained, _ = run(Poisoned(calls=[]), callbacks=[Steep()])
+        trained.settle()
+        assert trained.k == BATCHES
 
 
 class Watched(EDM):
@@ -335,7 +418,6 @@ def test_only_the_network_computes_in_half_precision() -> None:
     assert found.loss == scalings.seen == {torch.float32}
 
 
-GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")])  # fmt: skip
 DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), GPU]
 
 

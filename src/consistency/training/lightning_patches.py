@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.trainer import call
 
 from consistency.checkpoints import ours
 
@@ -22,6 +23,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def batches_before(trainer: L.Trainer) -> int:
     """Return the number of batches before the current one: `batch_idx`, but over all epochs."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready) - 1
+
+
+def begin_again(trainer: L.Trainer, batch: Any, index: int) -> None:
+    """Call all hooks of the start of the batch once more."""
+    call._call_callback_hooks(trainer, "on_train_batch_start", batch, index)
+    call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, index)
 
 
 def set_counters(trainer: L.Trainer, content: dict[str, Any]) -> None:

@@ -18,19 +18,22 @@ from consistency.errors import require
 from consistency.inference.autoencoder import autoencoder_of
 from consistency.inference.card import ModelCard
 from consistency.inference.generate import Request
-from consistency.networks.edm2 import forced_normalisation
+from consistency.networks.edm2 import MPConv, forced_normalisation
 from consistency.objectives import Losses
 from consistency.preconditioning import Preconditioning
 from consistency.randomness import WHOLE, Share, generator, key
 from consistency.runtime.devices import compile_in_place, share_threads
 from consistency.tensors import Data, Label
 from consistency.training.io_errors import warn
-from consistency.training.lightning_patches import batches_before
+from consistency.training.lightning_patches import batches_before, begin_again
 from consistency.training.nonfinite import NonfiniteGuard
-from consistency.training.optimizers import choose_kernels
+from consistency.training.optimizers import choose_kernels, count_back, found_inf, leaves_out
 
 OBJECTIVE = "objective."
 HEAD = f"{OBJECTIVE}head."
+
+QUEUES = ("cuda",)
+"""Devices that compute behind the host, which waits where it reads a result."""
 
 
 class ConsistencyModule(L.LightningModule):
@@ -76,6 +79,7 @@ class ConsistencyModule(L.LightningModule):
         self.target: Denoiser | None = None
         self.settle_averages: Callable[[], None] = lambda: None
         self._averages: dict[str, nn.Module] = {}
+        self.register_state_dict_pre_hook(lambda module, *_: module.settle())
         self.step_started = 0.0
         self._range_checked = False
 
@@ -102,26 +106,67 @@ class ConsistencyModule(L.LightningModule):
         head = [] if self.head is None else list(self.head.named_parameters(prefix="head"))
         return [*self.online.named_parameters(), *head]
 
-    def after_each_step(self, action: Callable[[], None]) -> None:
-        """Call `action` after every optimizer step that is taken. Each fit has an optimizer of its own."""
-        self.trainer.optimizers[0].register_step_post_hook(lambda *_: action())
+    def after_each_step(
+        self, action: Callable[[int], None], undo: Callable[[], object] | None = None
+    ) -> None:
+        """Call `action(k)` after every optimizer step that is taken, k = 0, 1, ...
+
+        Where the look at a step comes later (`optimizer_step`), so does the action. An action with `undo` is called at once,
+        and `undo` if the step is left out.
+        """
+        if undo is None:
+            self._when_settled.append(action)
+        else:
+            self._at_once.append((action, undo))
+
+    def _taken(self, *_: object) -> None:
+        for action, _undo in self._at_once:
+            action(self.k)
+        self.k += 1
+        if not self.guard.looking:
+            self._complete()
+
+    def _complete(self) -> None:
+        for action in self._when_settled:
+            action(self.k - 1)
+
+    def settle(self) -> bool:
+        """Wait for the look at the last step, unless it has come, and take the step back if it must be left out.
+
+        Return whether the step stays. k, target and averages are valid afterwards; weights and moments always are.
+        """
+        if not self.guard.looking:
+            return True
+        if self.guard.passed():
+            self._complete()
+            return True
+        for _, undo in self._at_once:
+            undo()
+        self.k -= 1
+        count_back(self.trainer.optimizers[0])
+        self._taken_back = True
+        return False
+
+    def reached(self, every: int) -> bool:
+        """Whether this batch ended a step after which k is a multiple of `every`. Waits for the look only if it may be."""
+        return self.k != self.k_before and self.k % every == 0 and self.settle()
 
     def setup(self, stage: str) -> None:
         """Give each process of a machine its share of the CPU."""
         share_threads(self.trainer.strategy.root_device, self.trainer.num_devices)
+        self._at_once: list[tuple[Callable[[int], None], Callable[[], object]]] = []
+        self._when_settled: list[Callable[[int], None]] = []
+        self._taken_back = False
 
     def on_fit_start(self) -> None:
-        """Count the steps and compile the networks. The callbacks' `on_fit_start` came first: their actions see k before it
-        grows, and all copies of the networks are made.
-        """
+        """Count the steps and compile the networks, whose copies the callbacks' `on_fit_start` has made."""
         self.named = self.trained()
         heads = [] if self.head is None else [self.head]
         self.normalise_weights = forced_normalisation(nn.ModuleList([self.online, *heads]))
+        # It changes the weights before the passes behind which the averages are updated.
+        self.normalises = any(isinstance(part, MPConv) for part in self.online.modules())
 
-        def count() -> None:
-            self.k += 1
-
-        self.after_each_step(count)
+        self.trainer.optimizers[0].register_step_post_hook(self._taken)
         denoisers = (part for part in self.modules() if isinstance(part, Denoiser))
         for network in (*(denoise.network for denoise in denoisers), *self.averages.values()):
             compile_in_place(network, self.compilation)
@@ -146,6 +191,20 @@ class ConsistencyModule(L.LightningModule):
         self.k_before, self.step_started = self.k, time.perf_counter()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = None if self._taken_back else self._losses(batch)
+        self.settle()  # behind the passes, which so need not wait for the step before
+        if self.guard.verdict is not None:
+            return torch.zeros((), device=self.device, requires_grad=True)
+        if losses is None or self._taken_back:  # the schedules are those of another k
+            self._taken_back, losses = False, None
+            begin_again(self.trainer, batch, batch_idx)
+            losses = self._losses(batch)
+        loss = losses.loss.mean()
+        self.guard.note(losses)
+        self._log_losses(losses, loss.detach())
+        return loss
+
+    def _losses(self, batch: Any) -> Losses:
         accumulated, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
         step, micro = divmod(batches_before(self.trainer), accumulated)
         if micro == 0:
@@ -163,10 +222,7 @@ class ConsistencyModule(L.LightningModule):
             x_0, augment = self.augmentation(x_0, {n: d[..., rows] for n, d in drawn.items()})
             networks = tuple(partial(network, augment=augment) for network in networks)  # type: ignore[assignment]
         losses: Losses = self.objective(*networks, x_0, label, self.num_scales, draw, **part)
-        loss = losses.loss.mean()
-        self.guard.note(losses)
-        self._log_losses(losses, loss.detach())
-        return loss
+        return losses
 
     def _unpacked(self, batch: Any, draw: torch.Generator, **part: Share) -> tuple[Data, Label]:
         """Return the images in [-1, 1] and the labels of a batch."""
@@ -186,25 +242,49 @@ class ConsistencyModule(L.LightningModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        """Compute the gradients first, so that a step with a loss or gradient that is not finite can be skipped."""
+        """Take the step, unless a loss or gradient is not finite.
+
+        On a GPU the look comes later (`settle`): behind the passes of the next step, so that its kernels are queued before
+        anything waits, or before anything else reads the state. Until then the device alone knows whether the step is left
+        out: the optimizer's kernel reads it.
+        """
         loss = optimizer_closure()
+        if self.guard.verdict is not None:
+            return
         step = f"in the term {type(self.objective).__name__} at step k={self.k}"
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        gradients = {n: p.grad for n, p in self.named if p.grad is not None}
         # A gradient scaler looks for overflows itself.
-        if self.guard.allows({} if scaler else gradients, step):
+        gradients = {n: p.grad for n, p in self.named if p.grad is not None and scaler is None}
+        inner, later = self.trainer.optimizers[0], scaler is None and self._looks_later()
+        left_out = self.guard.begin(gradients, step, exact=later)
+        if not later and not self.guard.passed():
+            return
+        with found_inf(inner, left_out if later else None):
             optimizer.step(closure=lambda: loss)
-            if scaler is not None:
-                self.guard.scaled(taken=self.k > self.k_before, scale=scaler.get_scale, step=step)
+        if scaler is not None:
+            self.guard.scaled(taken=self.k > self.k_before, scale=scaler.get_scale, step=step)
 
-    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+    def _looks_later(self) -> bool:
+        """Whether nothing reads the result of this step before the passes of the next one."""
+        last = self.trainer.global_step + 1 == self.trainer.max_steps
+        able = self.device.type in QUEUES and leaves_out(self.trainer.optimizers[0])
+        # Clipping would spread what is not finite over the gradients that the look names.
+        clipped = self.trainer.gradient_clip_val is not None
+        return able and not (last or self.logs_this_step or clipped or self.normalises)
+
+    def on_train_batch_end(self, *_: object) -> None:
         """Stop here if the guard demands it: the state before the step is complete and saved."""
         if self.guard.verdict is not None:
             raise self.guard.verdict
 
+    def on_train_epoch_end(self) -> None:
+        self.settle()
+        self.on_train_batch_end()
+
     @property
     def averages(self) -> dict[str, nn.Module]:
         """The averaged networks by name, after the last step."""
+        self.settle()
         self.settle_averages()
         return self._averages
 

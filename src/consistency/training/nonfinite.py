@@ -1,7 +1,9 @@
 """Losses and gradients that are not finite: which steps are skipped, and when the run stops."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -24,6 +26,33 @@ REMEDY = (
 )
 
 
+class Receipt:
+    """Numbers on their way from the device to the host, which nothing waits for until they are read."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.arrived: torch.cuda.Event | None = None
+        self.numbers = numbers
+        if numbers.is_cuda:
+            self.numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self.numbers.copy_(numbers, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> list[int]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return [int(number) for number in self.numbers.tolist()]
+
+
+class Look(NamedTuple):
+    """A look that has begun."""
+
+    losses: Losses
+    gradients: Mapping[str, Tensor]
+    step: str
+    found: Receipt
+
+
 class NonfiniteGuard:
     """Skips optimizer steps with a loss or a gradient that is not finite, and stops the run after too many in a row.
 
@@ -44,30 +73,47 @@ class NonfiniteGuard:
         # A signal to this rank, and that to any rank before the last look.
         self.received = self.agreed = (0, 0)
         self._batches: list[Losses] = []
+        self._look: Look | None = None
         self._last_times = torch.empty(0)  # t of the last step that was allowed
 
     def note(self, losses: Losses) -> None:
         """Keep the losses of one batch until its optimizer step."""
         self._batches.append(Losses(*(part.detach() for part in losses)))
 
-    def allows(self, gradients: Mapping[str, Tensor], step: str) -> bool:
-        """Return whether the optimizer step, called `step` in messages, may be taken, the same on every rank.
+    def begin(self, gradients: Mapping[str, Tensor], step: str, *, exact: bool = False) -> Tensor:
+        """Begin the look at the losses and gradients of a step, called `step` in messages.
 
-        Nothing else in a step without a row of metrics waits for the device.
+        Return on the device whether it must be left out, 1 or 0, the same on every rank; nothing waits for it before `passed`.
+
+        exact: a sum of squares may overflow without a bad gradient. The largest number cannot, but takes a CPU longer to find.
         """
         losses = Losses(*(torch.cat(parts) for parts in zip(*self._batches, strict=True)))
         self._batches, self._last_times = [], losses.t
-        # One look at the device for all losses and gradients of the step and all ranks. A sum of squares may overflow
-        # without a bad gradient, so a suspicion is checked one by one.
-        norms = [torch.nn.utils.get_total_norm(gradients.values())[None]] if gradients else []
-        suspected = ~torch.cat([losses.loss, *norms]).isfinite().all()
+        values = list(gradients.values())
+        norm = torch.nn.utils.get_total_norm(values, math.inf if exact else 2.0)
+        suspected = ~torch.cat([losses.loss, *([norm[None]] if values else [])]).isfinite().all()
         received = sent(torch.tensor(self.received), suspected.device)
         found = torch.cat([suspected[None], received])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-        suspicion, *signal = found.tolist()
+        self._look = Look(losses, gradients, step, Receipt(found))
+        return found[0].float()
+
+    @property
+    def looking(self) -> bool:
+        """Whether a look has begun and its result is not known yet."""
+        return self._look is not None
+
+    def passed(self) -> bool:
+        """Return whether the step may be taken, the same on every rank. This waits for the device up to the gradients.
+
+        Nothing else in a step without a row of metrics does.
+        """
+        assert self._look is not None
+        (losses, gradients, step, found), self._look = self._look, None
+        suspicion, *signal = found.read()
         self.agreed = (signal[0], signal[1])
-        # A rank with bad samples, which spoil the gradients of all ranks, else any.
+        # A suspicion is checked one by one. A rank with bad samples, which spoil the gradients of all ranks, else any.
         reports = gathered(_report(losses, gradients, step)) if suspicion else []
         _, text = min(filter(None, reports), default=(0, ""))
         if not text:

@@ -1,7 +1,8 @@
 """RAdam in one pass over the memory, and the kernels of an optimizer."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,12 @@ class RAdam(torch.optim.RAdam):
         for group in (self.defaults, *self.param_groups):
             group["fused"] = fused
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Keep the counts on the host: torch moves those of a fused optimizer, and each would be waited for."""
+        super().__setstate__(state)
+        for moments in self.state.values():
+            moments["step"] = moments["step"].cpu()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step; return what the closure returns, which computes the gradients."""
@@ -59,7 +66,7 @@ class RAdam(torch.optim.RAdam):
             counts = [int(count) + 1 for count in lists[-1]]
             for t in set(counts):
                 chosen = [[x for x, n in zip(of, counts, strict=True) if n == t] for of in lists]
-                _update(*chosen, t=t, group=group)
+                _update(*chosen, t=t, group=group, left_out=getattr(self, "found_inf", None))
         return loss
 
 
@@ -77,6 +84,27 @@ def choose_kernels(optimizer: torch.optim.Optimizer, device: str) -> None:
             group["fused"] = True
         elif sum(sizes) <= SMALL * len(sizes):
             group["foreach"] = True  # which torch chooses on a GPU alone
+
+
+def leaves_out(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer takes no step where the device says so, in `found_inf`."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return fused and isinstance(optimizer, (torch.optim.Adam, RAdam))
+
+
+@contextmanager
+def found_inf(optimizer: torch.optim.Optimizer, left_out: Tensor | None) -> Iterator[None]:
+    """Have the kernel of the optimizer take no step where `left_out`, one number on the device, is 1."""
+    optimizer.found_inf = left_out  # type: ignore[attr-defined]  # the name that torch's gradient scaler sets
+    yield
+    optimizer.found_inf = None  # type: ignore[attr-defined]
+
+
+def count_back(optimizer: torch.optim.Optimizer) -> None:
+    """Take back the count of a step that the kernel has left out, where it stands on the host: Adam's does not."""
+    if isinstance(optimizer, RAdam):
+        for weight, state in optimizer.state.items():
+            state["step"] -= int(weight.grad is not None)
 
 
 def factors(t: int, beta_1: float, beta_2: float) -> tuple[float, bool]:
@@ -101,6 +129,7 @@ def _update(
     *,
     t: int,
     group: dict[str, Any],
+    left_out: Tensor | None,
 ) -> None:
     beta_1, beta_2 = group["betas"]
     factor, adaptive = factors(t, beta_1, beta_2)
@@ -116,6 +145,7 @@ def _update(
         [],
         [torch.full((), math.inf, device=weights[0].device)] * len(weights),
         fused=True,
+        found_inf=left_out,
         amsgrad=False,
         beta1=beta_1,
         beta2=beta_2,

@@ -173,7 +173,7 @@ def fit(config: DictConfig, measurement: Measurement) -> None:
     trainer = build.build_trainer(config, callbacks, loggers, data)
     register = module.after_each_step
     vars(trainer)["profiler"] = measurement.stopwatch
-    vars(module)["after_each_step"] = lambda action: register(
-        measurement.stopwatch.profile("averages")(action)
+    vars(module)["after_each_step"] = lambda action, *undo: register(
+        measurement.stopwatch.profile("averages")(action), *undo
     )
     trainer.fit(module, datamodule=data)

@@ -74,8 +74,7 @@ class RunCheckpoints(Periodic, Checkpoint):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         self._save_best(trainer)
-        if self.keep_every is not None and module.k != module.k_before:
-            self._kept = module.k % self.keep_every == 0
+        self._kept = self.keep_every is not None and module.reached(self.keep_every)
         super().on_train_batch_end(trainer, module)
         # Weights that are not finite themselves are not worth saving.
         if module.guard.verdict and all(bool(p.isfinite().all()) for p in module.parameters()):

@@ -36,7 +36,20 @@ class TargetEMA(Callback):
     def on_fit_start(self, trainer: L.Trainer, module: ConsistencyModule) -> None:
         assert module.target is not None
         update = averaging(module.target, module.online)
-        module.after_each_step(lambda: update(self.decay(module.num_scales)))
+        mu = 0.0
+
+        def step(_: int) -> None:
+            nonlocal mu
+            mu = self.decay(module.num_scales)
+            update(mu)
+
+        def undo() -> None:
+            if (
+                mu > 0
+            ):  # else the target is the online network, which the step that is left out has not changed
+                update(1 / mu)
+
+        module.after_each_step(step, undo)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
         if module.logs_this_step:
@@ -127,7 +140,7 @@ class EvaluationEMA(Callback):
             self._updates[name] = averaging(averaged, weights, in_double=self.in_double)
         self._saved = self._saved_heads = {}
         module.settle_averages = self.settle
-        module.after_each_step(lambda: self._update(module))
+        module.after_each_step(self._update)
         self._warn_of_wide(trainer.max_steps)
 
     def _warn_of_wide(self, steps: int) -> None:
@@ -156,16 +169,16 @@ class EvaluationEMA(Callback):
         return constant | halves | powers
 
     @torch.no_grad()
-    def _update(self, module: ConsistencyModule) -> None:
-        if (module.k + 1) % self.every:
+    def _update(self, k: int) -> None:
+        if (k + 1) % self.every:
             return
-        decays = self.decays_at(module.k)
+        decays = self.decays_at(k)
         if not self.on_host:
             self._average(decays)
             return
         self.settle()
         torch._foreach_copy_(self._copy, self._weights, non_blocking=True)
-        copied = torch.cuda.Event() if module.device.type == "cuda" else None
+        copied = torch.cuda.Event() if self._weights[0].is_cuda else None
         if copied is not None:
             copied.record()
         self._update_in_progress = self._worker.submit(self._average, decays, copied)

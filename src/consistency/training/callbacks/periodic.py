@@ -25,8 +25,7 @@ class Periodic(L.Callback):
         self.every = every_n_train_steps
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ConsistencyModule, *_: Any) -> None:
-        due = module.k != module.k_before and module.k % self.every == 0
-        if due and trainer.global_step != trainer.max_steps:
+        if trainer.global_step != trainer.max_steps and module.reached(self.every):
             self.at_step(trainer, module)
 
     def at_step(self, trainer: L.Trainer, module: ConsistencyModule) -> None:

@@ -67,6 +67,7 @@ class Preemption(L.Callback):
         number, requeue = received
         if not number:
             return
+        module.settle()
         saved = "no checkpoint of it: callbacks.checkpoint=null"
         if (checkpoints := callback_of(trainer, RunCheckpoints)) is not None:
             error = checkpoints.keep_last(trainer)

@@ -41,6 +41,8 @@ class DistillationStages(L.Callback):
         module.target.eval()  # Lightning puts the whole module into train mode; a teacher has no dropout
         if module.k == 0 or self.num_scales(module.k) == self.num_scales(module.k - 1):
             return
+        if not module.settle():  # so the stage before has a step left
+            return
         for network in (module.target.network, *module.averages.values()):
             network.load_state_dict(module.online.network.state_dict())
         for optimizer in trainer.optimizers:
