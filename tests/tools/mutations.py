@@ -300,6 +300,30 @@ MUTATIONS = [
         "(t * (1 - adjustment / n)).clamp_min",
         "(t * (1 - adjustment / num_scales).clamp_max(self.ratio_limit)).clamp_min",
     ),
+    Mutation(
+        "RAdam without its rectification",
+        f"{SOURCE}/training/optimizers.py",
+        "return r * math.sqrt(1 - beta_2**t)",
+        "return math.sqrt(1 - beta_2**t)",
+    ),
+    Mutation(
+        "a step taken before the look at it",
+        f"{SOURCE}/training/module.py",
+        "found_inf(inner, left_out if later else None)",
+        "found_inf(inner, None)",
+    ),
+    Mutation(
+        "averages updated before the look",
+        f"{SOURCE}/training/module.py",
+        "        if not self.guard.looking:\n            self._complete()",
+        "        self._complete()",
+    ),
+    Mutation(
+        "N(k) of a step that is left out",
+        f"{SOURCE}/training/module.py",
+        "losses is None or self._taken_back",
+        "losses is None",
+    ),
 ]
 
 TESTS = [
@@ -323,6 +347,8 @@ TESTS = [
     "trigflow",
     "truncated_objective",
     "trajectory",
+    "optimizers",
+    "precision",
     "golden",
 ]
 
