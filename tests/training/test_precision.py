@@ -306,7 +306,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_left_out_and_named() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("bad", [[0], [2, 5], [3, 4], [7]])
+@pytest.mark.parametrize("bad", [[0, 2, 5], [3, 4, 7]])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", [torch.optim.Adam, RAdam])
 @pytest.mark.parametrize("device", ["cpu", GPU])
