@@ -29,6 +29,7 @@ from consistency.commands import cli
 from consistency.commands import train as run
 from consistency.evaluation.extractors import digits_classifier
 from consistency.inference import plots
+from consistency.training import build
 from consistency.training.callbacks import evaluation, sample_grids
 
 TASK = "KILLED_TASK"
@@ -115,8 +116,8 @@ for _name in HOOKS:
 
 def train(output: str, die: list[Any] | None) -> None:
     """Train as src/train.py does, and write the moments beside the run folder."""
-    moments, build = Moments(output, die), run.build_callbacks
-    run.build_callbacks = lambda config: [*build(config), moments]
+    moments, callbacks = Moments(output, die), build.build_callbacks
+    build.build_callbacks = lambda config: [*callbacks(config), moments]
     evaluation.generate = moments.noted("measuring samples", evaluation.generate)
     sample_grids.samples = moments.noted("drawing samples", sample_grids.samples)
     # Slow, and nothing of it is compared.
