@@ -12,7 +12,6 @@ from torch.optim.adam import adam
 HIDING = 2.0**60
 """An epsilon beside which sqrt(v) rounds away. To multiply and divide by a power of two rounds nothing."""
 
-
 KERNELS = ("cpu", "cuda")
 """Devices on which torch has one kernel for a step of Adam. It chooses it nowhere by itself."""
 
@@ -134,9 +133,8 @@ def _update(
     beta_1, beta_2 = group["betas"]
     factor, adaptive = factors(t, beta_1, beta_2)
     eps = group["eps"] if adaptive else HIDING
-    torch._foreach_add_(
-        counts, torch.ones(()), alpha=1
-    )  # as torch does: a number would be made a tensor for each
+    # As in torch, a tensor: of a number one would be made for each count.
+    torch._foreach_add_(counts, torch.ones(()), alpha=1)
     adam(
         weights,
         gradients,
