@@ -161,10 +161,10 @@ class ConsistencyModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Count the steps and compile the networks, whose copies the callbacks' `on_fit_start` has made."""
         self.named = self.trained()
-        heads = [] if self.head is None else [self.head]
-        self.normalise_weights = forced_normalisation(nn.ModuleList([self.online, *heads]))
+        trained = nn.ModuleList([self.online] if self.head is None else [self.online, self.head])
+        self.normalise_weights = forced_normalisation(trained)
         # It changes the weights before the passes behind which the averages are updated.
-        self.normalises = any(isinstance(part, MPConv) for part in self.online.modules())
+        self.normalises = any(isinstance(part, MPConv) for part in trained.modules())
 
         self.trainer.optimizers[0].register_step_post_hook(self._taken)
         denoisers = (part for part in self.modules() if isinstance(part, Denoiser))

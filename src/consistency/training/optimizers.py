@@ -13,7 +13,7 @@ HIDING = 2.0**60
 """An epsilon beside which sqrt(v) rounds away. To multiply and divide by a power of two rounds nothing."""
 
 KERNELS = ("cpu", "cuda")
-"""Devices on which torch has one kernel for a step of Adam. It chooses it nowhere by itself."""
+"""Devices on which torch has one kernel for a step of Adam, which it never chooses by itself."""
 
 SMALL = 20_000
 """Numbers in the mean tensor of an optimizer up to which a CPU updates all tensors at once faster than one after the other."""
@@ -69,12 +69,16 @@ class RAdam(torch.optim.RAdam):
         return loss
 
 
+FUSING = (torch.optim.Adam, RAdam)
+"""Optimizers with such a kernel, which also reads `found_inf` on the device."""
+
+
 def choose_kernels(optimizer: torch.optim.Optimizer, device: str) -> None:
     """Have the optimizer take a step in one kernel if it can, else all tensors at once where that is faster.
 
     Groups that say `foreach` or `fused` keep it. device: type of the device of the weights.
     """
-    fusing = isinstance(optimizer, (torch.optim.Adam, RAdam)) and device in KERNELS
+    fusing = isinstance(optimizer, FUSING) and device in KERNELS
     for group in optimizer.param_groups:
         sizes = [parameter.numel() for parameter in group["params"]]
         if group.get("foreach", False) is not None or group.get("fused"):
@@ -88,7 +92,7 @@ def choose_kernels(optimizer: torch.optim.Optimizer, device: str) -> None:
 def leaves_out(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer takes no step where the device says so, in `found_inf`."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
-    return fused and isinstance(optimizer, (torch.optim.Adam, RAdam))
+    return fused and isinstance(optimizer, FUSING)
 
 
 @contextmanager

@@ -44,9 +44,7 @@ class TargetEMA(Callback):
             update(mu)
 
         def undo() -> None:
-            if (
-                mu > 0
-            ):  # else the target is the online network, which the step that is left out has not changed
+            if mu > 0:  # else the target equals the online network, which has not moved
                 update(1 / mu)
 
         module.after_each_step(step, undo)
